@@ -1,0 +1,1 @@
+"""Fully quantized training of PyTorch models."""
