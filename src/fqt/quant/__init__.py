@@ -1,0 +1,11 @@
+"""Quantizers: four choices, their codes, their exact variance and bound, and a catalog of names."""
+
+from fqt.quant.catalog import quantizer as quantizer
+from fqt.quant.catalog import quantizer_name as quantizer_name
+from fqt.quant.quantizer import Quantizer as Quantizer
+from fqt.quant.scale import Integers as Integers
+from fqt.quant.scale import Scale as Scale
+from fqt.quant.tensor import QuantizedTensor as QuantizedTensor
+from fqt.quant.transform import BlockHouseholder as BlockHouseholder
+from fqt.quant.transform import Identity as Identity
+from fqt.quant.transform import ScaledHadamard as ScaledHadamard

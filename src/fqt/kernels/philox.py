@@ -1,0 +1,111 @@
+"""Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011) in plain torch.
+
+A random number is a pure function of (seed, stream, index): no state, no order, so that the same seed gives
+the same codes in any chunking, on any thread count and on any backend. A torch generator was rejected because
+its numbers depend on the device and on what was drawn before.
+
+Layout: the 64-bit seed is the key (low word first). The counter is (block, block >> 32, stream, 0). Word `i`
+of a stream is output `i mod 4` of block `i ÷ 4`. Words are held in int64, since torch has no uint32 arithmetic;
+int64 products wrap around, which leaves the 64-bit product of two 32-bit words exact in its bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Streams of one seed. Their numbers are part of the format: changing one changes every code.
+STREAM_ROUNDING = 0
+STREAM_DITHER_ROW = 1
+STREAM_DITHER_COLUMN = 2
+STREAM_SIGN = 3
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_CHUNK = 1 << 15  # blocks per chunk: four int64 planes of this length stay in a 2 MiB cache
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: four int64 tensors of one shape, each holding 32-bit words (0 … 2³² − 1).
+        key: two int64 tensors that broadcast against them, 32-bit words.
+
+    Returns:
+        Four int64 tensors of the counter's shape, 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def random_words(seed: Tensor, stream: int, n: int) -> Tensor:
+    """The first `n` 32-bit words of a stream.
+
+    Args:
+        seed: int64 scalar tensor; all 64 bits count.
+        stream: which stream of this seed.
+        n: how many words.
+
+    Returns:
+        (n,) int64 on the seed's device, independent and uniform on 0 … 2³² − 1.
+    """
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    blocks = -(-n // 4)
+    out = torch.empty((blocks, 4), dtype=torch.int64, device=seed.device)
+    for start in range(0, blocks, _CHUNK):
+        block = torch.arange(start, min(start + _CHUNK, blocks), device=seed.device)
+        high = block >> 32
+        words = philox((block & _MASK, high, torch.full_like(block, stream), torch.zeros_like(block)), key)
+        out[start : start + _CHUNK] = torch.stack(words, dim=1)
+    return out.view(-1)[:n]
+
+
+def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
+    """The first `n` 24-bit integers of a stream: the top 24 bits of its words.
+
+    Returns:
+        (n,) int32, independent and uniform on 0 … 2²⁴ − 1. As a fraction of 2²⁴ each is exact in float32.
+    """
+    return (random_words(seed, stream, n) >> 8).to(torch.int32)
+
+
+def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as an int64 scalar tensor on `device`; a Python int of any size is taken modulo 2⁶⁴."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"a seed tensor must hold one int64, not {tuple(seed.shape)} {seed.dtype}")
+        return seed.reshape(()).to(device)
+    wrapped = (int(seed) + 2**63) % 2**64 - 2**63
+    return torch.tensor(wrapped, dtype=torch.int64, device=device)
+
+
+def fork_seed(seed: Tensor, index: int) -> Tensor:
+    """A new seed for the `index`-th user of `seed` (SplitMix64, Steele et al. 2014).
+
+    For one seed, distinct indices below 2⁶⁴ give distinct results: the mixing function is a bijection.
+
+    Args:
+        seed: int64 scalar tensor.
+        index: which user: an operand's role, a rank.
+
+    Returns:
+        int64 scalar tensor on the same device.
+    """
+    golden, mix1, mix2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+    step = (golden * (index + 1) + 2**63) % 2**64 - 2**63
+    z = seed + step
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * mix1
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * mix2
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)

@@ -1,0 +1,197 @@
+"""The plain-torch kernels: what every faster backend must equal, bit for bit on codes.
+
+All work on a matrix of N rows and D columns. A *group* is a set of entries that share a step; its parameters
+have the shape (1, 1), (N, 1) or (1, D) and broadcast. Ranges are order-free; where floats are summed the
+order is fixed (rows ascending, butterflies by stage) and no multiply-add is contracted, since a last bit that
+differs upstream flips codes downstream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fqt.kernels.philox import (
+    STREAM_DITHER_COLUMN,
+    STREAM_DITHER_ROW,
+    STREAM_ROUNDING,
+    random_u24,
+)
+
+DITHER_LEVELS = 1 << 24
+# Beyond this step a group's range may exceed the largest float: its arithmetic is done on halves.
+_WIDE_STEP = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which steps and codes are computed: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of each group.
+
+    Args:
+        x: (N, D), float32 or float64.
+        group: "tensor", "row" or "column".
+
+    Returns:
+        Two tensors of shape (1, 1), (N, 1) or (1, D). NaN where the group holds one; zeros where it is empty.
+    """
+    dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[group]
+    if any(x.shape[d] == 0 for d in dims):
+        shape = [1 if d in dims else x.shape[d] for d in (0, 1)]
+        return x.new_zeros(shape), x.new_zeros(shape)
+    return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+
+def halving(step: Tensor) -> Tensor:
+    """½ for groups so wide that max − min could overflow, else 1; scaling by it is exact either way."""
+    return torch.where(step > _WIDE_STEP[step.dtype], 0.5, 1.0).to(step.dtype)
+
+
+def position(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
+    """Where each entry lies on the code axis: t = (x − offset)/step, clamped to [low, high].
+
+    Clamping comes before rounding, so no rounding can leave the range. NaN (of a group with a NaN step)
+    becomes `low`.
+    """
+    half = halving(step)
+    divisor = torch.where(step == 0, 1.0, step) * half
+    t = (x * half - offset * half) / divisor
+    return t.clamp_(low, high).nan_to_num_(nan=float(low))
+
+
+def round_nearest(t: Tensor) -> Tensor:
+    """Nearest integer, ties to even. Deterministic and biased."""
+    return t.round()
+
+
+def round_stochastic(t: Tensor, u: Tensor, levels: int = DITHER_LEVELS) -> Tensor:
+    """⌊t⌋ + (u/levels < t − ⌊t⌋) for noise u in 0 … levels − 1.
+
+    (⌊t + u⌋ in floats can leave the range.) Over all values of u the mean is t, exactly if t is a multiple of
+    1/levels, and the variance is p(1 − p) with p = frac(t).
+    """
+    floor = t.floor()
+    return floor + (u.to(t.dtype) * (1.0 / levels) < t - floor)
+
+
+def round_dithered(t: Tensor, row: Tensor, column: Tensor, levels: int = DITHER_LEVELS) -> Tensor:
+    """⌊t + (row + column)/levels⌋ in exact arithmetic, for integers row (N, 1), column (1, D) below `levels`.
+
+    For t in [0, B − 1] the code stays in 0 … B. Over all (row, column) the error
+    code − (row + column)/levels + ½(1 − 1/levels) − t has mean zero and variance (1 − levels⁻²)/12, exactly
+    if t is a multiple of 1/levels.
+    """
+    k = row + column
+    u = k % levels
+    floor = t.floor()
+    threshold = (levels - u).to(t.dtype) * (1.0 / levels)
+    return floor + torch.div(k, levels, rounding_mode="floor") + (t - floor >= threshold)
+
+
+def dither_noise(seed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The two independent 24-bit noise vectors of dithered rounding: int32 (N, 1) and (1, D)."""
+    row = random_u24(seed, STREAM_DITHER_ROW, rows).view(rows, 1)
+    column = random_u24(seed, STREAM_DITHER_COLUMN, columns).view(1, columns)
+    return row, column
+
+
+def encode(
+    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, rounding: str, seed: Tensor | None
+) -> Tensor:
+    """Codes of a matrix.
+
+    Args:
+        x: (N, D), float32 or float64.
+        step, offset: the groups' parameters, in x's dtype. A step of 0 (a constant group) gives code 0.
+        low, high: the range t is clamped to; for dithered rounding `high` is one below the last code.
+        rounding: "nearest", "stochastic" or "dithered".
+        seed: int64 scalar tensor; None only for "nearest". Element noise is indexed row-major.
+
+    Returns:
+        (N, D) codes, uint8 if low is 0, else int8.
+    """
+    t = position(x, step, offset, low, high)
+    if rounding == "nearest":
+        codes = round_nearest(t)
+    else:
+        assert seed is not None
+        if rounding == "stochastic":
+            codes = round_stochastic(t, random_u24(seed, STREAM_ROUNDING, x.numel()).view(x.shape))
+        else:
+            codes = round_dithered(t, *dither_noise(seed, *x.shape))
+    return codes.to(torch.uint8 if low == 0 else torch.int8)
+
+
+def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
+    """step · (code − dither) + offset, (N, D) in the step's dtype; finite for finite parameters."""
+    half = halving(step)
+    value = codes.to(step.dtype)
+    if dither is not None:
+        value = value - dither
+    value = (value * (step * half) + offset * half) / half
+    largest = torch.finfo(step.dtype).max
+    return value.clamp_(-largest, largest)
+
+
+def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
+    """p(1 − p) of each entry, p = frac(t): the variance of stochastic rounding in squared steps, (N, D)."""
+    t = position(x, step, offset, low, high)
+    p = t - t.floor()
+    return p * (1 - p)
+
+
+def hadamard(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Walsh–Hadamard butterflies over rows, not normalised, block by block.
+
+    Args:
+        x: (N, D).
+        order: (N,) int64, a permutation: the rows of the first block, then of the second, and so on.
+        blocks: block sizes, powers of two that sum to N.
+
+    Returns:
+        (N, D): row order[i] holds output i. The stages run over strides 1, 2, 4, …, each pair (a, b) giving
+        (a + b, a − b).
+    """
+    y = x.index_select(0, order)
+    start = 0
+    for size, count in _runs(blocks):
+        part = y.narrow(0, start, size * count)
+        stride = 1
+        while stride < size:
+            pairs = part.view(-1, 2, stride, x.shape[1])
+            a, b = pairs[:, 0].clone(), pairs[:, 1]
+            pairs[:, 0] += b
+            torch.sub(a, b, out=b)
+            stride *= 2
+        start += size * count
+    return torch.empty_like(y).index_copy_(0, order, y)
+
+
+def _runs(blocks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Runs of equal block sizes, as (size, count)."""
+    runs: list[tuple[int, int]] = []
+    for size in blocks:
+        if runs and runs[-1][0] == size:
+            runs[-1] = (size, runs[-1][1] + 1)
+        else:
+            runs.append((size, 1))
+    return runs
+
+
+def reflect(x: Tensor, group: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
+    """Householder reflections over rows, block by block: x_r − n_r f_g Σ_q n_q x_q, q over r's group g.
+
+    Args:
+        x: (N, D).
+        group: (N,) int64 below N: which block a row belongs to.
+        normal: (N, 1): the entry n_r of its block's vector; 0 leaves the row as it is.
+        factor: (N, 1): f_g = 2/‖n‖² of block g, in row g.
+
+    Returns:
+        (N, D). The sum runs over ascending rows.
+    """
+    total = torch.zeros_like(x).index_add_(0, group, x * normal)
+    return x - normal * (total * factor).index_select(0, group)
