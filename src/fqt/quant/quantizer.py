@@ -81,9 +81,7 @@ class Quantizer:
         step, offset, dither = plan.decoding(y.shape, key)
         return QuantizedTensor(view, x.dtype, codes, step, offset, dither, mixing)
 
-    def variance(
-        self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0
-    ) -> Tensor:
+    def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.
 
         Over the rounding noise, given the transform (random signs included) that this seed draws:
@@ -104,9 +102,7 @@ class Quantizer:
         """
         return self._variance(x, seed, axis, exact=False)
 
-    def _variance(
-        self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool
-    ) -> Tensor:
+    def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
         view = _view(x, axis)
         matrix = view.matrix(x).to(reference.compute_dtype(x.dtype))
         y, mixing, plan = self._plan(matrix, self._key(seed, x.device))
@@ -232,9 +228,7 @@ class Either:
 
 def _view(x: Tensor, axis: int | tuple[int, ...]) -> RowView:
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise FqtError(
-            f"cannot quantize {getattr(x, 'dtype', type(x).__name__)}: give a floating-point tensor"
-        )
+        raise FqtError(f"cannot quantize {getattr(x, 'dtype', type(x).__name__)}: give a floating-point tensor")
     if x.ndim == 0:
         raise FqtError("cannot quantize a scalar: give a tensor with at least one axis")
     axes = (axis,) if isinstance(axis, int) else tuple(axis)

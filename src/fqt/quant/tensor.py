@@ -41,9 +41,7 @@ class RowView:
         """A tensor of `shape` from (N, D); groups (N, 1), (1, D), (1, 1) become shapes that broadcast."""
         order = self.order
         rows = len(self.axis)
-        permuted = [
-            self.shape[d] if matrix.shape[0 if i < rows else 1] != 1 else 1 for i, d in enumerate(order)
-        ]
+        permuted = [self.shape[d] if matrix.shape[0 if i < rows else 1] != 1 else 1 for i, d in enumerate(order)]
         inverse = [order.index(d) for d in range(len(order))]
         return matrix.reshape(permuted).permute(inverse)
 

@@ -12,7 +12,7 @@ False never keeps them. It looks at the data, not at the rounding noise, so it l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,25 +26,65 @@ RowCost = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Reflections:
+    """M of the block Householder transform: symmetric, so it is its own transpose.
+
+    Attributes:
+        group: (N,) int64, each row's block.
+        normal: (N, 1), n_r; zero for rows that stay as they are.
+        factor: (N, 1), 2/‖n‖² of block g in row g.
+    """
+
+    group: Tensor
+    normal: Tensor
+    factor: Tensor
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """Mᵀ y, (N, D)."""
+        return ops.reflect(y, self.group, self.normal, self.factor)
+
+
+@dataclass(frozen=True)
+class Butterflies:
+    """M of the Hadamard transform (its signs belong to the scale): symmetric, so it is its own transpose.
+
+    Attributes:
+        order: (N,) int64, the rows block by block.
+        blocks: the blocks' sizes.
+        norm: (N, 1), 1/√size of each row's block.
+        keep: (N, 1) bool; False for rows that stay as they are.
+    """
+
+    order: Tensor
+    blocks: tuple[int, ...]
+    norm: Tensor
+    keep: Tensor
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """Mᵀ y, (N, D)."""
+        return torch.where(self.keep, ops.hadamard(y, self.order, self.blocks) * self.norm, y)
+
+
+@dataclass(frozen=True)
 class Mixing:
     """The state of one application of a transform: enough to undo it.
 
     Attributes:
         inverse_scale: (N, 1), 1/s, zero for constant rows.
         offset: (N, 1), z.
-        unmix: (N, D) → (N, D), applies Mᵀ.
+        matrix: M.
         cost: (N,) float64, ‖S⁻¹e_i‖² of each transformed row.
     """
 
     inverse_scale: Tensor
     offset: Tensor
-    unmix: Callable[[Tensor], Tensor]
+    matrix: Reflections | Butterflies
     cost: Tensor
 
     def undo(self, y: Tensor) -> Tensor:
         """S⁻¹ y + z, (N, D); finite where y is (values beyond the largest float are clamped to it)."""
         largest = torch.finfo(y.dtype).max
-        return (self.unmix(y) * self.inverse_scale + self.offset).clamp_(-largest, largest)
+        return (self.matrix.transposed(y) * self.inverse_scale + self.offset).clamp_(-largest, largest)
 
 
 def _check_guard(guard: bool | str) -> None:
@@ -96,19 +136,15 @@ class BlockHouseholder:
         scale = torch.where(in_block, scale, 1.0).masked_fill(rows.constant, 0.0)
         inverse = _inverse(scale)
 
-        normal_, factor_ = normal.to(x.dtype)[:, None], factor.to(x.dtype)[:, None]
-
-        def reflect(y: Tensor, normal: Tensor = normal_) -> Tensor:
-            return ops.reflect(y, group, normal, factor_)
-
-        y = reflect(rows.scaled(x, scale))
+        mix = Reflections(group, normal.to(x.dtype)[:, None], factor.to(x.dtype)[:, None])
+        y = mix.transposed(rows.scaled(x, scale))
         # Q_ri² = δ_ri (1 − 2 f n_i²) + f² n_r² n_i², so ‖S⁻¹e_i‖² = Σ_r Q_ri²/s_r² needs one sum per block.
         f, weight = factor[group], normal.square()
         spread = torch.zeros_like(inverse).index_add_(0, group, weight * inverse.square())[group]
         cost = inverse.square() * (1 - 2 * f * weight) + f.square() * weight * spread
         keep = in_block & _guarded(self.guard, row_cost, x, y, cost, group)
-        normal_kept = normal_ * keep[:, None]
-        return _assemble(x, y, rows, inverse, cost, keep, lambda v: reflect(v, normal_kept))
+        mix = replace(mix, normal=mix.normal * keep[:, None])
+        return _assemble(x, y, rows, inverse, cost, keep, mix)
 
 
 @dataclass(frozen=True)
@@ -155,16 +191,11 @@ class ScaledHadamard:
         sign = 1.0 - 2.0 * (random_words(seed, STREAM_SIGN, n) >> 31).double()
         scale = (sign * rows.range.double().rsqrt()).masked_fill(rows.constant, 0.0)
         inverse = _inverse(scale)
-        normalised = size.rsqrt().to(x.dtype)[:, None]
-        y = ops.hadamard(rows.scaled(x, scale), order, blocks) * normalised
+        norm = size.rsqrt().to(x.dtype)[:, None]
+        y = ops.hadamard(rows.scaled(x, scale), order, blocks) * norm
         cost = _block_mean(inverse.square(), group)
         keep = (size > 1) & _guarded(self.guard, row_cost, x, y, cost, group)
-
-        def unmix(v: Tensor) -> Tensor:
-            mixed = ops.hadamard(v, order, blocks) * normalised
-            return torch.where(keep[:, None], mixed, v)
-
-        return _assemble(x, y, rows, inverse, cost, keep, unmix)
+        return _assemble(x, y, rows, inverse, cost, keep, Butterflies(order, blocks, norm, keep[:, None]))
 
 
 Transform = Identity | BlockHouseholder | ScaledHadamard
@@ -204,9 +235,7 @@ def _block_mean(value: Tensor, group: Tensor) -> Tensor:
     return (total / count.clamp(min=1))[group]
 
 
-def _guarded(
-    guard: bool | str, row_cost: RowCost, x: Tensor, y: Tensor, cost: Tensor, group: Tensor
-) -> Tensor:
+def _guarded(guard: bool | str, row_cost: RowCost, x: Tensor, y: Tensor, cost: Tensor, group: Tensor) -> Tensor:
     """(N,) bool: whether a row's block stays transformed."""
     if guard is False:
         return torch.ones_like(group, dtype=torch.bool)
@@ -216,16 +245,20 @@ def _guarded(
 
 
 def _assemble(
-    x: Tensor, y: Tensor, rows: _Rows, inverse: Tensor, cost: Tensor, keep: Tensor, unmix: Callable
+    x: Tensor,
+    y: Tensor,
+    rows: _Rows,
+    inverse: Tensor,
+    cost: Tensor,
+    keep: Tensor,
+    matrix: Reflections | Butterflies,
 ) -> tuple[Tensor, Mixing]:
     """Plain rows where the guard says so; NaN everywhere if any row is not finite, since rows are mixed."""
     column = keep[:, None]
     offset = torch.where(column, rows.offset, 0.0)
-    offset = torch.where(
-        torch.isfinite(rows.range).all() & torch.isfinite(rows.offset).all(), offset, torch.nan
-    )
+    offset = torch.where(torch.isfinite(rows.range).all() & torch.isfinite(rows.offset).all(), offset, torch.nan)
     scale = torch.where(keep, inverse, 1.0).to(x.dtype)[:, None]
-    return torch.where(column, y, x), Mixing(scale, offset, unmix, torch.where(keep, cost, 1.0))
+    return torch.where(column, y, x), Mixing(scale, offset, matrix, torch.where(keep, cost, 1.0))
 
 
 def householder_blocks(size: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
