@@ -1,6 +1,12 @@
 """Fully quantized training of PyTorch models: low-bit weights, activations and gradients, forward and backward."""
 
+from fqt.errors import ConversionError as ConversionError
 from fqt.errors import FqtError as FqtError
+from fqt.nn import Recipe as Recipe
+from fqt.nn import Rule as Rule
+from fqt.nn import explain as explain
+from fqt.nn import quantize_ as quantize_
+from fqt.nn import restore_ as restore_
 from fqt.quant import QuantizedTensor as QuantizedTensor
 from fqt.quant import Quantizer as Quantizer
 from fqt.quant import quantizer as quantizer

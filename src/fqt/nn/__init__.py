@@ -1,0 +1,9 @@
+"""Layers on quantized operands: recipes, conversion, explanation."""
+
+from fqt.nn.convert import quantize_ as quantize_
+from fqt.nn.convert import restore_ as restore_
+from fqt.nn.explain import explain as explain
+from fqt.nn.recipe import Recipe as Recipe
+from fqt.nn.recipe import Rule as Rule
+from fqt.nn.recipe import dump_recipe as dump_recipe
+from fqt.nn.recipe import load_recipe as load_recipe

@@ -1,0 +1,188 @@
+"""Conversion: one line turns a model's layers into their quantized forms, one line turns them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from fqt.errors import ConversionError, FqtError
+from fqt.nn import layers
+from fqt.nn.attention import QuantizedMultiheadAttention
+from fqt.nn.recipe import DEFAULT, Recipe, Rule, load_recipe
+
+Model = TypeVar("Model", bound=nn.Module)
+
+QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: layers.QuantizedLinear,
+    nn.Conv1d: layers.QuantizedConv1d,
+    nn.Conv2d: layers.QuantizedConv2d,
+    nn.Conv3d: layers.QuantizedConv3d,
+    nn.ConvTranspose1d: layers.QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: layers.QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: layers.QuantizedConvTranspose3d,
+    nn.MultiheadAttention: QuantizedMultiheadAttention,
+}
+"""The quantized form of each layer class; a new layer is a new row."""
+
+_FLOAT_FORM = {quantized: plain for plain, quantized in QUANTIZED.items()}
+# Modules that multiply by a weight but have no quantized form here: named in every report.
+_PRODUCTS_IN_FLOAT = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.Linear, nn.modules.conv._ConvNd)
+_FAST_PATH = "_fqt_activation_relu_or_gelu"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What conversion does with one module.
+
+    Attributes:
+        name: its qualified name ("" is the model itself).
+        module: the module.
+        recipe: what it gets; None if it stays as it is.
+        reason: why it stays as it is; empty if it does not.
+    """
+
+    name: str
+    module: nn.Module
+    recipe: Recipe | None
+    reason: str = ""
+
+
+def quantize_(model: Model, recipe: Recipe | str | Path | Mapping[str, Any] = DEFAULT) -> Model:
+    """Train this model fully quantized from now on, in place.
+
+    Parameters, their names and the training loop stay what they are. Layers of other kinds stay float and are
+    listed by `explain`.
+
+    Args:
+        model: any module.
+        recipe: a name ("bhq4"), a `Recipe`, a TOML file, or a mapping with its words.
+
+    Returns:
+        The model.
+
+    Raises:
+        FqtError: the recipe is wrong.
+        ConversionError: a rule selects nothing, or names a layer that cannot be converted. All problems are
+            listed, and the model is unchanged.
+    """
+    resolved = load_recipe(recipe)
+    if not isinstance(model, nn.Module):
+        raise FqtError(f"quantize_ takes a torch.nn.Module, not {type(model).__name__}")
+    selections, problems = select(model, resolved)
+    if problems:
+        raise ConversionError("cannot convert the model; nothing was changed:\n  " + "\n  ".join(problems))
+    for selection in selections:
+        if selection.recipe is not None:
+            _convert(selection.module, selection.recipe)
+    for module in model.modules():
+        _set_fast_path(module)
+    return model
+
+
+def restore_(model: Model) -> Model:
+    """Turn all layers back into torch's own, in place, with the same parameters. Returns the model."""
+    for module in model.modules():
+        if type(module) in _FLOAT_FORM:
+            _convert(module, load_recipe("none"))
+    for module in model.modules():
+        _set_fast_path(module)
+    return model
+
+
+def select(model: nn.Module, recipe: Recipe) -> tuple[list[Selection], list[str]]:
+    """What `quantize_` would do with every layer that has products, and the problems it would raise."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    inside_attention = {m for a in names if isinstance(a, nn.MultiheadAttention) for m in a.modules() if m is not a}
+    used: set[Rule] = set()
+    selections, problems = [], []
+    for module, aliases in names.items():
+        rule = next((r for r in recipe.rules if any(_matches(r.pattern, n) for n in aliases)), None)
+        if module in inside_attention:
+            if rule is not None and rule.pattern in aliases:
+                problems.append(f"{aliases[0]!r} is part of an attention module: name that module instead")
+            continue
+        reason = _obstacle(module)
+        asked = rule is not None and not load_recipe(rule.recipe).is_float
+        if reason is None:
+            chosen = recipe if rule is None else load_recipe(rule.recipe)
+            selections.append(Selection(aliases[0], module, chosen))
+            used.update([rule] if rule else [])
+        elif asked and rule is not None and rule.pattern in aliases and not _inside_convertible(module):
+            problems.append(f"rule {rule.pattern!r} names a layer that cannot be converted: {reason}")
+            used.add(rule)
+        elif isinstance(module, _PRODUCTS_IN_FLOAT) or reason != _NO_PRODUCT:
+            selections.append(Selection(aliases[0], module, None, reason))
+    for rule in recipe.rules:
+        if rule not in used:
+            layers_ = ", ".join(repr(s.name) for s in selections if s.recipe is not None) or "none"
+            problems.append(f"rule {rule.pattern!r} selects no layer; the layers are: {_shorten(layers_)}")
+    return selections, problems
+
+
+_NO_PRODUCT = "it has no product with a weight"
+
+
+def _inside_convertible(module: nn.Module) -> bool:
+    """Whether a container holds a layer that can be converted, so that naming it makes sense."""
+    return any(_obstacle(m) is None for m in module.modules() if m is not module)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if fnmatchcase(name, pattern):
+        return True
+    return not any(c in pattern for c in "*?[") and name.startswith(pattern + ".")
+
+
+def _shorten(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[:limit].rsplit(",", 1)[0] + ", …"
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a module cannot be converted, or None if it can."""
+    kind = type(module)
+    if kind not in QUANTIZED and kind not in _FLOAT_FORM:
+        if isinstance(module, (*QUANTIZED, *_PRODUCTS_IN_FLOAT)):
+            if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
+                return f"{kind.__name__} has no parameters yet: run one batch through the model first"
+            return f"{kind.__name__} is not a class fqt has a quantized form of"
+        return _NO_PRODUCT
+    if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
+        return "MultiheadAttention with add_bias_kv or add_zero_attn has no quantized form"
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not a real floating-point tensor"
+    return None
+
+
+def _convert(module: nn.Module, recipe: Recipe) -> None:
+    plain = _FLOAT_FORM.get(type(module), type(module))
+    if recipe.is_float:
+        module.__class__ = plain
+        module.__dict__.pop("fqt_recipe", None)
+    else:
+        module.__class__ = QUANTIZED[plain]
+        module.fqt_recipe = recipe  # type: ignore[assignment]
+
+
+def _set_fast_path(module: nn.Module) -> None:
+    """Keep torch's fused inference path from bypassing converted layers inside an encoder layer.
+
+    That path reads the layers' weights directly; it is taken only if this attribute says ReLU or GELU.
+    """
+    if not isinstance(module, nn.TransformerEncoderLayer):
+        return
+    converted = any(type(m) in _FLOAT_FORM for m in module.modules())
+    if converted and _FAST_PATH not in module.__dict__:
+        module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
+        module.activation_relu_or_gelu = 0
+    elif not converted and _FAST_PATH in module.__dict__:
+        module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)

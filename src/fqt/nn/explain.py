@@ -1,0 +1,121 @@
+"""What a converted model computes on integers, what it simulates, what stays float, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fqt.nn.convert import _FLOAT_FORM, select
+from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
+from fqt.quant.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of one layer.
+
+    Attributes:
+        layer: qualified name.
+        product: "output", "grad_input", "grad_weight", or what else the layer computes.
+        arithmetic: "integer", "simulated" (float arithmetic on integer codes) or "float".
+        operands: what is multiplied, e.g. "ptq8 × ptq8".
+        why: the reason for the arithmetic.
+    """
+
+    layer: str
+    product: str
+    arithmetic: str
+    operands: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All products of a model, as rows; prints as a table."""
+
+    products: tuple[Product, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "product", "arithmetic", "operands", "why")
+        rows = [header, *((p.layer, p.product, p.arithmetic, p.operands, p.why) for p in self.products)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which of the model's products run on integers, and why the others do not.
+
+    Args:
+        model: any module, converted or not.
+
+    Returns:
+        A table with one row per product of every layer that has one.
+    """
+    rows: list[Product] = []
+    for selection in select(model, load_recipe("none"))[0]:
+        name, module = selection.name or "(model)", selection.module
+        if type(module) not in _FLOAT_FORM:
+            reason = selection.reason or "not converted"
+            rows.append(Product(name, "all", "float", "", reason))
+            continue
+        recipe: Recipe = module.fqt_recipe  # type: ignore[assignment]
+        rows += [_product(name, module, recipe, product) for product in ("output", "grad_input", "grad_weight")]
+        if isinstance(module, nn.MultiheadAttention):
+            why = "products of two activations have no weight to quantize"
+            rows.append(Product(name, "query·keyᵀ, weights·value", "float", "", why))
+    return Explanation(tuple(rows))
+
+
+def _product(layer: str, module: nn.Module, recipe: Recipe, product: str) -> Product:
+    names = {
+        "output": ("input", "weight"),
+        "grad_input": ("grad_input", "weight"),
+        "grad_weight": ("grad_weight", "input"),
+    }[product]
+    left, right = (recipe.operand(name) for name in names)
+    words = dump_recipe(recipe)
+    operands = " × ".join(_words(words[name]) for name in names)
+    if left is None or right is None:
+        exact = "grad_output" if product != "output" else "an operand"
+        return Product(layer, product, "float", operands, f"{exact if left is None else 'an operand'} stays float")
+    obstacle = _integer_obstacle(module, recipe, left, right, product)
+    why = obstacle or "both operands are integer codes; this version multiplies them in float"
+    return Product(layer, product, "simulated", operands, why)
+
+
+def _integer_obstacle(module: nn.Module, recipe: Recipe, left: Quantizer, right: Quantizer, product: str) -> str:
+    """Why two integer operands could not be multiplied as integers: a step on a contracted axis."""
+    dense = isinstance(module, nn.Linear | nn.MultiheadAttention)
+    folded = recipe.fold != "never"
+    axis = left.scale.axis
+    if left.scale.group == "column":
+        return "a step per column lies on a contracted axis"
+    if product == "output":
+        return "" if dense or axis != "token" or left.scale.group == "tensor" else _CONTRACTED.format("position")
+    if left.scale.group == "row":
+        if product == "grad_input" and (axis == "channel" or (axis == "token" and not dense)):
+            return _CONTRACTED.format(axis)
+        if product == "grad_weight" and axis in ("sample", "token"):
+            return _CONTRACTED.format(axis)
+    if right.scale.group == "row":
+        foldable = product == "grad_input" or dense or right.scale.axis != "token"
+        if not (folded and foldable):
+            return f"the {_OTHER[product]} has steps on the contracted axis and fold is {recipe.fold!r}"
+    return ""
+
+
+_CONTRACTED = "a step per {} lies on a contracted axis"
+
+
+_OTHER = {"output": "weight", "grad_input": "weight", "grad_weight": "input"}
+
+
+def _words(entry: str | dict[str, Any]) -> str:
+    """An operand's entry of `dump_recipe`, on one line."""
+    if isinstance(entry, str):
+        return "float" if entry == "none" else entry
+    return "{" + ", ".join(f"{key}={value}" for key, value in entry.items()) + "}"

@@ -1,0 +1,141 @@
+"""The linear map of a layer: its three products, and which axes of an operand are its rows.
+
+A convolution is linear per sample, so it has the same three products as a matrix product and the same row axis;
+one autograd function serves both through this small interface.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class DenseMap:
+    """`output = input · weightᵀ`: input (…, I), weight (O, I), output (…, O)."""
+
+    aligned_tokens = True
+    """Whether one input position meets one output position, so that a step per token can move across."""
+
+    def output(self, input: Tensor, weight: Tensor) -> Tensor:
+        """(…, O)."""
+        return F.linear(input, weight)
+
+    def grad_input(self, grad_output: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+        """(…, I)."""
+        return grad_output @ weight
+
+    def grad_weight(self, grad_output: Tensor, input: Tensor, weight_shape: torch.Size) -> Tensor:
+        """(O, I)."""
+        return grad_output.flatten(0, -2).T @ input.flatten(0, -2)
+
+    def grad_bias(self, grad_output: Tensor) -> Tensor:
+        """(O,)."""
+        return grad_output.flatten(0, -2).sum(0)
+
+    def rows(self, axis: str | None, ndim: int) -> tuple[int, ...]:
+        """The row axes of input or grad_output; by habit every token."""
+        if axis == "channel":
+            return (ndim - 1,)
+        return (0,) if axis == "sample" else tuple(range(ndim - 1))
+
+    def per_channel(self, vector: Tensor, ndim: int) -> Tensor:
+        """A vector (O,) so that it broadcasts against grad_output."""
+        return vector
+
+    def weight_by_channel(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The weight, reshaped if need be, and its output-channel axes."""
+        return weight, (0,)
+
+
+@dataclass(frozen=True)
+class ConvMap:
+    """A convolution or transposed convolution: input (N, C, *), output (N, O, *).
+
+    Attributes:
+        stride, padding, dilation, output_padding: one number per spatial axis.
+        groups: channel groups; a transposed convolution's weight is (C, O/groups, *), else (O, C/groups, *).
+        transposed: whether it is the transposed form.
+        extra: further zero padding of the input, as `torch.nn.functional.pad` takes it, for padding that
+            differs from side to side ("same" with an even kernel).
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    extra: tuple[int, ...] = ()
+
+    aligned_tokens = False
+
+    def output(self, input: Tensor, weight: Tensor) -> Tensor:
+        """(N, O, *)."""
+        return torch.ops.aten.convolution(self._pad(input), weight, None, *self._arguments())
+
+    def grad_input(self, grad_output: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+        """(N, C, *)."""
+        padded = self._pad(grad_output.new_empty(1).expand(input_shape), shape_only=True)
+        grad, _, _ = torch.ops.aten.convolution_backward(
+            grad_output, padded, weight, None, *self._arguments(), [True, False, False]
+        )
+        if self.extra:
+            grad = F.pad(grad, [-p for p in self.extra])
+        return grad
+
+    def grad_weight(self, grad_output: Tensor, input: Tensor, weight_shape: torch.Size) -> Tensor:
+        """The weight's shape."""
+        weight = grad_output.new_empty(1).expand(weight_shape)
+        _, grad, _ = torch.ops.aten.convolution_backward(
+            grad_output, self._pad(input), weight, None, *self._arguments(), [False, True, False]
+        )
+        return grad
+
+    def grad_bias(self, grad_output: Tensor) -> Tensor:
+        """(O,)."""
+        return grad_output.sum([d for d in range(grad_output.ndim) if d != 1])
+
+    def rows(self, axis: str | None, ndim: int) -> tuple[int, ...]:
+        """The row axes of input or grad_output; by habit every sample."""
+        if axis == "channel":
+            return (1,)
+        return (0, *range(2, ndim)) if axis == "token" else (0,)
+
+    def per_channel(self, vector: Tensor, ndim: int) -> Tensor:
+        """A vector (O,) so that it broadcasts against grad_output."""
+        return vector.view(-1, *[1] * (ndim - 2))
+
+    def weight_by_channel(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The weight, reshaped if need be, and its output-channel axes."""
+        if not self.transposed:
+            return weight, (0,)
+        return weight.unflatten(0, (self.groups, -1)), (0, 2)
+
+    def _arguments(self) -> tuple:
+        zeros = [0] * len(self.stride)
+        output_padding = list(self.output_padding) or zeros
+        return (
+            list(self.stride),
+            list(self.padding),
+            list(self.dilation),
+            self.transposed,
+            output_padding,
+            self.groups,
+        )
+
+    def _pad(self, x: Tensor, shape_only: bool = False) -> Tensor:
+        if not self.extra:
+            return x
+        if shape_only:
+            shape = list(x.shape)
+            for i in range(len(self.extra) // 2):
+                shape[-1 - i] += self.extra[2 * i] + self.extra[2 * i + 1]
+            return x.new_empty(1).expand(shape)
+        return F.pad(x, list(self.extra))
+
+
+LinearMap = DenseMap | ConvMap

@@ -1,0 +1,280 @@
+"""Recipes: which quantizer each operand of a layer's three products gets, and which layers get which recipe.
+
+    output      = input · weightᵀ            operands `input`, `weight`: deterministic
+    grad_input  = grad_output · weight       grad_output quantized by `grad_input`
+    grad_weight = grad_outputᵀ · input       grad_output quantized by `grad_weight`
+
+A recipe is named after what is quantized differently from QAT: `bhq4` sets `grad_input` and leaves the rest as
+the paper has it (per-tensor 8 bits). One quantizer type serves all four operands; a table of knobs per operand
+was rejected, since every new idea would then need four new fields.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fqt.errors import FqtError
+from fqt.quant.catalog import METHODS, known_names, quantizer, quantizer_name
+from fqt.quant.quantizer import Quantizer
+from fqt.quant.scale import Integers, Scale
+from fqt.quant.transform import BlockHouseholder, Identity, ScaledHadamard, Transform
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+OPERANDS = ("input", "weight", "grad_input", "grad_weight")
+FOLDS = ("never", "auto", "always")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose qualified name matches `pattern` get `recipe`; the first matching rule wins.
+
+    Attributes:
+        pattern: a shell-style pattern; `*` also spans dots. A name without wildcards also selects everything
+            inside the module it names.
+        recipe: a `Recipe` without rules of its own, or the name of one; "none" leaves the layer in float.
+    """
+
+    pattern: str
+    recipe: Recipe | str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise FqtError(f"a rule's pattern must be a module name or a shell-style pattern, not {self.pattern!r}")
+        resolved = load_recipe(self.recipe)
+        if resolved.rules:
+            raise FqtError(f"the recipe of rule {self.pattern!r} has rules of its own: write one flat list")
+        object.__setattr__(self, "recipe", resolved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The four operands' quantizers; a quantizer, its name, or None for float.
+
+    Attributes:
+        input, weight: nearest rounding, no transform; a name ("psq8") means that here, and symmetric codes for
+            `weight`.
+        grad_input, grad_weight: the two quantizers of the same grad_output. Stochastic, dithered or best: the
+            gradient is then an unbiased estimate of the QAT gradient. Nearest (an explicit "…n") is biased and
+            there for comparison.
+        fold: whether a step on a contracted axis (of `weight` in grad_input, of `input` in grad_weight) moves
+            into grad_output before that is quantized: "never"; "always"; "auto", where the closed-form bound of
+            the product's variance does not rise. Unbiased either way.
+        rules: exceptions by layer name, first match wins.
+    """
+
+    input: Quantizer | str | None = "ptq8"
+    weight: Quantizer | str | None = "ptq8"
+    grad_input: Quantizer | str | None = None
+    grad_weight: Quantizer | str | None = None
+    fold: str = "never"
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        for operand in OPERANDS:
+            object.__setattr__(self, operand, _operand(operand, getattr(self, operand)))
+        if self.fold not in FOLDS:
+            raise FqtError(f"unknown fold {self.fold!r}; known: {', '.join(FOLDS)}")
+        object.__setattr__(self, "rules", tuple(self.rules))
+
+    def operand(self, name: str) -> Quantizer | None:
+        """The quantizer of one of the four operands, by field name."""
+        value = getattr(self, name)
+        assert value is None or isinstance(value, Quantizer)
+        return value
+
+    @property
+    def is_float(self) -> bool:
+        """Whether no operand is quantized."""
+        return all(getattr(self, operand) is None for operand in OPERANDS)
+
+    def __str__(self) -> str:
+        return recipe_name(self) or ", ".join(f"{k}={v}" for k, v in dump_recipe(self).items() if k != "rules")
+
+
+def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
+    """The quantizer an operand's entry stands for."""
+    forward = operand in ("input", "weight")
+    if isinstance(value, str):
+        value = _named_operand(operand, value)
+    if value is None:
+        return None
+    if not isinstance(value, Quantizer):
+        raise FqtError(f"{operand} must be a Quantizer, its name or None, not {value!r}")
+    if forward and (value.rounding != "nearest" or not isinstance(value.transform, Identity)):
+        raise FqtError(f"{operand} must be rounded to nearest without transform: the forward pass is deterministic")
+    if operand == "input" and value.scale.axis == "channel":
+        raise FqtError("input has no output channels: its axis is 'sample' or 'token'")
+    if operand == "weight" and value.scale.axis not in (None, "channel"):
+        raise FqtError(f"weight has no {value.scale.axis}s: its axis is 'channel'")
+    return value
+
+
+def _named_operand(operand: str, name: str) -> Quantizer | None:
+    if name in ("none", "float"):
+        return None
+    value = quantizer(name)
+    if operand not in ("input", "weight"):
+        return value
+    if value.rounding == "stochastic":  # a bare name: the forward pass has only one rounding
+        value = replace(value, rounding="nearest")
+    if operand == "weight" and value.rounding == "nearest":
+        value = replace(value, scale=replace(value.scale, mode="symmetric"))
+    return value
+
+
+DEFAULT = "default"
+
+
+def _named(name: str) -> Recipe:
+    """The recipe of that name."""
+    if name == "none":
+        return Recipe(input=None, weight=None)
+    if name == "qat":
+        return Recipe()
+    if name == DEFAULT:
+        # Chosen by measured gradient variance: see the table in docs/recipes.md.
+        return Recipe(
+            input="ptq8", weight="psq8@channel", grad_input="shq8x", grad_weight="psq8x@channel", fold="auto"
+        )
+    try:
+        return Recipe(grad_input=name, grad_weight="ptq8")
+    except FqtError:
+        if any(name.startswith(method) for method in METHODS):
+            raise
+        raise FqtError(
+            f"unknown recipe {name!r}; known: none, qat, {DEFAULT}, a TOML file, or a quantizer: {known_names()}"
+        ) from None
+
+
+def recipe_name(recipe: Recipe) -> str | None:
+    """The name that `load_recipe` would build this recipe from, or None."""
+    candidates = ["none", "qat", DEFAULT]
+    if isinstance(recipe.grad_input, Quantizer):
+        candidates.append(quantizer_name(recipe.grad_input) or "qat")
+    return next((name for name in candidates if _named(name) == recipe), None)
+
+
+def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+    """A recipe from its name, a TOML file, or a mapping with the same words.
+
+    The mapping's keys are the fields of `Recipe`, and `base`, the name of the recipe to start from. An operand
+    is a name ("psq8@channel", "none") or a table with the words of `Quantizer`: transform ("none",
+    "householder", "hadamard"), guard, group, mode, axis, bits, rounding. `rules` is a list of tables with
+    `pattern` and `recipe`.
+
+    Raises:
+        FqtError: says what is unknown or wrong, and what is known.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".toml")):
+        return _from_file(Path(source))
+    if isinstance(source, str):
+        return _named(source)
+    if isinstance(source, Mapping):
+        return _from_mapping(source)
+    raise FqtError(f"a recipe is a Recipe, a name, a TOML file or a mapping, not {source!r}")
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        return _from_mapping(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise FqtError(f"cannot read recipe {str(path)!r}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FqtError(f"recipe {str(path)!r} is not TOML: {error}") from None
+    except FqtError as error:
+        raise FqtError(f"recipe {str(path)!r}: {error}") from None
+
+
+def _from_mapping(table: Mapping[str, Any]) -> Recipe:
+    known = {f.name for f in fields(Recipe)} | {"base"}
+    _only(table, known, "recipe")
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in OPERANDS and isinstance(value, Mapping):
+            values[key] = _quantizer_from(value)
+        elif key == "rules":
+            values[key] = tuple(_rule_from(rule) for rule in value)
+        elif key != "base":
+            values[key] = value
+    return replace(_named(table.get("base", "qat")), **values)
+
+
+def _rule_from(table: Mapping[str, Any]) -> Rule:
+    _only(table, {"pattern", "recipe"}, "rule")
+    if set(table) != {"pattern", "recipe"}:
+        raise FqtError(f"a rule needs a pattern and a recipe; this one has {', '.join(table) or 'nothing'}")
+    recipe = table["recipe"]
+    return Rule(table["pattern"], _from_mapping(recipe) if isinstance(recipe, Mapping) else recipe)
+
+
+_TRANSFORMS: dict[str, type[Transform]] = {
+    "none": Identity,
+    "householder": BlockHouseholder,
+    "hadamard": ScaledHadamard,
+}
+
+
+def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
+    words = {
+        "transform": {"transform"},
+        "options": {"guard", "small_rows", "block"},
+        "scale": {"group", "mode", "axis"},
+        "grid": {"bits"},
+        "rounding": {"rounding"},
+    }
+    _only(table, set().union(*words.values()), "quantizer")
+    name = table.get("transform", "none")
+    if name not in _TRANSFORMS:
+        raise FqtError(f"unknown transform {name!r}; known: {', '.join(_TRANSFORMS)}")
+    options = {k: table[k] for k in words["options"] if k in table}
+    _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
+    return Quantizer(
+        transform=_TRANSFORMS[name](**options),
+        scale=Scale(**{k: table[k] for k in words["scale"] if k in table}),
+        grid=Integers(table.get("bits", 8)),
+        rounding=table.get("rounding", "stochastic"),
+    )
+
+
+def _only(table: Mapping[str, Any], known: set[str], what: str) -> None:
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise FqtError(f"unknown {what} key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}")
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The mapping that `load_recipe` builds `recipe` from; every value is one TOML can hold."""
+    table: dict[str, Any] = {operand: _dump_operand(operand, getattr(recipe, operand)) for operand in OPERANDS}
+    table["fold"] = recipe.fold
+    if recipe.rules:
+        table["rules"] = [
+            {"pattern": rule.pattern, "recipe": dump_recipe(load_recipe(rule.recipe))} for rule in recipe.rules
+        ]
+    return table
+
+
+def _dump_operand(operand: str, value: Quantizer | None) -> Any:
+    if value is None:
+        return "none"
+    plain = value
+    if operand == "weight":
+        plain = replace(value, scale=replace(value.scale, mode="affine"))
+    name = quantizer_name(plain)
+    if name is not None and _named_operand(operand, name) == value:
+        return name
+    transform = next(k for k, cls in _TRANSFORMS.items() if type(value.transform) is cls)
+    options = {f.name: getattr(value.transform, f.name) for f in fields(value.transform)}
+    scale = {"group": value.scale.group, "mode": value.scale.mode}
+    if value.scale.axis:
+        scale["axis"] = value.scale.axis
+    return {"transform": transform, **options, **scale, "bits": value.grid.bits, "rounding": value.rounding}
