@@ -1,0 +1,16 @@
+"""Reports: from records to tables and figures. Reads records and nothing else; nothing but the CLI imports it."""
+
+from fqt.report.figures import comparison_figure, save_figure
+from fqt.report.summary import Row, Spread, read_comparison, summarize
+from fqt.report.tables import markdown, terminal_table
+
+__all__ = [
+    "Row",
+    "Spread",
+    "comparison_figure",
+    "markdown",
+    "read_comparison",
+    "save_figure",
+    "summarize",
+    "terminal_table",
+]

@@ -1,0 +1,187 @@
+"""The command line: wires the rooms together and turns errors into one line and an exit status.
+
+Exit status: 0 done; 1 the training diverged; 2 bad input, or a record that could not be written; 130 interrupted
+with the state saved.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+import fqt
+from fqt.errors import FqtError
+from fqt.records import write_bytes
+from fqt.report import comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
+from fqt.train import TASKS, Comparison, Interrupted, TrainConfig, compare, resolve, train
+from fqt.train.compare import recipe_label
+from fqt.train.progress import ConsoleObserver
+from fqt.train.run import continue_config
+from fqt.train.trainer import make_model, pick_device
+
+__all__ = ["cli", "main"]
+
+RECIPES = "none,qat,ptq4,psq4,bhq4,shq4,shq4d"
+Command = Callable[..., Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``fqt``; ends the process with the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.path.insert(0, os.getcwd())  # so that --model finds a module beside the user
+    try:
+        status = cli.main(args=arguments, prog_name="fqt", standalone_mode=False)
+    except (FqtError, click.ClickException) as error:
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        print("fqt: " + " ".join(text.split()), file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(f"fqt: {stop}; the same command with --resume continues", file=sys.stderr)
+        sys.exit(130)
+    except (KeyboardInterrupt, click.Abort):
+        print("fqt: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(status or 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(fqt.__version__, prog_name="fqt")
+def cli() -> None:
+    """Train PyTorch models with low-bit weights, activations and gradients, and see what each bit costs."""
+
+
+def _training_options(command: Command) -> Command:
+    """The options that `train` and `compare` share; an option that is not given leaves the preset's value."""
+    options = [
+        click.option("--preset", help="Hyperparameters by name, or a TOML file; other options override them."),
+        click.option("--model", help="A model's name, or package.module:ClassOrFactory."),
+        click.option("--data", help="Folder with the task's files."),
+        click.option("--epochs", type=int, help="Passes over the training data."),
+        click.option("--steps", type=int, help="End after this many steps."),
+        click.option("--batch-size", type=int),
+        click.option("--lr", type=float, help="Peak learning rate."),
+        click.option("--momentum", type=float),
+        click.option("--nesterov/--no-nesterov", default=None),
+        click.option("--weight-decay", type=float, help="Of all but normalization layers."),
+        click.option("--schedule", help="cosine, onecycle or constant."),
+        click.option("--schedule-unit", help="Change the rate per step or per epoch."),
+        click.option("--warmup-epochs", type=int),
+        click.option("--label-smoothing", type=float),
+        click.option("--drop-last/--keep-last", default=None, help="The last, smaller batch of an epoch."),
+        click.option("--augment/--no-augment", default=None, help="Random crops and flips."),
+        click.option("--image-size", type=int, help="Side of a crop (imagefolder)."),
+        click.option("--device", help="auto, cpu, cuda, cuda:1 …"),
+        click.option("--workers", type=int, help="Processes that read images (imagefolder)."),
+        click.option("--amp/--no-amp", default=None, help="bfloat16 autocast."),
+        click.option("--window", type=int, help="Steps per line of metrics."),
+        click.option("--seed", type=int, help="First seed, for compare."),
+        click.option("--out", type=click.Path(path_type=Path), help="Folder of the record [default: under runs/]."),
+        click.option("--force", is_flag=True, help="Discard what is in the folder."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return click.argument("task", required=False)(command)
+
+
+@cli.command("train")
+@_training_options
+@click.option("--recipe", help="A recipe's name, or a TOML file.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out to the same numbers.")
+def train_command(
+    task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
+) -> int:
+    """Train on TASK (digits, fashion-mnist, cifar10, imagefolder) and keep the record in a folder."""
+    config = resolve(task, preset, given)
+    folder = out or Path("runs") / f"{config.task}-{recipe_label(config.recipe)}-seed{config.seed}"
+    if resume:
+        if force:
+            raise FqtError("--resume continues a run and --force discards it: give one of them")
+        config = continue_config(folder, _explicit(config, task, preset, given))
+    console = Console(stderr=True)
+    result = train(
+        config, folder, resume=resume, force=force, command=sys.argv, observer=ConsoleObserver(console)
+    )
+    click.echo(
+        f"accuracy {100 * result.accuracy:.2f} % (best {100 * result.best_accuracy:.2f} %), "
+        f"training loss {result.train_loss:.4f}, {result.steps} steps, record in {folder}"
+    )
+    return 1 if result.diverged else 0
+
+
+def _explicit(config: TrainConfig, task: str | None, preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What the user said of the run to continue; with a preset, that is the whole configuration."""
+    said = {name: value for name, value in given.items() if value is not None}
+    return {**config.to_dict(), **said} if preset else {**said, **({"task": task} if task else {})}
+
+
+@cli.command("compare")
+@_training_options
+@click.option("--recipes", default=RECIPES, show_default=True, help="Recipes to compare, separated by commas.")
+@click.option("--seeds", default=3, show_default=True, help="Number of seeds.")
+@click.option("--baseline", default="qat", show_default=True, help="What runs and noise are measured against.")
+@click.option("--batches", default=4, show_default=True, help="Batches for the gradient's noise; 0 leaves it out.")
+@click.option("--draws", default=8, show_default=True, help="Backward passes per batch.")
+@click.option("--resume", is_flag=True, hidden=True, help="A comparison always continues; accepted for symmetry.")
+def compare_command(
+    task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
+) -> None:
+    """Train on TASK with several recipes and seeds; end with a table and a plot.
+
+    Finished runs in the folder are not made again: repeat the command after an interruption, or with more seeds.
+    """
+    recipes = tuple(name.strip() for name in given.pop("recipes").split(",") if name.strip())
+    seeds, first = given.pop("seeds"), given.pop("seed") or 0
+    measure = {name: given.pop(name) for name in ("baseline", "batches", "draws")}
+    config = resolve(task, preset, given)
+    folder = out or Path("runs") / f"compare-{config.task}"
+    comparison = Comparison(base=config, recipes=recipes, seeds=tuple(range(first, first + seeds)), **measure)
+    console = Console(stderr=True)
+    compare(comparison, folder, force=force, command=sys.argv, observer=ConsoleObserver(console))
+    _write_report(folder)
+
+
+@cli.command("report")
+@click.argument("folder", type=click.Path(path_type=Path))
+def report_command(folder: Path) -> None:
+    """Make the table and the plot of a comparison again from its record."""
+    _write_report(folder)
+
+
+def _write_report(folder: Path) -> None:
+    record = read_comparison(folder)
+    rows = summarize(record)
+    write_bytes(folder / "compare.md", markdown(record, rows).encode())
+    figure = comparison_figure(record, rows)
+    for ending in ("png", "svg"):
+        save_figure(figure, folder / f"compare.{ending}")
+    Console().print(terminal_table(record, rows))
+    click.echo(f"table and plot: {folder}/compare.md, compare.png, compare.svg")
+
+
+@cli.command("explain")
+@click.argument("task", required=False)
+@click.option("--model", help="A model's name, or package.module:ClassOrFactory.")
+@click.option("--recipe", default="default", show_default=True, help="A recipe's name, or a TOML file.")
+@click.option("--data", help="Folder with the task's files.")
+def explain_command(task: str | None, model: str | None, recipe: str, data: str | None) -> None:
+    """Say, layer by layer, which products of TASK's model run on integers under a recipe, and why."""
+    config = resolve(task, None, {"model": model, "data": data, "recipe": recipe})
+    Console().print(fqt.explain(_task_model(config)))
+
+
+def _task_model(config: TrainConfig) -> Any:
+    from fqt.train.tasks import load_task
+
+    if config.task not in TASKS:
+        raise FqtError(f"unknown task {config.task!r}; known: {', '.join(TASKS)}")
+    return make_model(config, load_task(config, pick_device("cpu")), config.recipe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The table of a comparison, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from fqt.report.summary import Row, Spread
+
+__all__ = ["caption", "markdown", "terminal_table"]
+
+
+def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> Table:
+    """A table for a `rich.console.Console`."""
+    table = Table(title=_title(record), caption=caption(record), caption_justify="left")
+    for i, name in enumerate(_header(record)):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def markdown(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The same table as Markdown, with what it was measured on below it."""
+    header = _header(record)
+    lines = [
+        f"# {_title(record)}",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|---" + "|---:" * (len(header) - 1) + "|",
+        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
+        "",
+        caption(record),
+        "",
+        _provenance(record),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def caption(record: Mapping[str, Any]) -> str:
+    """What the columns mean."""
+    seeds, measured = len(record["seeds"]), record["measurement"]
+    text = "Mean ± standard deviation over " + (f"{seeds} seeds." if seeds > 1 else "seeds (here: one, no spread).")
+    if record["baseline"] in record["recipes"]:
+        text += f" Against {record['baseline']}: difference between runs of one seed, mean ± standard error."
+    if record["gradient"]:
+        text += (
+            " Noise ρ: variance of the parameter gradient due to quantization over that due to the mini-batch, "
+            f"at the {measured['reference']} run's weights half-way, {measured['batches']} batches × "
+            f"{measured['draws']} draws."
+        )
+    return text
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    config = record["config"]
+    length = f"{config['steps']} steps" if "steps" in config else f"{config['epochs']} epochs"
+    return f"{config['task']}, {config['model']}, {length}"
+
+
+def _header(record: Mapping[str, Any]) -> list[str]:
+    return ["recipe", "accuracy %", f"against {record['baseline']}", "final loss", "noise ρ"]
+
+
+def _cells(row: Row) -> list[str]:
+    name = row.recipe + (f" ({row.diverged} diverged)" if row.diverged else "")
+    difference = "–"
+    if row.difference is not None:
+        difference = _plus_minus(100 * row.difference.mean, 100 * row.difference.error, "+.2f")
+    return [
+        name,
+        _plus_minus(100 * row.accuracy.mean, 100 * row.accuracy.std, ".2f"),
+        difference,
+        _plus_minus(row.loss.mean, row.loss.std, ".4f"),
+        _significant(row.ratio),
+    ]
+
+
+def _plus_minus(value: float, spread: float, form: str) -> str:
+    if not math.isfinite(value):
+        return "–"
+    text = format(value, form)
+    return f"{text} ± {format(spread, form.lstrip('+'))}" if math.isfinite(spread) else text
+
+
+def _significant(spread: Spread) -> str:
+    """Ratios span orders of magnitude: two significant digits of the mean, the deviation to the same place."""
+    if not math.isfinite(spread.mean):
+        return "–"
+    if spread.mean == 0:
+        return "0"
+    digits = max(0, 1 - math.floor(math.log10(abs(spread.mean))))
+    return _plus_minus(spread.mean, spread.std, f".{digits}f")
+
+
+def _provenance(record: Mapping[str, Any]) -> str:
+    stamp = record["environment"]
+    commit = (stamp["commit"] or "unknown")[:12] + (" with local changes" if stamp["dirty"] else "")
+    return (
+        f"{stamp['time']}; fqt {stamp['fqt']}, commit {commit}; torch {stamp['torch']}; {stamp['processor']}, "
+        f"{stamp['threads']} threads{''.join(', ' + name for name in stamp['accelerators'])}."
+    )

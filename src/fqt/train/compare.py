@@ -1,0 +1,241 @@
+"""The same training with several recipes and seeds, and what each recipe's gradient noise is.
+
+Runs with one seed share initial weights, data order and crops across recipes, so differences between recipes are
+paired. A finished run is never made twice: an interrupted comparison continues where it was, and one with more
+recipes or seeds adds to what is there.
+
+**Gradient variance against the mini-batch's.** For each seed the weights of a reference run (the baseline's, if it
+is part of the comparison, else the first recipe's) after half of its steps are put into the model converted to each
+recipe. On fixed training batches the backward is repeated with fresh quantization noise; the variance of the whole
+parameter gradient given the batch, averaged over the batches, is divided by the variance that the baseline's
+gradient has from batch to batch at the same weights:
+
+    ρ = E_batch Var[g_recipe | batch] / Var_batch[g_baseline].
+
+At ρ = 1 quantization is as noisy as sampling the batch; below some hundredths it is hard to notice in training.
+Half-way weights are neither random nor converged; at the end of training on a small set the loss, and with it both
+variances, are nearly zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fqt.errors import FqtError
+from fqt.nn import load_recipe
+from fqt.records import environment, read_json, write_json
+from fqt.stats import Estimate, quantization_variance, sampling_variance
+from fqt.train.checkpoint import load_checkpoint
+from fqt.train.config import MACHINE_FIELDS, TrainConfig
+from fqt.train.loaders import Batch, Loader
+from fqt.train.results import RunResult
+from fqt.train.run import Observer, train
+from fqt.train.tasks import load_task
+from fqt.train.trainer import forward, load_weights, make_model, pick_device
+
+__all__ = ["Comparison", "compare"]
+
+FORMAT = "fqt compare 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to compare. Raises `FqtError` on construction when it makes no sense.
+
+    Attributes:
+        base: the training, but for recipe and seed.
+        recipes: names, or paths of TOML files, at least one.
+        seeds: at least one.
+        baseline: the recipe whose mini-batch variance is the unit; it need not be among ``recipes``.
+        batches: fixed batches on which quantization noise is measured; 0 leaves the measurement out.
+        draws: backward passes per batch.
+        sampling_batches: batches for the mini-batch variance.
+    """
+
+    base: TrainConfig
+    recipes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str = "qat"
+    batches: int = 4
+    draws: int = 8
+    sampling_batches: int = 16
+
+    def __post_init__(self) -> None:
+        """Validates, recipe names included."""
+        if not self.recipes or not self.seeds:
+            raise FqtError("a comparison needs at least one recipe and one seed")
+        labels = [recipe_label(recipe) for recipe in self.recipes]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise FqtError(f"the recipes {', '.join(twice)} are named twice")
+        for recipe in (*self.recipes, self.baseline):
+            load_recipe(recipe)
+        if self.batches and (self.batches < 2 or self.draws < 2 or self.sampling_batches < 2):
+            raise FqtError("a variance needs at least 2 batches, 2 draws and 2 sampling batches")
+
+    @property
+    def reference(self) -> str:
+        """The recipe whose half-way weights the gradients are measured at."""
+        return self.baseline if self.baseline in self.recipes else self.recipes[0]
+
+    def settings(self) -> dict[str, Any]:
+        """What the measured variances depend on besides the weights."""
+        return {
+            "reference": recipe_label(self.reference),
+            "baseline": recipe_label(self.baseline),
+            "batches": self.batches,
+            "draws": self.draws,
+            "sampling_batches": self.sampling_batches,
+        }
+
+
+def recipe_label(recipe: str) -> str:
+    """A recipe's name in tables and folders: itself, or the stem of its file."""
+    name = Path(recipe).stem if recipe.endswith(".toml") else recipe
+    return re.sub(r"[^\w.+@-]+", "_", name)
+
+
+def compare(
+    comparison: Comparison,
+    folder: Path,
+    *,
+    force: bool = False,
+    command: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Makes the runs and measurements that are not there yet, and keeps ``compare.json`` up to date.
+
+    Args:
+        comparison: what to compare.
+        folder: gets one folder per run, and ``compare.json``.
+        force: discard runs that are there.
+        command: what the user typed, for the record.
+        observer: told of every step and record of every run.
+
+    Returns:
+        The content of ``compare.json``.
+
+    Raises:
+        FqtError: what `fqt.train.run.train` raises, or the folder holds a comparison of another training.
+        Interrupted: the user stopped it; calling again continues.
+    """
+    path = folder / "compare.json"
+    shared = _shared(comparison.base)
+    old = read_json(path) if path.exists() and not force else {}
+    _check_old(old, shared, path)
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "environment": environment(command),
+        "config": shared,
+        "baseline": recipe_label(comparison.baseline),
+        "recipes": [recipe_label(recipe) for recipe in comparison.recipes],
+        "seeds": list(comparison.seeds),
+        "measurement": comparison.settings(),
+        "runs": [],
+        "gradient": old.get("gradient", []) if old.get("measurement") == comparison.settings() else [],
+    }
+    for seed in comparison.seeds:
+        for recipe in comparison.recipes:
+            config = comparison.base.replace(recipe=recipe, seed=seed)
+            home = _home(folder, recipe, seed)
+            result = train(config, home, resume=not force, force=force, command=command, observer=observer)
+            record["runs"].append(_run_record(recipe, seed, result))
+            write_json(path, record)
+        if comparison.batches:
+            _measure_seed(comparison, folder, seed, record)
+            write_json(path, record)
+    return record
+
+
+def _check_old(old: Any, shared: dict[str, Any], path: Path) -> None:
+    if not old:
+        return
+    if not isinstance(old, dict) or old.get("format") != FORMAT:
+        raise FqtError(f"{path} is no record of a comparison; name another --out, or discard it with --force")
+    was = {name: value for name, value in old["config"].items() if name not in MACHINE_FIELDS}
+    now = {name: value for name, value in shared.items() if name not in MACHINE_FIELDS}
+    changed = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    if changed:
+        raise FqtError(
+            f"{path.parent} holds a comparison with another {', '.join(changed)}: name another --out, "
+            "or discard it with --force"
+        )
+
+
+def _shared(base: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in base.to_dict().items() if name not in ("recipe", "seed")}
+
+
+def _home(folder: Path, recipe: str, seed: int) -> Path:
+    return folder / f"{recipe_label(recipe)}-seed{seed}"
+
+
+def _run_record(recipe: str, seed: int, result: RunResult) -> dict[str, Any]:
+    return {"recipe": recipe_label(recipe), "seed": seed, **dataclasses.asdict(result)}
+
+
+def _measure_seed(comparison: Comparison, folder: Path, seed: int, record: dict[str, Any]) -> None:
+    """Adds the missing gradient measurements of one seed to the record; none where the reference run diverged."""
+    done = {(entry["recipe"], entry["seed"]) for entry in record["gradient"]}
+    missing = [recipe for recipe in comparison.recipes if (recipe_label(recipe), seed) not in done]
+    reference = recipe_label(comparison.reference)
+    diverged = any(r["diverged"] for r in record["runs"] if (r["recipe"], r["seed"]) == (reference, seed))
+    if not missing or diverged:
+        return
+    config = comparison.base.replace(seed=seed)
+    device = pick_device(config.device)
+    data = load_task(config, device)
+    batches = list(islice(_fresh_batches(data, config), max(comparison.batches, comparison.sampling_batches)))
+    halfway = load_checkpoint(_home(folder, comparison.reference, seed) / "halfway.pt", ("model", "step"))
+
+    def model_with(recipe: str) -> nn.Module:
+        model = make_model(config, data, recipe)
+        load_weights(model, halfway["model"])
+        return model.to(device).train()
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        logits = forward(model, batch[0], amp=config.amp)
+        return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
+
+    sampling = sampling_variance(
+        model_with(comparison.baseline), loss_fn, batches[: comparison.sampling_batches], seed
+    ).total
+    for recipe in missing:
+        noise = quantization_variance(
+            model_with(recipe), loss_fn, batches[: comparison.batches], comparison.draws, seed
+        ).total
+        record["gradient"].append(
+            {
+                "recipe": recipe_label(recipe),
+                "seed": seed,
+                "step": halfway["step"],
+                "quantization": dataclasses.asdict(noise),
+                "sampling": dataclasses.asdict(sampling),
+                "ratio": dataclasses.asdict(_ratio(noise, sampling)),
+            }
+        )
+
+
+def _fresh_batches(data: Loader, config: TrainConfig) -> Iterator[Batch]:
+    """Training batches in an order that training did not use: from the epochs after its last."""
+    for epoch in count(config.epochs):
+        yield from data.train(epoch)
+
+
+def _ratio(noise: Estimate, sampling: Estimate) -> Estimate:
+    """The quotient, with its error to first order; the two are measured independently enough to add squares."""
+    if sampling.value <= 0:
+        return Estimate(value=float("nan"), error=float("nan"))
+    value = noise.value / sampling.value
+    error = math.hypot(noise.error, value * sampling.error) / sampling.value
+    return Estimate(value=value, error=error)

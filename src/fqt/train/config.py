@@ -1,0 +1,220 @@
+"""What a training run is: one frozen configuration, validated here and nowhere else.
+
+A configuration is put together from the defaults of the task, a preset and the user's flags, later ones winning.
+Defaults and presets are the same thing, TOML files under ``presets/``; the file that bears a task's name holds its
+defaults. Paths and machine matters (``data``, ``device``, ``workers``) may change when a run is continued;
+everything else would make it a different run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fqt.errors import FqtError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same parser under its earlier name
+    import tomli as tomllib
+
+__all__ = ["MACHINE_FIELDS", "TrainConfig", "preset_names", "resolve"]
+
+SCHEDULES = ("cosine", "onecycle", "constant")
+UNITS = ("step", "epoch")
+MACHINE_FIELDS = ("data", "device", "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Raises `FqtError` on construction when a value makes no sense.
+
+    Attributes:
+        task: name of the data and what is asked of it, e.g. ``digits``.
+        model: a model's name, or ``package.module:ClassOrFactory``.
+        recipe: a quantization recipe: a name, or the path of a TOML file.
+        seed: the only source of randomness: weights, data order, crops and quantization noise derive from it.
+        epochs: passes over the training data.
+        steps: if set, the run ends after this many optimizer steps; the schedule spans the shorter run.
+        batch_size: samples per step; evaluation uses the same.
+        lr: peak learning rate of SGD.
+        momentum: of SGD.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: L2 coefficient of everything but normalization layers.
+        norm_weight_decay: L2 coefficient of normalization layers' weights and biases.
+        schedule: ``cosine`` to zero, ``onecycle`` (cosine up from lr/25 over 30 %, then down to lr/250,000), or
+            ``constant``.
+        schedule_unit: whether the rate changes every ``step`` or every ``epoch``.
+        warmup_epochs: linear warm-up before ``cosine`` or ``constant``: lr·(i+1)/w in unit i of w.
+        label_smoothing: of the cross entropy in training.
+        drop_last: leave out the last, smaller batch of an epoch.
+        augment: random crops and flips as the task defines them.
+        image_size: side of a training crop, for tasks that resize.
+        data: folder of the task's files; empty for tasks that need none.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` …
+        workers: processes that read images, for tasks that read them from disk.
+        amp: run the model under bfloat16 autocast.
+        window: steps per line of training metrics.
+    """
+
+    task: str
+    model: str = "convnet"
+    recipe: str = "default"
+    seed: int = 0
+    epochs: int = 10
+    steps: int | None = None
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    norm_weight_decay: float = 0.0
+    schedule: str = "cosine"
+    schedule_unit: str = "step"
+    warmup_epochs: int = 0
+    label_smoothing: float = 0.0
+    drop_last: bool = True
+    augment: bool = True
+    image_size: int = 224
+    data: str = ""
+    device: str = "auto"
+    workers: int = 2
+    amp: bool = False
+    window: int = 50
+
+    def __post_init__(self) -> None:
+        """Validates every value; integers given for floats become floats."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
+        for name in ("epochs", "batch_size", "window", "image_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "warmup_epochs", "workers", "weight_decay", "norm_weight_decay"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
+        _require(self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0")
+        _require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        for name, allowed in (("schedule", SCHEDULES), ("schedule_unit", UNITS)):
+            value = getattr(self, name)
+            _require(value in allowed, f"unknown {name} {value!r}; known: {', '.join(allowed)}")
+        for name in ("task", "model", "recipe", "device"):
+            _require(getattr(self, name) != "", f"{name} must not be empty")
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, as plain values that TOML and JSON can hold."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], source: str = "the configuration") -> TrainConfig:
+        """Builds a configuration from a mapping.
+
+        Raises:
+            FqtError: an unknown key, a value of the wrong type, or one that makes no sense.
+        """
+        known = [field.name for field in dataclasses.fields(TrainConfig)]
+        unknown = sorted(set(values) - set(known))
+        _require(not unknown, f"{source} has unknown keys {', '.join(unknown)}; known: {', '.join(known)}")
+        _require("task" in values, f"{source} names no task")
+        return TrainConfig(**values)
+
+
+def resolve(task: str | None, preset: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Puts a configuration together: the task's defaults, then the preset, then the overrides.
+
+    Args:
+        task: the task, or ``None`` to take the preset's (``digits`` without a preset).
+        preset: a name from `preset_names`, or the path of a TOML file.
+        overrides: fields the user set; ``None`` values count as not set.
+
+    Raises:
+        FqtError: an unknown preset or key, a preset made for another task, or a value that makes no sense.
+    """
+    chosen = load_preset(preset) if preset else {}
+    if task and chosen.get("task", task) != task:
+        raise FqtError(f"preset {preset} is for the task {chosen['task']}, not {task}")
+    task = task or chosen.get("task", "digits")
+    defaults = load_preset(task) if task in preset_names() else {}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return TrainConfig.from_dict({**defaults, **chosen, **given, "task": task}, preset or "the configuration")
+
+
+def preset_names() -> list[str]:
+    """The names of the TOML files that come with the package."""
+    return sorted(f.name[:-5] for f in _presets().iterdir() if f.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Reads a preset, one of `preset_names` or a path ending in ``.toml``.
+
+    Raises:
+        FqtError: no such preset, or the file is not TOML.
+    """
+    if name in preset_names():
+        return tomllib.loads((_presets() / f"{name}.toml").read_text(encoding="utf-8"))
+    if name.endswith(".toml"):
+        return read_toml(Path(name))
+    raise FqtError(f"unknown preset {name!r}; known: {', '.join(preset_names())}, or the path of a .toml file")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Raises:
+        FqtError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FqtError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise FqtError(f"{path} is not a TOML file ({error})") from error
+
+
+def to_toml(values: Mapping[str, Any]) -> bytes:
+    """The TOML text of a mapping."""
+    return tomli_w.dumps(values).encode()
+
+
+def _presets() -> Any:
+    return resources.files("fqt.train") / "presets"
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """``value`` as the field's type; bool is not taken for a number, nor a fraction for an integer."""
+    kind = str(field.type)  # annotations are strings in this module
+    if kind == "int | None":
+        if value is None:
+            return None
+        kind = "int"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "float" and is_number:
+        _require(math.isfinite(value), f"{field.name} must be finite, got {value}")
+        return float(value)
+    right = {
+        "int": isinstance(value, int) and is_number,
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+    }.get(kind, False)
+    _require(right, f"{field.name} must be {_WORDS[kind]}, got {value!r}")
+    return value
+
+
+_WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise FqtError(message)

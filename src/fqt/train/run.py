@@ -1,0 +1,284 @@
+"""A training run with its folder: metrics, checkpoints, interruption, continuation.
+
+The folder holds
+
+=====================  ===========================================================================================
+``config.toml``        the whole configuration, and the recipe in full under ``[resolved_recipe]``
+``environment.json``   where and with what the run was started, and each time it was continued
+``metrics.jsonl``      one line per window of steps (``kind = "train"``) and per evaluation (``"eval"``); a last
+                       line of kind ``"end"`` marks a finished run
+``checkpoint.pt``      the latest state, enough to continue to the same numbers
+``halfway.pt``         the weights after half of the steps, where `fqt compare` measures gradients
+=====================  ===========================================================================================
+
+A checkpoint is written after every epoch, every ten minutes within one, and on Ctrl-C. It remembers how long
+``metrics.jsonl`` was, so that a continued run cuts off lines from steps that will be done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from fqt.errors import FqtError
+from fqt.records import append_record, environment, read_json, write_bytes, write_json
+from fqt.train.checkpoint import load_checkpoint, save_checkpoint
+from fqt.train.config import MACHINE_FIELDS, TrainConfig, read_toml, to_toml
+from fqt.train.results import RunResult, is_finished, read_result
+from fqt.train.trainer import Trainer
+
+__all__ = ["Interrupted", "Observer", "Silent", "continue_config", "train"]
+
+CHECKPOINT_SECONDS = 600.0
+FILES = ("metrics.jsonl", "checkpoint.pt", "halfway.pt", "environment.json", "config.toml")
+STATE = ("config", "recipe", "step", "model", "optimizer", "window", "rng", "metrics_bytes")
+
+
+class Interrupted(Exception):
+    """The user stopped the run; its state is saved in ``folder`` after ``step`` steps."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(f"interrupted after step {step}; the state is saved in {folder}")
+        self.folder, self.step = folder, step
+
+
+class Observer(Protocol):
+    """Whoever wants to watch a run."""
+
+    def begin(self, title: str, total: int, done: int) -> None:
+        """A run of ``total`` steps starts with ``done`` of them behind it."""
+
+    def step(self) -> None:
+        """A step was made."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """A line was added to the metrics."""
+
+    def end(self) -> None:
+        """The run is over, finished or not."""
+
+
+class Silent:
+    """An observer that does not say anything."""
+
+    def begin(self, title: str, total: int, done: int) -> None:
+        """Nothing."""
+
+    def step(self) -> None:
+        """Nothing."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    command: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> RunResult:
+    """Trains, and leaves the record in ``folder``.
+
+    Interrupted (Ctrl-C, SIGTERM) or stopped by an error and then resumed, a run gives the same metrics, bit for
+    bit, as one that was left alone: on the same machine, with the same number of threads, and on a GPU as far as
+    its kernels are deterministic.
+
+    Args:
+        config: the run.
+        folder: where the record goes; created.
+        resume: continue from the checkpoint; a folder without one starts from the beginning, a finished run is
+            read and not run again.
+        force: discard the run that is in the folder.
+        command: what the user typed, for the record.
+        observer: told of every step and record.
+
+    Returns:
+        The run's numbers, read back from the record.
+
+    Raises:
+        FqtError: bad configuration, missing data, a folder that already holds a run, a checkpoint that cannot be
+            used, a full disk. What was saved before is intact.
+        Interrupted: the user stopped it.
+    """
+    occupied = any((folder / name).exists() for name in FILES)
+    if occupied and not (resume or force):
+        raise FqtError(
+            f"{folder} already holds a run: continue it with --resume, discard it with --force, "
+            "or name another --out"
+        )
+    if resume and (folder / "config.toml").exists():
+        _check_same(folder, _saved_config(folder), config)
+    if resume and is_finished(folder):
+        return read_result(folder)
+    trainer = Trainer(config)  # finds every fault of the configuration before anything is touched
+    if resume and (folder / "checkpoint.pt").exists():
+        _take_up(trainer, folder, command)
+    else:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        _open_folder(trainer, folder, command)
+    watcher: Observer = observer or Silent()
+    watcher.begin(f"{config.recipe} seed {config.seed}", trainer.total_steps, trainer.step)
+    try:
+        with _StopRequest() as stop:
+            _Loop(trainer, folder, watcher, stop).run()
+    finally:
+        watcher.end()
+    return read_result(folder)
+
+
+def continue_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of the run in ``folder``, with the machine's matters as given now.
+
+    Raises:
+        FqtError: there is no run, or a given value would make it a different one.
+    """
+    if not (folder / "config.toml").is_file():
+        raise FqtError(f"{folder} holds no run to continue (no config.toml); start one without --resume")
+    config = _saved_config(folder)
+    wanted = config.replace(**{name: value for name, value in given.items() if value is not None})
+    _check_same(folder, config, wanted)
+    return wanted
+
+
+def _saved_config(folder: Path) -> TrainConfig:
+    values = read_toml(folder / "config.toml")
+    values.pop("resolved_recipe", None)
+    return TrainConfig.from_dict(values, str(folder / "config.toml"))
+
+
+def _check_same(folder: Path, saved: TrainConfig, wanted: TrainConfig) -> None:
+    for field in dataclasses.fields(TrainConfig):
+        was, now = getattr(saved, field.name), getattr(wanted, field.name)
+        if now != was and field.name not in MACHINE_FIELDS:
+            raise FqtError(
+                f"the run in {folder} was started with {field.name} = {was}; {now} would make it a different run: "
+                "name another --out, or discard the old run with --force"
+            )
+
+
+class _Loop:
+    """Steps, windows, evaluations and checkpoints, in order."""
+
+    def __init__(self, trainer: Trainer, folder: Path, observer: Observer, stop: _StopRequest) -> None:
+        self.trainer, self.folder, self.observer, self.stop = trainer, folder, observer, stop
+        self.clock = self.saved_at = time.monotonic()
+
+    def run(self) -> None:
+        """Runs to the end of training, to divergence, or to the user's interruption."""
+        trainer = self.trainer
+        while trainer.step < trainer.total_steps:
+            for batch in trainer.batches():
+                self._step(batch)
+                if trainer.at_window_end and not self._report(trainer.take_window()):
+                    self._report(trainer.evaluate())
+                    self._end(diverged=True)
+                    return
+                self._maybe_save()
+            self._report(trainer.evaluate())
+            self._save()
+            self._maybe_stop()
+        self._end(diverged=False)
+
+    def _step(self, batch: Any) -> None:
+        if self.trainer.step == self.trainer.total_steps // 2:
+            weights = {"config": self.trainer.config.to_dict(), "step": self.trainer.step}
+            save_checkpoint(self.folder / "halfway.pt", {**weights, "model": self.trainer.model.state_dict()})
+        self.trainer.train_step(batch)
+        self.observer.step()
+
+    def _report(self, record: dict[str, Any]) -> bool:
+        """Writes a line of metrics; whether its loss is finite."""
+        now = time.monotonic()
+        record["seconds"], self.clock = round(now - self.clock, 3), now
+        append_record(self.folder / "metrics.jsonl", record)
+        self.observer.record(record)
+        return math.isfinite(record["loss"])
+
+    def _maybe_save(self) -> None:
+        """Within an epoch: saves when it is time or the user asks; at its end the evaluation comes first."""
+        if self.trainer.at_epoch_end:
+            return
+        if self.stop.requested or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            self._save()
+            self._maybe_stop()
+
+    def _save(self) -> None:
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            with open(metrics, "rb") as file:  # the lines must not be younger on the disk than the state
+                os.fsync(file.fileno())
+        size = metrics.stat().st_size if metrics.exists() else 0
+        save_checkpoint(self.folder / "checkpoint.pt", {**self.trainer.state(), "metrics_bytes": size})
+        self.saved_at = time.monotonic()
+
+    def _maybe_stop(self) -> None:
+        if self.stop.requested and self.trainer.step < self.trainer.total_steps:
+            raise Interrupted(self.folder, self.trainer.step)
+
+    def _end(self, *, diverged: bool) -> None:
+        record = {"kind": "end", "step": self.trainer.step, "diverged": diverged}
+        append_record(self.folder / "metrics.jsonl", record)
+        self.observer.record(record)
+
+
+def _open_folder(trainer: Trainer, folder: Path, command: Sequence[str]) -> None:
+    values = {**trainer.config.to_dict(), "resolved_recipe": trainer.recipe}
+    write_bytes(folder / "config.toml", to_toml(values))
+    write_json(folder / "environment.json", {"started": environment(command), "continued": []})
+
+
+def _take_up(trainer: Trainer, folder: Path, command: Sequence[str]) -> None:
+    state = load_checkpoint(folder / "checkpoint.pt", STATE)
+    saved, now = dict(state["config"]), trainer.config.to_dict()
+    changed = [name for name in now if name not in MACHINE_FIELDS and saved.get(name) != now[name]]
+    if changed:
+        raise FqtError(f"the checkpoint in {folder} is of another run ({', '.join(changed)} differ)")
+    trainer.restore(state)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > state["metrics_bytes"]:
+        os.truncate(metrics, state["metrics_bytes"])
+    stamps = folder / "environment.json"
+    record = read_json(stamps) if stamps.exists() else {"started": None, "continued": []}
+    record["continued"].append({"step": trainer.step, **environment(command)})
+    write_json(stamps, record)
+
+
+class _StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request, so that the step in progress is finished and saved.
+
+    A second one interrupts at once. Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
