@@ -195,3 +195,19 @@ def reflect(x: Tensor, group: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
     """
     total = torch.zeros_like(x).index_add_(0, group, x * normal)
     return x - normal * (total * factor).index_select(0, group)
+
+
+def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+    """(x · half − offset · half) · scale, (N, D), with (N, 1) parameters; half is ½ for rows too wide, else 1."""
+    return (x * half).sub_(offset * half).mul_(scale)
+
+
+def unscale_rows(y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """y · scale + offset, (N, D), with (N, 1) parameters, clamped to the finite floats."""
+    largest = torch.finfo(y.dtype).max
+    return (y * scale).add_(offset).clamp_(-largest, largest)
+
+
+def select_rows(keep: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Row r of x where keep (N, 1) holds, else of y; (N, D)."""
+    return torch.where(keep, x, y)

@@ -62,7 +62,7 @@ class Butterflies:
 
     def transposed(self, y: Tensor) -> Tensor:
         """Mᵀ y, (N, D)."""
-        return torch.where(self.keep, ops.hadamard(y, self.order, self.blocks) * self.norm, y)
+        return reference.select_rows(self.keep, ops.hadamard(y, self.order, self.blocks).mul_(self.norm), y)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class Mixing:
 
     def undo(self, y: Tensor) -> Tensor:
         """S⁻¹ y + z, (N, D); finite where y is (values beyond the largest float are clamped to it)."""
-        largest = torch.finfo(y.dtype).max
-        return (self.matrix.transposed(y) * self.inverse_scale + self.offset).clamp_(-largest, largest)
+        return reference.unscale_rows(self.matrix.transposed(y), self.inverse_scale, self.offset)
 
 
 def _check_guard(guard: bool | str) -> None:
@@ -192,7 +191,7 @@ class ScaledHadamard:
         scale = (sign * rows.range.double().rsqrt()).masked_fill(rows.constant, 0.0)
         inverse = _inverse(scale)
         norm = size.rsqrt().to(x.dtype)[:, None]
-        y = ops.hadamard(rows.scaled(x, scale), order, blocks) * norm
+        y = ops.hadamard(rows.scaled(x, scale), order, blocks).mul_(norm)
         cost = _block_mean(inverse.square(), group)
         keep = (size > 1) & _guarded(self.guard, row_cost, x, y, cost, group)
         return _assemble(x, y, rows, inverse, cost, keep, Butterflies(order, blocks, norm, keep[:, None]))
@@ -221,7 +220,7 @@ class _Rows:
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
         """diag(scale)·(x − z), with no overflow on the way."""
-        return (x * self.half - self.offset * self.half) * (scale[:, None] / self.half).to(x.dtype)
+        return reference.scale_rows(x, self.half, self.offset, (scale[:, None] / self.half).to(x.dtype))
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -258,7 +257,7 @@ def _assemble(
     offset = torch.where(column, rows.offset, 0.0)
     offset = torch.where(torch.isfinite(rows.range).all() & torch.isfinite(rows.offset).all(), offset, torch.nan)
     scale = torch.where(keep, inverse, 1.0).to(x.dtype)[:, None]
-    return torch.where(column, y, x), Mixing(scale, offset, matrix, torch.where(keep, cost, 1.0))
+    return reference.select_rows(column, y, x), Mixing(scale, offset, matrix, torch.where(keep, cost, 1.0))
 
 
 def householder_blocks(size: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
