@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.kernels import ops
+from fqt.kernels import ops, reference
 from fqt.kernels.philox import STREAM_SIGN, random_words
 
 RowCost = Callable[[Tensor], Tensor]
