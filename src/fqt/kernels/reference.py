@@ -208,6 +208,6 @@ def unscale_rows(y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return (y * scale).add_(offset).clamp_(-largest, largest)
 
 
-def select_rows(keep: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Row r of x where keep (N, 1) holds, else of y; (N, D)."""
-    return torch.where(keep, x, y)
+def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
+    """Row r of y, in place, becomes row r of x unless keep (N, 1) holds; returns y, (N, D)."""
+    return y.copy_(torch.where(keep, y, x))

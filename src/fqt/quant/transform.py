@@ -46,23 +46,21 @@ class Reflections:
 
 @dataclass(frozen=True)
 class Butterflies:
-    """M of the Hadamard transform (its signs belong to the scale): symmetric, so it is its own transpose.
+    """√m·M of the Hadamard transform: symmetric, so it is its own transpose; scales take up signs and 1/√m.
 
     Attributes:
         order: (N,) int64, the rows block by block.
-        blocks: the blocks' sizes.
-        norm: (N, 1), 1/√size of each row's block.
+        blocks: the blocks' sizes m.
         keep: (N, 1) bool; False for rows that stay as they are.
     """
 
     order: Tensor
     blocks: tuple[int, ...]
-    norm: Tensor
     keep: Tensor
 
     def transposed(self, y: Tensor) -> Tensor:
-        """Mᵀ y, (N, D)."""
-        return reference.select_rows(self.keep, ops.hadamard(y, self.order, self.blocks).mul_(self.norm), y)
+        """√m·Mᵀ y, (N, D)."""
+        return reference.replace_rows_(ops.hadamard(y, self.order, self.blocks), self.keep, y)
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Mixing:
     Attributes:
         inverse_scale: (N, 1), 1/s, zero for constant rows.
         offset: (N, 1), z.
-        matrix: M.
+        matrix: M, up to a factor that `inverse_scale` takes up.
         cost: (N,) float64, ‖S⁻¹e_i‖² of each transformed row.
     """
 
@@ -190,11 +188,11 @@ class ScaledHadamard:
         sign = 1.0 - 2.0 * (random_words(seed, STREAM_SIGN, n) >> 31).double()
         scale = (sign * rows.range.double().rsqrt()).masked_fill(rows.constant, 0.0)
         inverse = _inverse(scale)
-        norm = size.rsqrt().to(x.dtype)[:, None]
-        y = ops.hadamard(rows.scaled(x, scale), order, blocks).mul_(norm)
+        y = ops.hadamard(rows.scaled(x, scale * size.rsqrt()), order, blocks)
         cost = _block_mean(inverse.square(), group)
         keep = (size > 1) & _guarded(self.guard, row_cost, x, y, cost, group)
-        return _assemble(x, y, rows, inverse, cost, keep, Butterflies(order, blocks, norm, keep[:, None]))
+        mix = Butterflies(order, blocks, keep[:, None])
+        return _assemble(x, y, rows, inverse * size.rsqrt(), cost, keep, mix)
 
 
 Transform = Identity | BlockHouseholder | ScaledHadamard
@@ -257,7 +255,7 @@ def _assemble(
     offset = torch.where(column, rows.offset, 0.0)
     offset = torch.where(torch.isfinite(rows.range).all() & torch.isfinite(rows.offset).all(), offset, torch.nan)
     scale = torch.where(keep, inverse, 1.0).to(x.dtype)[:, None]
-    return reference.select_rows(column, y, x), Mixing(scale, offset, matrix, torch.where(keep, cost, 1.0))
+    return reference.replace_rows_(y, column, x), Mixing(scale, offset, matrix, torch.where(keep, cost, 1.0))
 
 
 def householder_blocks(size: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
