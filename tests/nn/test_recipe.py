@@ -1,0 +1,163 @@
+"""Recipes and rules: frozen, validated in one place, with messages of one line that name what is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fqt import FqtError, Recipe, Rule, quantizer
+from fqt.nn import load_recipe
+from fqt.quant import Integers, Quantizer, Scale, ScaledHadamard
+
+from .cases import q
+
+
+def test_frozen_keyword_only_hashable() -> None:
+    recipe, rule = Recipe(grad_input="bhq4"), Rule("a", "psq4")
+    for thing, field in ((recipe, "input"), (rule, "pattern")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, field, None)
+    with pytest.raises(TypeError):
+        Recipe("ptq8")
+    assert len({recipe, Recipe(grad_input="bhq4"), Recipe(grad_input="bhq5")}) == 2
+    assert rule == Rule("a", load_recipe("psq4"))
+    assert dataclasses.replace(recipe, fold="auto").fold == "auto"
+
+
+def test_the_papers_recipes() -> None:
+    for name in ("ptq8", "psq4", "bhq5", "shq2", "psq4d", "bhq4x", "ptq4n"):
+        recipe = load_recipe(name)
+        assert recipe == Recipe(input="ptq8", weight="ptq8", grad_input=name, grad_weight="ptq8", fold="never")
+        assert recipe.grad_input == quantizer(name)
+        assert recipe.grad_weight == quantizer("ptq8")
+        assert (recipe.input.rounding, recipe.input.scale.mode) == ("nearest", "affine")
+        assert (recipe.weight.rounding, recipe.weight.scale.mode) == ("nearest", "symmetric")
+    qat, none = load_recipe("qat"), load_recipe("none")
+    assert (qat.grad_input, qat.grad_weight) == (None, None)
+    assert (qat.input, qat.weight) == (load_recipe("ptq8").input, load_recipe("ptq8").weight)
+    assert none.is_float
+    assert not qat.is_float
+
+
+def test_the_default_is_unbiased_and_integer() -> None:
+    recipe = load_recipe("default")
+    assert {recipe.input.rounding, recipe.weight.rounding} == {"nearest"}
+    assert recipe.grad_input.rounding in ("stochastic", "dithered", "best")
+    assert recipe.grad_weight.rounding in ("stochastic", "dithered", "best")
+
+
+def test_a_name_never_means_something_else() -> None:
+    """A name that is no recipe raises; above all one that sounds like "leave everything in float"."""
+    for name in ("float", "fp32", "exact", "None", "QAT", "Default", "ptq8@channel@token", "ptq08x ", "bhq4@rows"):
+        with pytest.raises(FqtError):
+            load_recipe(name)
+
+
+SAYS = {
+    "unknown name": (lambda: load_recipe("qta"), ("qta", "qat", "default", "none", "bhq", "psq")),
+    "unknown method bits": (lambda: load_recipe("psq9"), ("9", "2 to 8")),
+    "no bits": (lambda: load_recipe("psq"), ("psq", "bits")),
+    "unknown axis": (lambda: load_recipe("psq4@row"), ("row", "sample", "token", "channel")),
+    "fold": (lambda: Recipe(fold="yes"), ("yes", "never", "auto", "always")),
+    "operand type": (lambda: Recipe(grad_input=4), ("grad_input", "4")),
+    "operand name": (lambda: Recipe(weight="int8"), ("int8", "ptq", "psq")),
+    "input channel": (lambda: Recipe(input="psq8@channel"), ("input", "sample", "token")),
+    "weight sample": (lambda: Recipe(weight="psq8@sample"), ("weight", "channel")),
+    "input stochastic": (lambda: Recipe(input=q("tensor")), ("input", "nearest")),
+    "weight dithered": (lambda: Recipe(weight="ptq8d"), ("weight", "nearest")),
+    "weight transform": (lambda: Recipe(weight="bhq8n"), ("weight", "transform")),
+    "pattern": (lambda: Rule(3, "psq4"), ("pattern", "3")),
+    "nested rules": (lambda: Rule("a", Recipe(rules=[Rule("b", "psq4")])), ("a", "rules")),
+    "rule recipe": (lambda: Rule("a", "int8"), ("int8", "bhq")),
+    "key": (lambda: load_recipe({"grad": "psq4"}), ("grad", "grad_input", "base", "rules")),
+    "base": (lambda: load_recipe({"base": "qta"}), ("qta", "qat")),
+    "quantizer key": (lambda: load_recipe({"input": {"bit": 8}}), ("bit", "bits", "rounding")),
+    "transform": (lambda: load_recipe({"grad_input": {"transform": "fourier"}}), ("fourier", "hadamard", "none")),
+    "option": (lambda: load_recipe({"grad_input": {"guard": True}}), ("guard", "none")),
+    "guard": (lambda: load_recipe({"grad_input": {"transform": "hadamard", "guard": "no"}}), ("no", "exact")),
+    "block": (lambda: load_recipe({"grad_input": {"transform": "hadamard", "block": 3}}), ("3", "power of two")),
+    "group": (lambda: load_recipe({"grad_input": {"group": "rows"}}), ("rows", "tensor", "column")),
+    "mode": (lambda: load_recipe({"grad_input": {"mode": "sym"}}), ("sym", "symmetric")),
+    "rounding": (lambda: load_recipe({"grad_input": {"rounding": "up"}}), ("up", "dithered")),
+    "bits": (lambda: load_recipe({"grad_input": {"bits": "8"}}), ("8", "2 to 8")),
+    "rule key": (lambda: load_recipe({"rules": [{"pattern": "a", "name": "b"}]}), ("name", "recipe")),
+    "half a rule": (lambda: load_recipe({"rules": [{"pattern": "a"}]}), ("pattern", "recipe")),
+    "not a recipe": (lambda: load_recipe(8), ("8", "TOML")),
+    "no file": (lambda: load_recipe("missing.toml"), ("missing.toml",)),
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_messages(name: str) -> None:
+    make, words = SAYS[name]
+    with pytest.raises(FqtError) as error:
+        make()
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    assert all(word in message for word in words), message
+
+
+# Things of the wrong type, as TOML or a slip of the hand would have them: one clear error, at once.
+WRONG_TYPE = {
+    "rules a string": lambda: load_recipe({"rules": "abc"}),
+    "rules a number": lambda: load_recipe({"rules": 3}),
+    "rules of numbers": lambda: load_recipe({"rules": [3]}),
+    "rules a table": lambda: load_recipe({"rules": {"pattern": "a", "recipe": "psq4"}}),
+    "base a number": lambda: load_recipe({"base": 3}),
+    "base a list": lambda: load_recipe({"base": ["psq4"]}),
+    "transform a list": lambda: load_recipe({"input": {"transform": ["none"]}}),
+    "block a string": lambda: load_recipe({"grad_input": {"transform": "hadamard", "block": "8"}}),
+    "block a float": lambda: load_recipe({"grad_input": {"transform": "hadamard", "block": 8.0}}),
+    "bits a float": lambda: load_recipe({"input": {"bits": 8.0, "rounding": "nearest"}}),
+    "operand a list": lambda: load_recipe({"input": ["ptq8"]}),
+    "operand true": lambda: load_recipe({"input": True}),
+    "fold true": lambda: load_recipe({"fold": True}),
+    "fold a list": lambda: load_recipe({"fold": ["auto"]}),
+    "rules strings": lambda: Recipe(rules=("abc",)),
+    "rules pairs": lambda: Recipe(rules=[("0", "psq4")]),
+    "one rule": lambda: Recipe(rules=Rule("0", "psq4")),
+    "rules none": lambda: Recipe(rules=None),
+    "pattern a list": lambda: load_recipe({"rules": [{"pattern": ["a"], "recipe": "psq4"}]}),
+    "recipe a number": lambda: load_recipe({"rules": [{"pattern": "a", "recipe": 3}]}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPE)
+def test_wrong_types(name: str) -> None:
+    with pytest.raises(FqtError) as error:
+        WRONG_TYPE[name]()
+    assert "\n" not in str(error.value)
+
+
+def test_files(tmp_path: Path) -> None:
+    bad = {
+        "syntax.toml": (b"input = [", "not TOML"),
+        "binary.toml": (b"\xff\xfe", "not TOML"),
+        "word.toml": (b'input = "int8"', "int8"),
+    }
+    for name, (content, word) in bad.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(FqtError, match=word) as error:
+            load_recipe(path)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FqtError, match="cannot read"):
+        load_recipe(tmp_path)
+
+
+def test_a_quantizer_of_ones_own_is_an_operand() -> None:
+    own = Quantizer(
+        transform=ScaledHadamard(guard="exact", block=8),
+        scale=Scale("row", "zero", "sample"),
+        grid=Integers(5),
+        rounding="best",
+    )
+    recipe = Recipe(grad_input=own)
+    assert recipe.operand("grad_input") is own
+    assert "hadamard" in str(recipe)
+    assert str(load_recipe("bhq4")) == "bhq4"
+    assert str(load_recipe("default")) == "default"
