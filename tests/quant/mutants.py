@@ -1,0 +1,138 @@
+"""Planted defects: each breaks the library in one small way, and some check must notice.
+
+A mutant takes pytest's monkeypatch and leaves the library broken until it is undone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fqt.kernels import ops
+from fqt.quant import Integers
+from fqt.quant.transform import Mixing
+
+# The package's name `quantizer` is the function; the modules are reached by their full names.
+quantizer_module = importlib.import_module("fqt.quant.quantizer")
+transform_module = importlib.import_module("fqt.quant.transform")
+
+Patch = pytest.MonkeyPatch
+Rounding = Callable[[Tensor, Tensor], Tensor]
+
+
+def _rounding(rule: Rounding, noise_shape: Callable[[Tensor], tuple[int, ...]] = lambda t: tuple(t.shape)):
+    """A mutant whose stochastic rounding is `rule(t, uniform)`."""
+
+    def mutant(patch: Patch) -> None:
+        def encode(x, step, offset, low, high, rounding, seed):  # type: ignore[no-untyped-def]
+            t = ((x - offset) / torch.where(step == 0, 1.0, step)).clamp(low, high)
+            u = torch.rand(noise_shape(t), generator=torch.Generator().manual_seed(int(seed)))
+            return rule(t, u.to(t.dtype).expand(t.shape)).clamp(low, high).to(torch.uint8)
+
+        patch.setattr(ops, "encode", encode)
+
+    return mutant
+
+
+right_rounding = _rounding(lambda t, u: t.floor() + (u < t - t.floor()))  # no defect: the control
+biased_up = _rounding(lambda t, u: t.floor() + (u < t - t.floor() + 0.02))
+always_up = _rounding(lambda t, u: t.ceil())
+nearest = _rounding(lambda t, u: t.round())
+down = _rounding(lambda t, u: t.floor())
+noise_too_narrow = _rounding(lambda t, u: (t + 0.8 * (u - 0.5)).round())
+noise_per_row = _rounding(lambda t, u: t.floor() + (u < t - t.floor()), lambda t: (t.shape[0], 1))
+
+
+def _steps(factor: float) -> Callable[[Patch], None]:
+    def mutant(patch: Patch) -> None:
+        right = quantizer_module.parameters
+
+        def parameters(lo, hi, mode, steps):  # type: ignore[no-untyped-def]
+            step, offset = right(lo, hi, mode, steps)
+            return step * factor, offset
+
+        patch.setattr(quantizer_module, "parameters", parameters)
+
+    return mutant
+
+
+step_too_small = _steps(0.93)  # clips the top
+step_too_large = _steps(1.08)  # unbiased, but wasteful
+
+
+def decode_scale_off(patch: Patch) -> None:
+    right = ops.decode
+    patch.setattr(ops, "decode", lambda codes, step, offset, dither: right(codes, step * 1.01, offset, dither))
+
+
+def power_of_two_bins(patch: Patch) -> None:
+    patch.setattr(Integers, "affine_steps", property(lambda self: 2 ** (self.bits - 1)))
+
+
+def offset_lost(patch: Patch) -> None:
+    right = ops.decode
+    patch.setattr(ops, "decode", lambda codes, step, offset, dither: right(codes, step, offset * 0.99, dither))
+
+
+def transform_not_undone(patch: Patch) -> None:
+    patch.setattr(Mixing, "undo", lambda self, y: y * self.inverse_scale + self.offset)
+
+
+def transform_dropped(patch: Patch) -> None:
+    """Rows are scaled and unscaled but never mixed: unbiased, and no better than PSQ."""
+    patch.setattr(ops, "reflect", lambda x, group, normal, factor: x)
+
+
+def reflection_too_long(patch: Patch) -> None:
+    right = ops.reflect
+    patch.setattr(ops, "reflect", lambda x, group, normal, factor: right(x, group, normal, factor * 1.05))
+
+
+def _grouping(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    def mutant(patch: Patch) -> None:
+        right = transform_module.householder_blocks
+        patch.setattr(transform_module, "householder_blocks", lambda size: right(change(size)))
+
+    return mutant
+
+
+absolute_epsilon = _grouping(lambda size: size + 1e-3)
+smallest_is_large = _grouping(lambda size: 1 / size.clamp(min=1e-12))
+squared_sizes = _grouping(lambda size: size.square())
+
+
+def no_guard(patch: Patch) -> None:
+    patch.setattr(
+        transform_module, "_guarded", lambda guard, cost, x, y, c, group: torch.ones_like(group, dtype=torch.bool)
+    )
+
+
+def column_steps_shared(patch: Patch) -> None:
+    """Per-column quantizers quietly use the tensor's range."""
+    right = ops.value_range
+
+    def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
+        lo, hi = right(x, "tensor" if group == "column" else group)
+        return (lo.expand(1, x.shape[1]), hi.expand(1, x.shape[1])) if group == "column" else (lo, hi)
+
+    patch.setattr(ops, "value_range", value_range)
+
+
+def dither_not_subtracted(patch: Patch) -> None:
+    right = ops.decode
+    patch.setattr(ops, "decode", lambda codes, step, offset, dither: right(codes, step, offset, None))
+
+
+def dither_shared_by_rows(patch: Patch) -> None:
+    """One row dither for all rows: every entry still unbiased, every column's errors equal."""
+    right = ops.dither_noise
+
+    def dither_noise(seed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        row, column = right(seed, rows, columns)
+        return row[:1].expand(rows, 1).contiguous(), column
+
+    patch.setattr(ops, "dither_noise", dither_noise)
