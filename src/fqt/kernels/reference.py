@@ -161,7 +161,7 @@ def hadamard(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
         part = y.narrow(0, start, size * count)
         stride = 1
         while stride < size:
-            pairs = part.view(-1, 2, stride, x.shape[1])
+            pairs = part.view(size * count // (2 * stride), 2, stride, x.shape[1])
             a, b = pairs[:, 0].clone(), pairs[:, 1]
             pairs[:, 0] += b
             torch.sub(a, b, out=b)

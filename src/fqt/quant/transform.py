@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.kernels import ops, reference
+from fqt.kernels import ops
 from fqt.kernels.philox import STREAM_SIGN, random_words
 
 RowCost = Callable[[Tensor], Tensor]
@@ -60,7 +60,7 @@ class Butterflies:
 
     def transposed(self, y: Tensor) -> Tensor:
         """√m·Mᵀ y, (N, D)."""
-        return reference.replace_rows_(ops.hadamard(y, self.order, self.blocks), self.keep, y)
+        return ops.replace_rows_(ops.hadamard(y, self.order, self.blocks), self.keep, y)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Mixing:
 
     def undo(self, y: Tensor) -> Tensor:
         """S⁻¹ y + z, (N, D); finite where y is (values beyond the largest float are clamped to it)."""
-        return reference.unscale_rows(self.matrix.transposed(y), self.inverse_scale, self.offset)
+        return ops.unscale_rows(self.matrix.transposed(y), self.inverse_scale, self.offset)
 
 
 def _check_guard(guard: bool | str) -> None:
@@ -218,7 +218,7 @@ class _Rows:
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
         """diag(scale)·(x − z), with no overflow on the way."""
-        return reference.scale_rows(x, self.half, self.offset, (scale[:, None] / self.half).to(x.dtype))
+        return ops.scale_rows(x, self.half, self.offset, (scale[:, None] / self.half).to(x.dtype))
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def _assemble(
     offset = torch.where(column, rows.offset, 0.0)
     offset = torch.where(torch.isfinite(rows.range).all() & torch.isfinite(rows.offset).all(), offset, torch.nan)
     scale = torch.where(keep, inverse, 1.0).to(x.dtype)[:, None]
-    return reference.replace_rows_(y, column, x), Mixing(scale, offset, matrix, torch.where(keep, cost, 1.0))
+    return ops.replace_rows_(y, column, x), Mixing(scale, offset, matrix, torch.where(keep, cost, 1.0))
 
 
 def householder_blocks(size: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:

@@ -1,0 +1,61 @@
+// From values to positions on the code axis, and back: the arithmetic of fqt/kernels/reference.py.
+#pragma once
+
+#include "simd.h"
+
+namespace fqt {
+
+constexpr float kWideStep = 0x1p100f;  // beyond it a range may exceed the largest float: work on halves
+constexpr int32_t kLevels = 1 << 24;
+
+// A group's step and offset, ready for use.
+struct Group {
+  float half, divisor, offset;  // t = (x·half − offset)/divisor
+
+  static Group of(float step, float offset) {
+    const float half = step > kWideStep ? 0.5f : 1.0f;
+    return {half, (step == 0.0f ? 1.0f : step) * half, offset * half};
+  }
+};
+
+// The same, one group per lane.
+struct Groups {
+  vf half, divisor, offset;
+
+  static Groups of(Group g) { return {splat(g.half), splat(g.divisor), splat(g.offset)}; }
+
+  static Groups of(vf step, vf offset) {
+    const vf half = step > kWideStep ? splat(0.5f) : splat(1.0f);
+    return {half, (step == 0.0f ? splat(1.0f) : step) * half, offset * half};
+  }
+};
+
+// t clamped to [low, high]; NaN becomes low. The division is a true one: a reciprocal would move codes.
+inline vf position(vf x, const Groups& g, vf low, vf high) {
+  const vf t = (x * g.half - g.offset) / g.divisor;
+  return least(largest(t, low), high);
+}
+
+// ⌊t⌋ for |t| < 2³¹.
+inline vi floor_int(vf t) {
+  const vi i = to_int(t);
+  return i + (vi)(to_float(i) > t);  // a true comparison is −1
+}
+
+// The nearest integer, ties to even, for |t| < 2²²: adding 1.5·2²³ leaves no bit for a fraction.
+inline vi round_nearest(vf t) { return to_int((t + 0x1.8p23f) - 0x1.8p23f); }
+
+// ⌊t⌋ + (u·2⁻²⁴ < t − ⌊t⌋) for 24-bit u.
+inline vi round_stochastic(vf t, vi u) {
+  const vi i = floor_int(t);
+  return i - (vi)(to_float(u) * 0x1p-24f < t - to_float(i));
+}
+
+// ⌊t + k·2⁻²⁴⌋ in exact arithmetic, for 0 ≤ k < 2²⁵.
+inline vi round_dithered(vf t, vi k) {
+  const vi i = floor_int(t), u = k & (kLevels - 1);
+  const vf threshold = to_float(kLevels - u) * 0x1p-24f;
+  return i + (k >> 24) - (vi)(t - to_float(i) >= threshold);
+}
+
+}  // namespace fqt

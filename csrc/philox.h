@@ -1,0 +1,112 @@
+// Philox4x32-10 (Salmon et al., SC 2011) over vectors of blocks; fqt/kernels/philox.py is its definition.
+//
+// Each 32-bit word of the state sits in the low half of a 64-bit lane, where the 32 × 32 → 64 multiply reads it;
+// the high halves hold leftovers that no multiply sees. A round is then two multiplies, two shifts and two
+// three-way xors, with no shuffling between rounds.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fqt {
+
+enum Stream : uint32_t { kRounding = 0, kDitherRow = 1, kDitherColumn = 2 };
+
+constexpr int kBlocks = W / 2;         // blocks per vector
+constexpr int kNoiseWords = 4 * kBlocks;  // words per call of Philox::words; a multiple of W
+
+typedef uint64_t vq __attribute__((vector_size(4 * W)));
+
+// Products of the low halves of the lanes.
+inline vq multiply_low(vq a, vq b) {
+#if defined(__AVX512F__)
+  return (vq)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vq)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (vq)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// (a0, b0, a1, b1, …): the low or high half of the lanes of a and b, interleaved.
+template <bool High>
+inline vq interleave(vq a, vq b) {
+  vq out;
+  for (int i = 0; i < kBlocks; ++i) out[i] = (i & 1 ? b : a)[i / 2 + (High ? kBlocks / 2 : 0)];
+  return out;
+}
+
+#if defined(__AVX512F__)
+template <>
+inline vq interleave<false>(vq a, vq b) {
+  return (vq)_mm512_permutex2var_epi64((__m512i)a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), (__m512i)b);
+}
+template <>
+inline vq interleave<true>(vq a, vq b) {
+  return (vq)_mm512_permutex2var_epi64((__m512i)a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), (__m512i)b);
+}
+#elif defined(__AVX2__)
+template <>
+inline vq interleave<false>(vq a, vq b) {
+  const __m256i low = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b), high = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+  return (vq)_mm256_permute2x128_si256(low, high, 0x20);
+}
+template <>
+inline vq interleave<true>(vq a, vq b) {
+  const __m256i low = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b), high = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+  return (vq)_mm256_permute2x128_si256(low, high, 0x31);
+}
+#endif
+
+// One stream of one seed.
+class Philox {
+ public:
+  Philox(uint64_t seed, uint32_t stream) : stream_(stream) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kRounds; ++round) {
+      key_[round][0] = k0;
+      key_[round][1] = k1;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+  }
+
+  // Words 4·block … 4·block + kNoiseWords − 1, shifted right by `shift`.
+  inline void words(uint64_t block, int shift, uint32_t* out) const {
+    vq c0, c1, c2 = vq{} + stream_, c3 = vq{};
+    for (int i = 0; i < kBlocks; ++i) c0[i] = i;
+    c0 += block;
+    c1 = c0 >> 32;
+    const vq m0 = vq{} + 0xD2511F53u, m1 = vq{} + 0xCD9E8D57u;
+    for (int round = 0; round < kRounds; ++round) {
+      const vq p0 = multiply_low(c0, m0), p1 = multiply_low(c2, m1);
+      c0 = (p1 >> 32) ^ c1 ^ key_[round][0];
+      c1 = p1;
+      c2 = (p0 >> 32) ^ c3 ^ key_[round][1];
+      c3 = p0;
+    }
+    const vq first = (c0 & 0xffffffffu) | (c1 << 32), second = (c2 & 0xffffffffu) | (c3 << 32);
+    store(out, (vu)interleave<false>(first, second) >> shift);
+    store(out + W, (vu)interleave<true>(first, second) >> shift);
+  }
+
+  // 24-bit integers start … start + n − 1 of the stream, for start a multiple of 4; may write up to
+  // kNoiseWords − 1 more.
+  void fill_u24(uint64_t start, int64_t n, uint32_t* out) const {
+    for (int64_t i = 0; i < n; i += kNoiseWords) words((start + i) / 4, 8, out + i);
+  }
+
+ private:
+  static constexpr int kRounds = 10;
+  uint64_t key_[kRounds][2];
+  uint32_t stream_;
+};
+
+}  // namespace fqt

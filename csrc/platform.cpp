@@ -1,0 +1,54 @@
+// What this machine can run, and what this build is.
+#include "platform.h"
+
+#include <pthread.h>
+
+#include "parallel.h"
+#include "simd.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fqt {
+
+static bool is_forked = false;
+
+static void mark_forked() { is_forked = true; }
+
+__attribute__((constructor)) static void watch_forks() { pthread_atfork(nullptr, nullptr, mark_forked); }
+
+bool forked() { return is_forked; }
+
+#if defined(__x86_64__)
+// Register state that the operating system saves on a context switch. Asking the processor alone is not enough.
+static uint64_t saved_state() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+static int x86_level() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return kPortable;
+  const uint64_t state = saved_state();
+  if ((state & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return kPortable;
+  const uint32_t needs_b = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  const bool wide = (state & 0xe6) == 0xe6 && (b & needs_b) == needs_b && (c & bit_AVX512VNNI);
+  return wide ? kAvx512 : kAvx2;
+}
+#endif
+
+}  // namespace fqt
+
+// The best level this machine runs: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
+FQT_API int fqt_cpu_level() {
+#if defined(__x86_64__)
+  return fqt::x86_level();
+#else
+  return fqt::kPortable;
+#endif
+}
+
+// Python refuses a library built from other sources than its own.
+FQT_API int fqt_abi() { return FQT_ABI; }

@@ -1,0 +1,11 @@
+// The C interface: pointers and sizes only, no torch headers, so that one build serves every torch version.
+#pragma once
+
+#define FQT_ABI 1  // raised with every change of an exported signature or its meaning; native.py holds the same
+#define FQT_API extern "C" __attribute__((visibility("default")))
+
+namespace fqt {
+
+enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+}  // namespace fqt

@@ -1,0 +1,120 @@
+// Least and greatest values: order-free, so every split of the work gives the same result. NaN if there is one.
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "parallel.h"
+#include "platform.h"
+#include "simd.h"
+
+using namespace fqt;
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Range {
+  float lo = kInfinity, hi = -kInfinity;
+  bool nan = false;
+
+  void add(float lo_other, float hi_other) {
+    nan = nan || lo_other != lo_other;
+    lo = lo_other < lo ? lo_other : lo;
+    hi = hi_other > hi ? hi_other : hi;
+  }
+  float least() const { return nan ? NAN : lo; }
+  float greatest() const { return nan ? NAN : hi; }
+};
+
+Range range_of(const float* x, int64_t n) {
+  constexpr int kLanes = 4;  // independent chains, so that the latency of a minimum does not limit the rate
+  vf lo[kLanes], hi[kLanes];
+  vi nan{};
+  for (int k = 0; k < kLanes; ++k) lo[k] = splat(kInfinity), hi[k] = splat(-kInfinity);
+  int64_t i = 0;
+  for (; i + kLanes * W <= n; i += kLanes * W) {
+    for (int k = 0; k < kLanes; ++k) {
+      const vf v = load<vf>(x + i + k * W);
+      nan |= (vi)(v != v);
+      lo[k] = fqt::least(v, lo[k]);
+      hi[k] = fqt::largest(v, hi[k]);
+    }
+  }
+  Range range;
+  for (; i < n; ++i) range.add(x[i], x[i]);
+  for (int k = 0; k < kLanes; ++k) {
+    for (int j = 0; j < W; ++j) {
+      range.lo = lo[k][j] < range.lo ? lo[k][j] : range.lo;
+      range.hi = hi[k][j] > range.hi ? hi[k][j] : range.hi;
+      range.nan = range.nan || nan[j];
+    }
+  }
+  return range;
+}
+
+}  // namespace
+
+// lo, hi: (rows,). At least one column.
+FQT_API int fqt_range_rows(const float* x, int64_t rows, int64_t columns, float* lo, float* hi, int threads) {
+  const int64_t rows_per_item = 1 + 4096 / columns;
+  parallel_for(ceil_div(rows, rows_per_item), rows * columns, threads, [&](int64_t item) {
+    for (int64_t r = item * rows_per_item; r < rows && r < (item + 1) * rows_per_item; ++r) {
+      const Range range = range_of(x + r * columns, columns);
+      lo[r] = range.least();
+      hi[r] = range.greatest();
+    }
+  });
+  return kDone;
+}
+
+// lo, hi: one number each. At least one entry.
+FQT_API int fqt_range_tensor(const float* x, int64_t n, float* lo, float* hi, int threads) {
+  constexpr int64_t kChunk = 1 << 14;
+  const int64_t chunks = ceil_div(n, kChunk);
+  std::unique_ptr<Range[]> part(new (std::nothrow) Range[chunks]);
+  if (!part) return kNoMemory;
+  parallel_for(chunks, n, threads, [&](int64_t c) {
+    part[c] = range_of(x + c * kChunk, n - c * kChunk < kChunk ? n - c * kChunk : kChunk);
+  });
+  Range range;
+  for (int64_t c = 0; c < chunks; ++c) range.add(part[c].least(), part[c].greatest());
+  *lo = range.least();
+  *hi = range.greatest();
+  return kDone;
+}
+
+// lo, hi: (columns,). At least one row.
+FQT_API int fqt_range_columns(const float* x, int64_t rows, int64_t columns, float* lo, float* hi, int threads) {
+  constexpr int64_t kStrip = 256;  // its running minima and maxima stay in the first-level cache
+  const int64_t strips = ceil_div(columns, kStrip);
+  int64_t bands = ceil_div(rows * columns, int64_t{1} << 16) / (strips ? strips : 1);
+  bands = bands < 1 ? 1 : bands > rows ? rows : bands;
+  std::unique_ptr<float[]> part(new (std::nothrow) float[2 * bands * columns]);
+  if (!part) return kNoMemory;
+  parallel_for(strips * bands, rows * columns, threads, [&](int64_t item) {
+    const int64_t band = item / strips, first = item % strips * kStrip;
+    const int64_t width = columns - first < kStrip ? columns - first : kStrip;
+    float* least_part = part.get() + 2 * band * columns + first;
+    float* greatest_part = least_part + columns;
+    for (int64_t j = 0; j < width; ++j) least_part[j] = kInfinity, greatest_part[j] = -kInfinity;
+    for (int64_t r = rows * band / bands; r < rows * (band + 1) / bands; ++r) {
+      const float* row = x + r * columns + first;
+      for (int64_t j = 0; j < width; ++j) {
+        // Once NaN, NaN for ever: every comparison with it is false.
+        const float v = row[j], lo_now = least_part[j], hi_now = greatest_part[j];
+        least_part[j] = v >= lo_now ? lo_now : lo_now != lo_now ? lo_now : v;
+        greatest_part[j] = v <= hi_now ? hi_now : hi_now != hi_now ? hi_now : v;
+      }
+    }
+  });
+  for (int64_t j = 0; j < columns; ++j) {
+    Range range;
+    for (int64_t b = 0; b < bands; ++b) {
+      range.add(part[2 * b * columns + j], part[(2 * b + 1) * columns + j]);
+    }
+    lo[j] = range.least();
+    hi[j] = range.greatest();
+  }
+  return kDone;
+}

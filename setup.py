@@ -1,0 +1,52 @@
+"""Builds the native kernels, once per instruction set; an install without a compiler goes on without them."""
+
+import os
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# No multiply-add may be contracted and no division approximated: codes must equal the reference's bit for bit.
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+LEVELS = {"portable": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["avx2"] = ["-mavx2"]
+    LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+
+
+class BuildKernels(build_ext):
+    """One library per level, each with its own objects; OpenMP where the compiler has it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link one level."""
+        shared = self.build_temp
+        self.build_temp = os.path.join(shared, ext.name)
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            print(f"{ext.name}: {error}; trying again without OpenMP")
+            ext.extra_compile_args.remove("-fopenmp")
+            ext.extra_link_args.remove("-fopenmp")
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
+
+
+sources = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
+headers = sorted(str(p) for p in Path("csrc").glob("*.h"))
+setup(
+    ext_modules=[
+        Extension(
+            f"fqt.kernels._native_{level}",
+            sources,
+            depends=headers,
+            extra_compile_args=[*FLAGS, *flags, "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,  # the plain-torch reference runs where this cannot be built
+        )
+        for level, flags in LEVELS.items()
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

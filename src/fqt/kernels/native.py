@@ -1,0 +1,250 @@
+"""The C++ kernels, called through ctypes: float32 matrices on the CPU, codes equal to the reference bit for bit.
+
+One shared library per instruction set lies beside this file if a compiler was found at install time; the best
+one that the machine runs is loaded at first use. `FQT_KERNELS` may lower that: `avx512`, `avx2`, `portable`, or
+`reference` for none. ctypes rather than a torch extension: pointers and sizes only, so that one build serves
+every torch version; the price is that this file repeats the C signatures (guarded by a version number).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fqt.errors import FqtError
+
+LEVELS = ("portable", "avx2", "avx512")
+_ABI = 1  # FQT_ABI of csrc/platform.h
+_ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
+
+_P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "fqt_random": (_P, _U, _I, _L, _P, _I),
+    "fqt_range_rows": (_P, _L, _L, _P, _P, _I),
+    "fqt_range_columns": (_P, _L, _L, _P, _P, _I),
+    "fqt_range_tensor": (_P, _L, _P, _P, _I),
+    "fqt_encode": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _I, _P, _P, _I),
+    "fqt_code_variance": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
+    "fqt_decode": (_P, _I, _L, _L, _P, _P, _I, _I, _P, _I, _I, _P, _I),
+    "fqt_hadamard": (_P, _L, _L, _P, _P, _L, _P, _I),
+    "fqt_reflect": (_P, _L, _L, _P, _P, _P, _P, _I),
+    "fqt_scale_rows": (_P, _L, _L, _P, _P, _P, _P, _I),
+    "fqt_unscale_rows": (_P, _L, _L, _P, _P, _P, _I),
+    "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which kernels run.
+
+    Attributes:
+        level: "avx512", "avx2", "portable", or "reference" for plain torch.
+        reason: why not a better one; empty if there is none.
+    """
+
+    level: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.level} kernels" + (f": {self.reason}" if self.reason else "")
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, Status]:
+    asked = os.environ.get("FQT_KERNELS", "")
+    if asked not in ("", "reference", *LEVELS):
+        raise FqtError(f"FQT_KERNELS={asked!r}; known: reference, {', '.join(LEVELS)}")
+    if asked == "reference":
+        return None, Status("reference", "FQT_KERNELS=reference")
+    library, problem = _open("portable")
+    if library is None:
+        logging.getLogger(__name__).warning("fqt runs on its plain-torch kernels: %s", problem)
+        return None, Status("reference", problem)
+    best = LEVELS[library.fqt_cpu_level()]
+    level, reason = best, "" if best == LEVELS[-1] else f"{best} is what this machine has"
+    if asked and LEVELS.index(asked) < LEVELS.index(best):
+        level, reason = asked, f"FQT_KERNELS={asked}"
+    for name in reversed(LEVELS[: LEVELS.index(level) + 1]):
+        library, problem = _open(name)
+        if library is not None:
+            return library, Status(name, reason)
+        reason = problem
+    raise AssertionError("the portable library was there a moment ago")
+
+
+def _open(level: str) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a level, or why it cannot be used."""
+    stem = f"_native_{level}"
+    paths = [Path(__file__).with_name(stem + suffix) for suffix in EXTENSION_SUFFIXES]
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
+        return None, f"the {level} kernels are not built (install again with a C++ compiler; pip -v tells more)"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"the {level} kernels do not load ({error})"
+    if library.fqt_abi() != _ABI:
+        return None, f"the {level} kernels are of another version than the Python sources: install again"
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library, ""
+
+
+def status() -> Status:
+    """Which kernels run, and why not better ones."""
+    return _loaded()[1]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass: a fake or wrapped tensor has no data of its own
+_INTEGERS = (torch.int64, torch.uint8, torch.int8)
+
+
+def takes(*floats: Tensor, integers: Tensor | None = None) -> bool:
+    """Whether the native kernels can run on these: plain CPU tensors, float32 (and integers) that hold data."""
+    if _loaded()[0] is None or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    if integers is not None and not (_plain(integers) and integers.dtype in _INTEGERS):
+        return False
+    return all(_plain(x) and x.dtype == torch.float32 for x in floats)
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in _PLAIN and x.is_cpu and x.layout == torch.strided
+
+
+def _call(name: str, *arguments: object) -> None:
+    library = _loaded()[0]
+    assert library is not None
+    code = getattr(library, name)(*arguments, torch.get_num_threads())
+    if code == 1:
+        raise MemoryError(f"{name}: no memory for the workspace")
+    if code == 2:
+        raise IndexError(f"{name}: an index lies outside the rows, or block sizes are not powers of two that fit")
+
+
+def _group(parameter: Tensor, rows: int, columns: int) -> tuple[int, int]:
+    """Whether a parameter (1, 1), (N, 1) or (1, D) varies by row, and by column."""
+    by_row, by_column = int(parameter.shape[0] != 1), int(parameter.shape[1] != 1)
+    wanted = (rows if by_row else 1, columns if by_column else 1)
+    if parameter.shape != wanted or (by_row and by_column):
+        raise ValueError(f"parameters of shape {tuple(parameter.shape)} for a matrix of {rows} × {columns}")
+    return by_row, by_column
+
+
+def random_words(seed: Tensor, stream: int, n: int, shift: int) -> Tensor:
+    """(n,) int32: the bits of a stream's words, shifted right by `shift`."""
+    out = torch.empty(n, dtype=torch.int32)
+    _call("fqt_random", seed.data_ptr(), stream, shift, n, out.data_ptr())
+    return out
+
+
+def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """As the reference; no axis that is reduced may be empty."""
+    x = x.contiguous()
+    rows, columns = x.shape
+    shape = {"tensor": (1, 1), "row": (rows, 1), "column": (1, columns)}[group]
+    lo, hi = torch.empty(shape), torch.empty(shape)
+    if group == "tensor":
+        _call("fqt_range_tensor", x.data_ptr(), x.numel(), lo.data_ptr(), hi.data_ptr())
+    else:
+        _call(f"fqt_range_{group}s", x.data_ptr(), rows, columns, lo.data_ptr(), hi.data_ptr())
+    return lo, hi
+
+
+def encode(
+    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, rounding: str, seed: Tensor | None
+) -> Tensor:
+    """As the reference."""
+    x, step, offset = x.contiguous(), step.contiguous(), offset.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.uint8 if low == 0 else torch.int8)
+    key = None if seed is None else seed.data_ptr()
+    groups = _group(step, *x.shape)
+    pointers = (x.data_ptr(), *x.shape, step.data_ptr(), offset.data_ptr())
+    _call("fqt_encode", *pointers, *groups, low, high, _ROUNDINGS[rounding], key, codes.data_ptr())
+    return codes
+
+
+def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
+    """As the reference."""
+    codes, step, offset = codes.contiguous(), step.contiguous(), offset.contiguous()
+    out = torch.empty(codes.shape, dtype=torch.float32)
+    pointers = (codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, step.data_ptr(), offset.data_ptr())
+    noise = (None, 0, 0)
+    if dither is not None:
+        dither = dither.contiguous()
+        noise = (dither.data_ptr(), *_group(dither, *codes.shape))
+    _call("fqt_decode", *pointers, *_group(step, *codes.shape), *noise, out.data_ptr())
+    return out
+
+
+def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
+    """As the reference."""
+    x, step, offset = x.contiguous(), step.contiguous(), offset.contiguous()
+    out = torch.empty_like(x)
+    pointers = (x.data_ptr(), *x.shape, step.data_ptr(), offset.data_ptr())
+    _call("fqt_code_variance", *pointers, *_group(step, *x.shape), low, high, out.data_ptr())
+    return out
+
+
+@lru_cache(maxsize=64)
+def _sizes(blocks: tuple[int, ...]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(blocks))(*blocks)
+
+
+def hadamard(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """As the reference."""
+    x, order = x.contiguous(), order.contiguous()
+    out = torch.empty_like(x)
+    sizes = (ctypes.addressof(_sizes(blocks)), len(blocks))
+    _call("fqt_hadamard", x.data_ptr(), *x.shape, order.data_ptr(), *sizes, out.data_ptr())
+    return out
+
+
+def reflect(x: Tensor, group: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
+    """As the reference."""
+    x, group, normal, factor = x.contiguous(), group.contiguous(), normal.contiguous(), factor.contiguous()
+    out = torch.empty_like(x)
+    pointers = (group.data_ptr(), normal.data_ptr(), factor.data_ptr())
+    _call("fqt_reflect", x.data_ptr(), *x.shape, *pointers, out.data_ptr())
+    return out
+
+
+def _per_row(parameter: Tensor, x: Tensor) -> int:
+    """The address of a contiguous parameter (N, 1) for the rows of x."""
+    if parameter.shape != (x.shape[0], 1):
+        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} for {x.shape[0]} rows")
+    return parameter.data_ptr()
+
+
+def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+    """As the reference."""
+    x, half, offset, scale = x.contiguous(), half.contiguous(), offset.contiguous(), scale.contiguous()
+    out = torch.empty_like(x)
+    pointers = (_per_row(half, x), _per_row(offset, x), _per_row(scale, x))
+    _call("fqt_scale_rows", x.data_ptr(), *x.shape, *pointers, out.data_ptr())
+    return out
+
+
+def unscale_rows(y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """As the reference."""
+    y, scale, offset = y.contiguous(), scale.contiguous(), offset.contiguous()
+    out = torch.empty_like(y)
+    pointers = (_per_row(scale, y), _per_row(offset, y))
+    _call("fqt_unscale_rows", y.data_ptr(), *y.shape, *pointers, out.data_ptr())
+    return out
+
+
+def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
+    """As the reference; y and x contiguous."""
+    keep = keep.contiguous()
+    _call("fqt_replace_rows", y.data_ptr(), *y.shape, _per_row(keep, y), x.data_ptr())
+    return y
