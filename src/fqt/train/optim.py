@@ -50,13 +50,13 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_st
 
     In units i of n (steps, or epochs) with w of warm-up: lr·(i+1)/w while i < w, then for the cosine
     lr/2·(1 + cos(π·(i − w)/(n − w))). One cycle rises by a cosine from lr/25 to lr over the first 30 % of the run
-    and falls by another to lr/250,000 at its last unit.
+    and falls by another to lr/250,000 at its last unit (PyTorch's ``OneCycleLR``).
     """
     i, n, w = step, total_steps, config.warmup_epochs * steps_per_epoch
     if config.schedule_unit == "epoch":
         i, n, w = step // steps_per_epoch, -(-total_steps // steps_per_epoch), config.warmup_epochs
     if config.schedule == "onecycle":
-        top = 0.3 * (n - 1)
+        top = max(0.0, 0.3 * n - 1)  # as in PyTorch, the peak comes one unit before 30 %
         if i <= top:
             return _cosine(config.lr / 25, config.lr, i / top if top else 1.0)
         return _cosine(config.lr, config.lr / 250_000, (i - top) / (n - 1 - top))

@@ -30,7 +30,7 @@ class ConsoleObserver:
         self._total = 0
         self._loss = "loss –"
         self._accuracy = ""
-        self._spoke = 0.0
+        self._said, self._spoke = "", 0.0
 
     def begin(self, title: str, total: int, done: int) -> None:
         """A run of ``total`` steps starts with ``done`` of them behind it."""
@@ -75,5 +75,6 @@ class ConsoleObserver:
             self._bars = None
 
     def _say(self, text: str) -> None:
-        self._console.print(f"{self._title}: {text}", highlight=False)
-        self._spoke = time.monotonic()
+        if text != self._said:
+            self._console.print(f"{self._title}: {text}", highlight=False)
+        self._said, self._spoke = text, time.monotonic()

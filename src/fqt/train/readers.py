@@ -5,7 +5,9 @@ Nothing is downloaded. A missing file is answered with the names that were expec
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,12 +116,11 @@ def _read_idx(path: Path) -> np.ndarray:
         raise FqtError(f"cannot read {path}: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise FqtError(f"{path} is not an idx file of unsigned bytes")
-    ndim = raw[3]
-    shape = np.frombuffer(raw[4 : 4 + 4 * ndim], dtype=">i4").astype(int)
-    data = np.frombuffer(raw, dtype=np.uint8, offset=min(4 + 4 * ndim, len(raw)))
-    if len(shape) != ndim or data.size != int(np.prod(shape)):
-        raise FqtError(f"{path} is cut short: it announces {tuple(shape)} and holds {data.size} bytes of data")
-    return data.reshape(shape)
+    start = 4 + 4 * raw[3]
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
+    if len(raw) - start != math.prod(shape):
+        raise FqtError(f"{path} is cut short: it announces {shape} and holds {max(0, len(raw) - start)} bytes of data")
+    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def _read_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +141,13 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The few names that an array's pickle refers to, under NumPy's old and new module names."""
-        allowed = {"_reconstruct": np.zeros(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-        if module.partition(".")[0] == "numpy" and name in allowed:
-            return allowed[name]
+        allowed = {
+            ("numpy", "_reconstruct"): np.zeros(0).__reduce__()[0],
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): codecs.encode,  # how Python 3 writes bytes for Python 2
+        }
+        key = (module.partition(".")[0], name)
+        if key in allowed:
+            return allowed[key]
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")

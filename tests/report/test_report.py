@@ -1,0 +1,161 @@
+import copy
+import math
+import statistics
+
+import pytest
+from rich.console import Console
+
+from fqt.errors import FqtError
+from fqt.records import write_json
+from fqt.report import Spread, comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
+
+ACCURACY = {"qat": [0.90, 0.80, 0.85], "ptq4": [0.85, 0.79, 0.81], "bhq4": [0.91, 0.80, 0.84]}
+RATIO = {"qat": [0.0, 0.0, 0.0], "ptq4": [0.31, 0.29, 0.33], "bhq4": [0.021, 0.018, 0.024]}
+
+
+def _run(recipe, seed):
+    return {
+        "recipe": recipe, "seed": seed, "accuracy": ACCURACY[recipe][seed], "best_accuracy": 0.95, "eval_loss": 0.3,
+        "train_loss": 0.2 + 0.01 * seed, "steps": 20, "seconds": 1.0, "diverged": False,
+        "loss_curve": [[10, 2.0 + seed], [20, 0.3]], "accuracy_curve": [[20, ACCURACY[recipe][seed]]],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def record():
+    estimate = {"value": 1.0, "error": 0.1}
+    return {
+        "format": "fqt compare 1",
+        "environment": {
+            "time": "2025-01-01T00:00:00+00:00", "commit": "0123456789abcdef", "dirty": False, "fqt": "0.1.0",
+            "torch": "2.13", "processor": "P", "threads": 2, "accelerators": [],
+        },
+        "config": {"task": "digits", "model": "convnet", "epochs": 2},
+        "baseline": "qat",
+        "recipes": ["qat", "ptq4", "bhq4"],
+        "seeds": [0, 1, 2],
+        "measurement": {"reference": "qat", "baseline": "qat", "batches": 4, "draws": 8, "sampling_batches": 16},
+        "runs": [_run(recipe, seed) for seed in range(3) for recipe in ACCURACY],
+        "gradient": [
+            {
+                "recipe": recipe, "seed": seed, "step": 10, "quantization": estimate, "sampling": estimate,
+                "ratio": {"value": RATIO[recipe][seed], "error": 0.01},
+            }
+            for seed in range(3) for recipe in RATIO
+        ],
+    }  # fmt: skip
+
+
+def test_rows(record):
+    rows = {row.recipe: row for row in summarize(record)}
+    assert list(rows) == ["qat", "ptq4", "bhq4"]
+    ptq = rows["ptq4"]
+    assert ptq.accuracy.mean == pytest.approx(sum(ACCURACY["ptq4"]) / 3)
+    assert ptq.accuracy.std == pytest.approx(statistics.stdev(ACCURACY["ptq4"]))
+    pairs = [a - b for a, b in zip(ACCURACY["ptq4"], ACCURACY["qat"], strict=True)]
+    assert ptq.difference.mean == pytest.approx(statistics.mean(pairs))
+    assert ptq.difference.error == pytest.approx(statistics.stdev(pairs) / math.sqrt(3))
+    assert ptq.ratio.mean == pytest.approx(0.31)
+    assert rows["qat"].difference is None
+
+
+def test_pairs_are_matched_by_seed_and_not_by_order(record):
+    shuffled = copy.deepcopy(record)
+    shuffled["runs"].reverse()
+    assert [row.difference for row in summarize(shuffled)] == [row.difference for row in summarize(record)]
+    shuffled["runs"] = [r for r in shuffled["runs"] if (r["recipe"], r["seed"]) != ("qat", 1)]
+    difference = summarize(shuffled)[1].difference
+    assert difference.count == 2
+    assert difference.mean == pytest.approx((0.85 - 0.90 + 0.81 - 0.85) / 2)
+
+
+def test_without_the_baseline_there_is_no_difference(record):
+    record["recipes"] = ["ptq4", "bhq4"]
+    record["runs"] = [run for run in record["runs"] if run["recipe"] != "qat"]
+    assert all(row.difference is None for row in summarize(record))
+
+
+def test_seeds_that_were_not_asked_for_do_not_count(record):
+    record["seeds"] = [0]
+    assert summarize(record)[1].ratio == Spread.of([0.31])
+
+
+def test_markdown(record):
+    text = markdown(record, summarize(record))
+    assert "| recipe | accuracy % | against qat | final loss | noise ρ |" in text
+    assert "| ptq4 | 81.67 ± 3.06 | -3.33 ± 1.20 | 0.2100 ± 0.0100 | 0.31 ± 0.02 |" in text
+    assert "| qat | 85.00 ± 5.00 | – | 0.2100 ± 0.0100 | 0 |" in text
+    assert "0.021 ± 0.003" in text
+    assert "0123456789ab" in text
+    assert "4 batches × 8 draws" in text
+
+
+def test_terminal_table(record):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(terminal_table(record, summarize(record)))
+    text = console.export_text()
+    assert "ptq4" in text
+    assert "-3.33 ± 1.20" in text
+    console.file.close()
+
+
+def _one_seed(record):
+    record["seeds"] = [0]
+    record["runs"] = [run for run in record["runs"] if run["seed"] == 0]
+
+
+def _diverged(record):
+    record["runs"][1].update(diverged=True, train_loss=None, eval_loss=None, loss_curve=[[10, None]])
+
+
+def _nothing_measured(record):
+    record["gradient"] = []
+
+
+def _unfinished(record):
+    record["runs"] = record["runs"][:1]
+
+
+@pytest.mark.parametrize("change", [lambda r: None, _one_seed, _diverged, _nothing_measured, _unfinished])
+def test_any_record_gives_a_table_and_a_plot(record, change, tmp_path):
+    change(record)
+    rows = summarize(record)
+    assert "recipe" in markdown(record, rows)
+    assert "nan" not in markdown(record, rows)
+    figure = comparison_figure(record, rows)
+    assert len(figure.axes) == (2 if change in (_nothing_measured, _unfinished) else 3)
+    for ending, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        save_figure(figure, tmp_path / f"f.{ending}")
+        assert (tmp_path / f"f.{ending}").read_bytes().startswith(magic)
+
+
+def test_a_diverged_run_is_named(record):
+    _diverged(record)
+    row = summarize(record)[1]
+    assert row.diverged == 1
+    assert math.isnan(row.loss.mean)
+    assert "ptq4 (1 diverged)" in markdown(record, [row])
+
+
+def test_equal_records_give_equal_svg(record, tmp_path):
+    for name in ("a.svg", "b.svg"):
+        save_figure(comparison_figure(record, summarize(record)), tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_reading(record, tmp_path):
+    write_json(tmp_path / "compare.json", record)
+    assert read_comparison(tmp_path) == record
+    assert read_comparison(tmp_path / "compare.json") == record
+    write_json(tmp_path / "other.json", {"format": "x"})
+    with pytest.raises(FqtError, match="no record of a comparison"):
+        read_comparison(tmp_path / "other.json")
+    with pytest.raises(FqtError, match="cannot read"):
+        read_comparison(tmp_path / "nowhere")
+
+
+def test_spread():
+    assert Spread.of([]).count == 0
+    assert math.isnan(Spread.of([]).error)
+    assert math.isnan(Spread.of([1.0]).std)
+    assert Spread.of([1.0, 3.0]).error == pytest.approx(1.0)

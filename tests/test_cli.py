@@ -1,0 +1,163 @@
+"""The command line as a user meets it: output, exit status, one line for an error."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import fqt.cli
+from fqt.train.checkpoint import load_checkpoint
+
+FAST = ["--batch-size", "256", "--epochs", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs a command in an empty folder; gives status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            fqt.cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+def test_train_then_resume(run, tmp_path):
+    status, out, err = run("train", "digits", "--recipe", "qat", "--out", "r", *FAST)
+    assert status == 0
+    assert "accuracy" in out
+    assert "record in r" in out
+    assert "qat seed 0: 5 steps" in err
+    status, again, err = run("train", "--out", "r", "--resume")
+    assert (status, again, err) == (0, out, "")
+    status, _, err = run("train", "digits", "--recipe", "bhq4", "--out", "r", "--resume")
+    assert (status, "started with recipe = qat" in err) == (2, True)
+    assert run("train", "digits", "--out", "r", *FAST)[0] == 2
+
+
+def test_default_folder(run, tmp_path):
+    assert run("train", "--recipe", "none", "--seed", "3", *FAST)[0] == 0
+    assert (tmp_path / "runs" / "digits-none-seed3" / "checkpoint.pt").exists()
+
+
+def test_compare_and_report(run, tmp_path):
+    command = ["compare", "digits", "--recipes", "qat, psq4", "--seeds", 2, "--draws", 2, "--out", "c", *FAST]
+    status, out, _ = run(*command)
+    assert status == 0
+    assert "psq4" in out
+    assert "noise" in out
+    for name in ("compare.json", "compare.md", "compare.png", "compare.svg", "psq4-seed1/metrics.jsonl"):
+        assert (tmp_path / "c" / name).exists()
+    (tmp_path / "c" / "compare.md").unlink()
+    assert run("report", "c")[1] == out
+    assert (tmp_path / "c" / "compare.md").exists()
+    status, again, err = run(*command)
+    assert (status, again, err) == (0, out, "")  # nothing was trained again
+
+
+def test_explain(run):
+    status, out, _ = run("explain", "digits", "--recipe", "ptq8")
+    assert status == 0
+    assert "grad_weight" in out
+
+
+def test_a_model_beside_the_user(run, tmp_path):
+    (tmp_path / "beside_me.py").write_text(
+        "from torch import nn\ndef net(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    assert run("train", "--model", "beside_me:net", "--recipe", "psq4", "--out", "r", *FAST)[0] == 0
+
+
+ERRORS = [
+    (["train", "sudoku"], "unknown task 'sudoku'; known: digits, fashion-mnist, cifar10, imagefolder"),
+    (["train", "--recipe", "xyz4"], "unknown recipe 'xyz4'; known:"),
+    (["train", "--model", "lenet"], "unknown model 'lenet'; known: convnet"),
+    (["train", "--preset", "best"], "unknown preset 'best'; known:"),
+    (["train", "--schedule", "weekly"], "unknown schedule 'weekly'; known: cosine"),
+    (["train", "--epochs", "many"], "Invalid value for '--epochs'"),
+    (["train", "--epochs", "0"], "epochs must be at least 1"),
+    (["train", "--frobnicate"], "No such option"),
+    (["train", "cifar10"], "--data"),
+    (["train", "cifar10", "--data", "nowhere"], "there is no folder nowhere; --data must name"),
+    (["train", "imagefolder", "--data", "."], "train/CLASS"),
+    (["train", "--resume", "--out", "nowhere"], "holds no run to continue"),
+    (["train", "--resume", "--force", "--out", "x"], "give one of them"),
+    (["train", "--device", "cuda:77"], "cannot use the device"),
+    (["compare", "--recipes", "qat,nope"], "unknown recipe 'nope'"),
+    (["compare", "--recipes", ","], "at least one recipe"),
+    (["compare", "--seeds", "0"], "at least one recipe and one seed"),
+    (["compare", "sudoku"], "unknown task 'sudoku'"),
+    (["explain", "sudoku"], "unknown task 'sudoku'"),
+    (["report", "nowhere"], "cannot read nowhere"),
+    (["dance"], "No such command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS)
+def test_bad_input_is_one_line_and_status_2(run, tmp_path, arguments, message):
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert message in err
+    assert err.startswith("fqt: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not list(tmp_path.rglob("*"))  # nothing was left behind
+
+
+def test_divergence_is_status_1(run):
+    status, _, err = run("train", "--recipe", "none", "--lr", "1e30", "--momentum", "0", "--out", "r", *FAST)
+    assert status == 1
+    assert "diverged at step" in err
+
+
+def _start(folder, *more):
+    command = [sys.executable, "-m", "fqt.cli", "train", "--out", folder, "--recipe", "none", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
+    folder = tmp_path / "r"
+    steps = []
+    for more in (["digits", "--epochs", "4000"], ["--resume"]):
+        process = _start(folder, *more)
+        before = steps[-1] if steps else 0
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+            if (folder / "checkpoint.pt").exists() and _step(folder) > before:
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "with --resume continues" in err
+        assert "Traceback" not in err
+        steps.append(_step(folder))
+    assert steps[0] < steps[1] < 80_000
+
+
+def _step(folder):
+    return load_checkpoint(folder / "checkpoint.pt", ("step", "rng", "optimizer"))["step"]
+
+
+def test_help_and_version(run):
+    assert "compare" in run("--help")[1]
+    assert "--recipes" in run("compare", "-h")[1]
+    assert fqt.__version__ in run("--version")[1]

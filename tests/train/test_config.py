@@ -1,0 +1,82 @@
+import pytest
+
+from fqt.errors import FqtError
+from fqt.train import TrainConfig, preset_names, resolve
+from fqt.train.config import read_toml, to_toml
+
+PAPER_CIFAR = {
+    "task": "cifar10", "model": "preact-resnet56", "batch_size": 128, "epochs": 200, "lr": 0.1, "momentum": 0.9,
+    "nesterov": False, "weight_decay": 1e-4, "norm_weight_decay": 0.0, "schedule": "cosine",
+    "schedule_unit": "epoch", "warmup_epochs": 0, "label_smoothing": 0.0, "drop_last": True, "augment": True,
+}  # fmt: skip
+PAPER_IMAGENET = {
+    "task": "imagefolder", "batch_size": 400, "epochs": 90, "lr": 0.4, "momentum": 0.875, "nesterov": False,
+    "weight_decay": 3.0517578125e-05, "norm_weight_decay": 0.0, "schedule": "cosine", "schedule_unit": "epoch",
+    "warmup_epochs": 4, "label_smoothing": 0.1, "augment": True, "image_size": 224,
+}  # fmt: skip
+PAPER = {
+    "cifar10-resnet56": PAPER_CIFAR,
+    "imagenet-resnet18": {**PAPER_IMAGENET, "model": "resnet18"},
+    "imagenet-resnet50": {**PAPER_IMAGENET, "model": "resnet50"},
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_have_the_papers_numbers(name):
+    config = resolve(None, name, {})
+    assert {key: getattr(config, key) for key in PAPER[name]} == PAPER[name]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_and_survives_toml(name, tmp_path):
+    config = resolve(None, name, {})
+    (tmp_path / "c.toml").write_bytes(to_toml(config.to_dict()))
+    assert TrainConfig.from_dict(read_toml(tmp_path / "c.toml")) == config
+
+
+def test_flags_override_the_preset_and_the_preset_the_task(tmp_path):
+    (tmp_path / "p.toml").write_text('task = "digits"\nlr = 0.5\nepochs = 3\n')
+    config = resolve("digits", str(tmp_path / "p.toml"), {"epochs": 7, "momentum": None})
+    assert (config.epochs, config.lr, config.batch_size) == (7, 0.5, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"epochs": 1.5}, "epochs must be an integer"),
+        ({"epochs": True}, "epochs must be an integer"),
+        ({"lr": 0}, "lr must be positive"),
+        ({"lr": float("nan")}, "lr must be finite"),
+        ({"lr": "fast"}, "lr must be a number"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\)"),
+        ({"momentum": 0.0, "nesterov": True}, "nesterov needs"),
+        ({"weight_decay": -1}, "weight_decay must not be negative"),
+        ({"label_smoothing": 1.0}, "label_smoothing must lie"),
+        ({"schedule": "step"}, "unknown schedule 'step'; known: cosine, onecycle, constant"),
+        ({"schedule_unit": "hour"}, "unknown schedule_unit"),
+        ({"model": ""}, "model must not be empty"),
+        ({"amp": 1}, "amp must be true or false"),
+    ],
+)
+def test_senseless_values_are_refused(changes, message):
+    with pytest.raises(FqtError, match=message):
+        TrainConfig(task="digits", **changes)
+
+
+def test_integers_given_for_floats_become_floats():
+    assert isinstance(TrainConfig(task="digits", lr=1).lr, float)
+
+
+def test_unknown_names_list_the_known_ones(tmp_path):
+    with pytest.raises(FqtError, match=r"unknown preset 'x'; known: .*cifar10-resnet56"):
+        resolve("digits", "x", {})
+    with pytest.raises(FqtError, match="preset cifar10-resnet56 is for the task cifar10, not digits"):
+        resolve("digits", "cifar10-resnet56", {})
+    (tmp_path / "p.toml").write_text("learning_rate = 0.5\n")
+    with pytest.raises(FqtError, match=r"unknown keys learning_rate; known: .*\blr\b"):
+        resolve("digits", str(tmp_path / "p.toml"), {})
+    (tmp_path / "p.toml").write_text("lr = = 0.5\n")
+    with pytest.raises(FqtError, match="not a TOML file"):
+        resolve("digits", str(tmp_path / "p.toml"), {})
