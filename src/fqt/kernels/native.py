@@ -178,7 +178,7 @@ def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -
     codes, step, offset = codes.contiguous(), step.contiguous(), offset.contiguous()
     out = torch.empty(codes.shape, dtype=torch.float32)
     pointers = (codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, step.data_ptr(), offset.data_ptr())
-    noise = (None, 0, 0)
+    noise: tuple[int | None, int, int] = (None, 0, 0)
     if dither is not None:
         dither = dither.contiguous()
         noise = (dither.data_ptr(), *_group(dither, *codes.shape))

@@ -1,0 +1,274 @@
+"""The native kernels against the plain-torch reference: the same bits, at every instruction-set level."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from fqt.kernels import native, ops, philox, reference
+
+needs_native = pytest.mark.skipif(
+    native.status().level == "reference" and "FQT_KERNELS" not in os.environ, reason=str(native.status())
+)
+pytestmark = needs_native
+
+SHAPES = [(0, 5), (5, 0), (0, 0), (1, 1), (2, 2), (3, 70), (17, 33), (5, 1000), (130, 31), (33, 129), (300, 701)]
+TAILS = [(3, d) for d in range(1, 71)]  # every remainder of every vector length
+RANGES = {"nearest": [(0, 255), (0, 3), (-127, 127), (-1, 1)], "stochastic": [(0, 255), (0, 15), (-127, 127)]}
+RANGES["dithered"] = [(0, 254), (0, 2)]
+GROUPS = {"tensor": (0, 1), "row": (1,), "column": (0,)}
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal dtype, shape and values, NaN equal to NaN."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(nan=7e37), b.nan_to_num(nan=7e37))
+
+
+def matrix(shape: tuple[int, int], kind: str = "plain") -> torch.Tensor:
+    """Values that reach the edge cases of the arithmetic."""
+    generator = torch.Generator().manual_seed(hash(shape) % 1000)
+    x = torch.randn(shape, generator=generator)
+    pick = torch.rand(shape, generator=generator)
+    if kind == "wide":
+        x = x * 3e38 / x.abs().amax().clamp(min=1) if x.numel() else x
+    elif kind == "tiny":
+        x = x * 1e-40
+    elif kind == "zeros":
+        x = torch.where(pick < 0.5, 0.0, x)
+        x = torch.where(pick < 0.25, -0.0, x)
+    elif kind == "nan":
+        x = torch.where(pick < 0.02, torch.nan, x)
+        x = torch.where(pick > 0.99, torch.inf, x)
+    elif kind == "ties":
+        x = (x * 4).round() / 2
+    elif kind == "constant":
+        x = torch.full(shape, 0.1)
+    return x
+
+
+KINDS = ("plain", "wide", "tiny", "zeros", "nan", "ties", "constant")
+
+
+def shapes(kind: str) -> list[tuple[int, int]]:
+    """What to try with values of that kind."""
+    return SHAPES + TAILS if kind == "plain" else SHAPES
+
+
+def parameters(x: torch.Tensor, group: str, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step and offset that spread a group over the codes; 0 where it is constant, NaN where it is not finite."""
+    lo, hi = reference.value_range(x, group)
+    step = (hi * 0.5 - lo * 0.5) / (high - low) * 2
+    bad = ~(torch.isfinite(lo) & torch.isfinite(hi))
+    return step.masked_fill(bad, torch.nan), (lo - low * step).nan_to_num(0, 0, 0)
+
+
+SEED = torch.tensor(-0x123456789ABCDEF)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_range(kind: str, group: str) -> None:
+    for shape in shapes(kind):
+        x = matrix(shape, kind)
+        for a, b in zip(ops.value_range(x, group), reference.value_range(x, group), strict=True):
+            assert same(a, b), (shape, group)
+
+
+@pytest.mark.parametrize("rounding", RANGES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_and_decode(kind: str, group: str, rounding: str) -> None:
+    for shape in shapes(kind):
+        x = matrix(shape, kind)
+        for low, high in RANGES[rounding]:
+            step, offset = parameters(x, group, low, high)
+            wanted = reference.encode(x, step, offset, low, high, rounding, SEED)
+            assert same(native.encode(x, step, offset, low, high, rounding, SEED), wanted), (shape, low, high)
+            noise = [n.float() / 2**24 for n in reference.dither_noise(SEED, *shape)]
+            for dither in (None, noise[0], noise[1]):
+                value = reference.decode(wanted, step, offset, dither)
+                assert same(native.decode(wanted, step, offset, dither), value), (shape, low, high)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_variance(kind: str, group: str) -> None:
+    for shape in shapes(kind):
+        x = matrix(shape, kind)
+        step, offset = parameters(x, group, 0, 15)
+        wanted = reference.code_variance(x, step, offset, 0, 15)
+        assert same(native.code_variance(x, step, offset, 0, 15), wanted), shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hadamard(kind: str) -> None:
+    for blocks in [(), (1,), (2,), (4, 1), (8, 2, 1), (128, 64, 2), (16, 16, 16), (512,), (64, 32, 16, 8, 4, 2, 1)]:
+        for columns in (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200):
+            x = matrix((sum(blocks), columns), kind)
+            order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1))
+            assert same(native.hadamard(x, order, blocks), reference.hadamard(x, order, blocks)), (blocks, columns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reflect(kind: str) -> None:
+    for shape in shapes(kind):
+        x = matrix(shape, kind)
+        generator = torch.Generator().manual_seed(2)
+        group = torch.randint(0, max(shape[0] // 3, 1), (shape[0],), generator=generator)
+        normal, factor = torch.randn(2, shape[0], 1, generator=generator)
+        assert same(native.reflect(x, group, normal, factor), reference.reflect(x, group, normal, factor)), shape
+
+
+def test_noise() -> None:
+    for n in (0, 1, 3, 4, 5, 31, 32, 33, 4095, 4096, 4097, 10000):
+        assert same(ops.random_u24(SEED, 3, n), philox.random_u24(SEED, 3, n)), n
+    for a, b in zip(ops.dither_noise(SEED, 37, 1001), reference.dither_noise(SEED, 37, 1001), strict=True):
+        assert same(a, b)
+
+
+def test_large_matrices_on_one_and_two_threads() -> None:
+    x = torch.randn(513, 1027, generator=torch.Generator().manual_seed(3))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for group in GROUPS:
+                step, offset = parameters(x, group, 0, 254)
+                for rounding in RANGES:
+                    wanted = reference.encode(x, step, offset, 0, 254, rounding, SEED)
+                    assert same(ops.encode(x, step, offset, 0, 254, rounding, SEED), wanted)
+                assert same(ops.value_range(x, group)[0], reference.value_range(x, group)[0])
+                assert same(ops.decode(wanted, step, offset, None), reference.decode(wanted, step, offset, None))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    x = torch.randn(40, 60)[::2, ::3]
+    step, offset = parameters(x, "row", 0, 255)
+    step = step.expand(20, 2)[:, 1:]
+    seed = torch.tensor([1, 5, 9])[1]
+    wanted = reference.encode(x, step, offset, 0, 255, "stochastic", seed)
+    assert same(ops.encode(x, step, offset, 0, 255, "stochastic", seed), wanted)
+    assert same(ops.encode(x.T, step.T, offset.T, 0, 255, "nearest", None), wanted_nearest(x, step, offset).T)
+
+
+def wanted_nearest(x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """The reference's codes."""
+    return reference.encode(x, step, offset, 0, 255, "nearest", None)
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda x, s: ops.encode(x, s[:2], s[:2], 0, 255, "nearest", None), "parameters of shape"),
+        (lambda x, s: ops.encode(x, s, s, 0, 256, "nearest", None), "codes 0 … 256"),
+        (lambda x, s: ops.encode(x, s, s, 0, 255, "dithered", torch.tensor(1)), "codes 0 … 256"),
+        (lambda x, s: ops.encode(x, s, s, -129, 3, "nearest", None), "codes -129"),
+        (lambda x, s: ops.encode(x, s, s, 0, 255, "stochastic", None), "seed"),
+        (lambda x, s: ops.encode(x, s, s, 0, 255, "up", None), "rounding 'up'"),
+        (lambda x, s: ops.value_range(x, "rows"), "group 'rows'"),
+    ],
+)
+def test_bad_arguments_are_named(call, names: str) -> None:
+    x, step = torch.randn(4, 5), torch.ones(4, 1)
+    with pytest.raises((ValueError, KeyError), match=names):
+        call(x, step)
+
+
+def test_bad_indices_raise() -> None:
+    x, ones = torch.randn(4, 5), torch.ones(4, 1)
+    with pytest.raises(IndexError, match="outside"):
+        ops.hadamard(x, torch.tensor([0, 1, 2, 4]), (4,))
+    with pytest.raises(IndexError, match="powers of two"):
+        ops.hadamard(x, torch.arange(4), (3, 1))
+    with pytest.raises(IndexError, match="outside"):
+        ops.reflect(x, torch.tensor([0, 1, 2, -1]), ones, ones)
+
+
+def test_two_python_threads_at_once() -> None:
+    x = torch.randn(200, 300)
+    step, offset = parameters(x, "row", 0, 254)
+    wanted = {r: reference.encode(x, step, offset, 0, 254, r, SEED) for r in RANGES}
+    failures: list[str] = []
+
+    def work(rounding: str) -> None:
+        for _ in range(50):
+            if not same(ops.encode(x, step, offset, 0, 254, rounding, SEED), wanted[rounding]):
+                failures.append(rounding)
+
+    threads = [threading.Thread(target=work, args=(r,)) for r in ("stochastic", "dithered")]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+_FORK = """
+import os, torch
+from fqt.kernels import native, ops, reference
+torch.set_num_threads(2)
+x, one = torch.randn(512, 512), torch.ones(1, 1)
+wanted = ops.encode(x, one, one, -127, 127, "nearest", None)
+child = os.fork()
+if child == 0:
+    codes = ops.encode(x, one, one, -127, 127, "nearest", None)
+    os._exit(0 if (codes.numpy() == wanted.numpy()).all() else 1)  # torch's own parallel loops would hang here
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def run(code: str, level: str = "", timeout: float = 120) -> str:
+    """Standard output of a fresh interpreter."""
+    environment = {**os.environ, "FQT_KERNELS": level} if level else dict(os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, timeout=timeout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_fork_after_use() -> None:
+    run(_FORK, timeout=60)
+
+
+@pytest.mark.parametrize("level", native.LEVELS)
+def test_every_level_gives_the_same_bits(level: str) -> None:
+    """The tests of this file again, at a lower level."""
+    if "FQT_KERNELS" in os.environ:
+        pytest.skip("a level is chosen already")
+    have = native.status().level
+    if native.LEVELS.index(level) >= native.LEVELS.index(have):
+        pytest.skip(f"this machine runs {have} anyway")
+    arguments = [__file__, "-q", "-p", "no:cacheprovider", "-k", "plain or nan or noise or large"]
+    code = f"""
+import sys, pytest
+from fqt.kernels import status
+print(status().level)
+sys.exit(pytest.main({arguments!r}))
+"""
+    out = run(code, level)
+    assert out.splitlines()[0] == level
+
+
+def test_the_reference_can_be_asked_for() -> None:
+    code = "from fqt.kernels import status; s = status(); print(s.level, s.reason)"
+    assert run(code, "reference").split() == ["reference", "FQT_KERNELS=reference"]
+
+
+def test_an_unknown_level_is_an_error() -> None:
+    code = """
+from fqt.errors import FqtError
+from fqt.kernels import status
+try:
+    status()
+except FqtError as error:
+    print(error)
+"""
+    assert "known: reference, portable" in run(code, "sse")
