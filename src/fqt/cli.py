@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import fqt
 from fqt.errors import FqtError
 from fqt.records import write_bytes
 from fqt.report import comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
-from fqt.train import TASKS, Comparison, Interrupted, TrainConfig, compare, resolve, train
+from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
+from fqt.train.config import SCHEDULES, UNITS
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
 from fqt.train.trainer import make_model, pick_device
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("fqt: " + " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"fqt: {stop}; the same command with --resume continues", file=sys.stderr)
+        print(f"fqt: {stop}; the same command with --resume (not --force) continues", file=sys.stderr)
         sys.exit(130)
     except (KeyboardInterrupt, click.Abort):
         print("fqt: interrupted", file=sys.stderr)
@@ -56,11 +57,15 @@ def cli() -> None:
     """Train PyTorch models with low-bit weights, activations and gradients, and see what each bit costs."""
 
 
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
 def _training_options(command: Command) -> Command:
     """The options that `train` and `compare` share; an option that is not given leaves the preset's value."""
     options = [
-        click.option("--preset", help="Hyperparameters by name, or a TOML file; other options override them."),
-        click.option("--model", help="A model's name, or package.module:ClassOrFactory."),
+        click.option("--preset", help=f"Values under the other options': {_list(preset_names())}, or a TOML file."),
+        click.option("--model", help=f"{_list(MODELS)}, or package.module:ClassOrFactory."),
         click.option("--data", help="Folder with the task's files."),
         click.option("--epochs", type=int, help="Passes over the training data."),
         click.option("--steps", type=int, help="End after this many steps."),
@@ -69,8 +74,8 @@ def _training_options(command: Command) -> Command:
         click.option("--momentum", type=float),
         click.option("--nesterov/--no-nesterov", default=None),
         click.option("--weight-decay", type=float, help="Of all but normalization layers."),
-        click.option("--schedule", help="cosine, onecycle or constant."),
-        click.option("--schedule-unit", help="Change the rate per step or per epoch."),
+        click.option("--schedule", help=_list(SCHEDULES)),
+        click.option("--schedule-unit", help=f"When the rate changes: {_list(UNITS)}."),
         click.option("--warmup-epochs", type=int),
         click.option("--label-smoothing", type=float),
         click.option("--drop-last/--keep-last", default=None, help="The last, smaller batch of an epoch."),
@@ -80,7 +85,7 @@ def _training_options(command: Command) -> Command:
         click.option("--workers", type=int, help="Processes that read images (imagefolder)."),
         click.option("--amp/--no-amp", default=None, help="bfloat16 autocast."),
         click.option("--window", type=int, help="Steps per line of metrics."),
-        click.option("--seed", type=int, help="First seed, for compare."),
+        click.option("--seed", type=int, help="What all randomness derives from; the first one, for compare."),
         click.option("--out", type=click.Path(path_type=Path), help="Folder of the record [default: under runs/]."),
         click.option("--force", is_flag=True, help="Discard what is in the folder."),
     ]
@@ -91,22 +96,20 @@ def _training_options(command: Command) -> Command:
 
 @cli.command("train")
 @_training_options
-@click.option("--recipe", help="A recipe's name, or a TOML file.")
+@click.option("--recipe", help="none, qat, default, a quantizer such as bhq4, or a TOML file.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out to the same numbers.")
 def train_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
 ) -> int:
-    """Train on TASK (digits, fashion-mnist, cifar10, imagefolder) and keep the record in a folder."""
+    """Train on TASK (digits, fashion-mnist, cifar10 or imagefolder) and keep the record in a folder."""
     config = resolve(task, preset, given)
     folder = out or Path("runs") / f"{config.task}-{recipe_label(config.recipe)}-seed{config.seed}"
     if resume:
         if force:
-            raise FqtError("--resume continues a run and --force discards it: give one of them")
+            raise FqtError("--resume continues and --force discards: give one of them")
         config = continue_config(folder, _explicit(config, task, preset, given))
     console = Console(stderr=True)
-    result = train(
-        config, folder, resume=resume, force=force, command=sys.argv, observer=ConsoleObserver(console)
-    )
+    result = train(config, folder, resume=resume, force=force, command=sys.argv, observer=ConsoleObserver(console))
     click.echo(
         f"accuracy {100 * result.accuracy:.2f} % (best {100 * result.best_accuracy:.2f} %), "
         f"training loss {result.train_loss:.4f}, {result.steps} steps, record in {folder}"
@@ -127,7 +130,7 @@ def _explicit(config: TrainConfig, task: str | None, preset: str | None, given: 
 @click.option("--baseline", default="qat", show_default=True, help="What runs and noise are measured against.")
 @click.option("--batches", default=4, show_default=True, help="Batches for the gradient's noise; 0 leaves it out.")
 @click.option("--draws", default=8, show_default=True, help="Backward passes per batch.")
-@click.option("--resume", is_flag=True, hidden=True, help="A comparison always continues; accepted for symmetry.")
+@click.option("--resume", is_flag=True, hidden=True, help="A comparison always continues.")
 def compare_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
 ) -> None:
@@ -135,6 +138,8 @@ def compare_command(
 
     Finished runs in the folder are not made again: repeat the command after an interruption, or with more seeds.
     """
+    if resume and force:
+        raise FqtError("--resume continues and --force discards: give one of them")
     recipes = tuple(name.strip() for name in given.pop("recipes").split(",") if name.strip())
     seeds, first = given.pop("seeds"), given.pop("seed") or 0
     measure = {name: given.pop(name) for name in ("baseline", "batches", "draws")}

@@ -131,6 +131,27 @@ def test_bad_comparisons_are_refused_before_anything_runs(comparison):
         comparison(batches=1)
 
 
+def test_a_recipe_that_does_not_fit_is_found_before_anything_runs_or_is_discarded(tmp_path, comparison):
+    compare(comparison(seeds=(0,), batches=0), tmp_path / "out")
+    before = (tmp_path / "out" / "compare.json").read_bytes()
+    path = tmp_path / "misfit.toml"
+    path.write_text('base = "qat"\n[[rules]]\npattern = "no.such.layer"\nrecipe = "none"\n')
+    with pytest.raises(FqtError, match=r"no\.such\.layer"):
+        compare(comparison(recipes=("qat", str(path)), seeds=(0,), batches=0), tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "compare.json").read_bytes() == before
+    assert (tmp_path / "out" / "qat-seed0" / "checkpoint.pt").exists()
+
+
+def test_a_forced_comparison_that_is_interrupted_can_be_continued(tmp_path, comparison, interruption):
+    compare(comparison(seeds=(0,), batches=0), tmp_path)
+    changed = comparison({"lr": 0.2}, seeds=(0,), batches=0)
+    with pytest.raises(Interrupted):
+        compare(changed, tmp_path, force=True, observer=interruption(2))
+    counter = Counter()
+    compare(changed, tmp_path, observer=counter)
+    assert counter.titles == [("qat seed 0", 2), ("ptq4 seed 0", 0)]
+
+
 def test_recipe_files_go_by_their_stem(tmp_path, comparison):
     path = tmp_path / "my recipe.toml"
     path.write_text('base = "qat"\ngrad_input = "psq6"\n')

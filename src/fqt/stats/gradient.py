@@ -166,9 +166,7 @@ def _gradient(
         if not torch.isfinite(loss):
             raise FqtError(f"the loss is {loss.item()}: the gradient's variance is undefined at this point")
         gradients = torch.autograd.grad(loss.reshape(()), list(parameters.values()), allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters.values(), strict=True)
-    ]
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters.values(), strict=True)]
 
 
 @contextmanager

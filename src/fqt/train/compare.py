@@ -19,6 +19,7 @@ variances, are nearly zero.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -39,7 +40,7 @@ from fqt.train.checkpoint import load_checkpoint
 from fqt.train.config import MACHINE_FIELDS, TrainConfig
 from fqt.train.loaders import Batch, Loader
 from fqt.train.results import RunResult
-from fqt.train.run import Observer, train
+from fqt.train.run import Observer, discard, train
 from fqt.train.tasks import load_task
 from fqt.train.trainer import forward, load_weights, make_model, pick_device
 
@@ -126,12 +127,16 @@ def compare(
         The content of ``compare.json``.
 
     Raises:
-        FqtError: what `fqt.train.run.train` raises, or the folder holds a comparison of another training.
+        FqtError: what `fqt.train.run.train` raises, or the folder holds a comparison of another training; a
+            recipe that does not fit the model is found before anything runs.
         Interrupted: the user stopped it; calling again continues.
     """
+    _check_recipes(comparison)
     path = folder / "compare.json"
     shared = _shared(comparison.base)
-    old = read_json(path) if path.exists() and not force else {}
+    if force:
+        _discard(comparison, folder)
+    old = read_json(path) if path.exists() else {}
     _check_old(old, shared, path)
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -144,17 +149,39 @@ def compare(
         "runs": [],
         "gradient": old.get("gradient", []) if old.get("measurement") == comparison.settings() else [],
     }
+    if not old:
+        write_json(path, record)
     for seed in comparison.seeds:
         for recipe in comparison.recipes:
             config = comparison.base.replace(recipe=recipe, seed=seed)
             home = _home(folder, recipe, seed)
-            result = train(config, home, resume=not force, force=force, command=command, observer=observer)
+            result = train(config, home, resume=True, command=command, observer=observer)
             record["runs"].append(_run_record(recipe, seed, result))
             write_json(path, record)
         if comparison.batches:
             _measure_seed(comparison, folder, seed, record)
             write_json(path, record)
     return record
+
+
+def _check_recipes(comparison: Comparison) -> None:
+    """Converts the model to every recipe, so that the last one's misfit shows before hours of training."""
+    data = load_task(comparison.base, pick_device(comparison.base.device))
+    for recipe in (*comparison.recipes, comparison.baseline):
+        make_model(comparison.base, data, recipe)
+
+
+def _discard(comparison: Comparison, folder: Path) -> None:
+    """Removes the record and the runs that it or the new comparison names, all at once: a forced comparison that
+    is interrupted can then be continued like any other.
+    """
+    path = folder / "compare.json"
+    homes = {_home(folder, recipe, seed) for recipe in comparison.recipes for seed in comparison.seeds}
+    with contextlib.suppress(FqtError, KeyError, TypeError):  # what is being discarded may be anything
+        homes |= {_home(folder, run["recipe"], run["seed"]) for run in read_json(path)["runs"]}
+    path.unlink(missing_ok=True)
+    for home in homes:
+        discard(home)
 
 
 def _check_old(old: Any, shared: dict[str, Any], path: Path) -> None:

@@ -119,7 +119,7 @@ def _read_idx(path: Path) -> np.ndarray:
     start = 4 + 4 * raw[3]
     shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
     if len(raw) - start != math.prod(shape):
-        raise FqtError(f"{path} is cut short: it announces {shape} and holds {max(0, len(raw) - start)} bytes of data")
+        raise FqtError(f"{path} is cut short: it announces {shape} and holds {max(0, len(raw) - start)} bytes")
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
 
 

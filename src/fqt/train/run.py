@@ -35,7 +35,7 @@ from fqt.train.config import MACHINE_FIELDS, TrainConfig, read_toml, to_toml
 from fqt.train.results import RunResult, is_finished, read_result
 from fqt.train.trainer import Trainer
 
-__all__ = ["Interrupted", "Observer", "Silent", "continue_config", "train"]
+__all__ = ["Interrupted", "Observer", "Silent", "continue_config", "discard", "train"]
 
 CHECKPOINT_SECONDS = 600.0
 FILES = ("metrics.jsonl", "checkpoint.pt", "halfway.pt", "environment.json", "config.toml")
@@ -128,8 +128,7 @@ def train(
     if resume and (folder / "checkpoint.pt").exists():
         _take_up(trainer, folder, command)
     else:
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
+        discard(folder)
         _open_folder(trainer, folder, command)
     watcher: Observer = observer or Silent()
     watcher.begin(f"{config.recipe} seed {config.seed}", trainer.total_steps, trainer.step)
@@ -139,6 +138,12 @@ def train(
     finally:
         watcher.end()
     return read_result(folder)
+
+
+def discard(folder: Path) -> None:
+    """Removes the run in ``folder``, and nothing else that lies there."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def continue_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
