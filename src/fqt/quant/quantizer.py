@@ -73,10 +73,11 @@ class Quantizer:
         view = _view(x, axis)
         if nonfinite not in ("raise", "propagate"):
             raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
-        if nonfinite == "raise" and not torch.isfinite(x).all():
+        matrix = view.matrix(x).to(reference.compute_dtype(x.dtype))
+        if nonfinite == "raise" and not torch.isfinite(matrix).all():
             raise FqtError("cannot quantize NaN or Inf; pass nonfinite='propagate' to get NaN back instead")
         key = self._key(seed, x.device)
-        y, mixing, plan = self._plan(view.matrix(x).to(reference.compute_dtype(x.dtype)), key)
+        y, mixing, plan = self._plan(matrix, key)
         codes = plan.encode(y, key)
         step, offset, dither = plan.decoding(y.shape, key)
         return QuantizedTensor(view, x.dtype, codes, step, offset, dither, mixing)
