@@ -139,10 +139,10 @@ def small_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """Convolution, batch norm, convolution, linear: 8 samples of 2 × 6 × 6 to 3 classes."""
     torch.manual_seed(3)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1),
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),  # a bias before batch norm has no gradient
         nn.BatchNorm2d(4),
         nn.ReLU(),
-        nn.Conv2d(4, 4, 3, stride=2, bias=False),
+        nn.Conv2d(4, 4, 3, stride=2),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(16, 3),
