@@ -1,0 +1,127 @@
+"""Names build quantizers, quantizers give their names back, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+import fqt
+from fqt import Quantizer
+from fqt.errors import FqtError
+from fqt.quant import BlockHouseholder, Identity, Integers, Scale, ScaledHadamard, quantizer, quantizer_name
+
+from .cases import BITS, METHODS
+
+EVERY = [
+    f"{m}{b}{s}{a}" for m in METHODS for b in BITS for s in ("", "d", "x", "n") for a in ("", "@channel", "@token")
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_in_the_name_or_beside_it(method: str, bits: int) -> None:
+    assert quantizer(f"{method}{bits}") == quantizer(method, bits=bits) == quantizer(f"{method}{bits}", bits=bits)
+    assert quantizer(f"{method}d", bits=bits) == quantizer(f"{method}{bits}d")
+    assert hash(quantizer(f"{method}{bits}")) == hash(quantizer(method, bits=bits))
+
+
+def test_what_the_names_mean() -> None:
+    kinds = {"ptq": Identity, "psq": Identity, "bhq": BlockHouseholder, "shq": ScaledHadamard}
+    for method, transform in kinds.items():
+        q = fqt.quantizer(f"{method}5")
+        assert isinstance(q.transform, transform)
+        assert (q.scale.group, q.scale.mode) == ("tensor" if method == "ptq" else "row", "affine")
+        assert (q.grid, q.rounding) == (Integers(5), "stochastic")
+    assert quantizer("psq8d@channel").scale.axis == "channel"
+    assert [quantizer(f"psq4{s}").rounding for s in "dxn"] == ["dithered", "best", "nearest"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_round_trip(name: str) -> None:
+    assert quantizer_name(quantizer(name)) == name
+
+
+def test_all_names_differ() -> None:
+    assert len({quantizer(n) for n in EVERY}) == len(EVERY)
+
+
+def test_what_has_no_name() -> None:
+    assert quantizer_name(Quantizer(transform=BlockHouseholder(guard=False))) is None
+    assert quantizer_name(Quantizer(scale=Scale("column"))) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "foo4",
+        "PSQ4",
+        "psq4 ",
+        " psq4",
+        "psq4q",
+        "psq4@",
+        "psq4@@token",
+        "4psq",
+        "psq4dd",
+        "psq-4",
+        "psq4\n",
+        None,
+        4,
+    ],
+)
+def test_unknown_names_list_the_known(name: object) -> None:
+    with pytest.raises(FqtError) as error:
+        quantizer(name)  # type: ignore[arg-type]
+    text = str(error.value)
+    assert "\n" not in text.replace(repr(name), "")
+    for method in METHODS:
+        assert method in text
+
+
+@pytest.mark.parametrize("name", ["psq4@pixel", "psq99", "psq1", "psq9d", "psq0", "psq"])
+def test_wrong_parts_are_named(name: str) -> None:
+    with pytest.raises(FqtError) as error:
+        quantizer(name)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -4, 4.5, "4", 4.0, True], ids=repr)
+def test_bits_are_an_integer_from_two_to_eight(bits: object) -> None:
+    """4.0 would make a quantizer that equals quantizer("psq4") and has no name."""
+    with pytest.raises(FqtError, match="bits"):
+        quantizer("psq", bits=bits)  # type: ignore[arg-type]
+
+
+def test_bits_said_twice_differently() -> None:
+    with pytest.raises(FqtError, match="say one"):
+        quantizer("psq4", bits=5)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Quantizer(rounding="up"),
+        lambda: Quantizer(rounding="dithered", scale=Scale("row", "symmetric")),
+        lambda: Quantizer(rounding="best", scale=Scale("row", "symmetric")),
+        lambda: Quantizer(transform=BlockHouseholder(), scale=Scale("tensor")),
+        lambda: Quantizer(transform=ScaledHadamard(), scale=Scale("column")),
+        lambda: Scale("diagonal"),
+        lambda: Scale("row", "log"),
+        lambda: Scale("row", "affine", "pixel"),
+        lambda: BlockHouseholder(guard="maybe"),
+        lambda: BlockHouseholder(small_rows="huge"),
+        lambda: ScaledHadamard(block=12),
+        lambda: ScaledHadamard(block=0),
+    ],
+)
+def test_impossible_choices_raise(build: object) -> None:
+    with pytest.raises(FqtError) as error:
+        build()  # type: ignore[operator]
+    assert "\n" not in str(error.value)
+
+
+def test_frozen_and_keyword_only() -> None:
+    with pytest.raises(AttributeError):
+        quantizer("psq4").rounding = "nearest"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Quantizer(Identity())  # type: ignore[misc]
