@@ -35,7 +35,7 @@ Command = Callable[..., Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``fqt``; ends the process with the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.path.insert(0, os.getcwd())  # so that --model finds a module beside the user
+    sys.path.append(os.getcwd())  # so that --model finds a module beside the user; last, so that it hides none
     try:
         status = cli.main(args=arguments, prog_name="fqt", standalone_mode=False)
     except (FqtError, click.ClickException) as error:

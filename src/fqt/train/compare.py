@@ -40,7 +40,7 @@ from fqt.train.checkpoint import load_checkpoint
 from fqt.train.config import MACHINE_FIELDS, TrainConfig
 from fqt.train.loaders import Batch, Loader
 from fqt.train.results import RunResult
-from fqt.train.run import Observer, discard, train
+from fqt.train.run import Observer, Silent, discard, train
 from fqt.train.tasks import load_task
 from fqt.train.trainer import forward, load_weights, make_model, pick_device
 
@@ -159,8 +159,9 @@ def compare(
             record["runs"].append(_run_record(recipe, seed, result))
             write_json(path, record)
         if comparison.batches:
-            _measure_seed(comparison, folder, seed, record)
-            write_json(path, record)
+            for entry in _measurements(comparison, folder, seed, record, observer or Silent()):
+                record["gradient"].append(entry)
+                write_json(path, record)
     return record
 
 
@@ -211,8 +212,10 @@ def _run_record(recipe: str, seed: int, result: RunResult) -> dict[str, Any]:
     return {"recipe": recipe_label(recipe), "seed": seed, **dataclasses.asdict(result)}
 
 
-def _measure_seed(comparison: Comparison, folder: Path, seed: int, record: dict[str, Any]) -> None:
-    """Adds the missing gradient measurements of one seed to the record; none where the reference run diverged."""
+def _measurements(
+    comparison: Comparison, folder: Path, seed: int, record: dict[str, Any], observer: Observer
+) -> Iterator[dict[str, Any]]:
+    """The gradient measurements of one seed that the record lacks; none where the reference run diverged."""
     done = {(entry["recipe"], entry["seed"]) for entry in record["gradient"]}
     missing = [recipe for recipe in comparison.recipes if (recipe_label(recipe), seed) not in done]
     reference = recipe_label(comparison.reference)
@@ -234,15 +237,15 @@ def _measure_seed(comparison: Comparison, folder: Path, seed: int, record: dict[
         logits = forward(model, batch[0], amp=config.amp)
         return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
 
-    sampling = sampling_variance(
-        model_with(comparison.baseline), loss_fn, batches[: comparison.sampling_batches], seed
-    ).total
-    for recipe in missing:
-        noise = quantization_variance(
-            model_with(recipe), loss_fn, batches[: comparison.batches], comparison.draws, seed
-        ).total
-        record["gradient"].append(
-            {
+    observer.begin(f"gradient noise seed {seed}", len(missing), 0)
+    fixed, draws = batches[: comparison.batches], comparison.draws
+    try:
+        baseline = model_with(comparison.baseline)
+        sampling = sampling_variance(baseline, loss_fn, batches[: comparison.sampling_batches], seed).total
+        for recipe in missing:
+            noise = quantization_variance(model_with(recipe), loss_fn, fixed, draws, seed).total
+            observer.step()
+            yield {
                 "recipe": recipe_label(recipe),
                 "seed": seed,
                 "step": halfway["step"],
@@ -250,7 +253,8 @@ def _measure_seed(comparison: Comparison, folder: Path, seed: int, record: dict[
                 "sampling": dataclasses.asdict(sampling),
                 "ratio": dataclasses.asdict(_ratio(noise, sampling)),
             }
-        )
+    finally:
+        observer.end()
 
 
 def _fresh_batches(data: Loader, config: TrainConfig) -> Iterator[Batch]:

@@ -232,7 +232,7 @@ class _Loop:
         self.saved_at = time.monotonic()
 
     def _maybe_stop(self) -> None:
-        if self.stop.requested and self.trainer.step < self.trainer.total_steps:
+        if self.stop.requested:  # also after the last step: a comparison must not go on to its next run
             raise Interrupted(self.folder, self.trainer.step)
 
     def _end(self, *, diverged: bool) -> None:
