@@ -83,6 +83,9 @@ class Recipe:
         if self.fold not in FOLDS:
             raise FqtError(f"unknown fold {self.fold!r}; known: {', '.join(FOLDS)}")
         object.__setattr__(self, "rules", tuple(self.rules))
+        wrong = next((rule for rule in self.rules if not isinstance(rule, Rule)), None)
+        if wrong is not None:
+            raise FqtError(f"rules must be Rule(pattern, recipe), not {wrong!r}")
 
     def operand(self, name: str) -> Quantizer | None:
         """The quantizer of one of the four operands, by field name."""
