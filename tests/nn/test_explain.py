@@ -1,0 +1,90 @@
+"""The report: a row per product, what it computes on, and a reason that is true."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+import fqt
+from fqt import Recipe
+
+from .cases import q, small_net
+
+LAYERS = {
+    "linear": lambda: nn.Linear(4, 4),
+    "conv": lambda: nn.Conv2d(4, 4, 3),
+    "grouped": lambda: nn.Conv2d(4, 4, 3, groups=2),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
+}
+ROWS = Recipe(input="psq8", weight="psq8", grad_input="psq4", grad_weight="psq4")
+COLUMN = q("column", axis="sample")
+INTEGER, OBSTACLE = "both operands are integer codes", "contracted"
+# layer, recipe, product, a word of the reason
+TABLE = [
+    ("linear", "psq4", "output", INTEGER),
+    ("linear", "psq4", "grad_input", INTEGER),
+    ("linear", "psq4", "grad_weight", INTEGER),
+    ("conv", "bhq4d", "grad_input", INTEGER),
+    ("conv", "default", "grad_input", INTEGER),
+    ("conv", "default", "grad_weight", INTEGER),
+    ("linear", "default", "grad_weight", INTEGER),
+    ("linear", ROWS, "output", INTEGER),
+    ("linear", ROWS, "grad_input", "fold"),
+    ("linear", ROWS, "grad_weight", "fold"),
+    ("conv", ROWS, "output", INTEGER),
+    ("conv", ROWS, "grad_input", "fold"),
+    ("conv", ROWS, "grad_weight", "fold"),
+    ("conv", Recipe(input="psq8@token"), "output", OBSTACLE),
+    ("linear", Recipe(input="psq8@token"), "output", INTEGER),
+    ("conv", Recipe(grad_input="psq4@token"), "grad_input", OBSTACLE),
+    ("linear", Recipe(grad_input="psq4@token"), "grad_input", INTEGER),
+    ("linear", Recipe(grad_input="psq4@channel"), "grad_input", OBSTACLE),
+    ("linear", Recipe(grad_weight="psq4@token"), "grad_weight", OBSTACLE),
+    ("conv", Recipe(grad_weight="psq4@sample"), "grad_weight", OBSTACLE),
+    ("conv", Recipe(grad_weight=COLUMN), "grad_weight", OBSTACLE),
+    ("conv", Recipe(input=q("column", rounding="nearest")), "output", OBSTACLE),
+    ("conv", Recipe(grad_weight="bhq4@channel"), "grad_weight", INTEGER),
+    ("linear", Recipe(grad_weight="shq4@channel"), "grad_weight", INTEGER),
+    # A transform over channels mixes groups whose patches differ, so that it cannot be undone after the product.
+    ("grouped", Recipe(grad_weight="bhq4@channel"), "grad_weight", "group"),
+    ("transposed", "psq4", "grad_weight", INTEGER),
+]
+
+
+@pytest.mark.parametrize("row", range(len(TABLE)))
+def test_reasons(row: int) -> None:
+    layer, recipe, product, word = TABLE[row]
+    if not isinstance(recipe, str) and recipe.grad_input is None:
+        recipe = Recipe(
+            input=recipe.input, weight=recipe.weight, grad_input="psq4", grad_weight=recipe.grad_weight or "ptq8"
+        )
+    explained = fqt.explain(fqt.quantize_(LAYERS[layer](), recipe))
+    (found,) = [p for p in explained.products if p.product == product]
+    assert word in found.why
+    assert found.arithmetic in ("integer", "simulated")
+    assert " × " in found.operands
+
+
+def test_float_products_say_so() -> None:
+    explained = {p.product: p for p in fqt.explain(fqt.quantize_(nn.Linear(2, 2), "qat")).products}
+    assert explained["output"].arithmetic != "float"
+    for product in ("grad_input", "grad_weight"):
+        assert (explained[product].arithmetic, "grad_output" in explained[product].why) == ("float", True)
+
+
+def test_a_float_model_and_a_mixed_one() -> None:
+    model = small_net()
+    assert {p.arithmetic for p in fqt.explain(model).products} == {"float"}
+    assert [p.layer for p in fqt.explain(model).products] == ["0", "3", "6"]
+    fqt.quantize_(model, Recipe(grad_input="psq4", grad_weight="ptq8", rules=[fqt.Rule("3", "none")]))
+    rows = [(p.layer, p.product) for p in fqt.explain(model).products]
+    three = ("output", "grad_input", "grad_weight")
+    assert rows == [*(("0", p) for p in three), ("3", "all"), *(("6", p) for p in three)]
+
+
+def test_it_prints_as_a_table() -> None:
+    lines = str(fqt.explain(fqt.quantize_(small_net(), "bhq4"))).splitlines()
+    assert lines[0].split() == ["layer", "product", "arithmetic", "operands", "why"]
+    assert len(lines) == 2 + 9
+    assert all("bhq4" in line for line in lines if "grad_input" in line)
+    assert str(fqt.explain(nn.ReLU())).splitlines()[0].startswith("layer")
