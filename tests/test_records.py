@@ -22,6 +22,22 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+    seen = []
+    replace = os.replace
+
+    def look(source, target):
+        seen.append(path.read_bytes())
+        replace(source, target)
+
+    monkeypatch.setattr("fqt.records.os.replace", look)
+    write_bytes(path, b"new")
+    assert (seen, path.read_bytes()) == ([b"old"], b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FqtError, match="cannot write"):

@@ -51,6 +51,15 @@ def test_gradient_noise_is_measured_at_the_same_weights_for_all(tmp_path, compar
         assert e["ratio"]["error"] > 0
 
 
+def test_the_weights_are_the_reference_runs_half_way(tmp_path, comparison):
+    own = compare(comparison(recipes=("ptq4",), seeds=(0,)), tmp_path / "own")["gradient"][-1]
+    base = compare(comparison(seeds=(0,)), tmp_path / "base")["gradient"][-1]
+    assert (own["recipe"], base["recipe"]) == ("ptq4", "ptq4")
+    # the same batches and noise; only the two steps before were made by another recipe
+    assert own["sampling"]["value"] != base["sampling"]["value"]
+    assert own["sampling"]["value"] == pytest.approx(base["sampling"]["value"], rel=0.2)
+
+
 def test_the_record_is_the_file_and_finished_runs_are_not_made_again(tmp_path, comparison):
     counter = Counter()
     record = compare(comparison(), tmp_path, observer=counter, command=["fqt", "compare"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fqt.errors import FqtError
-from fqt.train.loaders import ArrayLoader, _crop
+from fqt.train.loaders import ArrayLoader, _crop, epoch_order
 from fqt.train.readers import Arrays, read_cifar10, read_digits, read_fashion_mnist
 
 
@@ -66,6 +66,12 @@ def test_batches_depend_on_seed_and_epoch_and_on_nothing_else():
     assert _equal(_loader().train(3, start=2), batches[2:])
     assert not _equal(_loader().train(4), batches)
     assert not _equal(_loader(seed=1).train(3), batches)
+
+
+def test_every_epoch_and_seed_has_its_own_order():
+    orders = [epoch_order(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 4
 
 
 def test_crops_equal_a_loop():
