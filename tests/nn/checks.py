@@ -42,14 +42,16 @@ def slack(exact: Tensor) -> float:
 
 
 def assert_mean_is(sample: Sample, exact: Gradients) -> None:
-    """Student's t of every entry of every parameter, at |t| < 7.
+    """Student's t of every entry of every parameter, at |t| < 7, and room for noise too rare to be seen.
 
-    False alarms: with M ≥ 96 and under 400 entries below 2e-7 for normal noise; sums of many rounding errors are
-    close to that, and the seeds are fixed.
+    False alarms: with M ≥ 96 and under 400 entries below 2e-7 for normal noise. An error of size J that comes with
+    probability p and never showed in M draws hides a mean of p·J; p < 20/M but for a chance of 2e-9.
     """
     for name, values in sample.items():
         error = (values.mean(0) - exact[name]).abs()
-        allowed = 7 * values.std(0) / math.sqrt(len(values)) + slack(exact[name])
+        rare = 20 * float((values - exact[name]).abs().max()) / len(values)
+        normal = 7 * values.std(0) / math.sqrt(len(values))
+        allowed = normal.clamp(min=rare) + slack(exact[name])
         worst = int((error - allowed).argmax())
         assert bool((error <= allowed).all()), f"{name}[{worst}]: {error[worst]:.3g} > {allowed[worst]:.3g}"
 
@@ -78,7 +80,8 @@ def slope(points: list[tuple[int, float]]) -> float:
 def assert_error_falls_as_one_over_m(sample: Sample, exact: Gradients, names: list[str]) -> None:
     """Slope −1 ± 0.1 of the squared error of a mean of m draws, for every layer's weight.
 
-    Measured over 40 seeds at M = 128 the slope's standard deviation is below 0.02: five of them.
+    Measured over 32 seeds at M = 128 the slope's standard deviation is at most 0.019 about −1.001: five of them,
+    so false alarms below 1e-6 per layer.
     """
     for name in names:
         points = mean_errors(sample, exact, name)

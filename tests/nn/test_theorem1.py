@@ -41,7 +41,7 @@ def test_every_quantizer(name: str) -> None:
 
 
 def test_the_default() -> None:
-    check(recipe_of("default"), 256)
+    check(recipe_of("default"), 192)
 
 
 @pytest.mark.parametrize("fold", ["always", "auto"])
