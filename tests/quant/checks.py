@@ -29,7 +29,7 @@ from .estimators import (
 )
 
 
-def check_a_rounding(bits: int, draws_per_value: int = 300_000) -> None:
+def check_a_rounding(bits: int, draws_per_value: int = 100_000) -> None:
     """Mean within 5 standard errors, variance p(1 − p) within 2 % (or 5 standard errors), codes in 0 … B.
 
     False alarms: 2 × 7 tests at 5σ, 1e-5 in all; the seed is fixed.
@@ -54,7 +54,7 @@ def check_a_rounding(bits: int, draws_per_value: int = 300_000) -> None:
 def check_b_unbiased(q: Quantizer, x: Tensor, seed: int = 0, copies: int = 4096) -> None:
     """The mean of many draws is x: entry by entry, and over all entries together."""
     sample = draws(q, x, copies, seed)
-    width = error_width(q.quantize(x.repeat(1, copies), seed))[:, : x.shape[1]]
+    width = error_width(q.quantize(x, seed))
     assert_mean_is(sample, x, width)
     assert_no_common_bias(sample, x, width)
 
@@ -65,7 +65,7 @@ def check_c_no_clipping(method: str, bits: int, x: Tensor, rounding: str = "") -
     top = 2**bits - 1
     truth = oracles.dense(method, x.double().numpy(), top - (rounding == "d"))
     width = torch.from_numpy(np.abs(truth.inverse) @ truth.step)[:, None]
-    for seed in range(8):
+    for seed in range(3):
         qx = q.quantize(x, 0 if method == "shq" else seed)  # the oracle knows the signs of seed 0
         error = (qx.dequantize(torch.float64) - x.double()).abs()
         assert (error <= width * (1 + 1e-4) + float_slack(x, width)).all(), "an error beyond its step bound"

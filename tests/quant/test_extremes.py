@@ -11,8 +11,8 @@ from fqt import Quantizer
 from .cases import METHODS, build, gaussian, gen, plain
 from .estimators import draws
 
-ROUNDINGS = [f"{m}{b}{s}" for m in METHODS for b in (2, 3, 8) for s in ("", "d")]
-ROUNDINGS += ["ptq4x", "psq2x", "psq4x", "bhq4x", "shq4x"]
+ROUNDINGS = [f"{m}{b}{s}" for m in METHODS for b in (2, 8) for s in ("", "d")]
+ROUNDINGS += ["psq3d", "psq2x", "psq4x", "bhq4x", "shq4x"]
 ZERO = {f"zero{b}": plain("zero", bits=b) for b in (2, 3, 4, 8)}
 SYMMETRIC = {f"symmetric{b}": plain("symmetric", bits=b) for b in (2, 3, 4, 8)}
 QUANTIZERS: dict[str, Quantizer] = {n: build(n) for n in ROUNDINGS} | ZERO | SYMMETRIC
@@ -31,7 +31,7 @@ def full_range(magnitude: float, small: float = 1e-3) -> Tensor:
     return x
 
 
-def mean_error(q: Quantizer, x: Tensor, copies: int = 256) -> tuple[Tensor, Tensor]:
+def mean_error(q: Quantizer, x: Tensor, copies: int = 128) -> tuple[Tensor, Tensor]:
     """Mean error, and the spread of one draw, both relative to the largest entry; float64."""
     y = draws(q, x, copies)
     assert torch.isfinite(y).all()
@@ -40,7 +40,7 @@ def mean_error(q: Quantizer, x: Tensor, copies: int = 256) -> tuple[Tensor, Tens
     return y.mean(1) - x.double() / scale, y.std(1)
 
 
-@pytest.mark.parametrize("magnitude", [1e30, 1e38, 3e38, 3.4028234663852886e38])
+@pytest.mark.parametrize("magnitude", [1e30, 3e38, 3.4028234663852886e38])
 def test_the_widest_ranges(q: Quantizer, magnitude: float) -> None:
     """max − min beyond the largest float. Finite and right: where noise cannot cross the largest float every
     mean is x (6.5σ with a floor of a last bit; 192 entries, false alarms 2e-8); elsewhere it is only finite.
@@ -51,7 +51,7 @@ def test_the_widest_ranges(q: Quantizer, magnitude: float) -> None:
     inside = x.double().abs() / magnitude + 6.5 * spread < room  # no draw comes near the largest float
     step = 2 / (2**q.grid.bits - 2)
     biased = (
-        error.abs() > 6.5 * spread / 256**0.5 + 0.1 * step
+        error.abs() > 6.5 * spread / 128**0.5 + 0.1 * step
     ) & inside  # what is rarer than 1 in 10 may not show
     assert not biased.any(), f"{int(biased.sum())} biased, worst {error[biased].abs().max():.3g} of the largest"
 
@@ -70,7 +70,7 @@ def test_a_transform_does_not_clip_a_range_beyond_the_largest_float(name: str) -
 def test_denormals(q: Quantizer, magnitude: float) -> None:
     """Finite, in range, and no further from x than a few of the least step."""
     x = gaussian(8, 16) * magnitude
-    for seed in range(5):
+    for seed in range(2):
         qx = q.quantize(x, seed)
         y = qx.dequantize(torch.float64)
         assert torch.isfinite(y).all()
@@ -99,7 +99,7 @@ def test_finite_in_finite_out_in_the_own_dtype(name: str, dtype: torch.dtype) ->
     x = gaussian(8, 64)
     x = (x / x.abs().max() * torch.finfo(dtype).max).to(dtype)
     assert torch.isfinite(x).all()
-    for seed in range(10):
+    for seed in range(4):
         assert torch.isfinite(build(name).quantize(x, seed).dequantize()).all()
 
 

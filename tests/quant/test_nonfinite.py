@@ -28,7 +28,7 @@ def test_refused_by_default(name: str, value: float) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 3), (6, 5), (33, 4)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_propagates_as_nan(name: str, shape: tuple[int, int], value: float) -> None:
-    """With row scales the row, with a transform or one scale the whole tensor; other rows as if it were not there."""
+    """With row scales the row, with a transform or one scale the whole tensor."""
     q = build(name)
     x = gaussian(*shape)
     x[0, -1] = value

@@ -1,6 +1,6 @@
 """variance() is the variance: against many draws, against a dense oracle, and never above variance_bound().
 
-z-tests at 6σ, 2e-9 each for normal means; seeds fixed.
+z-tests at 6σ, 2e-9 each for normal means (below 2e-8 with 150 draws); seeds fixed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from . import oracles
 from .cases import FAMILIES, METHODS, PLAIN, SUFFIXES, build, gaussian, plain_id
 from .estimators import energies, energy_errors, inverse_of, z_score
 
-TRANSFORMED = [f"{m}{b}{s}" for m in ("bhq", "shq") for b in (2, 4) for s in ("d", "x")]
+TRANSFORMED = [f"{m}{b}{s}" for m in ("bhq", "shq") for b in (3,) for s in ("d", "x")]
 STEPS = {"": 1, "d": 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "name", ["ptq3", "psq4", "psq8", "bhq4", "shq2", "shq8", "ptq4d", "psq2d", "ptq4x", "psq4x"]
-)
+@pytest.mark.parametrize("name", ["ptq3", "psq4", "psq8", "bhq4", "shq2", "shq8", "ptq4d", "psq4x"])
 def test_equals_the_empirical_variance(name: str, family: str) -> None:
     """Copies side by side are independent draws here: stochastic, or dithered with rows left alone (then only
     the mean is tested; shared row dither moves the estimate of its error, which is why 4096 copies)."""
@@ -36,14 +34,14 @@ def test_equals_the_empirical_variance(name: str, family: str) -> None:
     elif q.rounding == "stochastic":
         assert abs(z_score(energies(q, x, 4096, seed=2), expected)) < 6
     else:
-        assert abs(z_score(energy_errors(q, x, 500))) < 6
+        assert abs(z_score(energy_errors(q, x, 150))) < 6
 
 
-@pytest.mark.parametrize("family", ["gaussian", "heavy_rows", "constant_rows", "sparse"])
+@pytest.mark.parametrize("family", ["heavy_rows", "constant_rows", "sparse"])
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_equals_the_empirical_variance_over_seeds(name: str, family: str) -> None:
     """Each seed draws its own signs and dither, and names its own variance."""
-    assert abs(z_score(energy_errors(build(name), FAMILIES[family](8, 6, 4), 300))) < 6
+    assert abs(z_score(energy_errors(build(name), FAMILIES[family](8, 6, 4), 150))) < 6
 
 
 @pytest.mark.parametrize("q", [q for q in PLAIN if q.rounding in ("stochastic", "best")], ids=plain_id)
@@ -52,11 +50,11 @@ def test_every_scale_equals_the_empirical_variance(q: Quantizer) -> None:
     if q.rounding == "stochastic":
         assert abs(z_score(energies(q, x, 4096), float(q.variance(x)))) < 6
     else:
-        assert abs(z_score(energy_errors(q, x, 600))) < 6
+        assert abs(z_score(energy_errors(q, x, 150))) < 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("n", [8, 64])
+@pytest.mark.parametrize("n", [8, 32])
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_dense_oracle(method: str, n: int, family: str) -> None:
     """float32 against float64 and dense matrices: positions differ by 1e-5 of a step, p(1 − p) by as much."""
@@ -99,7 +97,7 @@ shapes = st.tuples(st.integers(1, 19), st.integers(1, 9))
     exponent=st.integers(-60, 60),
     seed=st.integers(-(2**63), 2**64),
 )
-@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 def test_bound_is_never_below(
     shape: tuple[int, int], family: str, name: str, guard: bool | str, exponent: int, seed: int
 ) -> None:
@@ -117,7 +115,7 @@ def test_bound_is_never_below(
     bits=st.integers(2, 8),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 def test_guards_never_lose_to_plain_rows(
     shape: tuple[int, int], family: str, method: str, rounding: str, bits: int, seed: int
 ) -> None:
