@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,13 +241,15 @@ def test_fork_after_use() -> None:
 
 @pytest.mark.parametrize("level", native.LEVELS)
 def test_every_level_gives_the_same_bits(level: str) -> None:
-    """The tests of this file again, at a lower level."""
+    """The tests of this file and of the products again, at a lower level."""
     if "FQT_KERNELS" in os.environ:
         pytest.skip("a level is chosen already")
     have = native.status().level
     if native.LEVELS.index(level) >= native.LEVELS.index(have):
         pytest.skip(f"this machine runs {have} anyway")
-    arguments = [__file__, "-q", "-p", "no:cacheprovider", "-k", "plain or nan or noise or large"]
+    files = [__file__, str(Path(__file__).with_name("test_products.py"))]
+    chosen = "plain or nan or noise or large or matmul or exact or epilogues or longest or long_weight"
+    arguments = [*files, "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not opcheck"]
     code = f"""
 import sys, pytest
 from fqt.kernels import status

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from fqt.errors import FqtError
 
 LEVELS = ("portable", "avx2", "avx512")
-_ABI = 1  # FQT_ABI of csrc/platform.h
+_ABI = 2  # FQT_ABI of csrc/platform.h
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
@@ -36,6 +37,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_decode": (_P, _I, _L, _L, _P, _P, _I, _I, _P, _I, _I, _P, _I),
     "fqt_hadamard": (_P, _L, _L, _P, _P, _L, _P, _I),
     "fqt_reflect": (_P, _L, _L, _P, _P, _P, _P, _I),
+    "fqt_matmul": (_P, _I, _L, _L, _P, _I, _L, _L, _L, _L, _L, _P, _I),
+    "fqt_conv2d": (_P, _I, _P, _P, _I, _P, _I),
+    "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
     "fqt_scale_rows": (_P, _L, _L, _P, _P, _P, _P, _I),
     "fqt_unscale_rows": (_P, _L, _L, _P, _P, _P, _I),
     "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
@@ -115,6 +119,11 @@ def takes(*floats: Tensor, integers: Tensor | None = None) -> bool:
     if integers is not None and not (_plain(integers) and integers.dtype in _INTEGERS):
         return False
     return all(_plain(x) and x.dtype == torch.float32 for x in floats)
+
+
+def takes_codes(*codes: Tensor) -> bool:
+    """The same for operands of products."""
+    return takes() and all(_plain(x) and x.dtype in _INTEGERS[1:] for x in codes)
 
 
 def _plain(x: Tensor) -> bool:
@@ -248,3 +257,104 @@ def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     keep = keep.contiguous()
     _call("fqt_replace_rows", y.data_ptr(), *y.shape, _per_row(keep, y), x.data_ptr())
     return y
+
+
+class _Epilogue(ctypes.Structure):
+    """`Epilogue` of csrc/epilogue.h."""
+
+    _fields_ = [
+        ("out", _P),
+        ("type", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("columns", _L),
+        ("period", _L),
+        ("row_scale", _P),
+        ("column_scale", _P),
+        ("row_scale_step", _L),
+        ("column_scale_step", _L),
+        ("left", _P),
+        ("right", _P),
+        ("bias", _P),
+    ]
+
+
+_TYPES = {torch.int32: 0, torch.int64: 1, torch.float32: 2, torch.bfloat16: 3}
+
+
+def _finishing(out: Tensor, columns: int, period: int, epilogue: tuple) -> tuple[_Epilogue, list[Tensor]]:
+    """The C form of an epilogue that writes to `out`, and the tensors that must outlive it."""
+    parts = [None if x is None else x.detach().contiguous() for x in epilogue[:5]]
+    pointers = [None if x is None else x.data_ptr() for x in parts]
+    steps = [int(x is not None and x.numel() > 1) for x in parts[:2]]
+    rank = 0 if parts[2] is None else parts[2].shape[1]
+    sizes = (_TYPES[out.dtype], rank, columns, period)
+    result = _Epilogue(out.data_ptr(), *sizes, *pointers[:2], *steps, *pointers[2:])
+    return result, [x for x in parts if x is not None]
+
+
+def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """A matrix with a stride of 1, and its strides; the stride of an axis of length 1 does not matter."""
+    rows, columns = x.shape
+    if x.stride(1) == 1 or columns <= 1:
+        return x, (x.stride(0), 1)
+    if x.stride(0) == 1 or rows <= 1:
+        return x, (1, x.stride(1))
+    x = x.contiguous()
+    return x, (x.stride(0), 1)
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
+    """`fqt::matmul` on checked arguments."""
+    (a, a_strides), (b, b_strides) = _matrix(a), _matrix(b)
+    (m, k), n = a.shape, b.shape[1]
+    out = torch.empty((m, n), dtype=dtype)
+    finish, _alive = _finishing(out, n, 1, epilogue)
+    left = (a.data_ptr(), int(a.dtype == torch.int8), *a_strides)
+    right = (b.data_ptr(), int(b.dtype == torch.int8), *b_strides)
+    _call("fqt_matmul", *left, *right, m, n, k, ctypes.addressof(finish))
+    return out
+
+
+class _Conv(ctypes.Structure):
+    """`Conv` of csrc/conv.h."""
+
+    _names = "samples height width channels out_height out_width out_channels kernel_height kernel_width"
+    _more = "stride_height stride_width padding_height padding_width dilation_height dilation_width groups"
+    _fields_ = [(name, _L) for name in f"{_names} {_more}".split()]
+
+    @classmethod
+    def of(cls, shapes: Any) -> _Conv:
+        """From checked shapes."""
+        (n, c, h, w), (_, o, out_h, out_w), (_, _, kh, kw) = shapes.input, shapes.output, shapes.weight
+        g = shapes.geometry
+        return cls(n, h, w, c, out_h, out_w, o, kh, kw, *g.stride, *g.padding, *g.dilation, g.groups)
+
+
+def _image(codes: Tensor) -> Tensor:
+    """(N, H, W, C), contiguous."""
+    return codes.permute(0, 2, 3, 1).contiguous()
+
+
+def conv2d(
+    codes: Tensor, weight: Tensor, shapes: Any, dtype: torch.dtype, epilogue: tuple, backward: bool
+) -> Tensor:
+    """`fqt::conv2d`, or with `backward` `fqt::conv2d_grad_input`, on checked arguments."""
+    n, channels, h, w = shapes.input if backward else shapes.output
+    codes, weight, conv = _image(codes), _image(weight), _Conv.of(shapes)
+    out = torch.empty((n, h, w, channels), dtype=dtype)
+    finish, _alive = _finishing(out, channels, h * w, epilogue)
+    operands = (codes.data_ptr(), int(codes.dtype == torch.int8), weight.data_ptr())
+    if out.numel():
+        _call("fqt_conv2d", *operands, ctypes.addressof(conv), int(backward), ctypes.addressof(finish))
+    return out.permute(0, 3, 1, 2)
+
+
+def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Any, dtype: torch.dtype, epilogue: tuple) -> Tensor:
+    """`fqt::conv2d_grad_weight` on checked arguments."""
+    o, depth, kh, kw = shapes.weight
+    grad, input, conv = _image(grad), _image(input), _Conv.of(shapes)
+    out = torch.empty((o, kh, kw, depth), dtype=dtype)
+    finish, _alive = _finishing(out, kh * kw * depth, 1, epilogue)
+    operands = (grad.data_ptr(), int(grad.dtype == torch.int8), input.data_ptr(), int(input.dtype == torch.int8))
+    _call("fqt_conv2d_grad_weight", *operands, ctypes.addressof(conv), ctypes.addressof(finish))
+    return out.permute(0, 3, 1, 2)

@@ -1,0 +1,153 @@
+// The inner kernel of all integer products: a tile of rows × columns, accumulated in int32 without saturation.
+//
+// Both operands come in groups of kGroup neighbouring k, 32 bits per group: four bytes where the processor has a
+// four-term dot product (u8 × s8, VNNI), two int16 where it has not (the byte instruction of AVX2 saturates).
+// A left group is broadcast, a right one is a lane of a vector.
+//
+// Bound: |Left|·|Right| ≤ 255·128, so kMaxTerms terms stay below 2³¹. Longer sums are cut by the callers.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fqt {
+
+#if defined(__AVX512VNNI__)
+typedef uint8_t Left;
+typedef int8_t Right;
+constexpr int kGroup = 4, kRows = 6, kVectors = 4;
+constexpr int kShift = 128;  // added to a signed left code, taken from an unsigned right code
+#else
+typedef int16_t Left;
+typedef int16_t Right;
+constexpr int kGroup = 2, kRows = 6, kVectors = 2;  // 12 sums, 2 right vectors, 1 left, 1 product: 16 registers
+constexpr int kShift = 0;
+#endif
+constexpr int kPanel = kVectors * W;     // columns of a tile
+constexpr int64_t kMaxTerms = 1 << 15;   // 2¹⁵ · 255 · 255 < 2³¹: whatever the signs of the codes
+
+inline vi dot(vi sum, vi left, vi right) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
+#elif defined(__AVX2__)
+  return sum + (vi)_mm256_madd_epi16((__m256i)left, (__m256i)right);
+#elif defined(__SSE2__)
+  return sum + (vi)_mm_madd_epi16((__m128i)left, (__m128i)right);
+#else
+  for (int i = 0; i < W; ++i) {
+    int16_t l[2], r[2];
+    const int32_t left_group = left[i], right_group = right[i];
+    std::memcpy(l, &left_group, 4);
+    std::memcpy(r, &right_group, 4);
+    sum[i] += l[0] * r[0] + l[1] * r[1];
+  }
+  return sum;
+#endif
+}
+
+// A group of ones, as either operand.
+inline vi ones() { return splat(kGroup == 4 ? 0x01010101 : 0x00010001); }
+
+// Where the left groups of a tile lie: for each tap a run of `groups` groups per row.
+struct LeftRows {
+  const Left* const* rows;  // rows[tap · stride + i] + offset: row i at that tap, its groups next to one another
+  int64_t stride, offset;
+};
+
+struct LeftInterleaved {
+  const Left* first;   // group g of row i is at first + g · stride + i · kGroup
+  int64_t stride;
+};
+
+// sums (R × kPanel, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
+template <int R>
+inline void load_sums(vi (&c)[R][kVectors], const int32_t* sums, bool add) {
+  for (int i = 0; i < R; ++i) {
+    for (int v = 0; v < kVectors; ++v) c[i][v] = add ? load<vi>(sums + i * kPanel + v * W) : vi{};
+  }
+}
+
+template <int R>
+inline void store_sums(const vi (&c)[R][kVectors], int32_t* sums) {
+  for (int i = 0; i < R; ++i) {
+    for (int v = 0; v < kVectors; ++v) store(sums + i * kPanel + v * W, c[i][v]);
+  }
+}
+
+inline vi broadcast(const Left* group) {
+  int32_t bits;
+  std::memcpy(&bits, group, 4);
+  return splat(bits);
+}
+
+template <int R>
+void tile_of(const LeftRows& left, int64_t first_row, int64_t taps, int64_t groups, const Right* right,
+             int32_t* sums, bool add) {
+  vi c[R][kVectors];
+  load_sums<R>(c, sums, add);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const Left* a[R];
+    for (int i = 0; i < R; ++i) a[i] = left.rows[tap * left.stride + first_row + i] + left.offset;
+    for (int64_t g = 0; g < groups; ++g) {
+      vi b[kVectors];
+      for (int v = 0; v < kVectors; ++v) b[v] = load<vi>(right + v * W * kGroup);
+      right += kPanel * kGroup;
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const vi l = broadcast(a[i] + g * kGroup);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) c[i][v] = dot(c[i][v], l, b[v]);
+      }
+    }
+  }
+  store_sums<R>(c, sums);
+}
+
+template <int R>
+void tile_of(const LeftInterleaved& left, int64_t first_row, int64_t, int64_t groups, const Right* right,
+             int32_t* sums, bool add) {
+  vi c[R][kVectors];
+  load_sums<R>(c, sums, add);
+  const Left* a = left.first + first_row * kGroup;
+  for (int64_t g = 0; g < groups; ++g) {
+    vi b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = load<vi>(right + v * W * kGroup);
+    right += kPanel * kGroup;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const vi l = broadcast(a + i * kGroup);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) c[i][v] = dot(c[i][v], l, b[v]);
+    }
+    a += left.stride;
+  }
+  store_sums<R>(c, sums);
+}
+
+// All rows of a block; done(i, n) is called as soon as the sums of rows i … i + n − 1 are there, so that their
+// stores to memory overlap with the next tile's arithmetic.
+template <class Source, class Done>
+inline void block_of(const Source& left, int64_t rows, int64_t taps, int64_t groups, const Right* right,
+                     int32_t* sums, bool add, const Done& done) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) {
+    tile_of<kRows>(left, i, taps, groups, right, sums + i * kPanel, add);
+    done(i, kRows);
+  }
+  int32_t* rest = sums + i * kPanel;
+  switch (rows - i) {
+    case 1: tile_of<1>(left, i, taps, groups, right, rest, add); break;
+    case 2: tile_of<2>(left, i, taps, groups, right, rest, add); break;
+    case 3: tile_of<3>(left, i, taps, groups, right, rest, add); break;
+    case 4: tile_of<4>(left, i, taps, groups, right, rest, add); break;
+    case 5: tile_of<5>(left, i, taps, groups, right, rest, add); break;
+  }
+  if (i < rows) done(i, rows - i);
+}
+
+}  // namespace fqt

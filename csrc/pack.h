@@ -1,0 +1,185 @@
+// Codes in the layouts that the inner kernel reads (see dot.h).
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "dot.h"
+#include "parallel.h"
+
+namespace fqt {
+
+struct FreeMemory {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Uninitialised memory on a cache line, null when there is none.
+template <class T>
+using Buffer = std::unique_ptr<T[], FreeMemory>;
+
+template <class T>
+Buffer<T> make_buffer(int64_t n) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, ceil_div(n * sizeof(T) + 1, 64) * 64)));
+}
+
+// How a code becomes an operand: read as signed or not, then shifted so that it fits the operand.
+template <class Operand>
+struct Reader;
+
+template <>
+struct Reader<Left> {
+  bool is_signed;
+  int shift() const { return is_signed ? kShift : 0; }
+  Left operator()(uint8_t code) const {
+    return static_cast<Left>((is_signed ? static_cast<int8_t>(code) : static_cast<int>(code)) + shift());
+  }
+};
+
+#if defined(__AVX512VNNI__)
+template <>
+struct Reader<Right> {
+  bool is_signed;
+  int shift() const { return is_signed ? 0 : -kShift; }
+  Right operator()(uint8_t code) const {
+    return static_cast<Right>((is_signed ? static_cast<int8_t>(code) : static_cast<int>(code)) + shift());
+  }
+};
+typedef Reader<Right> RightReader;
+#else
+typedef Reader<Left> RightReader;  // both are int16, unshifted
+#endif
+typedef Reader<Left> LeftReader;
+
+// out[g][i][kGroup] for i < padded_width: groups of kGroup neighbouring rows of a (rows × width) matrix, its rows
+// given by pointers; a null row and what is beyond `rows` or `width` hold code 0 as `missing`.
+template <class Operand, class Read>
+void interleave_rows(const uint8_t* const* row, int64_t rows, int64_t width, int64_t padded_width, Operand missing,
+                     const Read& read, Operand* out) {
+  for (int64_t g = 0; g < ceil_div(rows, kGroup); ++g, out += padded_width * kGroup) {
+    const uint8_t* from[kGroup];
+    bool whole = true;
+    for (int j = 0; j < kGroup; ++j) {
+      from[j] = g * kGroup + j < rows ? row[g * kGroup + j] : nullptr;
+      whole = whole && from[j];
+    }
+    int64_t i = 0;
+#if defined(__AVX512VNNI__)
+    if (whole) {
+      const __m128i flip = _mm_set1_epi8(read.shift() ? -128 : 0);  // ± 128 modulo 256 is one flipped bit
+      for (; i + 16 <= width; i += 16) {
+        __m128i r[4];
+        for (int j = 0; j < 4; ++j) {
+          r[j] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from[j] + i)), flip);
+        }
+        const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
+        const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
+        __m128i* to = reinterpret_cast<__m128i*>(out + i * 4);
+        _mm_storeu_si128(to, _mm_unpacklo_epi16(a, b));
+        _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, b));
+        _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(c, d));
+        _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(c, d));
+      }
+    }
+#else
+    if (whole) {
+      for (; i < width; ++i) {
+        for (int j = 0; j < kGroup; ++j) out[i * kGroup + j] = read(from[j][i]);
+      }
+    }
+#endif
+    for (; i < padded_width; ++i) {
+      for (int j = 0; j < kGroup; ++j) {
+        out[i * kGroup + j] = from[j] && i < width ? read(from[j][i]) : missing;
+      }
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// A 16 × 16 transposition of groups: 64 bytes of each of 16 columns become 16 groups of 16 columns.
+inline void transpose_groups(const uint8_t* first, int64_t column_stride, __m512i flip, Right* out) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_xor_si512(_mm512_loadu_si512(first + i * column_stride), flip);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // r[i + j]: group j of each 16-byte lane, columns i … i + 3
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {  // a 4 × 4 transposition of lanes
+    const __m512i a = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x44), b = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xee);
+    const int64_t step = kPanel * kGroup;
+    _mm512_storeu_si512(out + j * step, _mm512_shuffle_i32x4(a, c, 0x88));
+    _mm512_storeu_si512(out + (4 + j) * step, _mm512_shuffle_i32x4(a, c, 0xdd));
+    _mm512_storeu_si512(out + (8 + j) * step, _mm512_shuffle_i32x4(b, d, 0x88));
+    _mm512_storeu_si512(out + (12 + j) * step, _mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+}
+#endif
+
+// out[g][kPanel][kGroup]: `columns` ≤ kPanel columns whose k lie next to one another, k < terms; zeros beyond.
+inline void pack_columns(const uint8_t* first, int64_t column_stride, int64_t columns, int64_t terms,
+                         const RightReader& read, Right* out) {
+  const int64_t groups = ceil_div(terms, kGroup);
+  int64_t whole_columns = 0, whole_terms = 0;  // packed by vectors
+#if defined(__AVX512VNNI__)
+  const __m512i flip = _mm512_set1_epi8(read.shift() ? -128 : 0);
+  whole_columns = columns / 16 * 16;
+  whole_terms = terms / 64 * 64;
+  for (int64_t n = 0; n < whole_columns; n += 16) {
+    for (int64_t k = 0; k < whole_terms; k += 64) {
+      transpose_groups(first + n * column_stride + k, column_stride, flip, out + (k / kGroup * kPanel + n) * kGroup);
+    }
+  }
+#endif
+  for (int64_t n = 0; n < kPanel; ++n) {
+    Right* to = out + n * kGroup;
+    if (n >= columns) {
+      for (int64_t g = 0; g < groups; ++g, to += kPanel * kGroup) std::memset(to, 0, kGroup * sizeof(Right));
+      continue;
+    }
+    const uint8_t* from = first + n * column_stride;
+    int64_t k = n < whole_columns ? whole_terms : 0;
+    to += k * kPanel;
+    for (; k + kGroup <= terms; k += kGroup, to += kPanel * kGroup) {
+      Right group[kGroup];
+      for (int j = 0; j < kGroup; ++j) group[j] = read(from[k + j]);
+      std::memcpy(to, group, sizeof group);
+    }
+    if (k < terms) {
+      for (int j = 0; j < kGroup; ++j) to[j] = k + j < terms ? read(from[k + j]) : Right{0};
+    }
+  }
+}
+
+// (rows × padded_terms) from rows whose k lie next to one another; zeros beyond `terms`.
+inline void copy_rows(const uint8_t* first, int64_t row_stride, int64_t rows, int64_t terms, int64_t padded_terms,
+                      const LeftReader& read, Left* out) {
+  for (int64_t i = 0; i < rows; ++i, out += padded_terms) {
+    const uint8_t* from = first + i * row_stride;
+    for (int64_t k = 0; k < terms; ++k) out[k] = read(from[k]);
+    for (int64_t k = terms; k < padded_terms; ++k) out[k] = 0;
+  }
+}
+
+// sums (kPanel,) += Σ over the groups of a panel. Σ |Right| ≤ 2⁷·k stays in int32 for k < 2²⁴.
+inline void sum_columns(const Right* panel, int64_t groups, int64_t* sums) {
+  vi sum[kVectors]{};
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[v] = dot(sum[v], ones(), load<vi>(panel + (g * kPanel + v * W) * kGroup));
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    for (int j = 0; j < W; ++j) sums[v * W + j] += sum[v][j];
+  }
+}
+
+}  // namespace fqt

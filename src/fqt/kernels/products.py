@@ -1,0 +1,453 @@
+"""Products of 8-bit integer codes: exact sums, and the floats made of them in the same pass.
+
+    matmul              (M, K) · (K, N)
+    conv2d              a convolution's output
+    conv2d_grad_input   its gradient for the input
+    conv2d_grad_weight  its gradient for the weight
+
+Without an epilogue a product returns its exact integer sums: int32 where the longest sum fits whatever the codes
+(`most_terms`), else int64. With one it returns, in that order of float32 operations,
+
+    sum · row_scale · column_scale + Σ_r left_r · right_r + bias,
+
+rounded once more if the result is bfloat16. Offsets, dither and transforms of the operands are rank-one terms of
+that kind. Under padding a missing tap counts as code 0, so an operand's offset takes the product with the mask of
+the taps that are there: `conv2d_mask` for output and grad_input, window sums for grad_weight.
+
+Each product is one op of `torch.library` (namespace `fqt`), with a plain-torch implementation for every device
+(in float64, which holds these sums exactly) and a native one for the CPU. The two give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fqt.kernels import native
+
+CODES = (torch.uint8, torch.int8)
+_RESULTS = (torch.float32, torch.bfloat16)
+
+
+def most_terms(a: torch.dtype, b: torch.dtype) -> int:
+    """How many products of two codes an int32 sum holds whatever their values."""
+    largest = (255 if a == torch.uint8 else 128) * (255 if b == torch.uint8 else 128)
+    # The sum of s8 × s8 reaches +2¹⁴ per term, of the others ±: the positive limit is the lower one.
+    return (2**31 - 1) // largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epilogue:
+    """What becomes of a product's sums; see the module.
+
+    Rows are the result's rows (`matmul`), its samples (`conv2d`, `conv2d_grad_input`) or output channels
+    (`conv2d_grad_weight`). Columns are columns, channels, or the entries (kernel_height, kernel_width, channel) of
+    a filter, in that order.
+
+    Attributes:
+        row_scale, column_scale: float32, one number or one per row or column; None is 1.
+        left: (rows, R) float32; None is no correction.
+        right: (R, columns) float32, for `conv2d` and `conv2d_grad_input` (R, height, width, channels).
+        bias: (columns,) float32 or None.
+        dtype: of the result, float32 or bfloat16.
+    """
+
+    row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    bias: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    def arguments(self) -> tuple:
+        """As the ops take it."""
+        return self.row_scale, self.column_scale, self.left, self.right, self.bias, self.dtype
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A two-dimensional convolution's stride, padding and dilation (height, width) and its channel groups."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output for an input and a kernel of these sizes."""
+        out = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        ]
+        return out[0], out[1]
+
+    def arguments(self) -> tuple:
+        """As the ops take it."""
+        return list(self.stride), list(self.padding), list(self.dilation), self.groups
+
+
+def matmul(a: Tensor, b: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+    """a · b on integer codes.
+
+    Args:
+        a: (M, K) uint8 or int8; b: (K, N) uint8 or int8. Any strides; one stride of 1 each saves a copy. The
+            fastest is a = (M, K) row-major uint8 with b int8; both transposed costs little more.
+        epilogue: see the module.
+
+    Returns:
+        (M, N), contiguous: int32 or int64 sums, or the epilogue's floats.
+
+    Raises:
+        TypeError, ValueError: an operand or a part of the epilogue has the wrong dtype or shape.
+    """
+    return torch.ops.fqt.matmul(a, b, *_NOTHING if epilogue is None else epilogue.arguments())
+
+
+def conv2d(input: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epilogue | None = None) -> Tensor:
+    """The output of a convolution of codes.
+
+    Args:
+        input: (N, C, H, W) uint8 or int8; weight: (O, C/groups, kh, kw) int8. Other strides than channels-last
+            cost a copy.
+        geometry: stride, padding, dilation, groups.
+        epilogue: see the module.
+
+    Returns:
+        (N, O, H', W'), channels-last: int32 or int64 sums, or the epilogue's floats.
+    """
+    arguments = _NOTHING if epilogue is None else epilogue.arguments()
+    return torch.ops.fqt.conv2d(input, weight, *geometry.arguments(), *arguments)
+
+
+def conv2d_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_size: tuple[int, int],
+    geometry: Geometry,
+    epilogue: Epilogue | None = None,
+) -> Tensor:
+    """The gradient of a convolution for its input; also the output of a transposed convolution.
+
+    Args:
+        grad_output: (N, O, H', W') uint8 or int8; weight: (O, C/groups, kh, kw) int8, both best channels-last.
+        input_size: the input's H and W.
+        geometry: of the convolution.
+        epilogue: see the module.
+
+    Returns:
+        (N, C, H, W), channels-last: int32 or int64 sums, or the epilogue's floats.
+    """
+    arguments = _NOTHING if epilogue is None else epilogue.arguments()
+    return torch.ops.fqt.conv2d_grad_input(grad_output, weight, list(input_size), *geometry.arguments(), *arguments)
+
+
+def conv2d_grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    kernel_size: tuple[int, int],
+    geometry: Geometry,
+    epilogue: Epilogue | None = None,
+) -> Tensor:
+    """The gradient of a convolution for its weight.
+
+    Args:
+        grad_output: (N, O, H', W') uint8 or int8; input: (N, C, H, W) uint8 or int8, both best channels-last.
+        kernel_size: the weight's kh and kw.
+        geometry: of the convolution.
+        epilogue: see the module; its columns are (kh, kw, C/groups) in that order.
+
+    Returns:
+        (O, C/groups, kh, kw), channels-last: int32 or int64 sums, or the epilogue's floats.
+    """
+    arguments = _NOTHING if epilogue is None else epilogue.arguments()
+    return torch.ops.fqt.conv2d_grad_weight(
+        grad_output, input, list(kernel_size), *geometry.arguments(), *arguments
+    )
+
+
+def conv2d_mask(weight: Tensor, input_size: tuple[int, int], geometry: Geometry, of: str) -> Tensor:
+    """The product of the weight's codes with the mask of the taps that are there, for one sample.
+
+    It is what a constant added to every value of the other operand adds to the product: times the offset of
+    `input` it corrects the output, times that of `grad_output` it corrects grad_input.
+
+    Args:
+        weight: (O, C/groups, kh, kw) int8 codes, or floats.
+        input_size: the input's H and W.
+        geometry: of the convolution.
+        of: "output" or "grad_input".
+
+    Returns:
+        (H', W', O) or (H, W, C) float32, contiguous: as `Epilogue.right` takes it, less its first axis. Exact
+        for codes while sums stay below 2²⁴.
+    """
+    if of not in ("output", "grad_input"):
+        raise ValueError(f"unknown product {of!r}; known: output, grad_input")
+    w = weight.float()
+    channels = w.shape[1] * geometry.groups
+    if of == "output":
+        mask = F.conv2d(w.new_ones(1, channels, *input_size), w, None, *geometry.arguments())
+    else:
+        size = geometry.output_size(input_size, (w.shape[2], w.shape[3]))
+        mask = _grad_input(w.new_ones(1, w.shape[0], *size), w, list(input_size), *geometry.arguments())
+    return mask[0].permute(1, 2, 0).contiguous()
+
+
+_NOTHING = (None,) * 6
+_EPILOGUE = "Tensor? row_scale, Tensor? column_scale, Tensor? left, Tensor? right, Tensor? bias, ScalarType? dtype"
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_library = torch.library.Library("fqt", "DEF")
+_library.define(f"matmul(Tensor a, Tensor b, {_EPILOGUE}) -> Tensor")
+_library.define(f"conv2d(Tensor input, Tensor weight, {_GEOMETRY}, {_EPILOGUE}) -> Tensor")
+_library.define(
+    f"conv2d_grad_input(Tensor grad_output, Tensor weight, int[2] input_size, {_GEOMETRY}, {_EPILOGUE}) -> Tensor"
+)
+_library.define(
+    f"conv2d_grad_weight(Tensor grad_output, Tensor input, int[2] kernel_size, {_GEOMETRY}, {_EPILOGUE}) -> Tensor"
+)
+
+
+def _check_codes(name: str, codes: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...] = CODES) -> None:
+    if codes.dtype not in dtypes:
+        known = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} holds {codes.dtype}: give {known} codes")
+    if codes.ndim != ndim:
+        raise ValueError(f"{name} has shape {tuple(codes.shape)}: give {ndim} axes")
+
+
+def _check_epilogue(rows: int, columns: int, place: tuple[int, ...], device: torch.device, epilogue: tuple) -> None:
+    """`place` is the shape of a correction's right factor, less its first axis."""
+    row_scale, column_scale, left, right, bias, dtype = epilogue
+    if dtype is None:
+        if any(x is not None for x in epilogue):
+            raise ValueError("an epilogue needs the dtype of its result")
+        return
+    if dtype not in _RESULTS:
+        raise TypeError(f"a result of {dtype}: give float32 or bfloat16")
+    if (left is None) != (right is None):
+        raise ValueError("a correction needs both its left and its right factor")
+    rank = 0 if left is None or left.ndim != 2 else left.shape[1]
+    for name, x, shapes in (
+        ("row_scale", row_scale, [(), (1,), (rows,)]),
+        ("column_scale", column_scale, [(), (1,), (columns,)]),
+        ("left", left, [(rows, rank)]),
+        ("right", right, [(rank, *place)]),
+        ("bias", bias, [(columns,)]),
+    ):
+        if x is None:
+            continue
+        if x.dtype != torch.float32:
+            raise TypeError(f"{name} holds {x.dtype}: give float32")
+        if x.device != device:
+            raise ValueError(f"{name} lies on {x.device}, the codes on {device}")
+        if tuple(x.shape) not in shapes:
+            wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, not {wanted}")
+
+
+def _sum_dtype(terms: int, a: Tensor, b: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is not None:
+        return dtype
+    return torch.int32 if terms <= most_terms(a.dtype, b.dtype) else torch.int64
+
+
+def _finish(sums: Tensor, out: torch.dtype, epilogue: tuple) -> Tensor:
+    """The reference's epilogue on float64 sums of shape (rows, …, columns), any number of places in between."""
+    row_scale, column_scale, left, right, bias, dtype = epilogue
+    if dtype is None:
+        return sums.to(out)
+    places, columns = math.prod(sums.shape[1:-1]), sums.shape[-1]
+    value = sums.to(torch.int64).to(torch.float32).reshape(sums.shape[0], places, columns)
+    if row_scale is not None:
+        value = value * row_scale.view(-1, 1, 1)
+    if column_scale is not None:
+        value = value * column_scale.view(-1)
+    if left is not None:
+        for r in range(left.shape[1]):
+            value = value + left[:, r].view(-1, 1, 1) * right[r].reshape(1, places, columns)
+    if bias is not None:
+        value = value + bias
+    return value.view(sums.shape).to(out)
+
+
+def _check_matmul(a: Tensor, b: Tensor, epilogue: tuple) -> torch.dtype:
+    _check_codes("a", a, 2)
+    _check_codes("b", b, 2)
+    if a.shape[1] != b.shape[0]:
+        raise ValueError(f"cannot multiply {tuple(a.shape)} by {tuple(b.shape)}")
+    if a.device != b.device:
+        raise ValueError(f"a lies on {a.device}, b on {b.device}")
+    _check_epilogue(a.shape[0], b.shape[1], (b.shape[1],), a.device, epilogue)
+    return _sum_dtype(a.shape[1], a, b, epilogue[5])
+
+
+def _matmul(a: Tensor, b: Tensor, *epilogue: object) -> Tensor:
+    out = _check_matmul(a, b, epilogue)
+    if native.takes_codes(a, b) and a.shape[1] < 1 << 23:
+        return native.matmul(a, b, out, epilogue)
+    return _finish(a.double() @ b.double(), out, epilogue)
+
+
+def _matmul_shape(a: Tensor, b: Tensor, *epilogue: object) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=_check_matmul(a, b, epilogue))
+
+
+def _check_geometry(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Geometry:
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} {tuple(pair)}: give two numbers, each at least {least}")
+    if groups < 1:
+        raise ValueError(f"{groups} groups: give at least 1")
+    return Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """The shapes of one convolution, checked."""
+
+    input: tuple[int, int, int, int]
+    output: tuple[int, int, int, int]
+    weight: tuple[int, int, int, int]
+    geometry: Geometry
+
+
+def _check_conv(
+    input: tuple[int, ...], output: tuple[int, ...] | None, weight: tuple[int, ...], geometry: Geometry
+) -> _Shapes:
+    n, c, h, w = input
+    o, depth, *kernel = weight
+    groups = geometry.groups
+    if o % groups or c != depth * groups:
+        raise ValueError(f"weight {tuple(weight)} in {groups} groups does not fit {c} input channels")
+    out_h, out_w = geometry.output_size((h, w), (kernel[0], kernel[1]))
+    if min(kernel) < 1 or max(kernel) > 4096 or min(out_h, out_w) < 0:
+        raise ValueError(f"a kernel {tuple(kernel)} does not fit an input of {h} × {w} with {geometry}")
+    if output is not None and tuple(output) != (n, o, out_h, out_w):
+        raise ValueError(f"grad_output has shape {tuple(output)}, not {(n, o, out_h, out_w)}")
+    return _Shapes((n, c, h, w), (n, o, out_h, out_w), (o, depth, kernel[0], kernel[1]), geometry)
+
+
+def _same_device(a: Tensor, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(f"the operands lie on {a.device} and {b.device}")
+
+
+def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[_Shapes, torch.dtype, tuple]:
+    _check_codes("input", input, 4)
+    _check_codes("weight", weight, 4, (torch.int8,))
+    _same_device(input, weight)
+    shapes = _check_conv(input.shape, None, weight.shape, _check_geometry(*rest[:4]))
+    n, o, h, w = shapes.output
+    _check_epilogue(n, o, (h, w, o), input.device, rest[4:])
+    terms = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    return shapes, _sum_dtype(terms, input, weight, rest[9]), rest[4:]
+
+
+def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    shapes, out, epilogue = _check_conv2d(input, weight, rest)
+    if native.takes_codes(input, weight):
+        return native.conv2d(input, weight, shapes, out, epilogue, backward=False)
+    sums = F.conv2d(input.double(), weight.double(), None, *rest[:4])  # type: ignore[arg-type]
+    return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
+
+
+def _conv2d_shape(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    shapes, out, _ = _check_conv2d(input, weight, rest)
+    return _channels_last(input, shapes.output, out)
+
+
+def _channels_last(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    n, c, h, w = shape
+    return like.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _check_grad_input(
+    grad: Tensor, weight: Tensor, input_size: list[int], rest: tuple
+) -> tuple[_Shapes, torch.dtype, tuple]:
+    _check_codes("grad_output", grad, 4)
+    _check_codes("weight", weight, 4, (torch.int8,))
+    _same_device(grad, weight)
+    geometry = _check_geometry(*rest[:4])
+    n, c = grad.shape[0], weight.shape[1] * geometry.groups
+    shapes = _check_conv((n, c, *input_size), grad.shape, weight.shape, geometry)
+    _check_epilogue(n, c, (*shapes.input[2:], c), grad.device, rest[4:])
+    terms = weight.shape[0] // geometry.groups * weight.shape[2] * weight.shape[3]
+    return shapes, _sum_dtype(terms, grad, weight, rest[9]), rest[4:]
+
+
+def _grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    input = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
+    arguments = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+    return torch.ops.aten.convolution_backward(grad, input, weight, *arguments)[0]
+
+
+def _conv2d_grad_input(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
+    shapes, out, epilogue = _check_grad_input(grad, weight, input_size, rest)
+    if native.takes_codes(grad, weight):
+        return native.conv2d(grad, weight, shapes, out, epilogue, backward=True)
+    sums = _grad_input(grad.double(), weight.double(), input_size, *rest[:4])  # type: ignore[arg-type]
+    return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
+
+
+def _conv2d_grad_input_shape(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
+    shapes, out, _ = _check_grad_input(grad, weight, input_size, rest)
+    return _channels_last(grad, shapes.input, out)
+
+
+def _check_grad_weight(
+    grad: Tensor, input: Tensor, kernel: list[int], rest: tuple
+) -> tuple[_Shapes, torch.dtype, tuple]:
+    _check_codes("grad_output", grad, 4)
+    _check_codes("input", input, 4)
+    _same_device(grad, input)
+    geometry = _check_geometry(*rest[:4])
+    if input.shape[1] % geometry.groups:
+        raise ValueError(f"{input.shape[1]} input channels do not divide into {geometry.groups} groups")
+    o, depth = grad.shape[1], input.shape[1] // geometry.groups
+    shapes = _check_conv(input.shape, grad.shape, (o, depth, *kernel), geometry)
+    columns = depth * kernel[0] * kernel[1]
+    _check_epilogue(o, columns, (columns,), grad.device, rest[4:])
+    return shapes, _sum_dtype(grad.shape[0] * grad.shape[2] * grad.shape[3], grad, input, rest[9]), rest[4:]
+
+
+def _conv2d_grad_weight(grad: Tensor, input: Tensor, kernel: list[int], *rest: object) -> Tensor:
+    shapes, out, epilogue = _check_grad_weight(grad, input, kernel, rest)
+    if native.takes_codes(grad, input) and shapes.output[3] <= 1 << 15:
+        return native.conv2d_grad_weight(grad, input, shapes, out, epilogue)
+    o, depth, kh, kw = shapes.weight
+    stride, padding, dilation, groups = rest[:4]
+    weight = grad.new_empty(1, dtype=torch.float64).expand(o, depth, kh, kw)
+    arguments = (None, stride, padding, dilation, False, [0, 0], groups, [False, True, False])
+    if grad.numel() and input.numel():
+        sums = torch.ops.aten.convolution_backward(grad.double(), input.double(), weight, *arguments)[1].round()
+    else:
+        sums = torch.zeros_like(weight)
+    flat = _finish(sums.permute(0, 2, 3, 1).reshape(o, kh * kw * depth), out, epilogue)
+    return flat.view(o, kh, kw, depth).permute(0, 3, 1, 2)
+
+
+def _conv2d_grad_weight_shape(grad: Tensor, input: Tensor, kernel: list[int], *rest: object) -> Tensor:
+    shapes, out, _ = _check_grad_weight(grad, input, kernel, rest)
+    return _channels_last(grad, shapes.weight, out)
+
+
+for _name, _run, _shape in (
+    ("matmul", _matmul, _matmul_shape),
+    ("conv2d", _conv2d, _conv2d_shape),
+    ("conv2d_grad_input", _conv2d_grad_input, _conv2d_grad_input_shape),
+    ("conv2d_grad_weight", _conv2d_grad_weight, _conv2d_grad_weight_shape),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fqt::{_name}", _shape, lib=_library)
