@@ -38,7 +38,7 @@ class Gradients:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.draw = recipe, 0
         self.models: dict[tuple[int, ...], nn.Sequential] = {}
-        self.x, self.y = torch.randn(16, WIDTH), torch.randn(16, WIDTH)
+        self.x, self.y = torch.randn(2, 16, WIDTH, generator=torch.Generator().manual_seed(1))
 
     def _model(self, noisy: tuple[int, ...]) -> nn.Sequential:
         if noisy not in self.models:
