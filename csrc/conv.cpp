@@ -66,25 +66,36 @@ struct Task {
   int64_t pixels() const { return source.samples * rows.count * columns.count; }
 };
 
-// Where the pixels of a block lie in the output, and what they read at every tap.
-void locate(const Task& task, int64_t first, int64_t n, int64_t* out_pixel, const Left** table) {
+// Where the pixels first … first + n − 1 lie in the output, and what they read at every tap of a group. Runs of
+// pixels on one line read at equal distances.
+void locate(const Task& task, int64_t group, int64_t first, int64_t n, int64_t* out_pixel, const Left** table) {
   const Source& s = task.source;
-  const int64_t pixel = s.groups * s.depth;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t at = first + i, w = at % task.columns.count, line = at / task.columns.count;
+  const int64_t pixel = s.groups * s.depth, scale = task.columns.scale;
+  for (int64_t i = 0; i < n;) {
+    const int64_t w = (first + i) % task.columns.count, line = (first + i) / task.columns.count;
     const int64_t h = line % task.rows.count, sample = line / task.rows.count;
-    const int64_t out_h = task.rows.first + h * task.rows.step, out_w = task.columns.first + w * task.columns.step;
-    out_pixel[i] = (sample * task.out_height + out_h) * task.out_width + out_w;
+    const int64_t run = task.columns.count - w < n - i ? task.columns.count - w : n - i;
+    const int64_t out_line = (sample * task.out_height + task.rows.first + h * task.rows.step) * task.out_width;
+    for (int64_t r = 0; r < run; ++r) {
+      out_pixel[i + r] = out_line + task.columns.first + (w + r) * task.columns.step;
+    }
     const Left** to = table + i;
     for (int64_t p = 0; p < task.rows.taps; ++p) {
       const int64_t y = h * task.rows.scale + task.rows.offset[p];
       const bool inside = y >= 0 && y < s.height;
-      const Left* row = s.pixels + (sample * s.height + y) * s.width * pixel;
+      const Left* row = s.pixels + (sample * s.height + y) * s.width * pixel + group * s.depth;
       for (int64_t q = 0; q < task.columns.taps; ++q, to += kBlockRows) {
-        const int64_t x = w * task.columns.scale + task.columns.offset[q];
-        *to = inside && x >= 0 && x < s.width ? row + x * pixel : nullptr;
+        const int64_t x = w * scale + task.columns.offset[q];
+        // x + r · scale lies in 0 … width − 1 for begin ≤ r < end.
+        int64_t begin = x < 0 ? ceil_div(-x, scale) : 0, end = x < s.width ? ceil_div(s.width - x, scale) : 0;
+        begin = !inside || begin > run ? run : begin;
+        end = end > run ? run : end < begin ? begin : end;
+        for (int64_t r = 0; r < begin; ++r) to[r] = s.missing;
+        for (int64_t r = begin; r < end; ++r) to[r] = row + (x + r * scale) * pixel;
+        for (int64_t r = end; r < run; ++r) to[r] = s.missing;
       }
     }
+    i += run;
   }
 }
 
@@ -129,19 +140,12 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
   const int64_t n = task.pixels() - first < kBlockRows ? task.pixels() - first : kBlockRows;
   alignas(64) int32_t sums[kBlockRows * kPanel];
   int64_t out_pixel[kBlockRows];
-  Buffer<const Left*> table = make_buffer<const Left*>(2 * taps * kBlockRows);
+  Buffer<const Left*> table = make_buffer<const Left*>(taps * kBlockRows);
   Buffer<int64_t> wide;
   if (taps * depth > kMaxTerms) wide = make_buffer<int64_t>(kBlockRows * kPanel);
   if (!table || (taps * depth > kMaxTerms && !wide)) return false;
-  locate(task, first, n, out_pixel, table.get());
-  const Left** rows = table.get() + taps * kBlockRows;
   for (int64_t group = 0; group < task.source.groups; ++group) {
-    for (int64_t t = 0; t < taps; ++t) {
-      for (int64_t i = 0; i < n; ++i) {
-        const Left* pixel = table[t * kBlockRows + i];
-        rows[t * kBlockRows + i] = pixel ? pixel + group * depth : task.source.missing;
-      }
-    }
+    locate(task, group, first, n, out_pixel, table.get());
     for (int64_t p = first_panel; p < last_panel; ++p) {
       const int64_t index = group * task.panels + p, column = p * kPanel;
       const int64_t columns = task.right_columns - column < kPanel ? task.right_columns - column : kPanel;
@@ -152,7 +156,7 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
           write_row(task.epilogue, done, out_pixel[i + r], group * task.right_columns + column, columns);
         }
       };
-      sum_panel(task, rows, n, task.right + index * taps * depth * kPanel, sums, wide.get(), finish);
+      sum_panel(task, table.get(), n, task.right + index * taps * depth * kPanel, sums, wide.get(), finish);
     }
   }
   return true;

@@ -38,7 +38,7 @@ struct Task {
 // One thread's sums of a chunk of panels.
 struct Part {
   Buffer<int32_t> sums;         // [panel][output][kPanel]
-  Buffer<int64_t> total;        // the same
+  Buffer<int64_t> total;        // the same, for more than kMaxTerms terms; else null
   Buffer<int64_t> left_sums;    // (outputs,) Σ of grad_output's operands
   Buffer<int64_t> right_sums;   // (panels · kPanel,) Σ of the input's
 };
@@ -62,7 +62,7 @@ void pack_grad(const Task& task, int64_t first_line, int64_t lines, int64_t padd
 void pack_input(const Task& task, int64_t first_line, int64_t lines, int64_t first, Right* out) {
   const Conv& c = task.c;
   const int64_t last = first + kPanel < task.columns() ? first + kPanel : task.columns();
-  const Right zero_code = task.read_input(0);
+  static const uint8_t no_pixel[kPanel] = {};
   for (int64_t column = first; column < last;) {
     const int64_t tap = column / task.inputs(), channel = column % task.inputs();
     const int64_t n = task.inputs() - channel < last - column ? task.inputs() - channel : last - column;
@@ -77,17 +77,11 @@ void pack_input(const Task& task, int64_t first_line, int64_t lines, int64_t fir
       for (int64_t g = 0; g < task.groups_per_line(); ++g, to += kPanel * kGroup) {
         const uint8_t* row[kGroup];
         const int64_t pixels = c.out_width - g * kGroup < kGroup ? c.out_width - g * kGroup : kGroup;
-        bool any = false;
-        for (int64_t j = 0; j < pixels; ++j) {
+        for (int64_t j = 0; j < kGroup; ++j) {
           const int64_t w = (g * kGroup + j) * c.stride_width + tap_w;
-          row[j] = inside && w >= 0 && w < c.width ? from + w * c.channels : nullptr;
-          any = any || row[j];
+          row[j] = inside && w >= 0 && w < c.width ? from + w * c.channels : no_pixel;
         }
-        if (any) {
-          interleave_rows<Right>(row, pixels, n, n, zero_code, task.read_input, to);
-        } else {
-          for (int64_t i = 0; i < n * kGroup; ++i) to[i] = zero_code;
-        }
+        interleave_group(row, n, task.read_input, to);
         for (int64_t j = pixels; j < kGroup; ++j) {
           for (int64_t i = 0; i < n; ++i) to[i * kGroup + j] = 0;
         }
@@ -118,13 +112,18 @@ bool run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
   step = step < 1 ? 1 : step;
   Buffer<Left> left = make_buffer<Left>(step * per_line * kGroup * padded);
   Buffer<Right> right = make_buffer<Right>(step * per_line * kGroup * kPanel);
-  part->sums = make_buffer<int32_t>(panels * outputs * kPanel);
-  part->total = make_buffer<int64_t>(panels * outputs * kPanel);
+  const int64_t size = panels * outputs * kPanel;
+  const bool wide = (last - first) * per_line * kGroup > kMaxTerms;
+  part->sums = make_buffer<int32_t>(size);
+  if (wide) part->total = make_buffer<int64_t>(size);
   part->left_sums = make_buffer<int64_t>(outputs);
   part->right_sums = make_buffer<int64_t>(panels * kPanel);
-  if (!left || !right || !part->sums || !part->total || !part->left_sums || !part->right_sums) return false;
-  const int64_t size = panels * outputs * kPanel;
-  for (int64_t i = 0; i < size; ++i) part->total[i] = 0;
+  if (!left || !right || !part->sums || !part->left_sums || !part->right_sums) return false;
+  if (wide) {
+    if (!part->total) return false;
+    std::memset(part->total.get(), 0, size * sizeof(int64_t));
+  }
+  if (first == last || per_line == 0) std::memset(part->sums.get(), 0, size * sizeof(int32_t));
   for (int64_t i = 0; i < outputs; ++i) part->left_sums[i] = 0;
   for (int64_t i = 0; i < panels * kPanel; ++i) part->right_sums[i] = 0;
   int64_t terms = 0;  // in sums
@@ -145,7 +144,7 @@ bool run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
     }
     terms += groups * kGroup;
   }
-  widen();
+  if (wide) widen();
   return true;
 }
 
@@ -188,7 +187,8 @@ FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const u
           for (int64_t j = 0; j < kPanel; ++j) {
             int64_t sum = t * left_sum - pixels * s * t;
             for (int64_t i = 0; i < parts; ++i) {
-              sum += part[i].total[(p * outputs + row) * kPanel + j] - s * part[i].right_sums[p * kPanel + j];
+              const int64_t at = (p * outputs + row) * kPanel + j;
+              sum += (part[i].total ? part[i].total[at] : part[i].sums[at]) - s * part[i].right_sums[p * kPanel + j];
             }
             sums[j] = sum;
           }

@@ -14,7 +14,7 @@ struct Parameters {
   vf step, offset, scale;  // (code·step + offset)·scale, scale 1 or 2
 
   static Parameters of(vf step, vf offset) {
-    const vf half = step > kWideStep ? splat(0.5f) : splat(1.0f);
+    const vf half = step > kWideStep ? splat(kNarrowing) : splat(1.0f);
     return {step * half, offset * half, splat(1.0f) / half};
   }
 };

@@ -25,16 +25,19 @@ struct Epilogue {
   const float* bias;           // (columns,) or null
 };
 
-inline uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // ties to even
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+// The nearest bfloat16, ties to even; one NaN for all NaNs, as torch has it.
+inline vh to_bfloat16(vf value) {
+  const vu bits = (vu)value;
+  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(value == value ? rounded : vu{} + 0x7fc0, vh);
 }
 
-// Writes n ≤ kPanel sums to row `row`, columns first … first + n − 1.
-template <class Sum>
-inline void write_row(const Epilogue& e, const Sum* sums, int64_t row, int64_t first, int64_t n) {
+// Writes sums to row `row`, columns first … first + n − 1. Whole panels have a length that the compiler knows.
+template <bool Whole, class Sum>
+inline void write_part(const Epilogue& e, const Sum* sums, int64_t row, int64_t first, int64_t width) {
+  const int64_t n = Whole ? kPanel : width;
   const int64_t at = row * e.columns + first;
   if (e.type == kInt32) {
     int32_t* out = static_cast<int32_t*>(e.out) + at;
@@ -69,8 +72,18 @@ inline void write_row(const Epilogue& e, const Sum* sums, int64_t row, int64_t f
   if (e.type == kFloat32) {
     std::memcpy(static_cast<float*>(e.out) + at, value, 4 * n);
   } else {
-    uint16_t* out = static_cast<uint16_t*>(e.out) + at;
-    for (int64_t j = 0; j < n; ++j) out[j] = to_bfloat16(value[j]);
+    uint16_t rounded[kPanel];
+    for (int64_t j = 0; j < n; j += W) store(rounded + j, to_bfloat16(load<vf>(value + j)));
+    std::memcpy(static_cast<uint16_t*>(e.out) + at, rounded, 2 * n);
+  }
+}
+
+template <class Sum>
+inline void write_row(const Epilogue& e, const Sum* sums, int64_t row, int64_t first, int64_t n) {
+  if (n == kPanel) {
+    write_part<true>(e, sums, row, first, n);
+  } else {
+    write_part<false>(e, sums, row, first, n);
   }
 }
 

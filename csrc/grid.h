@@ -5,7 +5,8 @@
 
 namespace fqt {
 
-constexpr float kWideStep = 0x1p100f;  // beyond it a range may exceed the largest float: work on halves
+constexpr float kWideStep = 0x1p100f;  // beyond it a range may exceed the largest float: work on sixteenths
+constexpr float kNarrowing = 0x1p-4f;
 constexpr int32_t kLevels = 1 << 24;
 
 // A group's step and offset, ready for use.
@@ -13,7 +14,7 @@ struct Group {
   float half, divisor, offset;  // t = (x·half − offset)/divisor
 
   static Group of(float step, float offset) {
-    const float half = step > kWideStep ? 0.5f : 1.0f;
+    const float half = step > kWideStep ? kNarrowing : 1.0f;
     return {half, (step == 0.0f ? 1.0f : step) * half, offset * half};
   }
 };
@@ -25,7 +26,7 @@ struct Groups {
   static Groups of(Group g) { return {splat(g.half), splat(g.divisor), splat(g.offset)}; }
 
   static Groups of(vf step, vf offset) {
-    const vf half = step > kWideStep ? splat(0.5f) : splat(1.0f);
+    const vf half = step > kWideStep ? splat(kNarrowing) : splat(1.0f);
     return {half, (step == 0.0f ? splat(1.0f) : step) * half, offset * half};
   }
 };

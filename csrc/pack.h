@@ -51,47 +51,69 @@ typedef Reader<Left> RightReader;  // both are int16, unshifted
 #endif
 typedef Reader<Left> LeftReader;
 
-// out[g][i][kGroup] for i < padded_width: groups of kGroup neighbouring rows of a (rows × width) matrix, its rows
-// given by pointers; a null row and what is beyond `rows` or `width` hold code 0 as `missing`.
+#if defined(__AVX512VNNI__)
+// Four rows of 64 codes, interleaved.
+inline void interleave_64(const uint8_t* const* row, int64_t i, __m512i flip, void* out) {
+  __m512i r[4], t[4], u[4];
+  for (int j = 0; j < 4; ++j) r[j] = _mm512_xor_si512(_mm512_loadu_si512(row[j] + i), flip);
+  t[0] = _mm512_unpacklo_epi8(r[0], r[1]), t[1] = _mm512_unpackhi_epi8(r[0], r[1]);
+  t[2] = _mm512_unpacklo_epi8(r[2], r[3]), t[3] = _mm512_unpackhi_epi8(r[2], r[3]);
+  u[0] = _mm512_unpacklo_epi16(t[0], t[2]), u[1] = _mm512_unpackhi_epi16(t[0], t[2]);
+  u[2] = _mm512_unpacklo_epi16(t[1], t[3]), u[3] = _mm512_unpackhi_epi16(t[1], t[3]);
+  // Lane l of u[k] holds columns 16·l + 4·k … + 3: transpose the lanes.
+  t[0] = _mm512_shuffle_i32x4(u[0], u[1], 0x44), t[1] = _mm512_shuffle_i32x4(u[0], u[1], 0xee);
+  t[2] = _mm512_shuffle_i32x4(u[2], u[3], 0x44), t[3] = _mm512_shuffle_i32x4(u[2], u[3], 0xee);
+  __m512i* to = static_cast<__m512i*>(out);
+  _mm512_storeu_si512(to, _mm512_shuffle_i32x4(t[0], t[2], 0x88));
+  _mm512_storeu_si512(to + 1, _mm512_shuffle_i32x4(t[0], t[2], 0xdd));
+  _mm512_storeu_si512(to + 2, _mm512_shuffle_i32x4(t[1], t[3], 0x88));
+  _mm512_storeu_si512(to + 3, _mm512_shuffle_i32x4(t[1], t[3], 0xdd));
+}
+
+inline void interleave_16(const uint8_t* const* row, int64_t i, __m128i flip, void* out) {
+  __m128i r[4];
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[j] + i)), flip);
+  }
+  const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
+  const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
+  __m128i* to = static_cast<__m128i*>(out);
+  _mm_storeu_si128(to, _mm_unpacklo_epi16(a, b));
+  _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, b));
+  _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(c, d));
+  _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(c, d));
+}
+#endif
+
+// out[i][kGroup] for i < width: kGroup rows, interleaved.
+template <class Operand, class Read>
+inline void interleave_group(const uint8_t* const* row, int64_t width, const Read& read, Operand* out) {
+  int64_t i = 0;
+#if defined(__AVX512VNNI__)
+  const __m512i flip = _mm512_set1_epi8(read.shift() ? -128 : 0);  // ± 128 modulo 256 is one flipped bit
+  for (; i + 64 <= width; i += 64) interleave_64(row, i, flip, out + i * 4);
+  for (; i + 16 <= width; i += 16) interleave_16(row, i, _mm512_castsi512_si128(flip), out + i * 4);
+#endif
+  for (; i < width; ++i) {
+    for (int j = 0; j < kGroup; ++j) out[i * kGroup + j] = read(row[j][i]);
+  }
+}
+
+// The same for i < padded_width and `rows` ≤ kGroup rows, a null pointer being a row of `missing`; what is beyond
+// `rows` or `width` holds `missing` too.
 template <class Operand, class Read>
 void interleave_rows(const uint8_t* const* row, int64_t rows, int64_t width, int64_t padded_width, Operand missing,
                      const Read& read, Operand* out) {
-  for (int64_t g = 0; g < ceil_div(rows, kGroup); ++g, out += padded_width * kGroup) {
-    const uint8_t* from[kGroup];
-    bool whole = true;
+  bool whole = rows == kGroup;
+  for (int64_t j = 0; j < rows; ++j) whole = whole && row[j];
+  int64_t i = 0;
+  if (whole) {
+    interleave_group(row, width, read, out);
+    i = width;
+  }
+  for (; i < padded_width; ++i) {
     for (int j = 0; j < kGroup; ++j) {
-      from[j] = g * kGroup + j < rows ? row[g * kGroup + j] : nullptr;
-      whole = whole && from[j];
-    }
-    int64_t i = 0;
-#if defined(__AVX512VNNI__)
-    if (whole) {
-      const __m128i flip = _mm_set1_epi8(read.shift() ? -128 : 0);  // ± 128 modulo 256 is one flipped bit
-      for (; i + 16 <= width; i += 16) {
-        __m128i r[4];
-        for (int j = 0; j < 4; ++j) {
-          r[j] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from[j] + i)), flip);
-        }
-        const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
-        const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
-        __m128i* to = reinterpret_cast<__m128i*>(out + i * 4);
-        _mm_storeu_si128(to, _mm_unpacklo_epi16(a, b));
-        _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, b));
-        _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(c, d));
-        _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(c, d));
-      }
-    }
-#else
-    if (whole) {
-      for (; i < width; ++i) {
-        for (int j = 0; j < kGroup; ++j) out[i * kGroup + j] = read(from[j][i]);
-      }
-    }
-#endif
-    for (; i < padded_width; ++i) {
-      for (int j = 0; j < kGroup; ++j) {
-        out[i * kGroup + j] = from[j] && i < width ? read(from[j][i]) : missing;
-      }
+      out[i * kGroup + j] = j < rows && row[j] && i < width ? read(row[j][i]) : missing;
     }
   }
 }

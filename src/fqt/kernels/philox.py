@@ -11,8 +11,12 @@ int64 products wrap around, which leaves the 64-bit product of two 32-bit words 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
+
+from fqt.errors import FqtError
 
 # Streams of one seed. Their numbers are part of the format: changing one changes every code.
 STREAM_ROUNDING = 0
@@ -85,9 +89,13 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     """A seed as an int64 scalar tensor on `device`; a Python int of any size is taken modulo 2⁶⁴."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"a seed tensor must hold one int64, not {tuple(seed.shape)} {seed.dtype}")
+            raise FqtError(f"a seed tensor must hold one int64, not {tuple(seed.shape)} {seed.dtype}")
         return seed.reshape(()).to(device)
-    wrapped = (int(seed) + 2**63) % 2**64 - 2**63
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise FqtError(f"a seed must be an int or an int64 tensor with one number, not {seed!r}") from None
+    wrapped = (number + 2**63) % 2**64 - 2**63
     return torch.tensor(wrapped, dtype=torch.int64, device=device)
 
 

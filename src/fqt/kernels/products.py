@@ -351,7 +351,7 @@ def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
     shapes, out, epilogue = _check_conv2d(input, weight, rest)
     if native.takes_codes(input, weight):
         return native.conv2d(input, weight, shapes, out, epilogue, backward=False)
-    sums = F.conv2d(input.double(), weight.double(), None, *rest[:4])  # type: ignore[arg-type]
+    sums = F.conv2d(input.double(), weight.double(), None, *rest[:4])  # type: ignore[call-overload]
     return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
 
 

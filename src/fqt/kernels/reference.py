@@ -19,7 +19,7 @@ from fqt.kernels.philox import (
 )
 
 DITHER_LEVELS = 1 << 24
-# Beyond this step a group's range may exceed the largest float: its arithmetic is done on halves.
+# Beyond this step a group's range may exceed the largest float: its arithmetic is done on sixteenths.
 _WIDE_STEP = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
 
 
@@ -45,9 +45,9 @@ def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
     return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
 
 
-def halving(step: Tensor) -> Tensor:
-    """½ for groups so wide that max − min could overflow, else 1; scaling by it is exact either way."""
-    return torch.where(step > _WIDE_STEP[step.dtype], 0.5, 1.0).to(step.dtype)
+def narrowing(step: Tensor) -> Tensor:
+    """2⁻⁴ for groups so wide that their range could overflow, else 1; scaling by it is exact either way."""
+    return torch.where(step > _WIDE_STEP[step.dtype], 0.0625, 1.0).to(step.dtype)
 
 
 def position(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
@@ -56,7 +56,7 @@ def position(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Te
     Clamping comes before rounding, so no rounding can leave the range. NaN (of a group with a NaN step)
     becomes `low`.
     """
-    half = halving(step)
+    half = narrowing(step)
     divisor = torch.where(step == 0, 1.0, step) * half
     t = (x * half - offset * half) / divisor
     return t.clamp_(low, high).nan_to_num_(nan=float(low))
@@ -127,7 +127,7 @@ def encode(
 
 def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
     """step · (code − dither) + offset, (N, D) in the step's dtype; finite for finite parameters."""
-    half = halving(step)
+    half = narrowing(step)
     value = codes.to(step.dtype)
     if dither is not None:
         value = value - dither
