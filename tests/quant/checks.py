@@ -164,7 +164,7 @@ def check_g_reflection(n: int, ratio: float) -> None:
     forward = q / unscale.T
     assert (forward @ inverse - eye).abs().max() < 1e-5
     # The forward half used the same T: nearest codes of T (x − z) are within half a step.
-    y = forward @ (x.double() - x.double().amin(1, keepdim=True))
+    y = forward @ (x.double() - qx.mixing.offset.double())
     near = build("bhq8n", guard=False).quantize(x)
     assert ((near.decode().double() - y).abs() <= near.matrix_step.double() * 0.5001).all()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fqt import Quantizer
-from fqt.quant import Integers, Scale
+from fqt import FqtError, Quantizer
+from fqt.quant import Scale
 
 from .cases import FAMILIES, build, gaussian, gen, plain
 
@@ -32,16 +32,10 @@ def test_variance_is_the_lower_of_the_two(method: str, family: str, n: int, bits
 
 
 @pytest.mark.parametrize("method", ["bhq", "shq"])
-def test_exact_guard_never_loses_to_plain_rows_of_the_same_rounding(method: str) -> None:
-    """The guard judges blocks by the rounding that the whole tensor will get."""
-    worst = 0.0
-    psq = Quantizer(scale=Scale("row"), grid=Integers(3), rounding="best")
-    for seed in (0, 2, 26, 115):  # the last two are the ones that told
-        x = gaussian(12, 8, seed) * torch.exp(1.5 * torch.randn(12, 1, generator=gen(seed)))
-        x = x * (torch.rand(12, 8, generator=gen(seed + 5)) < 0.3)
-        best = build(f"{method}3x", guard="exact")
-        worst = max(worst, float(best.variance(x, seed) / psq.variance(x, seed)))
-    assert worst <= 1 + 1e-9, f"{worst:.3f} times plain rows"
+def test_the_exact_guard_refuses_a_choice_of_rounding(method: str) -> None:
+    """It judges blocks, "best" judges the whole: together they can lose to plain rows (seen: by 10 %)."""
+    with pytest.raises(FqtError, match="guard='exact' compares one rounding"):
+        build(f"{method}3x", guard="exact")
 
 
 def test_both_sides_are_taken() -> None:

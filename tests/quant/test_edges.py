@@ -13,7 +13,7 @@ from .cases import BITS, METHODS, NAMES_4BIT, PLAIN, SHAPES, build, gaussian, pl
 QUANTIZERS = {n: build(n) for n in NAMES_4BIT} | {plain_id(q): q for q in PLAIN}
 for _m in ("bhq", "shq"):
     QUANTIZERS |= {f"{_m}4{s} unguarded": build(f"{_m}4{s}", guard=False) for s in ("", "d")}
-    QUANTIZERS |= {f"{_m}4{s} exact": build(f"{_m}4{s}", guard="exact") for s in ("", "x")}
+    QUANTIZERS |= {f"{_m}4{s} exact": build(f"{_m}4{s}", guard="exact") for s in ("", "d")}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONSTANTS = (0.0, 0.3, -7.3, 1e-45, -1e-40, 3e38, -3e38)
 

@@ -22,7 +22,7 @@ METHODS: dict[str, tuple[Transform, Scale]] = {
 """Per-tensor, per-sample, block Householder (the paper's three) and scaled Hadamard quantizer."""
 
 ROUNDING_SUFFIX = {"": "stochastic", "d": "dithered", "x": "best", "n": "nearest"}
-_NAME = re.compile(r"([a-z]+?)(\d*)([dxn]?)(?:@([a-z]+))?")
+_NAME = re.compile(r"([a-z]+?)((?:0|[1-9][0-9]*)?)([dxn]?)(?:@([a-z]+))?")
 
 
 def known_names() -> str:

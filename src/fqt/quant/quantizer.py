@@ -27,8 +27,10 @@ class Quantizer:
     """A point in transform × scale × grid × rounding.
 
     Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest", up to the rounding of float
-    arithmetic; nothing is ever clipped. "best" is stochastic or dithered per tensor, whichever has the lower
-    exact variance on it (its stochastic candidate follows the scale's mode, its dithered one is affine).
+    arithmetic. Nothing is ever clipped, but for estimates beyond the largest float of the dtype, which only
+    dithered rounding and transforms can give: half a step, or their noise, outside the range of x.
+    "best" is stochastic or dithered per tensor, whichever has the lower exact variance on it (its stochastic
+    candidate follows the scale's mode, its dithered one is affine).
 
     Attributes:
         transform: `Identity()`, `BlockHouseholder()` or `ScaledHadamard()`; the latter two take row scales.
@@ -49,6 +51,9 @@ class Quantizer:
             raise FqtError(f"{self.rounding} rounding needs an affine scale, not a symmetric one")
         if not isinstance(self.transform, Identity) and self.scale.group != "row":
             raise FqtError(f"a transform over rows needs row scales, not {self.scale.group!r}")
+        if self.rounding == "best" and getattr(self.transform, "guard", None) == "exact":
+            # The guard decides block by block, the rounding for the whole: neither is exact without the other.
+            raise FqtError("guard='exact' compares one rounding's variances: choose 'stochastic' or 'dithered'")
 
     def quantize(
         self,
@@ -71,6 +76,7 @@ class Quantizer:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
         view = _view(x, axis)
+        x = x.detach()
         if nonfinite not in ("raise", "propagate"):
             raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
         matrix = view.matrix(x).to(reference.compute_dtype(x.dtype))
@@ -105,7 +111,7 @@ class Quantizer:
 
     def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
         view = _view(x, axis)
-        matrix = view.matrix(x).to(reference.compute_dtype(x.dtype))
+        matrix = view.matrix(x.detach()).to(reference.compute_dtype(x.dtype))
         y, mixing, plan = self._plan(matrix, self._key(seed, x.device))
         rows = plan.row_variance(y) if exact else plan.row_bound(y)
         return (rows if mixing is None else rows * mixing.cost).sum()
@@ -124,7 +130,7 @@ class Quantizer:
             if getattr(self.transform, "guard", True) == "exact":
                 return self._rounding_plan(y, None).row_variance(y)
             lo, hi = ops.value_range(y, "row")
-            return Plan.of(lo, hi, "affine", self.grid, "stochastic").row_bound(y)
+            return Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic").row_bound(y)
 
         y, mixing = self.transform.apply(x, key, row_cost)
         return y, mixing, self._rounding_plan(y, None if mixing is None else mixing.cost)
@@ -175,7 +181,8 @@ class Plan:
         levels = reference.DITHER_LEVELS
         row, column = (n.to(self.step.dtype) / levels for n in ops.dither_noise(key, *shape))
         into_offset, dither = (column, row) if self.step.shape[1] > 1 else (row, column)
-        return self.step, self.offset + self.step * (0.5 - 0.5 / levels - into_offset), dither
+        # The constant ½ goes with the dither: so the offset stays inside the group's range, and finite.
+        return self.step, self.offset + self.step * (1.0 - 0.5 / levels - into_offset), dither + 0.5
 
     def row_variance(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' exact variances."""
@@ -232,7 +239,9 @@ def _view(x: Tensor, axis: int | tuple[int, ...]) -> RowView:
         raise FqtError(f"cannot quantize {getattr(x, 'dtype', type(x).__name__)}: give a floating-point tensor")
     if x.ndim == 0:
         raise FqtError("cannot quantize a scalar: give a tensor with at least one axis")
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = (axis,) if isinstance(axis, int) else axis
+    if not isinstance(axes, tuple | list) or not all(isinstance(a, int) for a in axes):
+        raise FqtError(f"axis must be an int or a tuple of ints, not {axis!r}")
     normal = tuple(a + x.ndim if a < 0 else a for a in axes)
     if any(a not in range(x.ndim) for a in normal) or len(set(normal)) != len(normal):
         raise FqtError(f"axis {axis!r} does not name distinct axes of a tensor of shape {tuple(x.shape)}")

@@ -56,7 +56,7 @@ class Integers:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 9):
+        if type(self.bits) is not int or self.bits not in range(2, 9):
             raise FqtError(f"{self.bits!r} bits: this grid has 2 to 8")
 
     @property
@@ -112,13 +112,18 @@ def _zero_on_code(lo: Tensor, hi: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     floor = (-lo / _affine_step(lo, hi, steps)).floor()
 
-    def widened(z: Tensor) -> Tensor:
-        below = torch.where(lo < 0, -lo / z, 0.0)  # infinite at z = 0
-        above = torch.where(hi > 0, hi / (steps - z), 0.0)
-        return torch.where((z >= 0) & (z <= steps), torch.maximum(below, above), torch.inf)
+    # A side that holds values needs a code of its own.
+    least, most = (lo < 0).to(lo.dtype), steps - (hi > 0).to(lo.dtype)
+    below_, above_ = floor.clamp(least, most), (floor + 1).clamp(least, most)
 
-    z = torch.where(widened(floor) <= widened(floor + 1), floor, floor + 1)
-    step = widened(z).clamp(min=_LEAST_STEP)
+    def widened(z: Tensor) -> Tensor:
+        below = torch.where(lo < 0, -lo / z, 0.0)
+        above = torch.where(hi > 0, hi / (steps - z), 0.0)
+        return torch.maximum(below, above)
+
+    z = torch.where(widened(below_) <= widened(above_), below_, above_)
+    largest = torch.finfo(lo.dtype).max
+    step = widened(z).clamp(_LEAST_STEP, largest * (1 - 2**-15))  # the next line may widen, not overflow
     bits = step.view(torch.int32 if step.dtype == torch.float32 else torch.int64)
     step = ((bits + 0xFF) & ~0xFF).view(step.dtype)
-    return step, torch.where(z == 0, 0.0, -z * step)
+    return step, torch.where(z == 0, 0.0, (-z * step).clamp(min=-largest))

@@ -107,4 +107,8 @@ class QuantizedTensor:
         y = self.decode()
         if self.mixing is not None:
             y = self.mixing.undo(y)
-        return self.view.restore(y).to(dtype or self.dtype)
+        dtype = dtype or self.dtype
+        largest = torch.finfo(dtype).max
+        if largest < torch.finfo(y.dtype).max:
+            y = y.clamp(-largest, largest)  # noise at the edge of a short dtype must not become infinite
+        return self.view.restore(y).to(dtype)

@@ -214,7 +214,9 @@ class _Rows:
         half = torch.where(wide, 0.5, 1.0).to(x.dtype)
         # A range beyond the largest float is only a size here: halve it rather than overflow.
         size = torch.where(wide, hi * 0.5 - lo * 0.5, hi - lo)[:, 0]
-        return _Rows(lo, size, (lo == hi)[:, 0], half)
+        # About its middle a row is no larger than half its range, so that undoing S cannot overflow.
+        middle = torch.where(lo == hi, lo, lo * 0.5 + hi * 0.5)
+        return _Rows(middle, size, (lo == hi)[:, 0], half)
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
         """diag(scale)·(x − z), with no overflow on the way."""
