@@ -130,9 +130,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     """Bit for bit, NaN equal to NaN."""
     assert len(a) == len(b)
     same = (x.dtype == y.dtype and x.shape == y.shape for x, y in zip(a, b, strict=True))
-    return all(same) and all(
-        bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in zip(a, b, strict=True)
-    )
+    return all(same) and all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in zip(a, b, strict=True))
 
 
 def small_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -151,7 +151,7 @@ def test_files(tmp_path: Path) -> None:
 
 def test_a_quantizer_of_ones_own_is_an_operand() -> None:
     own = Quantizer(
-        transform=ScaledHadamard(guard="exact", block=8),
+        transform=ScaledHadamard(guard=False, block=8),
         scale=Scale("row", "zero", "sample"),
         grid=Integers(5),
         rounding="best",

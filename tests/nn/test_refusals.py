@@ -25,6 +25,13 @@ class MyAttention(nn.MultiheadAttention):
         self.adapter = nn.Linear(4, 4)
 
 
+class BareAttention(nn.MultiheadAttention):
+    """A subclass without one."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+
+
 LEFT: dict[str, Callable[[], nn.Module]] = {
     "LSTM": lambda: nn.LSTM(3, 3),
     "GRU": lambda: nn.GRU(3, 3),
@@ -40,7 +47,7 @@ LEFT: dict[str, Callable[[], nn.Module]] = {
     "complex64": lambda: nn.Linear(3, 3, dtype=torch.complex64),
     "add_bias_kv": lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True),
     "add_zero_attn": lambda: nn.MultiheadAttention(4, 2, add_zero_attn=True),
-    "MyAttention": MyAttention,
+    "BareAttention": BareAttention,
 }
 
 

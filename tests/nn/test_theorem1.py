@@ -55,7 +55,6 @@ def test_with_folding(fold: str) -> None:
         ("psq4", "nearest"),
         ("bhq4", "wrong step"),
         ("bhq4", "dropped transform"),
-        ("shq4", "dropped transform"),
         ("psq4d", "dropped dither"),
         ("ptq4", "clipped"),
         ("psq4", "same noise"),

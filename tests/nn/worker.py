@@ -31,11 +31,12 @@ def _run() -> dict[str, object]:
         alone = fqt.quantize_(small_net(), recipe)
         torch.manual_seed(5)
         local = parameter_gradients(alone, batch)
+        draws = [parameter_gradients(alone, batch) for _ in range(24 * (recipe != "qat"))]
         # The same step under DDP: gradients are averaged over ranks.
         model = DistributedDataParallel(fqt.quantize_(small_net(), recipe))
         torch.manual_seed(5)
         reduced = parameter_gradients(model, batch)
-        found[recipe] = (local, {n.removeprefix("module."): g for n, g in reduced.items()})
+        found[recipe] = (local, {n.removeprefix("module."): g for n, g in reduced.items()}, draws)
     found["weights"] = _train()
     return found
 

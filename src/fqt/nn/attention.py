@@ -35,6 +35,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         batched = query.ndim == 3
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give the mask too, as torch asks")
+        self._check(query, key, value, key_padding_mask, attn_mask)
         same = (query is key, key is value)
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
@@ -58,6 +59,33 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _check(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, attn_mask: Tensor | None
+    ) -> None:
+        """Raises where torch's own forward would: without its checks, masks of a wrong shape would broadcast."""
+        if not query.ndim == key.ndim == value.ndim or query.ndim not in (2, 3):
+            axes = (query.ndim, key.ndim, value.ndim)
+            raise RuntimeError(f"query, key and value must all have 2 or all have 3 axes; they have {axes}")
+        batch, length = (0, 1) if self.batch_first else (1, 0)
+        n = 1 if query.ndim == 2 else query.shape[batch]
+        t, s, s_value = (x.shape[0 if x.ndim == 2 else length] for x in (query, key, value))
+        if s != s_value or (query.ndim == 3 and not n == key.shape[batch] == value.shape[batch]):
+            shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+            raise RuntimeError(f"query, key and value do not fit together: {shapes}")
+        plain: tuple[int, ...] = (s,) if query.ndim == 2 else (n, s)
+        masks: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
+            ("key_padding_mask", padding, [plain]),
+            ("attn_mask", attn_mask, [(t, s), (n * self.num_heads, t, s)]),
+        ]
+        for name, mask, shapes_ in masks:
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise RuntimeError(f"{name} must be boolean or floating-point, not {mask.dtype}")
+            if tuple(mask.shape) not in shapes_:
+                wanted = " or ".join(map(str, shapes_))
+                raise RuntimeError(f"{name} must have the shape {wanted}, not {tuple(mask.shape)}")
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, same: tuple[bool, bool]

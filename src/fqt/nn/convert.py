@@ -34,7 +34,10 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 _FLOAT_FORM = {quantized: plain for plain, quantized in QUANTIZED.items()}
 # Modules that multiply by a weight but have no quantized form here: named in every report.
 _PRODUCTS_IN_FLOAT = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.Linear, nn.modules.conv._ConvNd)
-_FAST_PATH = "_fqt_activation_relu_or_gelu"
+_FAST_PATHS: tuple[tuple[type[nn.Module], str, object], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def quantize_(model: Model, recipe: Recipe | str | Path | Mapping[str, Any] = DE
 def restore_(model: Model) -> Model:
     """Turn all layers back into torch's own, in place, with the same parameters. Returns the model."""
     for module in model.modules():
-        if type(module) in _FLOAT_FORM:
+        if is_converted(module):
             _convert(module, load_recipe("none"))
     for module in model.modules():
         _set_fast_path(module)
@@ -101,7 +104,8 @@ def select(model: nn.Module, recipe: Recipe) -> tuple[list[Selection], list[str]
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    inside_attention = {m for a in names if isinstance(a, nn.MultiheadAttention) for m in a.modules() if m is not a}
+    # An attention's output projection is not called as a layer: it belongs to the attention.
+    inside_attention = {m.out_proj for m in names if isinstance(m, nn.MultiheadAttention)}
     used: set[Rule] = set()
     selections, problems = [], []
     for module, aliases in names.items():
@@ -119,8 +123,9 @@ def select(model: nn.Module, recipe: Recipe) -> tuple[list[Selection], list[str]
         elif asked and rule is not None and rule.pattern in aliases and not _inside_convertible(module):
             problems.append(f"rule {rule.pattern!r} names a layer that cannot be converted: {reason}")
             used.add(rule)
-        elif isinstance(module, _PRODUCTS_IN_FLOAT) or reason != _NO_PRODUCT:
+        elif reason != _NO_PRODUCT:
             selections.append(Selection(aliases[0], module, None, reason))
+            used.update([rule] if rule and not asked else [])
     for rule in recipe.rules:
         if rule not in used:
             layers_ = ", ".join(repr(s.name) for s in selections if s.recipe is not None) or "none"
@@ -163,9 +168,19 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Whether this module's products run on quantized operands."""
+    return isinstance(module, tuple(_FLOAT_FORM))
+
+
 def _convert(module: nn.Module, recipe: Recipe) -> None:
-    plain = _FLOAT_FORM.get(type(module), type(module))
+    kind = type(module)
+    plain = _FLOAT_FORM.get(kind, kind)
     if recipe.is_float:
+        if is_converted(module) and kind not in _FLOAT_FORM:
+            # torch.nn.utils.parametrize has put a class of its own on top since: rebuild it on the float form.
+            members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            plain = type(kind.__name__.replace("Quantized", ""), (_FLOAT_FORM[kind.__bases__[0]],), members)
         module.__class__ = plain
         module.__dict__.pop("fqt_recipe", None)
     else:
@@ -174,15 +189,18 @@ def _convert(module: nn.Module, recipe: Recipe) -> None:
 
 
 def _set_fast_path(module: nn.Module) -> None:
-    """Keep torch's fused inference path from bypassing converted layers inside an encoder layer.
+    """Keep torch's fused inference path from bypassing converted layers inside an encoder.
 
-    That path reads the layers' weights directly; it is taken only if this attribute says ReLU or GELU.
+    That path reads the layers' weights directly. A layer takes it only if its attribute says ReLU or GELU, an
+    encoder packs a padded batch for it only if its attribute says so.
     """
-    if not isinstance(module, nn.TransformerEncoderLayer):
-        return
-    converted = any(type(m) in _FLOAT_FORM for m in module.modules())
-    if converted and _FAST_PATH not in module.__dict__:
-        module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
-        module.activation_relu_or_gelu = 0
-    elif not converted and _FAST_PATH in module.__dict__:
-        module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
+    for kind, attribute, off in _FAST_PATHS:
+        if not isinstance(module, kind) or not hasattr(module, attribute):
+            continue
+        saved = f"_fqt_{attribute}"
+        converted = any(is_converted(m) for m in module.modules())
+        if converted and saved not in module.__dict__:
+            module.__dict__[saved] = getattr(module, attribute)
+            setattr(module, attribute, off)
+        elif not converted and saved in module.__dict__:
+            setattr(module, attribute, module.__dict__.pop(saved))

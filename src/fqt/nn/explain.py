@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from fqt.nn.convert import _FLOAT_FORM, select
+from fqt.nn.convert import is_converted, select
 from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
 from fqt.quant.quantizer import Quantizer
+from fqt.quant.transform import Identity
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def explain(model: nn.Module) -> Explanation:
     rows: list[Product] = []
     for selection in select(model, load_recipe("none"))[0]:
         name, module = selection.name or "(model)", selection.module
-        if type(module) not in _FLOAT_FORM:
+        if not is_converted(module):
             reason = selection.reason or "not converted"
             rows.append(Product(name, "all", "float", "", reason))
             continue
@@ -97,6 +98,9 @@ def _integer_obstacle(module: nn.Module, recipe: Recipe, left: Quantizer, right:
     if product == "output":
         return "" if dense or axis != "token" or left.scale.group == "tensor" else _CONTRACTED.format("position")
     if left.scale.group == "row":
+        mixes = not isinstance(left.transform, Identity)
+        if product == "grad_weight" and mixes and getattr(module, "groups", 1) > 1:
+            return "a transform over output channels mixes groups, whose inputs differ"
         if product == "grad_input" and (axis == "channel" or (axis == "token" and not dense)):
             return _CONTRACTED.format(axis)
         if product == "grad_weight" and axis in ("sample", "token"):

@@ -55,6 +55,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) to (…, out_features)."""
+        if input.ndim == 0:
+            raise RuntimeError("Linear: the input has no axis; give (…, in_features)")
         rows = input if input.ndim > 1 else input.unsqueeze(0)
         output = products(self, rows, self.weight, self.bias, DenseMap())
         return output if input.ndim > 1 else output.squeeze(0)

@@ -82,6 +82,8 @@ class Recipe:
             object.__setattr__(self, operand, _operand(operand, getattr(self, operand)))
         if self.fold not in FOLDS:
             raise FqtError(f"unknown fold {self.fold!r}; known: {', '.join(FOLDS)}")
+        if not isinstance(self.rules, list | tuple):
+            raise FqtError(f"rules must be a list of Rule(pattern, recipe), not {self.rules!r}")
         object.__setattr__(self, "rules", tuple(self.rules))
         wrong = next((rule for rule in self.rules if not isinstance(rule, Rule)), None)
         if wrong is not None:
@@ -148,7 +150,7 @@ def _named(name: str) -> Recipe:
             input="ptq8", weight="psq8@channel", grad_input="psq8x", grad_weight="psq8x@channel", fold="auto"
         )
     try:
-        return Recipe(grad_input=name, grad_weight="ptq8")
+        return Recipe(grad_input=quantizer(name), grad_weight="ptq8")
     except FqtError:
         if any(name.startswith(method) for method in METHODS):
             raise
@@ -206,10 +208,19 @@ def _from_mapping(table: Mapping[str, Any]) -> Recipe:
         if key in OPERANDS and isinstance(value, Mapping):
             values[key] = _quantizer_from(value)
         elif key == "rules":
-            values[key] = tuple(_rule_from(rule) for rule in value)
+            values[key] = _rules_from(value)
         elif key != "base":
             values[key] = value
-    return replace(_named(table.get("base", "qat")), **values)
+    base = table.get("base", "qat")
+    if not isinstance(base, str):
+        raise FqtError(f"base must be a recipe's name, not {base!r}")
+    return replace(_named(base), **values)
+
+
+def _rules_from(tables: Any) -> tuple[Rule, ...]:
+    if not isinstance(tables, list | tuple) or not all(isinstance(table, Mapping | Rule) for table in tables):
+        raise FqtError(f"rules must be a list of tables with a pattern and a recipe, not {tables!r}")
+    return tuple(table if isinstance(table, Rule) else _rule_from(table) for table in tables)
 
 
 def _rule_from(table: Mapping[str, Any]) -> Rule:
@@ -237,7 +248,7 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
     }
     _only(table, set().union(*words.values()), "quantizer")
     name = table.get("transform", "none")
-    if name not in _TRANSFORMS:
+    if not isinstance(name, str) or name not in _TRANSFORMS:
         raise FqtError(f"unknown transform {name!r}; known: {', '.join(_TRANSFORMS)}")
     options = {k: table[k] for k in words["options"] if k in table}
     _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")

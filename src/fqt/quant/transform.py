@@ -169,8 +169,8 @@ class ScaledHadamard:
 
     def __post_init__(self) -> None:
         _check_guard(self.guard)
-        if self.block < 1 or self.block & (self.block - 1):
-            raise FqtError(f"a Hadamard block must be a power of two, not {self.block}")
+        if type(self.block) is not int or self.block < 1 or self.block & (self.block - 1):
+            raise FqtError(f"a Hadamard block must be a power of two, not {self.block!r}")
 
     def apply(self, x: Tensor, seed: Tensor | None, row_cost: RowCost) -> tuple[Tensor, Mixing]:
         """The transformed matrix (N, D) and its `Mixing`."""
