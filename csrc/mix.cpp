@@ -14,7 +14,7 @@ using namespace fqt;
 namespace {
 
 // A tile's columns; whole vectors, padded with zeros at the right edge.
-constexpr int kVectors = 2;
+constexpr int kVectors = 4;
 constexpr int64_t kTile = kVectors * W;
 
 struct TileRow {
@@ -23,8 +23,20 @@ struct TileRow {
 
 inline TileRow load_row(const float* p, int64_t width) {
   TileRow row{};
-  std::memcpy(&row, p, 4 * width);
+  if (width == kTile) {  // a copy of known length takes no call
+    std::memcpy(&row, p, sizeof row);
+  } else {
+    std::memcpy(&row, p, 4 * width);
+  }
   return row;
+}
+
+inline void store_row(float* p, const TileRow& row, int64_t width) {
+  if (width == kTile) {
+    std::memcpy(p, &row, sizeof row);
+  } else {
+    std::memcpy(p, &row, 4 * width);
+  }
 }
 
 inline TileRow operator+(const TileRow& a, const TileRow& b) {
@@ -116,9 +128,18 @@ FQT_API int fqt_hadamard(const float* x, int64_t rows, int64_t columns, const in
         return;
       }
     }
-    for (int64_t i = 0; i < size; ++i) y[i] = load_row(x + row[i] * columns + first, width);
+    // Rows lie far apart, so the processor does not guess what comes next: ask for the output's lines and for the
+    // next tile's, which arrive during the arithmetic.
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t at = row[i] * columns + first;
+      y[i] = load_row(x + at, width);
+      for (int64_t line = 0; line < kTile && line < width; line += 16) {
+        __builtin_prefetch(out + at + line, 1);
+        if (first + kTile + line < columns) __builtin_prefetch(x + at + kTile + line, 0);
+      }
+    }
     butterflies(y, size);
-    for (int64_t i = 0; i < size; ++i) std::memcpy(out + row[i] * columns + first, &y[i], 4 * width);
+    for (int64_t i = 0; i < size; ++i) store_row(out + row[i] * columns + first, y[i], width);
   });
   return failed.load() ? kNoMemory : kDone;
 }
@@ -149,7 +170,7 @@ FQT_API int fqt_reflect(const float* x, int64_t rows, int64_t columns, const int
       TileRow row = load_row(x + r * columns + first, width);
       const TileRow& sum = total[group[r]];
       for (int k = 0; k < kVectors; ++k) row.v[k] = row.v[k] - normal[r] * sum.v[k];
-      std::memcpy(out + r * columns + first, &row, 4 * width);
+      store_row(out + r * columns + first, row, width);
     }
   });
   return failed.load() ? kNoMemory : kDone;

@@ -114,6 +114,15 @@ def test_matmul_epilogue(dtype: torch.dtype) -> None:
             assert torch.equal(got, wanted), (m, n, k)
 
 
+@pytest.mark.parametrize("dtype", [U8, S8])
+def test_sums_of_codes_are_exact(dtype: torch.dtype) -> None:
+    for m, n, _ in MATRICES:
+        x = codes((m, n), dtype, 8)
+        for y in layouts(x):
+            assert torch.equal(products.row_sums(y).long(), x.long().sum(1, keepdim=True))
+            assert torch.equal(products.column_sums(y).long(), x.long().sum(0, keepdim=True))
+
+
 def test_matmul_epilogue_of_a_long_sum() -> None:
     a, b = codes((2, 40000), U8, 3), codes((40000, 3), U8, 4)
     e = epilogue(2, 3, (3,), torch.float32)

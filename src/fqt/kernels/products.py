@@ -4,6 +4,7 @@
     conv2d              a convolution's output
     conv2d_grad_input   its gradient for the input
     conv2d_grad_weight  its gradient for the weight
+    row_sums, column_sums, conv2d_mask    what the corrections for offsets are made of
 
 Without an epilogue a product returns its exact integer sums: int32 where the longest sum fits whatever the codes
 (`most_terms`), else int64. With one it returns, in that order of float32 operations,
@@ -195,6 +196,16 @@ def conv2d_mask(weight: Tensor, input_size: tuple[int, int], geometry: Geometry,
         size = geometry.output_size(input_size, (w.shape[2], w.shape[3]))
         mask = _grad_input(w.new_ones(1, w.shape[0], *size), w, list(input_size), *geometry.arguments())
     return mask[0].permute(1, 2, 0).contiguous()
+
+
+def row_sums(codes: Tensor) -> Tensor:
+    """Σ over the columns of (N, D) uint8 or int8 codes: (N, 1) exact sums, int32 or int64 as `matmul`."""
+    return matmul(codes, codes.new_ones((codes.shape[1], 1), dtype=torch.int8))
+
+
+def column_sums(codes: Tensor) -> Tensor:
+    """Σ over the rows of (N, D) uint8 or int8 codes: (1, D) exact sums, int32 or int64 as `matmul`."""
+    return matmul(codes.new_ones((1, codes.shape[0]), dtype=torch.uint8), codes)
 
 
 _NOTHING = (None,) * 6
