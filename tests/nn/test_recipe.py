@@ -154,7 +154,7 @@ def test_a_quantizer_of_ones_own_is_an_operand() -> None:
         transform=ScaledHadamard(guard=False, block=8),
         scale=Scale("row", "zero", "sample"),
         grid=Integers(5),
-        rounding="best",
+        rounding="dithered",
     )
     recipe = Recipe(grad_input=own)
     assert recipe.operand("grad_input") is own

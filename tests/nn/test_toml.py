@@ -46,6 +46,8 @@ def test_every_quantizer(tmp_path: Path) -> None:
             continue
         if group != "row" and not isinstance(transform, Identity):
             continue
+        if rounding == "best" and getattr(transform, "guard", None) == "exact":
+            continue
         quantizer = Quantizer(
             transform=transform, scale=Scale(group, mode, axis), grid=Integers(3), rounding=rounding
         )
@@ -59,7 +61,7 @@ def test_every_quantizer(tmp_path: Path) -> None:
         )
         assert through_a_file(recipe, tmp_path) == recipe, quantizer
         count += 1
-    assert count == 280
+    assert count == 272
 
 
 def test_rules(tmp_path: Path) -> None:
