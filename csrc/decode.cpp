@@ -1,4 +1,4 @@
-// Values of codes: step · (code − dither) + offset, on halves where the range is wide, never beyond the largest
+// Values of codes: step · (code − dither) + offset, on sixteenths where the range is wide, never beyond the largest
 // float.
 #include <cfloat>
 
@@ -11,7 +11,7 @@ using namespace fqt;
 namespace {
 
 struct Parameters {
-  vf step, offset, scale;  // (code·step + offset)·scale, scale 1 or 2
+  vf step, offset, scale;  // (code·step + offset)·scale, scale 1 or 16
 
   static Parameters of(vf step, vf offset) {
     const vf half = step > kWideStep ? splat(kNarrowing) : splat(1.0f);

@@ -125,6 +125,21 @@ def test_reflect(kind: str) -> None:
         assert same(native.reflect(x, group, normal, factor), reference.reflect(x, group, normal, factor)), shape
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_operations(kind: str) -> None:
+    for shape in [*shapes(kind), (3, 20000)]:
+        x = matrix(shape, kind)
+        generator = torch.Generator().manual_seed(4)
+        scale, offset = torch.randn(2, shape[0], 1, generator=generator)
+        keep = torch.rand(shape[0], 1, generator=generator) < 0.5
+        half = torch.where(keep, 0.5, 1.0)
+        assert same(ops.scale_rows(x, half, offset, scale), reference.scale_rows(x, half, offset, scale)), shape
+        assert same(ops.unscale_rows(x, scale, offset), reference.unscale_rows(x, scale, offset)), shape
+        got, wanted = x.neg(), x.neg()
+        assert ops.replace_rows_(got, keep, x) is got
+        assert same(got, reference.replace_rows_(wanted, keep, x)), shape
+
+
 def test_noise() -> None:
     for n in (0, 1, 3, 4, 5, 31, 32, 33, 4095, 4096, 4097, 10000):
         assert same(ops.random_u24(SEED, 3, n), philox.random_u24(SEED, 3, n)), n
