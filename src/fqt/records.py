@@ -116,7 +116,7 @@ def environment(command: Sequence[str] = ()) -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": list(command),
+        "command": [Path(word).name if i == 0 else word for i, word in enumerate(command)],
         "fqt": _version(),
         "commit": commit,
         "dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
