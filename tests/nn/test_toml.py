@@ -34,6 +34,7 @@ def test_every_name(tmp_path: Path) -> None:
 def test_every_quantizer(tmp_path: Path) -> None:
     transforms = [Identity(), BlockHouseholder(), ScaledHadamard()]
     transforms += [BlockHouseholder(guard=False, small_rows="rigorous"), ScaledHadamard(guard=False, block=16)]
+    transforms += [ScaledHadamard(guard="exact")]
     count = 0
     for transform, group, mode, axis, rounding in itertools.product(
         transforms,
@@ -61,7 +62,7 @@ def test_every_quantizer(tmp_path: Path) -> None:
         )
         assert through_a_file(recipe, tmp_path) == recipe, quantizer
         count += 1
-    assert count == 272
+    assert count == 312
 
 
 def test_rules(tmp_path: Path) -> None:
