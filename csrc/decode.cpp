@@ -45,7 +45,7 @@ void decode_row(const Task& task, int64_t row) {
   if (dithered && !task.dither_by_column) dither = splat(task.dither[task.dither_by_row ? row : 0]);
 
   const auto entry = [&](vb bytes, int64_t j, int64_t n) {
-    vf code = Signed ? __builtin_convertvector((vs)bytes, vf) : __builtin_convertvector(bytes, vf);
+    vf code = to_float(from_bytes<Signed>(bytes));
     if (task.by_column) {
       p = n == W ? Parameters::of(load<vf>(task.step + j), load<vf>(task.offset + j))
                  : Parameters::of(load_part<vf>(task.step + j, n), load_part<vf>(task.offset + j, n));

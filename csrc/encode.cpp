@@ -54,11 +54,11 @@ inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64
     const uint32_t* noise = task.column_noise + column;
     code = round_dithered(t, run.row_noise + (n == W ? load<vi>(noise) : load_part<vi>(noise, n)));
   }
-  return __builtin_convertvector((vu)code, vb);  // the low byte, signed or not
+  return to_bytes(code);
 }
 
 template <int Rounding, bool Columns>
-void encode_run(const Task& task, const Run& run, const float* x, uint8_t* codes, int64_t n) {
+void encode_run(Task task, Run run, const float* x, uint8_t* codes, int64_t n) {  // copies: no store can reach them
   int64_t i = 0;
   for (; i + W <= n; i += W) store(codes + i, encode_vector<Rounding, Columns>(task, run, load<vf>(x + i), i, W));
   if (i < n) {

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace fqt {
 
 #if defined(__AVX512F__)
@@ -50,10 +54,54 @@ inline void store_part(void* p, V v, int64_t n) {
   std::memcpy(p, &v, n * (sizeof v / W));
 }
 
-inline vf splat(float a) { return vf{} + a; }
+inline vf splat(float a) { return a - vf{}; }  // not a + 0, which is no copy for a = −0
 inline vi splat(int32_t a) { return vi{} + a; }
 inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 inline vi to_int(vf v) { return __builtin_convertvector(v, vi); }  // truncates
+
+// The low byte of every lane, and back. GCC 12 takes the generic conversion apart lane by lane.
+inline vb to_bytes(vi v) {
+#if defined(__AVX512F__)
+  return (vb)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_shuffle_epi8(
+      (__m256i)v, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                   0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  vb bytes;
+  std::memcpy(&bytes, &both, sizeof bytes);
+  return bytes;
+#elif defined(__SSE2__)
+  const __m128i low = _mm_and_si128((__m128i)v, _mm_set1_epi32(0xff));
+  const __m128i words = _mm_packs_epi32(low, low);
+  const int32_t bits = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+  vb bytes;
+  std::memcpy(&bytes, &bits, sizeof bytes);
+  return bytes;
+#else
+  return __builtin_convertvector((vu)v, vb);
+#endif
+}
+
+template <bool Signed>
+inline vi from_bytes(vb v) {
+#if defined(__AVX512F__)
+  return (vi)(Signed ? _mm512_cvtepi8_epi32((__m128i)v) : _mm512_cvtepu8_epi32((__m128i)v));
+#elif defined(__AVX2__)
+  __m128i bytes = _mm_setzero_si128();
+  std::memcpy(&bytes, &v, sizeof v);
+  return (vi)(Signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#elif defined(__SSE2__)
+  int32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const __m128i bytes = _mm_cvtsi32_si128(bits), doubled = _mm_unpacklo_epi8(bytes, bytes);
+  const __m128i top = _mm_unpacklo_epi16(doubled, doubled);  // each byte four times
+  return (vi)(Signed ? _mm_srai_epi32(top, 24) : _mm_srli_epi32(top, 24));
+#else
+  return Signed ? __builtin_convertvector((vs)v, vi) : __builtin_convertvector(v, vi);
+#endif
+}
+
 inline vf largest(vf a, vf b) { return a > b ? a : b; }   // b if either is NaN
 inline vf least(vf a, vf b) { return a < b ? a : b; }     // b if either is NaN
 
