@@ -39,4 +39,4 @@ format: $(VENV)/.installed-dev ## Lay the code out
 	$(BIN)/ruff format src tests
 
 clean: ## Remove the virtual environment and build leftovers
-	rm -rf $(VENV) build dist src/*.egg-info src/fqt/*.so
+	rm -rf $(VENV) build dist src/*.egg-info src/fqt/kernels/*.so

@@ -89,7 +89,9 @@ def test_named_by_a_rule_it_is_an_error(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["LSTM", "MyLinear", "ParametrizedLinear"])
 def test_the_whole_model_is_one_such_layer(kind: str) -> None:
-    model = fqt.quantize_(LEFT[kind](), "psq4")
+    model = LEFT[kind]()
+    with pytest.raises(ConversionError, match=kind):
+        fqt.quantize_(model, "psq4")
     assert kind in str(fqt.explain(model))
 
 
@@ -175,3 +177,29 @@ def test_a_bad_recipe_changes_nothing(recipe: object) -> None:
         fqt.quantize_(model, recipe)
     assert "\n" not in str(error.value)
     assert type(model[0]) is nn.Linear
+
+
+def test_a_model_without_layers_to_convert() -> None:
+    """Training in float unnoticed is what nobody wants; "none" asks for nothing."""
+    with pytest.raises(ConversionError, match="no layer that can be converted"):
+        fqt.quantize_(nn.Sequential(nn.ReLU(), MyLinear(2, 2)), "bhq4")
+    fqt.quantize_(nn.Sequential(nn.ReLU()), "none")
+
+
+def test_a_matrix_of_ones_own_is_reported() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.ones(2, 2))
+
+    model = fqt.quantize_(nn.ModuleDict({"own": Own(), "a": nn.Linear(2, 2), "e": nn.Embedding(3, 2)}), "psq4")
+    (row,) = rows(model, "own")
+    assert "matrix" in row.why
+    assert not rows(model, "e")
+
+
+def test_another_recipe_for_a_layer_parametrized_after_conversion() -> None:
+    layer = fqt.quantize_(nn.Linear(16, 16), "psq4")
+    parametrize.register_parametrization(layer, "weight", Double())
+    fqt.quantize_(layer, "bhq2")
+    assert layer.fqt_recipe.operand("grad_input").grid.bits == 2

@@ -148,3 +148,20 @@ def test_errors():
         quantization_variance(model.eval(), _loss, batches, draws=2)
     with pytest.raises(FqtError, match="no parameter"):
         sampling_variance(model.requires_grad_(False), _loss, batches)
+
+
+def test_noise_that_is_not_quantization_is_refused() -> None:
+    """Dropout draws from the same generator; in eval mode it leaves the quantizers' noise alone."""
+    torch.manual_seed(0)
+    model = fqt.quantize_(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 2)), "psq4").train()
+    batches = [torch.randn(5, 6) for _ in range(2)]
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().sum()
+
+    with pytest.raises(FqtError, match="dropout"):
+        quantization_variance(model, loss, batches, 2)
+    model[1].eval()
+    assert quantization_variance(model, loss, batches, 2).total.value > 0
+    fqt.quantize_(model, "qat")
+    assert quantization_variance(model, loss, batches, 2).total.value == 0

@@ -193,6 +193,25 @@ def test_a_recipe_file_that_changed_is_noticed(tmp_path, small, interruption):
         train(small(recipe=str(recipe)), tmp_path / "run", resume=True)
 
 
+def test_a_recipe_file_that_changed_is_noticed_after_the_run_too(tmp_path, small):
+    """A finished run is not made again: it must not pass for the run of an edited recipe."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('grad_input = "psq4"\n')
+    config = small(recipe=str(recipe), steps=2)
+    train(config, tmp_path / "run")
+    train(config, tmp_path / "run", resume=True)
+    recipe.write_text('grad_input = "psq2"\n')
+    with pytest.raises(FqtError, match="no longer what the run was started with"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, small):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(FqtError, match="is a file"):
+        train(small(), tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

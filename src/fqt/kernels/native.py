@@ -151,7 +151,7 @@ def _group(parameter: Tensor, rows: int, columns: int) -> tuple[int, int]:
 
 def random_words(seed: Tensor, stream: int, n: int, shift: int) -> Tensor:
     """(n,) int32: the bits of a stream's words, shifted right by `shift`."""
-    out = torch.empty(n, dtype=torch.int32)
+    out = torch.empty(n, dtype=torch.int32, device="cpu")
     _call("fqt_random", seed.data_ptr(), stream, shift, n, out.data_ptr())
     return out
 
@@ -161,7 +161,7 @@ def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     rows, columns = x.shape
     shape = {"tensor": (1, 1), "row": (rows, 1), "column": (1, columns)}[group]
-    lo, hi = torch.empty(shape), torch.empty(shape)
+    lo, hi = x.new_empty(shape), x.new_empty(shape)
     if group == "tensor":
         _call("fqt_range_tensor", x.data_ptr(), x.numel(), lo.data_ptr(), hi.data_ptr())
     else:
@@ -174,7 +174,7 @@ def encode(
 ) -> Tensor:
     """As the reference."""
     x, step, offset = x.contiguous(), step.contiguous(), offset.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.uint8 if low == 0 else torch.int8)
+    codes = x.new_empty(x.shape, dtype=torch.uint8 if low == 0 else torch.int8)
     key = None if seed is None else seed.data_ptr()
     groups = _group(step, *x.shape)
     pointers = (x.data_ptr(), *x.shape, step.data_ptr(), offset.data_ptr())
@@ -185,7 +185,7 @@ def encode(
 def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
     """As the reference."""
     codes, step, offset = codes.contiguous(), step.contiguous(), offset.contiguous()
-    out = torch.empty(codes.shape, dtype=torch.float32)
+    out = step.new_empty(codes.shape)
     pointers = (codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, step.data_ptr(), offset.data_ptr())
     noise: tuple[int | None, int, int] = (None, 0, 0)
     if dither is not None:
@@ -307,7 +307,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`fqt::matmul` on checked arguments."""
     (a, a_strides), (b, b_strides) = _matrix(a), _matrix(b)
     (m, k), n = a.shape, b.shape[1]
-    out = torch.empty((m, n), dtype=dtype)
+    out = torch.empty((m, n), dtype=dtype, device="cpu")
     finish, _alive = _finishing(out, n, 1, epilogue)
     left = (a.data_ptr(), int(a.dtype == torch.int8), *a_strides)
     right = (b.data_ptr(), int(b.dtype == torch.int8), *b_strides)
@@ -341,7 +341,7 @@ def conv2d(
     """`fqt::conv2d`, or with `backward` `fqt::conv2d_grad_input`, on checked arguments."""
     n, channels, h, w = shapes.input if backward else shapes.output
     codes, weight, conv = _image(codes), _image(weight), _Conv.of(shapes)
-    out = torch.empty((n, h, w, channels), dtype=dtype)
+    out = torch.empty((n, h, w, channels), dtype=dtype, device="cpu")
     finish, _alive = _finishing(out, channels, h * w, epilogue)
     operands = (codes.data_ptr(), int(codes.dtype == torch.int8), weight.data_ptr())
     if out.numel():
@@ -353,7 +353,7 @@ def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Any, dtype: torch.dt
     """`fqt::conv2d_grad_weight` on checked arguments."""
     o, depth, kh, kw = shapes.weight
     grad, input, conv = _image(grad), _image(input), _Conv.of(shapes)
-    out = torch.empty((o, kh, kw, depth), dtype=dtype)
+    out = torch.empty((o, kh, kw, depth), dtype=dtype, device="cpu")
     finish, _alive = _finishing(out, kh * kw * depth, 1, epilogue)
     operands = (grad.data_ptr(), int(grad.dtype == torch.int8), input.data_ptr(), int(input.dtype == torch.int8))
     _call("fqt_conv2d_grad_weight", *operands, ctypes.addressof(conv), ctypes.addressof(finish))

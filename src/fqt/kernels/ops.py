@@ -61,8 +61,11 @@ def encode(
 def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
     """As `reference.decode`."""
     more = () if dither is None else (dither,)
-    if native.takes(step, offset, *more, integers=codes) and step.shape == offset.shape:
-        return native.decode(codes, step, offset, dither)
+    if native.takes(step, offset, *more, integers=codes):
+        if step.numel() == 1 and offset.shape != step.shape:  # one step, but a dither per row in the offset
+            step = step.expand(offset.shape)
+        if step.shape == offset.shape:
+            return native.decode(codes, step, offset, dither)
     return reference.decode(codes, step, offset, dither)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fqt.errors import ConversionError, FqtError
 from fqt.nn import layers
@@ -34,6 +35,8 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 _FLOAT_FORM = {quantized: plain for plain, quantized in QUANTIZED.items()}
 # Modules that multiply by a weight but have no quantized form here: named in every report.
 _PRODUCTS_IN_FLOAT = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.Linear, nn.modules.conv._ConvNd)
+# Modules whose parameters scale, shift or are looked up.
+_NO_PRODUCT_INSIDE = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
 _FAST_PATHS: tuple[tuple[type[nn.Module], str, object], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -60,8 +63,9 @@ class Selection:
 def quantize_(model: Model, recipe: Recipe | str | Path | Mapping[str, Any] = DEFAULT) -> Model:
     """Train this model fully quantized from now on, in place.
 
-    Parameters, their names and the training loop stay what they are. Layers of other kinds stay float and are
-    listed by `explain`.
+    Parameters, their names and the training loop stay what they are. Modules of other kinds that own a matrix
+    stay float and are listed by `explain`. Convert a `nn.TransformerEncoder` as a whole: the switch that keeps
+    torch's fused inference path from bypassing converted layers sits in the encoder.
 
     Args:
         model: any module.
@@ -72,8 +76,8 @@ def quantize_(model: Model, recipe: Recipe | str | Path | Mapping[str, Any] = DE
 
     Raises:
         FqtError: the recipe is wrong.
-        ConversionError: a rule selects nothing, or names a layer that cannot be converted. All problems are
-            listed, and the model is unchanged.
+        ConversionError: no layer can be converted, a rule selects nothing, or names a layer that cannot be
+            converted. All problems are listed, and the model is unchanged.
     """
     resolved = load_recipe(recipe)
     if not isinstance(model, nn.Module):
@@ -130,6 +134,9 @@ def select(model: nn.Module, recipe: Recipe) -> tuple[list[Selection], list[str]
         if rule not in used:
             layers_ = ", ".join(repr(s.name) for s in selections if s.recipe is not None) or "none"
             problems.append(f"rule {rule.pattern!r} selects no layer; the layers are: {_shorten(layers_)}")
+    if not recipe.is_float and not any(s.recipe is not None for s in selections):
+        found = "; ".join(f"{s.name or '(model)'}: {s.reason}" for s in selections) or "it has no products"
+        problems.append(f"the model has no layer that can be converted ({_shorten(found)})")
     return selections, problems
 
 
@@ -154,11 +161,16 @@ def _shorten(text: str, limit: int = 300) -> str:
 def _obstacle(module: nn.Module) -> str | None:
     """Why a module cannot be converted, or None if it can."""
     kind = type(module)
+    if is_converted(module):
+        return None
     if kind not in QUANTIZED and kind not in _FLOAT_FORM:
         if isinstance(module, (*QUANTIZED, *_PRODUCTS_IN_FLOAT)):
             if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
                 return f"{kind.__name__} has no parameters yet: run one batch through the model first"
             return f"{kind.__name__} is not a class fqt has a quantized form of"
+        own = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        if own and not isinstance(module, _NO_PRODUCT_INSIDE):
+            return f"{kind.__name__} has parameters of its own ({', '.join(own)}) that fqt cannot see the use of"
         return _NO_PRODUCT
     if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
         return "MultiheadAttention with add_bias_kv or add_zero_attn has no quantized form"
@@ -184,7 +196,8 @@ def _convert(module: nn.Module, recipe: Recipe) -> None:
         module.__class__ = plain
         module.__dict__.pop("fqt_recipe", None)
     else:
-        module.__class__ = QUANTIZED[plain]
+        if not is_converted(module):
+            module.__class__ = QUANTIZED[plain]
         module.fqt_recipe = recipe  # type: ignore[assignment]
 
 

@@ -89,30 +89,50 @@ def _product(layer: str, module: nn.Module, recipe: Recipe, product: str) -> Pro
 
 
 def _integer_obstacle(module: nn.Module, recipe: Recipe, left: Quantizer, right: Quantizer, product: str) -> str:
-    """Why two integer operands could not be multiplied as integers: a step on a contracted axis."""
+    """Why two integer operands could not be multiplied as integers: steps that vary along a contracted axis."""
     dense = isinstance(module, nn.Linear | nn.MultiheadAttention)
-    folded = recipe.fold != "never"
-    axis = left.scale.axis
-    if left.scale.group == "column":
-        return "a step per column lies on a contracted axis"
-    if product == "output":
-        return "" if dense or axis != "token" or left.scale.group == "tensor" else _CONTRACTED.format("position")
-    if left.scale.group == "row":
-        mixes = not isinstance(left.transform, Identity)
-        if product == "grad_weight" and mixes and getattr(module, "groups", 1) > 1:
-            return "a transform over output channels mixes groups, whose inputs differ"
-        if product == "grad_input" and (axis == "channel" or (axis == "token" and not dense)):
-            return _CONTRACTED.format(axis)
-        if product == "grad_weight" and axis in ("sample", "token"):
-            return _CONTRACTED.format(axis)
-    if right.scale.group == "row":
-        foldable = product == "grad_input" or dense or right.scale.axis != "token"
-        if not (folded and foldable):
-            return f"the {_OTHER[product]} has steps on the contracted axis and fold is {recipe.fold!r}"
+    mixes = not isinstance(left.transform, Identity)
+    if product == "grad_weight" and mixes and getattr(module, "groups", 1) > 1:
+        return "a transform over output channels mixes groups, whose inputs differ"
+    roles = {
+        "output": ("input", "weight"),
+        "grad_input": ("grad_input", "weight"),
+        "grad_weight": ("grad_weight", "input"),
+    }
+    contracted = {
+        "output": {"feature"} | (set() if dense else {"token"}),
+        "grad_input": {"channel"} | (set() if dense else {"token", "tap"}),
+        "grad_weight": {"sample", "token"},
+    }[product]
+    first = _varies(left, roles[product][0], dense) & contracted
+    if first:
+        along = " and ".join(sorted(first))
+        if left.scale.group == "column":
+            return f"a step per column varies along a contracted axis: {along}"
+        return f"a step per {along} lies on a contracted axis"
+    second = _varies(right, roles[product][1], dense) & contracted
+    foldable = second <= {"channel", "sample"} or dense
+    if second and not (recipe.fold != "never" and foldable and product != "output" and right.scale.group == "row"):
+        name = _OTHER[product]
+        along = " and ".join(sorted(second))
+        return f"the {name}'s steps per {along} lie on the contracted axis and fold is {recipe.fold!r}"
     return ""
 
 
-_CONTRACTED = "a step per {} lies on a contracted axis"
+def _varies(q: Quantizer, operand: str, dense: bool) -> set[str]:
+    """The axes along which an operand's steps vary."""
+    if q.scale.group == "tensor":
+        return set()
+    if operand == "weight":
+        return {"channel"} if q.scale.group == "row" else {"feature"} | (set() if dense else {"tap"})
+    habit = "channel" if operand == "grad_weight" else "token" if dense else "sample"
+    axis = q.scale.axis or habit
+    everything = {"sample", "token", "feature" if operand == "input" else "channel"}
+    rows = {"sample", "token"} if axis == "token" else {axis}
+    if q.scale.group == "row":
+        # Where every token has its own step, so has every sample.
+        return {axis}
+    return everything - rows
 
 
 _OTHER = {"output": "weight", "grad_input": "weight", "grad_weight": "input"}

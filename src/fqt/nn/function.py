@@ -4,6 +4,9 @@ The gradient is an unbiased estimate of the straight-through gradient of the for
 up to the rounding of the output dtype; its two quantizers of grad_output are independent. Saved for backward
 are 8-bit codes, not floats. The arithmetic is float on integer-valued codes times their steps.
 
+The noise belongs to the forward call: a second backward through the same graph (`retain_graph=True`) draws the
+same noise again, as activation checkpointing needs.
+
 A hook pair around an ordinary layer (two forward passes to quantize one gradient twice) was rejected: it
 doubles the forward cost and keeps float activations.
 """

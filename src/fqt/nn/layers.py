@@ -45,7 +45,9 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     forward passes draw the same one.
     """
     recipe: Recipe = layer.fqt_recipe  # type: ignore[assignment]
-    seed = torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64) if layer.training else None
+    seed = None
+    if layer.training:
+        seed = torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
     call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight))
     return linear_products(input, weight, bias, call)
 

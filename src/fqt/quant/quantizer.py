@@ -180,9 +180,10 @@ class Plan:
         assert key is not None
         levels = reference.DITHER_LEVELS
         row, column = (n.to(self.step.dtype) / levels for n in ops.dither_noise(key, *shape))
-        into_offset, dither = (column, row) if self.step.shape[1] > 1 else (row, column)
+        into_offset, dither = (column, row) if self.step.shape[1] != 1 else (row, column)
         # The constant ½ goes with the dither: so the offset stays inside the group's range, and finite.
-        return self.step, self.offset + self.step * (1.0 - 0.5 / levels - into_offset), dither + 0.5
+        offset = self.offset + self.step * (1.0 - 0.5 / levels - into_offset)
+        return self.step, offset, dither + 0.5
 
     def row_variance(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' exact variances."""

@@ -179,10 +179,11 @@ class ScaledHadamard:
         rows = _Rows.of(x)
         n = x.shape[0]
         blocks, deal = _hadamard_blocks(n, self.block)
-        block_of = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks, dtype=torch.long))
+        sizes = torch.tensor(blocks, dtype=torch.long, device=x.device)
+        block_of = torch.repeat_interleave(torch.arange(len(blocks), device=x.device), sizes, output_size=n)
         by_size = torch.sort(rows.range, descending=True, stable=True).indices
         order = by_size[torch.tensor(deal, dtype=torch.long, device=x.device)]
-        group = torch.empty_like(order).index_copy_(0, order, block_of.to(x.device))
+        group = torch.empty_like(order).index_copy_(0, order, block_of)
         size = torch.tensor(blocks, dtype=torch.float64, device=x.device)[group]
 
         sign = 1.0 - 2.0 * (random_words(seed, STREAM_SIGN, n) >> 31).double()

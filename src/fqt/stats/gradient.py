@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
+from fqt.nn.convert import is_converted
 from fqt.stats.moments import Moments
 from fqt.stats.seeds import derive_seed
 
@@ -83,7 +84,8 @@ def quantization_variance(
 
     Raises:
         FqtError: fewer than 2 draws or batches, no trainable parameter, a model entirely in eval mode, or a loss
-            that is not a finite scalar.
+            that is not a finite scalar; converted layers in a model whose gradient is random without their
+            noise too, such as one with active dropout.
     """
     if draws < 2:
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
@@ -92,6 +94,7 @@ def quantization_variance(
     parameters = _parameters(model, batches)
     per_batch = Moments()
     with _undisturbed(model):
+        _refuse_other_noise(model, loss_fn, batches[0], parameters, seed)
         for b, batch in enumerate(batches):
             moments = Moments()
             for m in range(draws):
@@ -167,6 +170,34 @@ def _gradient(
             raise FqtError(f"the loss is {loss.item()}: the gradient's variance is undefined at this point")
         gradients = torch.autograd.grad(loss.reshape(()), list(parameters.values()), allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters.values(), strict=True)]
+
+
+def _refuse_other_noise(
+    model: nn.Module, loss_fn: LossFn, batch: Any, parameters: dict[str, nn.Parameter], seed: int
+) -> None:
+    """Raises if the gradient still varies once converted layers return it exactly: that is not quantization.
+
+    Converted layers and dropout draw from one generator, so that their noise could not be told apart.
+    """
+    converted = [module for module in model.modules() if is_converted(module)]
+    recipes = [module.fqt_recipe for module in converted]
+    if not converted:
+        return  # whatever this model's noise is, the caller wants it measured
+    try:
+        for module, recipe in zip(converted, recipes, strict=True):
+            module.fqt_recipe = replace(recipe, grad_input=None, grad_weight=None)  # type: ignore[type-var]
+        first, second = (
+            _gradient(model, loss_fn, batch, parameters, derive_seed(seed, "other", i)) for i in (0, 1)
+        )
+    finally:
+        for module, recipe in zip(converted, recipes, strict=True):
+            module.fqt_recipe = recipe
+    apart = sum(float((a - b).double().square().sum()) for a, b in zip(first, second, strict=True))
+    if apart > 1e-6 * sum(float(a.double().square().sum()) for a in first):
+        raise FqtError(
+            "the gradient is random even without gradient quantizers (dropout?): put the modules that draw noise "
+            "of their own in eval mode, so that what is measured is quantization"
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ gradient has from batch to batch at the same weights:
     ρ = E_batch Var[g_recipe | batch] / Var_batch[g_baseline].
 
 At ρ = 1 quantization is as noisy as sampling the batch; below some hundredths it is hard to notice in training.
+Dropout is switched off in the measurement.
 Half-way weights are neither random nor converged; at the end of training on a small set the loss, and with it both
 variances, are nearly zero.
 """
@@ -231,7 +232,11 @@ def _measurements(
     def model_with(recipe: str) -> nn.Module:
         model = make_model(config, data, recipe)
         load_weights(model, halfway["model"])
-        return model.to(device).train()
+        model = model.to(device).train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()  # its noise is not quantization's, and would hide it
+        return model
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         logits = forward(model, batch[0], amp=config.amp)

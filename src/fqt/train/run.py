@@ -29,6 +29,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from fqt.errors import FqtError
+from fqt.nn import load_recipe
 from fqt.records import append_record, environment, read_json, write_bytes, write_json
 from fqt.train.checkpoint import load_checkpoint, save_checkpoint
 from fqt.train.config import MACHINE_FIELDS, TrainConfig, read_toml, to_toml
@@ -114,6 +115,8 @@ def train(
             used, a full disk. What was saved before is intact.
         Interrupted: the user stopped it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise FqtError(f"{folder} is a file, not a folder: name another --out")
     occupied = any((folder / name).exists() for name in FILES)
     if occupied and not (resume or force):
         raise FqtError(
@@ -122,6 +125,7 @@ def train(
         )
     if resume and (folder / "config.toml").exists():
         _check_same(folder, _saved_config(folder), config)
+        _check_recipe(folder, config)
     if resume and is_finished(folder):
         return read_result(folder)
     trainer = Trainer(config)  # finds every fault of the configuration before anything is touched
@@ -174,6 +178,16 @@ def _check_same(folder: Path, saved: TrainConfig, wanted: TrainConfig) -> None:
                 f"the run in {folder} was started with {field.name} = {was}; {now} would make it a different run: "
                 "name another --out, or discard the old run with --force"
             )
+
+
+def _check_recipe(folder: Path, config: TrainConfig) -> None:
+    """A recipe file may have been edited since: its name alone does not say that it is the same run."""
+    was = read_toml(folder / "config.toml").get("resolved_recipe")
+    if was is not None and load_recipe(was) != load_recipe(config.recipe):
+        raise FqtError(
+            f"the recipe {config.recipe} is no longer what the run was started with; put the old recipe back, "
+            f"name another --out, or discard the run in {folder} with --force"
+        )
 
 
 class _Loop:
