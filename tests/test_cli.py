@@ -75,6 +75,8 @@ def test_compare_and_report(run, tmp_path):
 
 def test_explain(run):
     status, out, _ = run("explain", "digits", "--recipe", "ptq8")
+    assert out.splitlines()[0].split() == ["layer", "product", "arithmetic", "operands", "why"]
+    assert not any("Product(" in line for line in out.splitlines())
     assert status == 0
     assert "grad_weight" in out
 

@@ -177,7 +177,7 @@ def _write_report(folder: Path) -> None:
 def explain_command(task: str | None, model: str | None, recipe: str, data: str | None) -> None:
     """Say, layer by layer, which products of TASK's model run on integers under a recipe, and why."""
     config = resolve(task, None, {"model": model, "data": data, "recipe": recipe})
-    Console().print(fqt.explain(_task_model(config)))
+    click.echo(str(fqt.explain(_task_model(config))))
 
 
 def _task_model(config: TrainConfig) -> Any:
