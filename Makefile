@@ -30,13 +30,13 @@ test: $(VENV)/.installed-dev ## Run the whole test suite
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev ## Check style and types
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests results
+	$(BIN)/ruff format --check src tests results
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## Lay the code out
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests results
+	$(BIN)/ruff format src tests results
 
 clean: ## Remove the virtual environment and build leftovers
 	rm -rf $(VENV) build dist src/*.egg-info src/fqt/kernels/*.so

@@ -18,7 +18,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,15 @@ import torch
 
 from fqt.errors import FqtError
 
-__all__ = ["append_record", "environment", "read_json", "read_records", "write_bytes", "write_json"]
+__all__ = [
+    "append_record",
+    "environment",
+    "read_document",
+    "read_json",
+    "read_records",
+    "write_bytes",
+    "write_json",
+]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -66,12 +74,21 @@ def read_json(path: Path) -> Any:
     Raises:
         FqtError: the file is missing or is not JSON.
     """
+    return read_document(path, json.loads, "JSON")
+
+
+def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
+    """Reads a whole text file with `parse`, whose errors are `ValueError`; `kind` names the format.
+
+    Raises:
+        FqtError: the file is missing or is not of that format.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FqtError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise FqtError(f"{path} is not a JSON file ({error})") from error
+        raise FqtError(f"{path} is not a {kind} file ({error})") from error
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -163,7 +163,7 @@ def _obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     if is_converted(module):
         return None
-    if kind not in QUANTIZED and kind not in _FLOAT_FORM:
+    if kind not in QUANTIZED:
         if isinstance(module, (*QUANTIZED, *_PRODUCTS_IN_FLOAT)):
             if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
                 return f"{kind.__name__} has no parameters yet: run one batch through the model first"

@@ -12,6 +12,13 @@ from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Identity
 
+# What each product multiplies, by field of `Recipe`.
+_OPERANDS = {
+    "output": ("input", "weight"),
+    "grad_input": ("grad_input", "weight"),
+    "grad_weight": ("grad_weight", "input"),
+}
+
 
 @dataclass(frozen=True)
 class Product:
@@ -64,7 +71,7 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(Product(name, "all", "float", "", reason))
             continue
         recipe: Recipe = module.fqt_recipe  # type: ignore[assignment]
-        rows += [_product(name, module, recipe, product) for product in ("output", "grad_input", "grad_weight")]
+        rows += [_product(name, module, recipe, product) for product in _OPERANDS]
         if isinstance(module, nn.MultiheadAttention):
             why = "products of two activations have no weight to quantize"
             rows.append(Product(name, "query·keyᵀ, weights·value", "float", "", why))
@@ -72,11 +79,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _product(layer: str, module: nn.Module, recipe: Recipe, product: str) -> Product:
-    names = {
-        "output": ("input", "weight"),
-        "grad_input": ("grad_input", "weight"),
-        "grad_weight": ("grad_weight", "input"),
-    }[product]
+    names = _OPERANDS[product]
     left, right = (recipe.operand(name) for name in names)
     words = dump_recipe(recipe)
     operands = " × ".join(_words(words[name]) for name in names)
@@ -94,28 +97,23 @@ def _integer_obstacle(module: nn.Module, recipe: Recipe, left: Quantizer, right:
     mixes = not isinstance(left.transform, Identity)
     if product == "grad_weight" and mixes and getattr(module, "groups", 1) > 1:
         return "a transform over output channels mixes groups, whose inputs differ"
-    roles = {
-        "output": ("input", "weight"),
-        "grad_input": ("grad_input", "weight"),
-        "grad_weight": ("grad_weight", "input"),
-    }
+    left_name, right_name = _OPERANDS[product]
     contracted = {
         "output": {"feature"} | (set() if dense else {"token"}),
         "grad_input": {"channel"} | (set() if dense else {"token", "tap"}),
         "grad_weight": {"sample", "token"},
     }[product]
-    first = _varies(left, roles[product][0], dense) & contracted
+    first = _varies(left, left_name, dense) & contracted
     if first:
         along = " and ".join(sorted(first))
         if left.scale.group == "column":
             return f"a step per column varies along a contracted axis: {along}"
         return f"a step per {along} lies on a contracted axis"
-    second = _varies(right, roles[product][1], dense) & contracted
+    second = _varies(right, right_name, dense) & contracted
     foldable = second <= {"channel", "sample"} or dense
     if second and not (recipe.fold != "never" and foldable and product != "output" and right.scale.group == "row"):
-        name = _OTHER[product]
         along = " and ".join(sorted(second))
-        return f"the {name}'s steps per {along} lie on the contracted axis and fold is {recipe.fold!r}"
+        return f"the {right_name}'s steps per {along} lie on the contracted axis and fold is {recipe.fold!r}"
     return ""
 
 
@@ -127,15 +125,10 @@ def _varies(q: Quantizer, operand: str, dense: bool) -> set[str]:
         return {"channel"} if q.scale.group == "row" else {"feature"} | (set() if dense else {"tap"})
     habit = "channel" if operand == "grad_weight" else "token" if dense else "sample"
     axis = q.scale.axis or habit
-    everything = {"sample", "token", "feature" if operand == "input" else "channel"}
-    rows = {"sample", "token"} if axis == "token" else {axis}
     if q.scale.group == "row":
-        # Where every token has its own step, so has every sample.
         return {axis}
-    return everything - rows
-
-
-_OTHER = {"output": "weight", "grad_input": "weight", "grad_weight": "input"}
+    everything = {"sample", "token", "feature" if operand == "input" else "channel"}
+    return everything - ({"sample", "token"} if axis == "token" else {axis})
 
 
 def _words(entry: str | dict[str, Any]) -> str:

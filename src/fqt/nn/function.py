@@ -224,7 +224,7 @@ def _fold(call: Call, role: str, grad: Tensor, step: Tensor, norms: Tensor, vect
     """The factor per channel or row that moves into grad_output: the steps, or ones where that would cost.
 
     The product's variance is bounded by (Σ squared steps of grad_output) × (Σ_k ‖operand_k‖²), k over the
-    contracted axis; folding turns it into the same with grad·s and operand/s. Ranges stand for steps.
+    contracted axis; folding turns it into the same with grad·s and operand/s.
 
     Args:
         call, role: whose product.
@@ -235,7 +235,6 @@ def _fold(call: Call, role: str, grad: Tensor, step: Tensor, norms: Tensor, vect
     """
     if call.recipe.fold == "always":
         return vector
-
     found = _gradient_quantizer(role, call, grad.ndim)
     assert found is not None
     q, rows = found

@@ -20,6 +20,7 @@ from typing import Any
 import tomli_w
 
 from fqt.errors import FqtError
+from fqt.records import read_document
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -175,12 +176,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         FqtError: the file is missing or is not TOML.
     """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FqtError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise FqtError(f"{path} is not a TOML file ({error})") from error
+    return read_document(path, tomllib.loads, "TOML")
 
 
 def to_toml(values: Mapping[str, Any]) -> bytes:
