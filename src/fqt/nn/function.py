@@ -13,6 +13,7 @@ doubles the forward cost and keeps float activations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,27 @@ _ROLES = {"grad_input": 0, "grad_weight": 1}
 
 
 @dataclass(frozen=True)
+class GradientOperand:
+    """grad_output as it is about to be quantized for one product.
+
+    Attributes:
+        role: "grad_input" or "grad_weight": the product it is for.
+        gradient: float, of grad_output's shape; what `quantizer` gets: folded steps are multiplied in already.
+        folded: what was multiplied in, broadcasting against `gradient`; None if nothing was.
+        quantizer: the recipe's for this role.
+        rows: the axes of `gradient` that are its rows.
+        seed: of the noise: `quantizer.quantize(gradient, seed, axis=rows)` gives the very codes of the product.
+    """
+
+    role: str
+    gradient: Tensor
+    folded: Tensor | None
+    quantizer: Quantizer
+    rows: tuple[int, ...]
+    seed: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
     """What one call of a layer adds to its operands.
 
@@ -41,6 +63,7 @@ class Call:
             gradient is exact.
         rank: the distributed rank, mixed into the noise so that equal seeds on all ranks stay independent.
         dtype: of the output.
+        observer: told of every gradient operand before it is quantized.
     """
 
     map: LinearMap
@@ -48,6 +71,7 @@ class Call:
     seed: Tensor | None
     rank: int
     dtype: torch.dtype
+    observer: Callable[[GradientOperand], None] | None = None
 
     def noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of one operand's quantizer."""
@@ -181,39 +205,43 @@ def _gradient_quantizer(role: str, call: Call, ndim: int) -> tuple[Quantizer, tu
     return q, call.map.rows(q.scale.axis or habit, ndim)
 
 
-def _quantized(grad: Tensor, role: str, call: Call) -> Tensor:
-    """The gradient as its quantizer for `role` returns it."""
+def _quantized(grad: Tensor, role: str, call: Call, folded: Tensor | None) -> Tensor:
+    """The gradient as its quantizer for `role` returns it; `folded` is what was multiplied into it."""
     found = _gradient_quantizer(role, call, grad.ndim)
     if found is None:
         return grad
     q, rows = found
-    return q.quantize(grad, call.noise(role, grad.device), axis=rows, nonfinite="propagate").dequantize()
+    seed = call.noise(role, grad.device)
+    if call.observer is not None:
+        call.observer(GradientOperand(role, grad, folded, q, rows, seed))
+    return q.quantize(grad, seed, axis=rows, nonfinite="propagate").dequantize()
 
 
 def _grad_input(grad: Tensor, weight: _Operand, call: Call, shape: torch.Size) -> Tensor:
-    value = weight.value(grad.dtype)
+    value, folded = weight.value(grad.dtype), None
     step = weight.row_step() if _folds(call, "grad_input") else None
     if step is not None:
         by_channel, rows = call.map.weight_by_channel(value)
         view = [by_channel.shape[d] if d in rows else 1 for d in range(by_channel.ndim)]
         norms = by_channel.square().sum([d for d in range(by_channel.ndim) if d not in rows]).flatten()
         factor = _fold(call, "grad_input", grad, call.map.per_channel(step, grad.ndim), norms, step)
-        grad = grad * call.map.per_channel(factor, grad.ndim)
+        folded = call.map.per_channel(factor, grad.ndim)
+        grad = grad * folded
         value = (by_channel / factor.view(view)).reshape(value.shape)
-    return call.map.grad_input(_quantized(grad, "grad_input", call), value, shape)
+    return call.map.grad_input(_quantized(grad, "grad_input", call, folded), value, shape)
 
 
 def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size) -> Tensor:
-    value = input.value(grad.dtype)
+    value, folded = input.value(grad.dtype), None
     step = input.row_step() if _folds(call, "grad_weight") else None
     if step is not None and input.codes is not None:
         rows = input.codes.view.axis
         if call.map.aligned_tokens or rows == (0,):
             view = [value.shape[d] if d in rows else 1 for d in range(value.ndim)]
             norms = value.square().sum([d for d in range(value.ndim) if d not in rows]).flatten()
-            factor = _fold(call, "grad_weight", grad, step.view(view), norms, step).view(view)
-            grad, value = grad * factor, value / factor
-    return call.map.grad_weight(_quantized(grad, "grad_weight", call), value, shape)
+            folded = _fold(call, "grad_weight", grad, step.view(view), norms, step).view(view)
+            grad, value = grad * folded, value / folded
+    return call.map.grad_weight(_quantized(grad, "grad_weight", call, folded), value, shape)
 
 
 def _folds(call: Call, role: str) -> bool:

@@ -48,7 +48,8 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     seed = None
     if layer.training:
         seed = torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
-    call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight))
+    observer = layer.__dict__.get("fqt_observer")
+    call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight), observer)
     return linear_products(input, weight, bias, call)
 
 

@@ -1,0 +1,50 @@
+"""Seeing what a backward pass quantizes: every gradient operand, before its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from fqt.nn.convert import is_converted
+from fqt.nn.function import GradientOperand
+
+
+@dataclass(frozen=True)
+class _Named:
+    """An observer that also gets the layer's qualified name."""
+
+    name: str
+    observer: Callable[[str, GradientOperand], None]
+
+    def __call__(self, operand: GradientOperand) -> None:
+        self.observer(self.name, operand)
+
+
+@contextmanager
+def observe(model: nn.Module, observer: Callable[[str, GradientOperand], None]) -> Iterator[None]:
+    """While it lasts, `observer(name, operand)` is called for every gradient that a converted layer quantizes.
+
+    It runs inside the backward pass, before the product, once per product and call of the layer: a layer that is
+    used twice, or the four projections of an attention, report each use under one name. What it does changes
+    nothing: the noise comes from `operand.seed`, not from torch's generator. Forward passes made before the
+    context, and layers in eval mode (their gradient is exact), are not seen. Observers do not nest: the inner one
+    replaces the outer one while it lasts.
+
+    Args:
+        model: a module with converted layers.
+        observer: takes the layer's qualified name ("" is the model itself) and the `GradientOperand`.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if is_converted(module)]
+    before = [module.__dict__.get("fqt_observer") for _, module in layers]
+    for name, module in layers:
+        module.__dict__["fqt_observer"] = _Named(name, observer)
+    try:
+        yield
+    finally:
+        for (_, module), old in zip(layers, before, strict=True):
+            module.__dict__.pop("fqt_observer", None)
+            if old is not None:
+                module.__dict__["fqt_observer"] = old
