@@ -9,6 +9,7 @@
 #include "parallel.h"
 #include "philox.h"
 #include "platform.h"
+#include "source.h"
 
 using namespace fqt;
 
@@ -20,7 +21,7 @@ constexpr int64_t kChunk = 2048;  // a multiple of kNoiseWords
 static_assert(kChunk % kNoiseWords == 0, "chunks start at whole vectors of noise");
 
 struct Task {
-  const float* x;
+  const Source& source;
   const float *step, *offset;
   int64_t columns;
   float low, high;
@@ -73,9 +74,11 @@ void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
   const Philox philox(seed, kRounding);
   parallel_for(ceil_div(size, 8 * kChunk), size, threads, [&](int64_t item) {
     uint32_t noise[kChunk + W];  // the tail of the last row may read one vector past the noise
+    float buffer[kChunk + W];
     for (int64_t start = item * 8 * kChunk; start < size && start < (item + 1) * 8 * kChunk; start += kChunk) {
       const int64_t end = start + kChunk < size ? start + kChunk : size;
       if (Rounding == kStochastic) philox.fill_u24(start, end - start, noise);
+      const float* x = values(task.source, start, end - start, buffer);
       for (int64_t i = start; i < end;) {
         const int64_t row = i / task.columns, column = i % task.columns;
         const int64_t n = task.columns - column < end - i ? task.columns - column : end - i;
@@ -85,7 +88,7 @@ void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
           run.groups = Groups::of(Group::of(task.step[group], task.offset[group]));
         }
         if (Rounding == kDithered) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
-        encode_run<Rounding, Columns>(task, run, task.x + i, task.codes + i, n);
+        encode_run<Rounding, Columns>(task, run, x + (i - start), task.codes + i, n);
         i += n;
       }
     }
@@ -105,14 +108,15 @@ void encode_groups(const Task& task, int64_t rows, bool by_row, bool by_column, 
 
 }  // namespace
 
-// codes (rows, columns) bytes of x (rows, columns): unsigned where low is 0, else signed.
+// codes (rows, columns) bytes of the source: unsigned where low is 0, else signed.
 // step and offset hold one number, one per row, or one per column. Contract, checked by the caller:
 // −128 ≤ low ≤ high and high ≤ 127, or low = 0 and high ≤ 255 (254 dithered); by_row and by_column not both.
-FQT_API int fqt_encode(const float* x, int64_t rows, int64_t columns, const float* step, const float* offset,
+// transposed: the dither's row stream runs along the columns and its column stream along the rows.
+FQT_API int fqt_encode(const Source* source, int64_t rows, int64_t columns, const float* step, const float* offset,
                        int by_row, int by_column, int low, int high, int rounding, const int64_t* seed,
-                       uint8_t* codes, int threads) {
+                       int transposed, uint8_t* codes, int threads) {
   if (rows == 0 || columns == 0) return kDone;
-  Task task{x, step, offset, columns, static_cast<float>(low), static_cast<float>(high), codes, nullptr, nullptr};
+  Task task{*source, step, offset, columns, static_cast<float>(low), static_cast<float>(high), codes, nullptr, nullptr};
   const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
   if (rounding == kNearest) {
     encode_groups<kNearest>(task, rows, by_row, by_column, key, threads);
@@ -121,9 +125,9 @@ FQT_API int fqt_encode(const float* x, int64_t rows, int64_t columns, const floa
   } else {
     std::unique_ptr<uint32_t[]> noise(new (std::nothrow) uint32_t[rows + columns + 2 * kNoiseWords]);
     if (!noise) return kNoMemory;
-    Philox(key, kDitherRow).fill_u24(0, rows, noise.get());
+    Philox(key, transposed ? kDitherColumn : kDitherRow).fill_u24(0, rows, noise.get());
     uint32_t* column_noise = noise.get() + rows + kNoiseWords;
-    Philox(key, kDitherColumn).fill_u24(0, columns, column_noise);
+    Philox(key, transposed ? kDitherRow : kDitherColumn).fill_u24(0, columns, column_noise);
     task.row_noise = noise.get();
     task.column_noise = column_noise;
     encode_groups<kDithered>(task, rows, by_row, by_column, key, threads);
@@ -131,16 +135,24 @@ FQT_API int fqt_encode(const float* x, int64_t rows, int64_t columns, const floa
   return kDone;
 }
 
+namespace {
+
+// p(1 − p), p the fraction of t.
+inline vf unit_variance(vf t) {
+  const vf p = t - to_float(floor_int(t));
+  return p * (1.0f - p);
+}
+
+// The same in units of 2⁻²⁴, to the nearest integer: at most 2²², so that 511 of them fit 31 bits.
+inline vi counted_variance(vf t) { return round_nearest(unit_variance(t) * 0x1p24f); }
+
+}  // namespace
+
 // out (rows, columns): p(1 − p) of each entry, p the fraction of its position.
 FQT_API int fqt_code_variance(const float* x, int64_t rows, int64_t columns, const float* step,
                               const float* offset, int by_row, int by_column, int low, int high, float* out,
                               int threads) {
   const vf least_code = splat(static_cast<float>(low)), last_code = splat(static_cast<float>(high));
-  const auto unit = [&](vf value, const Groups& g) {
-    const vf t = position(value, g, least_code, last_code);
-    const vf p = t - to_float(floor_int(t));
-    return p * (1.0f - p);
-  };
   parallel_for(rows, rows * columns, threads, [&](int64_t row) {
     const int64_t group = by_row ? row : 0;
     Groups g = by_column ? Groups{} : Groups::of(Group::of(step[group], offset[group]));
@@ -149,12 +161,72 @@ FQT_API int fqt_code_variance(const float* x, int64_t rows, int64_t columns, con
     int64_t j = 0;
     for (; j + W <= columns; j += W) {
       if (by_column) g = Groups::of(load<vf>(step + j), load<vf>(offset + j));
-      store(to + j, unit(load<vf>(from + j), g));
+      store(to + j, unit_variance(position(load<vf>(from + j), g, least_code, last_code)));
     }
     if (j < columns) {
       const int64_t n = columns - j;
       if (by_column) g = Groups::of(load_part<vf>(step + j, n), load_part<vf>(offset + j, n));
-      store_part(to + j, unit(load_part<vf>(from + j, n), g), n);
+      store_part(to + j, unit_variance(position(load_part<vf>(from + j, n), g, least_code, last_code)), n);
+    }
+  });
+  return kDone;
+}
+
+// sums: Σ p(1 − p) of every group, each entry rounded to units of 2⁻²⁴, so that the order of the sum does not matter.
+// One number, one per row or one per column, like step and offset; fewer than 2⁴¹ entries.
+FQT_API int fqt_variance_sums(const Source* source, int64_t rows, int64_t columns, const float* step,
+                              const float* offset, int by_row, int by_column, int low, int high, int64_t* sums,
+                              int threads) {
+  const vf least_code = splat(static_cast<float>(low)), last_code = splat(static_cast<float>(high));
+  constexpr int64_t kPiece = 256 * W;  // 256 additions per lane
+  const int64_t groups = by_row ? rows : by_column ? columns : 1;
+  for (int64_t g = 0; g < groups; ++g) sums[g] = 0;
+  if (rows == 0 || columns == 0) return kDone;
+  if (by_column) {
+    constexpr int64_t kStrip = 16 * W;
+    const int64_t strips = ceil_div(columns, kStrip), bands = 1 + rows * columns / (1 << 17) / strips;
+    parallel_for(strips * bands, rows * columns, threads, [&](int64_t item) {
+      const int64_t first = item % strips * kStrip, width = columns - first < kStrip ? columns - first : kStrip;
+      const int64_t band = item / strips, begin = rows * band / bands, end = rows * (band + 1) / bands;
+      float buffer[kStrip + W];
+      int64_t total[kStrip] = {};
+      for (int64_t start = begin; start < end; start += 256) {
+        vi sum[kStrip / W] = {};
+        for (int64_t r = start; r < end && r < start + 256; ++r) {
+          const float* x = values(*source, r * columns + first, width, buffer);
+          for (int64_t j = 0; j < width; j += W) {
+            const int64_t n = width - j;
+            const Groups g = n >= W ? Groups::of(load<vf>(step + first + j), load<vf>(offset + first + j))
+                                    : Groups::of(load_part<vf>(step + first + j, n), load_part<vf>(offset + first + j, n));
+            sum[j / W] += counted_variance(position(n >= W ? load<vf>(x + j) : load_part<vf>(x + j, n), g, least_code, last_code));
+          }
+        }
+        for (int64_t j = 0; j < width; ++j) total[j] += sum[j / W][j % W];
+      }
+      for (int64_t j = 0; j < width; ++j) __atomic_fetch_add(sums + first + j, total[j], __ATOMIC_RELAXED);
+    });
+    return kDone;
+  }
+  // Rows, or pieces of all entries; integer sums may be added up in any order.
+  const int64_t length = by_row ? columns : rows * columns, pieces = ceil_div(length, kPiece);
+  const int64_t items = groups * pieces, per_item = 1 + kPiece / (length < kPiece ? length : kPiece);
+  parallel_for(ceil_div(items, per_item), rows * columns, threads, [&](int64_t chunk) {
+    float buffer[kPiece + W];
+    for (int64_t item = chunk * per_item; item < items && item < (chunk + 1) * per_item; ++item) {
+      const int64_t group = item / pieces, first = item % pieces * kPiece;
+      const int64_t n = length - first < kPiece ? length - first : kPiece;
+      const Groups g = Groups::of(Group::of(step[group], offset[group]));
+      const float* x = values(*source, group * length + first, n, buffer);
+      vi sum{};
+      int64_t i = 0;
+      for (; i + W <= n; i += W) sum += counted_variance(position(load<vf>(x + i), g, least_code, last_code));
+      int64_t total = 0;
+      for (int j = 0; j < W; ++j) total += sum[j];
+      if (i < n) {
+        const vi last = counted_variance(position(load_part<vf>(x + i, n - i), g, least_code, last_code));
+        for (int64_t j = 0; j < n - i; ++j) total += last[j];
+      }
+      __atomic_fetch_add(sums + group, total, __ATOMIC_RELAXED);
     }
   });
   return kDone;

@@ -1,10 +1,13 @@
-// From integer sums to results: out = sum · row_scale · column_scale + Σ_r left_r · right_r + bias.
+// From integer sums to results: out = (sum − zero · ones) · row_scale · column_scale + Σ_r left_r · right_r + bias.
 //
+// zero · ones is exact, in integers: an offset's large part, which would cancel most of the sum after its rounding.
 // Evaluated from left to right without contraction, so that it equals the reference bit for bit.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "bfloat16.h"
 #include "dot.h"
 
 namespace fqt {
@@ -23,16 +26,10 @@ struct Epilogue {
   int64_t row_scale_step, column_scale_step;  // 0 for one number, else 1
   const float *left, *right;
   const float* bias;           // (columns,) or null
+  const int32_t* zero;         // one number, or one per sample; null is 0
+  const int32_t* ones;         // (period, columns)
+  int64_t zero_step;           // 0 for one number, else 1
 };
-
-typedef uint16_t vh __attribute__((vector_size(2 * W)));
-
-// The nearest bfloat16, ties to even; one NaN for all NaNs, as torch has it.
-inline vh to_bfloat16(vf value) {
-  const vu bits = (vu)value;
-  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(value == value ? rounded : vu{} + 0x7fc0, vh);
-}
 
 // Writes sums to row `row`, columns first … first + n − 1. Whole panels have a length that the compiler knows.
 template <bool Whole, class Sum>
@@ -53,7 +50,17 @@ inline void write_part(const Epilogue& e, const Sum* sums, int64_t row, int64_t 
   const int64_t position = e.period == 1 ? 0 : row % e.period;
   float value[kPanel];
   const float row_scale = e.row_scale ? e.row_scale[sample * e.row_scale_step] : 1.0f;
-  for (int64_t j = 0; j < n; ++j) value[j] = static_cast<float>(sums[j]) * row_scale;
+  if (e.zero) {
+    // Modulo 2³² for int32 sums: the difference fits, whatever its parts do.
+    const auto zero = static_cast<std::make_unsigned_t<Sum>>(static_cast<Sum>(e.zero[sample * e.zero_step]));
+    const int32_t* ones = e.ones + position * e.columns + first;
+    for (int64_t j = 0; j < n; ++j) {
+      const auto part = zero * static_cast<std::make_unsigned_t<Sum>>(static_cast<Sum>(ones[j]));
+      value[j] = static_cast<float>(static_cast<Sum>(static_cast<std::make_unsigned_t<Sum>>(sums[j]) - part)) * row_scale;
+    }
+  } else {
+    for (int64_t j = 0; j < n; ++j) value[j] = static_cast<float>(sums[j]) * row_scale;
+  }
   if (e.column_scale && e.column_scale_step) {
     const float* scale = e.column_scale + first;
     for (int64_t j = 0; j < n; ++j) value[j] *= scale[j];

@@ -7,6 +7,7 @@
 #include "parallel.h"
 #include "platform.h"
 #include "simd.h"
+#include "source.h"
 
 using namespace fqt;
 
@@ -26,6 +27,8 @@ struct Range {
   float least() const { return nan ? NAN : lo; }
   float greatest() const { return nan ? NAN : hi; }
 };
+
+constexpr int64_t kPiece = 4096;  // entries that are read through a buffer at a time
 
 Range range_of(const float* x, int64_t n) {
   constexpr int kLanes = 4;  // independent chains, so that the latency of a minimum does not limit the rate
@@ -53,14 +56,25 @@ Range range_of(const float* x, int64_t n) {
   return range;
 }
 
+Range range_of(const Source& source, int64_t start, int64_t n) {
+  float buffer[kPiece + W];
+  Range range;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t length = n - i < kPiece ? n - i : kPiece;
+    const Range part = range_of(values(source, start + i, length, buffer), length);
+    range.add(part.least(), part.greatest());
+  }
+  return range;
+}
+
 }  // namespace
 
 // lo, hi: (rows,). At least one column.
-FQT_API int fqt_range_rows(const float* x, int64_t rows, int64_t columns, float* lo, float* hi, int threads) {
-  const int64_t rows_per_item = 1 + 4096 / columns;
+FQT_API int fqt_range_rows(const Source* source, int64_t rows, int64_t columns, float* lo, float* hi, int threads) {
+  const int64_t rows_per_item = 1 + kPiece / columns;
   parallel_for(ceil_div(rows, rows_per_item), rows * columns, threads, [&](int64_t item) {
     for (int64_t r = item * rows_per_item; r < rows && r < (item + 1) * rows_per_item; ++r) {
-      const Range range = range_of(x + r * columns, columns);
+      const Range range = range_of(*source, r * columns, columns);
       lo[r] = range.least();
       hi[r] = range.greatest();
     }
@@ -69,13 +83,13 @@ FQT_API int fqt_range_rows(const float* x, int64_t rows, int64_t columns, float*
 }
 
 // lo, hi: one number each. At least one entry.
-FQT_API int fqt_range_tensor(const float* x, int64_t n, float* lo, float* hi, int threads) {
+FQT_API int fqt_range_tensor(const Source* source, int64_t n, float* lo, float* hi, int threads) {
   constexpr int64_t kChunk = 1 << 14;
   const int64_t chunks = ceil_div(n, kChunk);
   std::unique_ptr<Range[]> part(new (std::nothrow) Range[chunks]);
   if (!part) return kNoMemory;
   parallel_for(chunks, n, threads, [&](int64_t c) {
-    part[c] = range_of(x + c * kChunk, n - c * kChunk < kChunk ? n - c * kChunk : kChunk);
+    part[c] = range_of(*source, c * kChunk, n - c * kChunk < kChunk ? n - c * kChunk : kChunk);
   });
   Range range;
   for (int64_t c = 0; c < chunks; ++c) range.add(part[c].least(), part[c].greatest());
@@ -85,7 +99,8 @@ FQT_API int fqt_range_tensor(const float* x, int64_t n, float* lo, float* hi, in
 }
 
 // lo, hi: (columns,). At least one row.
-FQT_API int fqt_range_columns(const float* x, int64_t rows, int64_t columns, float* lo, float* hi, int threads) {
+FQT_API int fqt_range_columns(const Source* source, int64_t rows, int64_t columns, float* lo, float* hi,
+                              int threads) {
   constexpr int64_t kStrip = 256;  // its running minima and maxima stay in the first-level cache
   const int64_t strips = ceil_div(columns, kStrip);
   int64_t bands = ceil_div(rows * columns, int64_t{1} << 16) / (strips ? strips : 1);
@@ -95,11 +110,12 @@ FQT_API int fqt_range_columns(const float* x, int64_t rows, int64_t columns, flo
   parallel_for(strips * bands, rows * columns, threads, [&](int64_t item) {
     const int64_t band = item / strips, first = item % strips * kStrip;
     const int64_t width = columns - first < kStrip ? columns - first : kStrip;
+    float buffer[kStrip + W];
     float* least_part = part.get() + 2 * band * columns + first;
     float* greatest_part = least_part + columns;
     for (int64_t j = 0; j < width; ++j) least_part[j] = kInfinity, greatest_part[j] = -kInfinity;
     for (int64_t r = rows * band / bands; r < rows * (band + 1) / bands; ++r) {
-      const float* row = x + r * columns + first;
+      const float* row = values(*source, r * columns + first, width, buffer);
       for (int64_t j = 0; j < width; ++j) {
         // Once NaN, NaN for ever: every comparison with it is false.
         const float v = row[j], lo_now = least_part[j], hi_now = greatest_part[j];

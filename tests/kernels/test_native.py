@@ -140,6 +140,73 @@ def test_row_operations(kind: str) -> None:
         assert same(got, reference.replace_rows_(wanted, keep, x)), shape
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_undoing_a_transform_on_a_product(kind: str) -> None:
+    for shape in [*shapes(kind), (3, 20000)]:
+        y = matrix(shape, kind)
+        generator = torch.Generator().manual_seed(4)
+        scale, offset = torch.randn(2, shape[0], 1, generator=generator)
+        right = torch.randn(shape[1], generator=generator)
+        for dtype in (torch.float32, torch.bfloat16):
+            got = native.unscale_rows(y, scale, offset, right, dtype)
+            assert same(got, reference.unscale_rows(y, scale, offset, right, dtype)), (shape, dtype)
+
+
+def sources(x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The same in both dtypes, with and without factors of every period that fits."""
+    found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    periods = [p for p in (1, 3, x.shape[1] // 2, x.shape[1]) if p > 0 and x.shape[1] % p == 0]
+    for y in (x, x.bfloat16()):
+        found.append((y, None))
+        for p in periods:
+            found.append((y, torch.randn(p, generator=torch.Generator().manual_seed(p))))
+    return found
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("kind", ["plain", "nan", "zeros"])
+def test_bfloat16_and_factors_plain_and_on_its_side(kind: str, group: str) -> None:
+    for shape in [s for s in (*SHAPES, *TAILS[::9], (2, 9000)) if s[1]]:
+        for x, factor in sources(matrix(shape, kind)):
+            for a, b in zip(
+                ops.value_range(x, group, factor), reference.value_range(x, group, factor), strict=True
+            ):
+                assert same(a, b), (shape, x.dtype)
+            step, offset = parameters(reference.values(x, factor), group, 0, 254)
+            for rounding in RANGES:
+                for transposed in (False, True):
+                    rest = (step, offset, 0, 254, rounding, SEED, factor, transposed)
+                    assert same(native.encode(x, *rest), reference.encode(x, *rest)), (shape, x.dtype, rounding)
+            rest = (step, offset, 0, 254, factor)
+            assert same(native.variance_sums(x, *rest), reference.variance_sums(x, *rest)), (shape, x.dtype)
+
+
+def test_transposed_swaps_the_streams_of_dither() -> None:
+    (row, column), (other_row, other_column) = (ops.dither_noise(SEED, 5, 7, t) for t in (False, True))
+    assert torch.equal(other_row.flatten(), ops.dither_noise(SEED, 7, 5)[1].flatten())
+    assert torch.equal(other_column.flatten(), ops.dither_noise(SEED, 7, 5)[0].flatten())
+    assert not torch.equal(row, other_row)
+    assert not torch.equal(column, other_column)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_exact_sums_of_codes(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for shape in [*SHAPES, *TAILS[::5], (5000, 3), (2100, 700)]:
+        low = 0 if dtype == torch.uint8 else -128
+        codes = torch.randint(low, low + 256, shape, generator=generator, dtype=torch.int32).to(dtype)
+        codes[: shape[0] // 2] = low + 255  # the largest sums
+        weights = torch.randint(0, 2**24, (shape[0],), generator=generator, dtype=torch.int32)
+        weights[: shape[0] // 2] = 2**24 - 1
+        assert same(native.row_sums(codes), codes.long().sum(1)), shape
+        for y in (codes, codes.t().contiguous().t()):
+            plain, weighted = ops.column_sums(y, weights)
+            assert same(plain, codes.long().sum(0)), shape
+            assert weighted is not None
+            assert same(weighted, (codes.long() * weights[:, None].long()).sum(0)), shape
+            assert ops.column_sums(y)[1] is None
+
+
 def test_noise() -> None:
     for n in (0, 1, 3, 4, 5, 31, 32, 33, 4095, 4096, 4097, 10000):
         assert same(ops.random_u24(SEED, 3, n), philox.random_u24(SEED, 3, n)), n
@@ -189,6 +256,8 @@ def wanted_nearest(x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor) ->
         (lambda x, s: ops.encode(x, s, s, 0, 255, "stochastic", None), "seed"),
         (lambda x, s: ops.encode(x, s, s, 0, 255, "up", None), "rounding 'up'"),
         (lambda x, s: ops.value_range(x, "rows"), "group 'rows'"),
+        (lambda x, s: ops.value_range(x, "row", torch.ones(3)), "factors of shape"),
+        (lambda x, s: ops.unscale_rows(x, s, s, torch.ones(3)), "right factor of shape"),
     ],
 )
 def test_bad_arguments_are_named(call, names: str) -> None:
@@ -263,7 +332,7 @@ def test_every_level_gives_the_same_bits(level: str) -> None:
     if native.LEVELS.index(level) >= native.LEVELS.index(have):
         pytest.skip(f"this machine runs {have} anyway")
     files = [__file__, str(Path(__file__).with_name("test_products.py"))]
-    chosen = "plain or nan or noise or large or matmul or exact or epilogues or longest or long_weight"
+    chosen = "plain or sums or nan or noise or large or matmul or exact or epilogues or longest or long_weight"
     arguments = [*files, "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not opcheck"]
     code = f"""
 import sys, pytest

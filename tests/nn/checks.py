@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import QuantizedTensor, Quantizer, Recipe
+from fqt.nn import function
 
 from .cases import parameter_gradients
 
@@ -116,7 +117,7 @@ def _dropped_transform(real: Quantize, q: Quantizer, x: Tensor, seed: Tensor, **
 
 
 def _dropped_dither(real: Quantize, q: Quantizer, x: Tensor, seed: Tensor, **kw: object) -> QuantizedTensor:
-    return replace(real(q, x, seed, **kw), matrix_dither=None)
+    return replace(real(q, x, seed, **kw), noise=None)
 
 
 def _clipped(real: Quantize, q: Quantizer, x: Tensor, seed: Tensor, **kw: object) -> QuantizedTensor:
@@ -147,8 +148,10 @@ class Unquantized:
         return self.x if dtype is None else self.x.to(dtype)
 
 
-def _identity(real: Quantize, q: Quantizer, x: Tensor, seed: Tensor, **kw: object) -> object:
-    return Unquantized(x)
+def _identity(
+    real: Quantize, q: Quantizer, x: Tensor, seed: Tensor, factor: Tensor | None = None, **kw: object
+) -> object:
+    return Unquantized(x if factor is None else x * factor)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, defect: Callable = _identity) -> None:
@@ -159,6 +162,13 @@ def plant(monkeypatch: pytest.MonkeyPatch, defect: Callable = _identity) -> None
         return real(self, x, seed, **kw) if seed is None else defect(real, self, x, seed, **kw)
 
     monkeypatch.setattr(Quantizer, "quantize", quantize)
+    if defect is _identity:  # it has no codes to multiply
+        simulate(monkeypatch)
+
+
+def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products in float, on the values of codes."""
+    monkeypatch.setattr(function.Call, "on_integers", lambda self, product, values: False)
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[QuantizedTensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fqt.nn import integer
 from fqt.nn.linear_map import ConvMap, DenseMap
 
 from .cases import FEW, Case, converted, ids
@@ -24,8 +25,10 @@ def _counted(method: Callable, name: str, names: list[str]) -> Callable:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the maps' methods, as they are called."""
+    """The names of the products, on integers or in float, as they are formed."""
     names: list[str] = []
+    for product in PRODUCTS[:3]:
+        monkeypatch.setattr(integer, product, _counted(getattr(integer, product), product, names))
     for cls in (DenseMap, ConvMap):
         for product in PRODUCTS:
             monkeypatch.setattr(cls, product, _counted(getattr(cls, product), product, names))

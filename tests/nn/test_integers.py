@@ -1,33 +1,28 @@
-"""The products as a machine with integers would form them: codes in int64, then steps, offsets, dither, transform.
+"""Products on integer codes are the products of the values that the codes stand for.
 
-    input X = s_x·c_x + z_x,  weight W = s_w·c_w,  gradient G = s·(c − a) + z, row by row, before its transform
-    is undone (a is a dither per column). A missing tap under padding is the value 0, not a code: the offset's
-    product is with the validity mask.
-
-    output       s_x s_w (c_x ∗ c_w) + z_x s_w (mask ∗ c_w), and the bias
-    grad_input   s s_w (cᵀ-map of c_w) − s s_w (map of a) + z s_w (map of ones), then the transform over rows
-    grad_weight  s s_x (c·c_x) + s z_x (c·mask) − s (a·X) + z (1·X), then the transform over rows
-
-Both layers are one map here: patches of the input, by an index found by unfolding 1 … C·H·W (0 is a missing tap).
+The same layer with the same seed runs twice: on integer codes, and in float on dequantized codes. What is quantized
+is the same (grad_output is given), so the two differ by float rounding only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fqt import QuantizedTensor, Recipe
+import fqt
+from fqt import Recipe
+from fqt.kernels import ops, products
+from fqt.nn import function, integer, low_rank
+from fqt.nn.arithmetic import obstacle
+from fqt.nn.layers import linear_map
+from fqt.quant.tensor import Dither
 
-from . import checks
-from .cases import LAYERS, Case, converted, gradients
+from .cases import FORWARD, LAYERS, Case, converted, gradients
 
-MAPS = [c for c in LAYERS if c.make is nn.Linear or (c.make is nn.Conv2d and "padding_mode" not in c.kwargs)]
-MAPS = [c for c in MAPS if c.kwargs.get("padding") not in ("same", "valid")]
-PADDED = next(c for c in MAPS if c.name == "conv2d")
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 RECIPES = {
     "ptq8": Recipe(grad_input="ptq8", grad_weight="ptq8"),
     "psq4": Recipe(grad_input="psq4", grad_weight="psq4@channel"),
@@ -36,147 +31,183 @@ RECIPES = {
     "best": Recipe(grad_input="shq8x", grad_weight="psq8x@channel"),
     "bhq": Recipe(grad_input="bhq4", grad_weight="bhq8d@channel"),
     "shq": Recipe(grad_input="shq4d", grad_weight="shq4@channel"),
+    "default": fqt.nn.load_recipe("default"),
+    "folded_rows": Recipe(
+        input=FORWARD["rows"].input, weight="psq8", grad_input="psq4", grad_weight="psq4d@channel", fold="always"
+    ),
+    "nearest": Recipe(grad_input="psq8n", grad_weight="ptq8n"),
+}
+LARGE = {
+    "linear": (nn.Linear(96, 70), (50, 96)),
+    "linear_tokens": (nn.Linear(64, 130), (3, 40, 64)),
+    "conv2d": (nn.Conv2d(16, 70, 3, padding=1), (6, 16, 12, 12)),
+    "conv2d_strided": (nn.Conv2d(20, 24, 3, stride=2, padding=1, bias=False), (5, 20, 13, 11)),
+    "conv1d": (nn.Conv1d(12, 33, 5, padding=2), (4, 12, 37)),
+}
+TOLERANCE = 2e-5  # of the largest entry: the corrections cancel most of the first term, rounded to 2⁻²⁴ of itself
+
+
+def both(module: nn.Module, x: Tensor, patch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Output and gradients: on integers, and simulated."""
+    torch.manual_seed(5)
+    on_integers = gradients(module, x)
+    with patch.context() as context:
+        context.setattr(function.Call, "on_integers", lambda self, product, values: False)
+        torch.manual_seed(5)
+        simulated = gradients(module, x)
+    return zip(on_integers, simulated, strict=True)
+
+
+def check(module: nn.Module, x: Tensor, patch: pytest.MonkeyPatch) -> None:
+    for mine, truth in both(module, x, patch):
+        assert mine.dtype == truth.dtype
+        error = (mine - truth).abs().max()
+        assert error <= TOLERANCE * truth.abs().max(), f"{error:.3g} of {truth.abs().max():.3g}"
+
+
+def runs(module: nn.Module) -> set[str]:
+    """The products that have no obstacle."""
+    map, recipe = linear_map(module), module.fqt_recipe
+    return {name for name in ("output", "grad_input", "grad_weight") if not obstacle(name, map, recipe)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+def test_small_layers(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(converted(case, RECIPES[name], torch.float32), case.input(torch.float32), monkeypatch)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kind", LARGE)
+def test_layers_of_more_than_one_tile(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, shape = LARGE[kind]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.3
+    try:
+        check(fqt.quantize_(layer, RECIPES[name]), x, monkeypatch)
+        check(layer, x.relu(), monkeypatch)  # no offset: a correction is left out
+    finally:
+        fqt.restore_(layer)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv1d"])
+def test_all_three_products_run_on_integers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, shape = LARGE[kind]
+    seen = []
+    for name in ("output", "grad_input", "grad_weight"):
+        real = getattr(integer, name)
+        monkeypatch.setattr(integer, name, lambda *a, real=real, name=name: seen.append(name) or real(*a))
+    for recipe in ("psq8", "psq8d", "bhq8", "shq8", "default"):
+        seen.clear()
+        try:
+            gradients(fqt.quantize_(layer, recipe), torch.randn(shape))
+            assert runs(layer) == {"output", "grad_input", "grad_weight"}
+        finally:
+            fqt.restore_(layer)
+        assert seen == ["output", "grad_input", "grad_weight"]
+
+
+def test_what_cannot_run_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> Tensor:
+        raise AssertionError("an integer product with an obstacle")
+
+    cases = {
+        "output": (nn.Conv2d(2, 3, 3), Recipe(input="psq8@token", grad_input="psq8", grad_weight="ptq8")),
+        "grad_input": (
+            nn.Conv2d(2, 3, 3),
+            Recipe(weight="psq8", grad_input="psq8", grad_weight="ptq8", fold="auto"),
+        ),
+        "grad_weight": (nn.Linear(4, 3), Recipe(grad_input="psq8", grad_weight="psq8@token")),
+    }
+    for product, (layer, recipe) in cases.items():
+        fqt.quantize_(layer, recipe)
+        assert product not in runs(layer)
+        with monkeypatch.context() as context:
+            context.setattr(integer, product, fail)
+            gradients(layer, torch.randn(4, 2, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(5, 4))
+    with monkeypatch.context() as context:
+        context.setattr(integer, "output", fail)
+        fqt.quantize_(nn.Linear(4, 3).double(), "psq8")(torch.randn(5, 4, dtype=torch.float64))
+
+
+def ones_mask(weight: Tensor, input_size: tuple[int, int], geometry: object, of: str) -> Tensor:
+    size = geometry.output_size(input_size, weight.shape[2:]) if of == "output" else input_size  # type: ignore[attr-defined]
+    return weight.float().sum((2, 3)).sum(1 if of == "output" else 0).expand(*size, -1).contiguous()
+
+
+def no_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    zeros = torch.zeros(codes.shape[1], dtype=torch.int64)
+    return zeros, None if weights is None else zeros
+
+
+def whole_map(self: low_rank.ConvCodes, map: Tensor, kernel: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    return map.sum((0, 1)).expand(kernel[0] * kernel[1], -1)
+
+
+DEFECTS = {
+    "border": (products, "conv2d_mask", ones_mask, "psq4"),
+    "taps": (
+        low_rank.ConvCodes,
+        "_over_taps",
+        lambda self, map, kernel, size: map.sum((0, 1)).expand(9, -1),
+        "psq4",
+    ),
+    "dither": (low_rank, "_from_bytes", lambda sums: sums[0].double() * 0, "dithered"),
+    "centre": (Dither, "centre", 0.0, "dithered"),
+    "row sums": (
+        ops,
+        "column_sums",
+        lambda c, w=None: (c.long().sum(0) * 0, None if w is None else c.long().sum(0)),
+        "psq4",
+    ),
 }
 
 
-@dataclass
-class Map:
-    """Patches of an input (R, C, …) seen as (R, K, L), and back."""
-
-    index: Tensor  # (K, L): 1 + position in the sample, 0 for a missing tap
-    groups: int
-    size: int
-
-    @staticmethod
-    def of(layer: nn.Module, shape: tuple[int, ...]) -> Map:
-        if isinstance(layer, nn.Linear):
-            return Map(torch.arange(1, shape[-1] + 1)[:, None], 1, shape[-1])
-        size = shape[1] * shape[2] * shape[3]
-        image = torch.arange(1.0, size + 1, dtype=torch.float64).view(1, *shape[1:])
-        index = F.unfold(image, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return Map(index[0].round().long(), layer.groups, size)
-
-    @property
-    def mask(self) -> Tensor:
-        return (self.index > 0).long()
-
-    def patches(self, x: Tensor) -> Tensor:
-        """(R, K, L) of (R, size); missing taps are 0."""
-        return torch.cat([x.new_zeros(len(x), 1), x], 1)[:, self.index]
-
-    def output(self, patches: Tensor, w: Tensor) -> Tensor:
-        """(R, O, L) from (R, K, L) and (O, K/groups)."""
-        parts = zip(w.chunk(self.groups), patches.chunk(self.groups, 1), strict=True)
-        return torch.cat([torch.einsum("ok,rkl->rol", wg, p) for wg, p in parts], 1)
-
-    def grad_input(self, g: Tensor, w: Tensor) -> Tensor:
-        """(R, size) from (R, O, L): the transposed map, scattered back."""
-        parts = zip(w.chunk(self.groups), g.chunk(self.groups, 1), strict=True)
-        taps = torch.cat([torch.einsum("ok,rol->rkl", wg, part) for wg, part in parts], 1)
-        out = taps.new_zeros(len(g), self.size + 1)
-        return out.index_add_(1, self.index.flatten(), taps.flatten(1))[:, 1:]
-
-    def grad_weight(self, g: Tensor, patches: Tensor) -> Tensor:
-        """(O, K/groups) from (R, O, L) and (R, K, L)."""
-        parts = zip(g.chunk(self.groups, 1), patches.chunk(self.groups, 1), strict=True)
-        return torch.cat([torch.einsum("rol,rkl->ok", part, p) for part, p in parts])
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_wrong_correction_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, attribute, broken, recipe = DEFECTS[name]
+    case = next(c for c in LAYERS if c.name == "conv2d")
+    module, x = converted(case, RECIPES[recipe], torch.float32), case.input(torch.float32)
+    torch.manual_seed(5)
+    with monkeypatch.context() as context:
+        context.setattr(function.Call, "on_integers", lambda self, product, values: False)
+        truth = gradients(module, x)
+    torch.manual_seed(5)
+    monkeypatch.setattr(place, attribute, broken)
+    found = gradients(module, x)
+    apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, truth, strict=True)]
+    assert max(apart) > 100 * TOLERANCE
 
 
-def undo(q: QuantizedTensor, product: Tensor, of_ones: Tensor) -> Tensor:
-    """S⁻¹ on the product's rows, and the rows' own offsets times the product of ones."""
-    if q.mixing is None:
-        return product
-    m = q.mixing.matrix.transposed(torch.eye(len(product))).double()
-    return (m @ product) * q.mixing.inverse_scale.double() + q.mixing.offset.double() * of_ones
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_autocast(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In and out in the short dtype, rounded once; the weight's gradient in float32."""
+    layer, shape = LARGE[kind]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    fqt.quantize_(layer, "default")
+    try:
+        with torch.autocast("cpu", dtype):
+            pairs = list(both(layer, x, monkeypatch))
+    finally:
+        fqt.restore_(layer)
+    assert [mine.dtype for mine, _ in pairs] == [dtype, dtype, torch.float32, torch.float32]
+    for mine, truth in pairs:
+        # An entry beside a rounding boundary may fall on either side of it.
+        unit = torch.finfo(mine.dtype).eps if mine.dtype == dtype else 0.0
+        error = (mine.float() - truth.float()).abs()
+        assert bool((error <= unit * truth.float().abs() + TOLERANCE * truth.float().abs().max()).all())
+        assert float((error > TOLERANCE * truth.float().abs().max()).float().mean()) < 0.01
 
 
-class Machine:
-    """What one forward and backward left behind, multiplied as integers."""
-
-    def __init__(self, case: Case, made: list[QuantizedTensor]) -> None:
-        layer = case.layer()
-        x, w, self.gi, self.gw = made
-        assert all(q.matrix_codes.dtype in (torch.uint8, torch.int8) for q in made)
-        self.map = Map.of(layer, case.shape)
-        self.x = x.codes.long().reshape(-1, self.map.size)  # (R, size); tokens are samples
-        self.w = w.codes.long().flatten(1)  # (O, K/groups)
-        self.sx, self.zx, self.sw = (t.double().squeeze() for t in (x.matrix_step, x.matrix_offset, w.matrix_step))
-        assert not w.matrix_offset.any()
-        self.bias = 0.0 if layer.bias is None else layer.bias.detach().view(-1, 1)
-        self.dense = isinstance(layer, nn.Linear)
-        self.mask, self.dither = self.map.mask, True
-
-    def codes(self, q: QuantizedTensor, values: Tensor) -> Tensor:
-        """(R, O, L) from a tensor that broadcasts over grad_output."""
-        values = values.expand(q.shape)
-        return values.reshape(-1, q.shape[-1], 1) if self.dense else values.reshape(*q.shape[:2], -1)
-
-    def output(self) -> Tensor:
-        integer = self.map.output(self.map.patches(self.x), self.w)
-        border = self.map.output(self.mask[None], self.w)
-        return self.sx * self.sw * integer + self.zx * self.sw * border + self.bias
-
-    def grad_input(self) -> Tensor:
-        q, w = self.gi, self.w
-        s, z = q.matrix_step.double(), q.matrix_offset.double()  # one per row, or one
-        integer = self.map.grad_input(self.codes(q, q.codes.long()), w)
-        ones = self.map.grad_input(torch.ones(1, len(w), self.index_width, dtype=torch.long), w)
-        product = s * self.sw * integer + z * self.sw * ones
-        if q.matrix_dither is not None and self.dither:
-            columns = q.matrix_dither.double().expand(1, len(w) * self.index_width).view(1, len(w), -1)
-            product = product - s * self.sw * self.map.grad_input(columns, w.double())
-        return undo(q, product, self.sw * ones)
-
-    @property
-    def index_width(self) -> int:
-        return self.map.index.shape[1]
-
-    def grad_weight(self) -> Tensor:
-        q = self.gw
-        codes, patches = self.codes(q, q.codes.long()), self.map.patches(self.x)
-        mask = self.mask.expand_as(patches)
-        integer, border = self.map.grad_weight(codes, patches), self.map.grad_weight(codes, mask)
-        x = self.sx * patches + self.zx * mask
-        s, of_ones = q.matrix_step.double(), self.map.grad_weight(torch.ones_like(codes).double(), x)
-        product = s * (self.sx * integer + self.zx * border)
-        if q.view.axis == ((len(q.shape) - 1,) if self.dense else (1,)):  # rows are channels
-            product = product + q.matrix_offset.double() * of_ones
-        else:  # one step; a dithered offset differs from sample to sample
-            product = product + self.map.grad_weight(self.codes(q, q.offset.double()), x)
-        if q.matrix_dither is not None and self.dither:
-            product = product - s * self.map.grad_weight(self.codes(q, q.dither.double()), x)
-        return undo(q, product, of_ones)
-
-
-def check(case: Case, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **broken: object) -> None:
-    """To float32 rounding: 2e-5 of the largest entry."""
-    with monkeypatch.context() as patch:
-        made = checks.record(patch)
-        out, grad_x, grad_w, *_ = gradients(converted(case, recipe, torch.float32), case.input(torch.float32))
-    machine = Machine(case, made)
-    for name, value in broken.items():
-        setattr(machine, name, value)
-    for mine, truth in ((machine.output(), out), (machine.grad_input(), grad_x), (machine.grad_weight(), grad_w)):
-        error = (mine.reshape(truth.shape) - truth.double()).abs().max()
-        assert error <= 2e-5 * truth.abs().max(), f"{error:.3g} of {truth.abs().max():.3g}"
-
-
-# A transform over channels mixes the groups of a grouped convolution, whose patches differ: it does not pull out.
-PAIRS = [(c, n) for n in RECIPES for c in MAPS if n not in ("bhq", "shq") or c.kwargs.get("groups", 1) == 1]
-
-
-@pytest.mark.parametrize(("case", "name"), PAIRS, ids=lambda p: getattr(p, "name", p))
-def test_integer_products_are_the_simulated_ones(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(case, RECIPES[name], monkeypatch)
-
-
-def test_a_border_without_mask_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = Map.of(PADDED.layer(), PADDED.shape).index
-    with pytest.raises(AssertionError, match="of"):
-        check(PADDED, RECIPES["psq4"], monkeypatch, mask=torch.ones_like(index))
-
-
-@pytest.mark.parametrize("name", ["dithered", "tensor_dither", "shq"])
-def test_a_forgotten_dither_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AssertionError, match="of"):
-        check(PADDED, RECIPES[name], monkeypatch, dither=False)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_memory_format_is_torchs(channels_last: bool) -> None:
+    x = torch.randn(2, 3, 6, 5)
+    layer = nn.Conv2d(3, 4, 3)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    plain = layer(x)
+    quantized = fqt.quantize_(layer, "psq8")(x.requires_grad_())
+    assert quantized.stride() == plain.stride()
+    quantized.backward(torch.randn_like(quantized))
+    assert x.grad is not None
+    assert x.grad.shape == x.shape

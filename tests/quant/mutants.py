@@ -28,7 +28,7 @@ def _rounding(rule: Rounding, noise_shape: Callable[[Tensor], tuple[int, ...]] =
     """A mutant whose stochastic rounding is `rule(t, uniform)`."""
 
     def mutant(patch: Patch) -> None:
-        def encode(x, step, offset, low, high, rounding, seed):  # type: ignore[no-untyped-def]
+        def encode(x, step, offset, low, high, rounding, seed, factor, transposed):  # type: ignore[no-untyped-def]
             t = ((x - offset) / torch.where(step == 0, 1.0, step)).clamp(low, high)
             u = torch.rand(noise_shape(t), generator=torch.Generator().manual_seed(int(seed)))
             return rule(t, u.to(t.dtype).expand(t.shape)).clamp(low, high).to(torch.uint8)
@@ -115,8 +115,8 @@ def column_steps_shared(patch: Patch) -> None:
     """Per-column quantizers quietly use the tensor's range."""
     right = ops.value_range
 
-    def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
-        lo, hi = right(x, "tensor" if group == "column" else group)
+    def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        lo, hi = right(x, "tensor" if group == "column" else group, factor)
         return (lo.expand(1, x.shape[1]), hi.expand(1, x.shape[1])) if group == "column" else (lo, hi)
 
     patch.setattr(ops, "value_range", value_range)
@@ -131,8 +131,8 @@ def dither_shared_by_rows(patch: Patch) -> None:
     """One row dither for all rows: every entry still unbiased, every column's errors equal."""
     right = ops.dither_noise
 
-    def dither_noise(seed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        row, column = right(seed, rows, columns)
+    def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        row, column = right(seed, rows, columns, transposed)
         return row[:1].expand(rows, 1).contiguous(), column
 
     patch.setattr(ops, "dither_noise", dither_noise)

@@ -23,7 +23,7 @@ from torch import Tensor
 from fqt.errors import FqtError
 
 LEVELS = ("portable", "avx2", "avx512")
-_ABI = 2  # FQT_ABI of csrc/platform.h
+_ABI = 4  # FQT_ABI of csrc/platform.h
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
@@ -32,7 +32,10 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_range_rows": (_P, _L, _L, _P, _P, _I),
     "fqt_range_columns": (_P, _L, _L, _P, _P, _I),
     "fqt_range_tensor": (_P, _L, _P, _P, _I),
-    "fqt_encode": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _I, _P, _P, _I),
+    "fqt_encode": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _I, _P, _I, _P, _I),
+    "fqt_variance_sums": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
+    "fqt_column_sums": (_P, _I, _L, _L, _P, _P, _P, _I),
+    "fqt_row_sums": (_P, _I, _L, _L, _P, _I),
     "fqt_code_variance": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
     "fqt_decode": (_P, _I, _L, _L, _P, _P, _I, _I, _P, _I, _I, _P, _I),
     "fqt_hadamard": (_P, _L, _L, _P, _P, _L, _P, _I),
@@ -41,7 +44,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_conv2d": (_P, _I, _P, _P, _I, _P, _I),
     "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
     "fqt_scale_rows": (_P, _L, _L, _P, _P, _P, _P, _I),
-    "fqt_unscale_rows": (_P, _L, _L, _P, _P, _P, _I),
+    "fqt_unscale_rows": (_P, _L, _L, _P, _P, _P, _I, _P, _I),
     "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
 }
 
@@ -156,30 +159,103 @@ def random_words(seed: Tensor, stream: int, n: int, shift: int) -> Tensor:
     return out
 
 
-def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """As the reference; no axis that is reduced may be empty."""
+class _Source(ctypes.Structure):
+    """`Source` of csrc/source.h."""
+
+    _fields_ = [("x", _P), ("factor", _P), ("period", _L), ("type", ctypes.c_int32)]
+
+
+_IN_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PERIOD = 1024  # shorter factors are repeated to about this length, so that the kernel's inner loops are long
+
+
+def takes_source(x: Tensor, factor: Tensor | None) -> bool:
+    """Whether the kernels can read x (float32 or bfloat16) times `factor` (float32)."""
+    return takes(*(() if factor is None else (factor,))) and _plain(x) and x.dtype in _IN_TYPES
+
+
+def _source(x: Tensor, factor: Tensor | None) -> tuple[_Source, tuple[Tensor | None, ...]]:
+    """The C form of x (N, D) times a factor (P,) that repeats along its rows, and what must outlive it."""
     x = x.contiguous()
+    if factor is None:
+        return _Source(x.data_ptr(), None, 1, _IN_TYPES[x.dtype]), (x,)
+    if factor.ndim != 1 or not factor.numel() or x.shape[1] % factor.numel():
+        raise ValueError(f"factors of shape {tuple(factor.shape)} for rows of {x.shape[1]}")
+    times = x.shape[1] // factor.numel()
+    repeats = max(1, min(times, _PERIOD // factor.numel()))
+    while times % repeats:
+        repeats -= 1
+    factor = factor.contiguous().repeat(repeats)
+    return _Source(x.data_ptr(), factor.data_ptr(), factor.numel(), _IN_TYPES[x.dtype]), (x, factor)
+
+
+def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As the reference; no axis that is reduced may be empty."""
+    source, _alive = _source(x, factor)
     rows, columns = x.shape
     shape = {"tensor": (1, 1), "row": (rows, 1), "column": (1, columns)}[group]
-    lo, hi = x.new_empty(shape), x.new_empty(shape)
+    lo, hi = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
+    address = ctypes.addressof(source)
     if group == "tensor":
-        _call("fqt_range_tensor", x.data_ptr(), x.numel(), lo.data_ptr(), hi.data_ptr())
+        _call("fqt_range_tensor", address, x.numel(), lo.data_ptr(), hi.data_ptr())
     else:
-        _call(f"fqt_range_{group}s", x.data_ptr(), rows, columns, lo.data_ptr(), hi.data_ptr())
+        _call(f"fqt_range_{group}s", address, rows, columns, lo.data_ptr(), hi.data_ptr())
     return lo, hi
 
 
 def encode(
-    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, rounding: str, seed: Tensor | None
+    x: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    low: int,
+    high: int,
+    rounding: str,
+    seed: Tensor | None,
+    factor: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """As the reference."""
-    x, step, offset = x.contiguous(), step.contiguous(), offset.contiguous()
-    codes = x.new_empty(x.shape, dtype=torch.uint8 if low == 0 else torch.int8)
+    source, _alive = _source(x, factor)
+    step, offset = step.contiguous(), offset.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.uint8 if low == 0 else torch.int8, device="cpu")
     key = None if seed is None else seed.data_ptr()
     groups = _group(step, *x.shape)
-    pointers = (x.data_ptr(), *x.shape, step.data_ptr(), offset.data_ptr())
-    _call("fqt_encode", *pointers, *groups, low, high, _ROUNDINGS[rounding], key, codes.data_ptr())
+    pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
+    rest = (_ROUNDINGS[rounding], key, int(transposed), codes.data_ptr())
+    _call("fqt_encode", *pointers, *groups, low, high, *rest)
     return codes
+
+
+def variance_sums(
+    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, factor: Tensor | None = None
+) -> Tensor:
+    """As the reference."""
+    source, _alive = _source(x, factor)
+    step, offset = step.contiguous(), offset.contiguous()
+    sums = torch.empty(step.shape, dtype=torch.int64, device="cpu")
+    pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
+    _call("fqt_variance_sums", *pointers, *_group(step, *x.shape), low, high, sums.data_ptr())
+    return sums
+
+
+def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """As the reference."""
+    codes = codes.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    plain, weighted = torch.empty((2, codes.shape[1]), dtype=torch.int64, device="cpu")
+    pointers: tuple[int | None, ...] = (None, plain.data_ptr(), None)
+    if weights is not None:
+        pointers = (weights.data_ptr(), plain.data_ptr(), weighted.data_ptr())
+    _call("fqt_column_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, *pointers)
+    return plain, None if weights is None else weighted
+
+
+def row_sums(codes: Tensor) -> Tensor:
+    """As the reference."""
+    codes = codes.contiguous()
+    sums = torch.empty(codes.shape[0], dtype=torch.int64, device="cpu")
+    _call("fqt_row_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, sums.data_ptr())
+    return sums
 
 
 def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
@@ -234,28 +310,35 @@ def _per_row(parameter: Tensor, x: Tensor) -> int:
     return parameter.data_ptr()
 
 
-def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
     """As the reference."""
-    x, half, offset, scale = x.contiguous(), half.contiguous(), offset.contiguous(), scale.contiguous()
-    out = torch.empty_like(x)
+    source, _alive = _source(x, factor)
+    half, offset, scale = half.contiguous(), offset.contiguous(), scale.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     pointers = (_per_row(half, x), _per_row(offset, x), _per_row(scale, x))
-    _call("fqt_scale_rows", x.data_ptr(), *x.shape, *pointers, out.data_ptr())
+    _call("fqt_scale_rows", ctypes.addressof(source), *x.shape, *pointers, out.data_ptr())
     return out
 
 
-def unscale_rows(y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def unscale_rows(
+    y: Tensor, scale: Tensor, offset: Tensor, right: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """As the reference."""
     y, scale, offset = y.contiguous(), scale.contiguous(), offset.contiguous()
-    out = torch.empty_like(y)
-    pointers = (_per_row(scale, y), _per_row(offset, y))
-    _call("fqt_unscale_rows", y.data_ptr(), *y.shape, *pointers, out.data_ptr())
+    right = None if right is None else right.contiguous()
+    if right is not None and right.shape != y.shape[1:]:
+        raise ValueError(f"a right factor of shape {tuple(right.shape)} for rows of {y.shape[1]}")
+    out = torch.empty(y.shape, dtype=dtype, device="cpu")
+    pointers = (_per_row(scale, y), _per_row(offset, y), None if right is None else right.data_ptr())
+    _call("fqt_unscale_rows", y.data_ptr(), *y.shape, *pointers, _TYPES[dtype], out.data_ptr())
     return out
 
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
-    """As the reference; y and x contiguous."""
+    """As the reference; y contiguous."""
+    source, _alive = _source(x, None)
     keep = keep.contiguous()
-    _call("fqt_replace_rows", y.data_ptr(), *y.shape, _per_row(keep, y), x.data_ptr())
+    _call("fqt_replace_rows", y.data_ptr(), *y.shape, _per_row(keep, y), ctypes.addressof(source))
     return y
 
 
@@ -275,6 +358,9 @@ class _Epilogue(ctypes.Structure):
         ("left", _P),
         ("right", _P),
         ("bias", _P),
+        ("zero", _P),
+        ("ones", _P),
+        ("zero_step", _L),
     ]
 
 
@@ -283,12 +369,12 @@ _TYPES = {torch.int32: 0, torch.int64: 1, torch.float32: 2, torch.bfloat16: 3}
 
 def _finishing(out: Tensor, columns: int, period: int, epilogue: tuple) -> tuple[_Epilogue, list[Tensor]]:
     """The C form of an epilogue that writes to `out`, and the tensors that must outlive it."""
-    parts = [None if x is None else x.detach().contiguous() for x in epilogue[:5]]
+    parts = [None if x is None else x.detach().contiguous() for x in epilogue[:7]]
     pointers = [None if x is None else x.data_ptr() for x in parts]
-    steps = [int(x is not None and x.numel() > 1) for x in parts[:2]]
+    steps = [int(x is not None and x.numel() > 1) for x in parts]
     rank = 0 if parts[2] is None else parts[2].shape[1]
     sizes = (_TYPES[out.dtype], rank, columns, period)
-    result = _Epilogue(out.data_ptr(), *sizes, *pointers[:2], *steps, *pointers[2:])
+    result = _Epilogue(out.data_ptr(), *sizes, *pointers[:2], *steps[:2], *pointers[2:], steps[5])
     return result, [x for x in parts if x is not None]
 
 

@@ -6,12 +6,18 @@ Arguments and results are as in `fqt.kernels.reference`. No gradient flows throu
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fqt.kernels import native, philox, reference
 
 GROUPS = ("tensor", "row", "column")
 ROUNDINGS = ("nearest", "stochastic", "dithered")
+
+
+def at_hand(x: Tensor) -> bool:
+    """Whether asking for x's values costs nothing: it is on the CPU, and neither traced nor batched."""
+    return type(x) is Tensor and x.is_cpu and torch._C._functorch.maybe_current_level() is None
 
 
 def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
@@ -21,24 +27,34 @@ def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
     return philox.random_u24(seed, stream, n)
 
 
-def dither_noise(seed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
     """As `reference.dither_noise`."""
-    row = random_u24(seed, philox.STREAM_DITHER_ROW, rows).view(rows, 1)
-    column = random_u24(seed, philox.STREAM_DITHER_COLUMN, columns).view(1, columns)
-    return row, column
+    streams = (philox.STREAM_DITHER_ROW, philox.STREAM_DITHER_COLUMN)
+    along_rows, along_columns = reversed(streams) if transposed else streams
+    return random_u24(seed, along_rows, rows).view(rows, 1), random_u24(seed, along_columns, columns).view(
+        1, columns
+    )
 
 
-def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
+def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.value_range`."""
     if group not in GROUPS:
         raise ValueError(f"unknown group {group!r}; known: {', '.join(GROUPS)}")
-    if x.numel() and native.takes(x):
-        return native.value_range(x.detach(), group)
-    return reference.value_range(x, group)
+    if x.numel() and native.takes_source(x, factor):
+        return native.value_range(x.detach(), group, factor)
+    return reference.value_range(x, group, factor)
 
 
 def encode(
-    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, rounding: str, seed: Tensor | None
+    x: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    low: int,
+    high: int,
+    rounding: str,
+    seed: Tensor | None,
+    factor: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """As `reference.encode`.
 
@@ -53,9 +69,34 @@ def encode(
     last = high + (rounding == "dithered")
     if not (low == 0 <= last <= 255 or -128 <= low <= last <= 127):
         raise ValueError(f"codes {low} … {last} do not fit a byte")
-    if native.takes(x, step, offset, integers=seed) and step.shape == offset.shape:
-        return native.encode(x, step, offset, low, high, rounding, seed)
-    return reference.encode(x, step, offset, low, high, rounding, seed)
+    if _native_groups(x, step, offset, factor) and native.takes(integers=seed):
+        return native.encode(x.detach(), step, offset, low, high, rounding, seed, factor, transposed)
+    return reference.encode(x, step, offset, low, high, rounding, seed, factor, transposed)
+
+
+def _native_groups(x: Tensor, step: Tensor, offset: Tensor, factor: Tensor | None) -> bool:
+    return native.takes_source(x, factor) and native.takes(step, offset) and step.shape == offset.shape
+
+
+def variance_sums(
+    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, factor: Tensor | None = None
+) -> Tensor:
+    """As `reference.variance_sums`."""
+    if _native_groups(x, step, offset, factor):
+        return native.variance_sums(x.detach(), step, offset, low, high, factor)
+    return reference.variance_sums(x, step, offset, low, high, factor)
+
+
+def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """As `reference.column_sums`."""
+    if native.takes_codes(codes) and (weights is None or weights.dtype == torch.int32):
+        return native.column_sums(codes, weights)
+    return reference.column_sums(codes, weights)
+
+
+def row_sums(codes: Tensor) -> Tensor:
+    """As `reference.row_sums`."""
+    return native.row_sums(codes) if native.takes_codes(codes) else reference.row_sums(codes)
 
 
 def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
@@ -90,22 +131,25 @@ def reflect(x: Tensor, group: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
     return reference.reflect(x, group, normal, factor)
 
 
-def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
     """As `reference.scale_rows`."""
-    if native.takes(x, half, offset, scale):
-        return native.scale_rows(x, half, offset, scale)
-    return reference.scale_rows(x, half, offset, scale)
+    if native.takes_source(x, factor) and native.takes(half, offset, scale):
+        return native.scale_rows(x.detach(), half, offset, scale, factor)
+    return reference.scale_rows(x, half, offset, scale, factor)
 
 
-def unscale_rows(y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def unscale_rows(
+    y: Tensor, scale: Tensor, offset: Tensor, right: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """As `reference.unscale_rows`."""
-    if native.takes(y, scale, offset):
-        return native.unscale_rows(y, scale, offset)
-    return reference.unscale_rows(y, scale, offset)
+    more = () if right is None else (right,)
+    if native.takes(y, scale, offset, *more) and dtype in (None, torch.float32, torch.bfloat16):
+        return native.unscale_rows(y, scale, offset, right, dtype or torch.float32)
+    return reference.unscale_rows(y, scale, offset, right, dtype)
 
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     """As `reference.replace_rows_`."""
-    if native.takes(y, x) and y.is_contiguous() and x.is_contiguous() and x.shape == y.shape:
-        return native.replace_rows_(y, keep, x)
+    if native.takes(y) and native.takes_source(x, None) and y.is_contiguous() and x.shape == y.shape:
+        return native.replace_rows_(y, keep, x.detach())
     return reference.replace_rows_(y, keep, x)

@@ -4,12 +4,12 @@
     conv2d              a convolution's output
     conv2d_grad_input   its gradient for the input
     conv2d_grad_weight  its gradient for the weight
-    row_sums, column_sums, conv2d_mask    what the corrections for offsets are made of
+    conv2d_mask         what the corrections for offsets under padding are made of
 
 Without an epilogue a product returns its exact integer sums: int32 where the longest sum fits whatever the codes
 (`most_terms`), else int64. With one it returns, in that order of float32 operations,
 
-    sum · row_scale · column_scale + Σ_r left_r · right_r + bias,
+    (sum − zero · ones) · row_scale · column_scale + Σ_r left_r · right_r + bias,
 
 rounded once more if the result is bfloat16. Offsets, dither and transforms of the operands are rank-one terms of
 that kind. Under padding a missing tap counts as code 0, so an operand's offset takes the product with the mask of
@@ -62,11 +62,22 @@ class Epilogue:
     left: Tensor | None = None
     right: Tensor | None = None
     bias: Tensor | None = None
+    zero: Tensor | None = None
+    ones: Tensor | None = None
     dtype: torch.dtype = torch.float32
 
     def arguments(self) -> tuple:
         """As the ops take it."""
-        return self.row_scale, self.column_scale, self.left, self.right, self.bias, self.dtype
+        return (
+            self.row_scale,
+            self.column_scale,
+            self.left,
+            self.right,
+            self.bias,
+            self.zero,
+            self.ones,
+            self.dtype,
+        )
 
 
 @dataclass(frozen=True)
@@ -188,28 +199,22 @@ def conv2d_mask(weight: Tensor, input_size: tuple[int, int], geometry: Geometry,
     """
     if of not in ("output", "grad_input"):
         raise ValueError(f"unknown product {of!r}; known: output, grad_input")
-    w = weight.float()
-    channels = w.shape[1] * geometry.groups
-    if of == "output":
-        mask = F.conv2d(w.new_ones(1, channels, *input_size), w, None, *geometry.arguments())
+    w, groups = weight.float(), geometry.groups
+    rest = (list(geometry.stride), list(geometry.padding), list(geometry.dilation))
+    if of == "output":  # every channel meets the same mask, so the channels can be summed first
+        mask = F.conv2d(w.new_ones(1, 1, *input_size), w.sum(1, keepdim=True), None, *rest)
     else:
         size = geometry.output_size(input_size, (w.shape[2], w.shape[3]))
-        mask = _grad_input(w.new_ones(1, w.shape[0], *size), w, list(input_size), *geometry.arguments())
+        summed = w.unflatten(0, (groups, -1)).sum(1).flatten(0, 1).unsqueeze(0)
+        mask = _grad_input(w.new_ones(1, 1, *size), summed, list(input_size), *rest, groups=1)
     return mask[0].permute(1, 2, 0).contiguous()
 
 
-def row_sums(codes: Tensor) -> Tensor:
-    """Σ over the columns of (N, D) uint8 or int8 codes: (N, 1) exact sums, int32 or int64 as `matmul`."""
-    return matmul(codes, codes.new_ones((codes.shape[1], 1), dtype=torch.int8))
-
-
-def column_sums(codes: Tensor) -> Tensor:
-    """Σ over the rows of (N, D) uint8 or int8 codes: (1, D) exact sums, int32 or int64 as `matmul`."""
-    return matmul(codes.new_ones((1, codes.shape[0]), dtype=torch.uint8), codes)
-
-
-_NOTHING = (None,) * 6
-_EPILOGUE = "Tensor? row_scale, Tensor? column_scale, Tensor? left, Tensor? right, Tensor? bias, ScalarType? dtype"
+_NOTHING = (None,) * 8
+_EPILOGUE = (
+    "Tensor? row_scale, Tensor? column_scale, Tensor? left, Tensor? right, Tensor? bias, Tensor? zero, "
+    "Tensor? ones, ScalarType? dtype"
+)
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _library = torch.library.Library("fqt", "DEF")
 _library.define(f"matmul(Tensor a, Tensor b, {_EPILOGUE}) -> Tensor")
@@ -232,7 +237,7 @@ def _check_codes(name: str, codes: Tensor, ndim: int, dtypes: tuple[torch.dtype,
 
 def _check_epilogue(rows: int, columns: int, place: tuple[int, ...], device: torch.device, epilogue: tuple) -> None:
     """`place` is the shape of a correction's right factor, less its first axis."""
-    row_scale, column_scale, left, right, bias, dtype = epilogue
+    row_scale, column_scale, left, right, bias, zero, ones, dtype = epilogue
     if dtype is None:
         if any(x is not None for x in epilogue):
             raise ValueError("an epilogue needs the dtype of its result")
@@ -241,18 +246,22 @@ def _check_epilogue(rows: int, columns: int, place: tuple[int, ...], device: tor
         raise TypeError(f"a result of {dtype}: give float32 or bfloat16")
     if (left is None) != (right is None):
         raise ValueError("a correction needs both its left and its right factor")
+    if (zero is None) != (ones is None):
+        raise ValueError("zero · ones needs both its factors")
     rank = 0 if left is None or left.ndim != 2 else left.shape[1]
-    for name, x, shapes in (
-        ("row_scale", row_scale, [(), (1,), (rows,)]),
-        ("column_scale", column_scale, [(), (1,), (columns,)]),
-        ("left", left, [(rows, rank)]),
-        ("right", right, [(rank, *place)]),
-        ("bias", bias, [(columns,)]),
+    for name, x, kind, shapes in (
+        ("row_scale", row_scale, torch.float32, [(), (1,), (rows,)]),
+        ("column_scale", column_scale, torch.float32, [(), (1,), (columns,)]),
+        ("left", left, torch.float32, [(rows, rank)]),
+        ("right", right, torch.float32, [(rank, *place)]),
+        ("bias", bias, torch.float32, [(columns,)]),
+        ("zero", zero, torch.int32, [(), (1,), (rows,)]),
+        ("ones", ones, torch.int32, [place]),
     ):
         if x is None:
             continue
-        if x.dtype != torch.float32:
-            raise TypeError(f"{name} holds {x.dtype}: give float32")
+        if x.dtype != kind:
+            raise TypeError(f"{name} holds {x.dtype}: give {str(kind).removeprefix('torch.')}")
         if x.device != device:
             raise ValueError(f"{name} lies on {x.device}, the codes on {device}")
         if tuple(x.shape) not in shapes:
@@ -268,11 +277,14 @@ def _sum_dtype(terms: int, a: Tensor, b: Tensor, dtype: torch.dtype | None) -> t
 
 def _finish(sums: Tensor, out: torch.dtype, epilogue: tuple) -> Tensor:
     """The reference's epilogue on float64 sums of shape (rows, …, columns), any number of places in between."""
-    row_scale, column_scale, left, right, bias, dtype = epilogue
+    row_scale, column_scale, left, right, bias, zero, ones, dtype = epilogue
     if dtype is None:
         return sums.to(out)
     places, columns = math.prod(sums.shape[1:-1]), sums.shape[-1]
-    value = sums.to(torch.int64).to(torch.float32).reshape(sums.shape[0], places, columns)
+    exact = sums.to(torch.int64).reshape(sums.shape[0], places, columns)
+    if zero is not None:
+        exact = exact - zero.view(-1, 1, 1).to(torch.int64) * ones.reshape(1, places, columns)
+    value = exact.to(torch.float32)
     if row_scale is not None:
         value = value * row_scale.view(-1, 1, 1)
     if column_scale is not None:
@@ -293,7 +305,7 @@ def _check_matmul(a: Tensor, b: Tensor, epilogue: tuple) -> torch.dtype:
     if a.device != b.device:
         raise ValueError(f"a lies on {a.device}, b on {b.device}")
     _check_epilogue(a.shape[0], b.shape[1], (b.shape[1],), a.device, epilogue)
-    return _sum_dtype(a.shape[1], a, b, epilogue[5])
+    return _sum_dtype(a.shape[1], a, b, epilogue[7])
 
 
 def _matmul(a: Tensor, b: Tensor, *epilogue: object) -> Tensor:
@@ -355,7 +367,7 @@ def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[_Shapes, 
     n, o, h, w = shapes.output
     _check_epilogue(n, o, (h, w, o), input.device, rest[4:])
     terms = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    return shapes, _sum_dtype(terms, input, weight, rest[9]), rest[4:]
+    return shapes, _sum_dtype(terms, input, weight, rest[11]), rest[4:]
 
 
 def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
@@ -387,7 +399,7 @@ def _check_grad_input(
     shapes = _check_conv((n, c, *input_size), grad.shape, weight.shape, geometry)
     _check_epilogue(n, c, (*shapes.input[2:], c), grad.device, rest[4:])
     terms = weight.shape[0] // geometry.groups * weight.shape[2] * weight.shape[3]
-    return shapes, _sum_dtype(terms, grad, weight, rest[9]), rest[4:]
+    return shapes, _sum_dtype(terms, grad, weight, rest[11]), rest[4:]
 
 
 def _grad_input(
@@ -430,7 +442,7 @@ def _check_grad_weight(
     shapes = _check_conv(input.shape, grad.shape, (o, depth, *kernel), geometry)
     columns = depth * kernel[0] * kernel[1]
     _check_epilogue(o, columns, (columns,), grad.device, rest[4:])
-    return shapes, _sum_dtype(grad.shape[0] * grad.shape[2] * grad.shape[3], grad, input, rest[9]), rest[4:]
+    return shapes, _sum_dtype(grad.shape[0] * grad.shape[2] * grad.shape[3], grad, input, rest[11]), rest[4:]
 
 
 def _conv2d_grad_weight(grad: Tensor, input: Tensor, kernel: list[int], *rest: object) -> Tensor:

@@ -28,12 +28,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
+def values(x: Tensor, factor: Tensor | None = None) -> Tensor:
+    """What is quantized: x (N, D) in its compute dtype, column j times factor[j mod P] for a factor (P,)."""
+    x = x.to(compute_dtype(x.dtype))
+    return x if factor is None else x * factor.repeat(x.shape[1] // factor.numel())
+
+
+def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Least and greatest value of each group.
 
     Args:
-        x: (N, D), float32 or float64.
+        x: (N, D), any real floating dtype.
         group: "tensor", "row" or "column".
+        factor: as in `values`.
 
     Returns:
         Two tensors of shape (1, 1), (N, 1) or (1, D). NaN where the group holds one; zeros where it is empty.
@@ -41,7 +48,9 @@ def value_range(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
     dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[group]
     if any(x.shape[d] == 0 for d in dims):
         shape = [1 if d in dims else x.shape[d] for d in (0, 1)]
-        return x.new_zeros(shape), x.new_zeros(shape)
+        zeros = values(x.new_zeros(shape))
+        return zeros, zeros.clone()
+    x = values(x, factor)
     return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
 
 
@@ -91,28 +100,44 @@ def round_dithered(t: Tensor, row: Tensor, column: Tensor, levels: int = DITHER_
     return floor + torch.div(k, levels, rounding_mode="floor") + (t - floor >= threshold)
 
 
-def dither_noise(seed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The two independent 24-bit noise vectors of dithered rounding: int32 (N, 1) and (1, D)."""
-    row = random_u24(seed, STREAM_DITHER_ROW, rows).view(rows, 1)
-    column = random_u24(seed, STREAM_DITHER_COLUMN, columns).view(1, columns)
-    return row, column
+def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """The two independent 24-bit noise vectors of dithered rounding: int32 (N, 1) and (1, D).
+
+    With `transposed` the matrix lies on its side: its columns are the quantizer's rows, and take their stream.
+    """
+    streams = (STREAM_DITHER_ROW, STREAM_DITHER_COLUMN)
+    along_rows, along_columns = reversed(streams) if transposed else streams
+    return random_u24(seed, along_rows, rows).view(rows, 1), random_u24(seed, along_columns, columns).view(
+        1, columns
+    )
 
 
 def encode(
-    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, rounding: str, seed: Tensor | None
+    x: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    low: int,
+    high: int,
+    rounding: str,
+    seed: Tensor | None,
+    factor: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """Codes of a matrix.
 
     Args:
-        x: (N, D), float32 or float64.
-        step, offset: the groups' parameters, in x's dtype. A step of 0 (a constant group) gives code 0.
+        x: (N, D), any real floating dtype.
+        step, offset: the groups' parameters, in x's compute dtype. A step of 0 (a constant group) gives code 0.
         low, high: the range t is clamped to; for dithered rounding `high` is one below the last code.
         rounding: "nearest", "stochastic" or "dithered".
         seed: int64 scalar tensor; None only for "nearest". Element noise is indexed row-major.
+        factor: as in `values`.
+        transposed: as in `dither_noise`.
 
     Returns:
         (N, D) codes, uint8 if low is 0, else int8.
     """
+    x = values(x, factor)
     t = position(x, step, offset, low, high)
     if rounding == "nearest":
         codes = round_nearest(t)
@@ -121,7 +146,7 @@ def encode(
         if rounding == "stochastic":
             codes = round_stochastic(t, random_u24(seed, STREAM_ROUNDING, x.numel()).view(x.shape))
         else:
-            codes = round_dithered(t, *dither_noise(seed, *x.shape))
+            codes = round_dithered(t, *dither_noise(seed, x.shape[0], x.shape[1], transposed))
     return codes.to(torch.uint8 if low == 0 else torch.int8)
 
 
@@ -141,6 +166,34 @@ def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) 
     t = position(x, step, offset, low, high)
     p = t - t.floor()
     return p * (1 - p)
+
+
+def variance_sums(
+    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, factor: Tensor | None = None
+) -> Tensor:
+    """Σ p(1 − p) of each group, every entry rounded to a multiple of 2⁻²⁴: integers, so order does not matter.
+
+    Args:
+        x, step, offset, low, high, factor: as in `encode`.
+
+    Returns:
+        int64 of step's shape, in units of 2⁻²⁴ squared steps.
+    """
+    unit = code_variance(values(x, factor), step, offset, low, high)
+    dims = [d for d in (0, 1) if step.shape[d] == 1]
+    counts = (unit * float(DITHER_LEVELS)).round().to(torch.int64)
+    return counts.sum(dims, keepdim=True) if dims else counts
+
+
+def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Σ over the rows of (N, D) codes, and with weights (N,) in 0 … 2²⁴ − 1 also Σ weight · code: int64 (D,)."""
+    wide = codes.to(torch.int64)
+    return wide.sum(0), None if weights is None else (wide * weights.to(torch.int64)[:, None]).sum(0)
+
+
+def row_sums(codes: Tensor) -> Tensor:
+    """Σ over the columns of (N, D) codes: int64 (N,)."""
+    return codes.sum(1, dtype=torch.int64)
 
 
 def hadamard(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -197,17 +250,26 @@ def reflect(x: Tensor, group: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
     return x - normal * (total * factor).index_select(0, group)
 
 
-def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
-    """(x · half − offset · half) · scale, (N, D), with (N, 1) parameters; half is ½ for rows too wide, else 1."""
-    return (x * half).sub_(offset * half).mul_(scale)
+def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
+    """(x · half − offset · half) · scale, (N, D), with (N, 1) parameters; half is ½ for rows too wide, else 1.
+
+    x and factor: as in `values`.
+    """
+    return (values(x, factor) * half).sub_(offset * half).mul_(scale)
 
 
-def unscale_rows(y: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """y · scale + offset, (N, D), with (N, 1) parameters, clamped to the finite floats."""
+def unscale_rows(
+    y: Tensor, scale: Tensor, offset: Tensor, right: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """y · scale + offset · right, (N, D), with (N, 1) parameters, clamped to the finite floats of y's dtype.
+
+    right: (D,), None is 1. dtype: of the result, by default y's.
+    """
     largest = torch.finfo(y.dtype).max
-    return (y * scale).add_(offset).clamp_(-largest, largest)
+    offset = offset if right is None else offset * right
+    return (y * scale).add_(offset).clamp_(-largest, largest).to(dtype or y.dtype)
 
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     """Row r of y, in place, becomes row r of x unless keep (N, 1) holds; returns y, (N, D)."""
-    return y.copy_(torch.where(keep, y, x))
+    return y.copy_(torch.where(keep, y, values(x)))

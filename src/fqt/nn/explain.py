@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from fqt.nn.arithmetic import OPERANDS, machine_obstacle, obstacle
 from fqt.nn.convert import is_converted, select
+from fqt.nn.layers import linear_map
 from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
-from fqt.quant.quantizer import Quantizer
-from fqt.quant.transform import Identity
-
-# What each product multiplies, by field of `Recipe`.
-_OPERANDS = {
-    "output": ("input", "weight"),
-    "grad_input": ("grad_input", "weight"),
-    "grad_weight": ("grad_weight", "input"),
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(Product(name, "all", "float", "", reason))
             continue
         recipe: Recipe = module.fqt_recipe  # type: ignore[assignment]
-        rows += [_product(name, module, recipe, product) for product in _OPERANDS]
+        rows += [_product(name, module, recipe, product) for product in OPERANDS]
         if isinstance(module, nn.MultiheadAttention):
             why = "products of two activations have no weight to quantize"
             rows.append(Product(name, "query·keyᵀ, weights·value", "float", "", why))
@@ -79,56 +73,27 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _product(layer: str, module: nn.Module, recipe: Recipe, product: str) -> Product:
-    names = _OPERANDS[product]
+    names = OPERANDS[product]
     left, right = (recipe.operand(name) for name in names)
     words = dump_recipe(recipe)
     operands = " × ".join(_words(words[name]) for name in names)
     if left is None or right is None:
         exact = "grad_output" if product != "output" else "an operand"
         return Product(layer, product, "float", operands, f"{exact if left is None else 'an operand'} stays float")
-    obstacle = _integer_obstacle(module, recipe, left, right, product)
-    why = obstacle or "both operands are integer codes; this version multiplies them in float"
-    return Product(layer, product, "simulated", operands, why)
+    why = obstacle(product, linear_map(module), recipe) or _machine(module)
+    if why:
+        return Product(layer, product, "simulated", operands, why)
+    return Product(layer, product, "integer", operands, "both operands are integer codes")
 
 
-def _integer_obstacle(module: nn.Module, recipe: Recipe, left: Quantizer, right: Quantizer, product: str) -> str:
-    """Why two integer operands could not be multiplied as integers: steps that vary along a contracted axis."""
-    dense = isinstance(module, nn.Linear | nn.MultiheadAttention)
-    mixes = not isinstance(left.transform, Identity)
-    if product == "grad_weight" and mixes and getattr(module, "groups", 1) > 1:
-        return "a transform over output channels mixes groups, whose inputs differ"
-    left_name, right_name = _OPERANDS[product]
-    contracted = {
-        "output": {"feature"} | (set() if dense else {"token"}),
-        "grad_input": {"channel"} | (set() if dense else {"token", "tap"}),
-        "grad_weight": {"sample", "token"},
-    }[product]
-    first = _varies(left, left_name, dense) & contracted
-    if first:
-        along = " and ".join(sorted(first))
-        if left.scale.group == "column":
-            return f"a step per column varies along a contracted axis: {along}"
-        return f"a step per {along} lies on a contracted axis"
-    second = _varies(right, right_name, dense) & contracted
-    foldable = second <= {"channel", "sample"} or dense
-    if second and not (recipe.fold != "never" and foldable and product != "output" and right.scale.group == "row"):
-        along = " and ".join(sorted(second))
-        return f"the {right_name}'s steps per {along} lie on the contracted axis and fold is {recipe.fold!r}"
-    return ""
-
-
-def _varies(q: Quantizer, operand: str, dense: bool) -> set[str]:
-    """The axes along which an operand's steps vary."""
-    if q.scale.group == "tensor":
-        return set()
-    if operand == "weight":
-        return {"channel"} if q.scale.group == "row" else {"feature"} | (set() if dense else {"tap"})
-    habit = "channel" if operand == "grad_weight" else "token" if dense else "sample"
-    axis = q.scale.axis or habit
-    if q.scale.group == "row":
-        return {axis}
-    everything = {"sample", "token", "feature" if operand == "input" else "channel"}
-    return everything - ({"sample", "token"} if axis == "token" else {axis})
+def _machine(module: nn.Module) -> str:
+    """What keeps the products of this module's parameters off integer units."""
+    weight = next(module.parameters())
+    if weight.device.type != "cpu":
+        return f"no integer kernels for {weight.device.type}"
+    if weight.dtype == torch.float64:
+        return "float64 is computed in float64"
+    return machine_obstacle()
 
 
 def _words(entry: str | dict[str, Any]) -> str:

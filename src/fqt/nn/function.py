@@ -2,7 +2,9 @@
 
 The gradient is an unbiased estimate of the straight-through gradient of the forward-quantized network (QAT),
 up to the rounding of the output dtype; its two quantizers of grad_output are independent. Saved for backward
-are 8-bit codes, not floats. The arithmetic is float on integer-valued codes times their steps.
+are the input's 8-bit codes, not floats, and the weight itself, whose codes are made again: they would cost memory
+that the weight does not. Products run on integer codes where `fqt.nn.arithmetic` says so, else on the values that
+the codes stand for.
 
 The noise belongs to the forward call: a second backward through the same graph (`retain_graph=True`) draws the
 same noise again, as activation checkpointing needs.
@@ -13,7 +15,7 @@ doubles the forward cost and keeps float activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from fqt.kernels import reference
 from fqt.kernels.philox import fork_seed
-from fqt.nn.linear_map import LinearMap
+from fqt.nn import integer
+from fqt.nn.arithmetic import on_integers
+from fqt.nn.linear_map import LinearMap, rows
 from fqt.nn.recipe import Recipe
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.tensor import QuantizedTensor
@@ -37,7 +41,8 @@ class GradientOperand:
 
     Attributes:
         role: "grad_input" or "grad_weight": the product it is for.
-        gradient: float, of grad_output's shape; what `quantizer` gets: folded steps are multiplied in already.
+        gradient: float, grad_output with its channels as last axis; what `quantizer` gets: folded steps are
+            multiplied in already.
         folded: what was multiplied in, broadcasting against `gradient`; None if nothing was.
         quantizer: the recipe's for this role.
         rows: the axes of `gradient` that are its rows.
@@ -63,6 +68,7 @@ class Call:
             gradient is exact.
         rank: the distributed rank, mixed into the noise so that equal seeds on all ranks stay independent.
         dtype: of the output.
+        channels_last: whether the output and the input's gradient are laid out so; else they are contiguous.
         observer: told of every gradient operand before it is quantized.
     """
 
@@ -71,7 +77,16 @@ class Call:
     seed: Tensor | None
     rank: int
     dtype: torch.dtype
+    channels_last: bool = False
     observer: Callable[[GradientOperand], None] | None = None
+
+    def on_integers(self, product: str, values: Tensor) -> bool:
+        """Whether a product of these values runs on integer codes."""
+        return on_integers(product, self.map, self.recipe, values)
+
+    def as_laid_out(self, x: Tensor) -> Tensor:
+        """x in the memory format of this call's results."""
+        return x if self.channels_last else x.contiguous()
 
     def noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of one operand's quantizer."""
@@ -97,68 +112,73 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         ctx.call, ctx.shapes = call, (input.shape, weight.shape)
         ctx.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
-        compute = reference.compute_dtype(torch.promote_types(input.dtype, weight.dtype))
         with torch.autocast(input.device.type, enabled=False):
             x, w = _Operand.input(input, call), _Operand.weight(weight, call)
-            output = call.map.output(x.value(compute), w.value(compute))
-            if bias is not None:
-                output = output + call.map.per_channel(bias.to(compute), output.ndim)
-        # An operand is needed only for the other one's gradient.
-        keep_x, keep_w = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
-        tensors_x, ctx.input = x.pack(keep_x)
-        tensors_w, ctx.weight = w.pack(keep_w)
-        ctx.save_for_backward(*tensors_x, *tensors_w)
-        return output.to(call.dtype)
+            output = _output(x, w, bias, call)
+        # The input is needed only for the weight's gradient, and the other way round.
+        tensors, ctx.input = x.pack(ctx.needs_input_grad[1])
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
+        return call.as_laid_out(output.to(call.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved, call = ctx.saved_tensors, ctx.call
-        compute = reference.compute_dtype(torch.promote_types(ctx.dtypes[0], ctx.dtypes[1]))
+        (weight, *saved), call = ctx.saved_tensors, ctx.call
+        input_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        compute = reference.compute_dtype(torch.promote_types(input_dtype, weight_dtype))
         grad_input = grad_weight = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
-            grad_output = grad_output.to(compute)
+            if compute == torch.float64:
+                grad_output = grad_output.to(compute)
             if ctx.needs_input_grad[0]:
-                weight = ctx.weight.unpack(saved[-3:])
-                grad_input = _grad_input(grad_output, weight, call, ctx.shapes[0]).to(ctx.dtypes[0])
+                w = _Operand.weight(weight, call)
+                grad_input = call.as_laid_out(_grad_input(grad_output, w, call, ctx.shapes[0], input_dtype))
             if ctx.needs_input_grad[1]:
-                input = ctx.input.unpack(saved[:3])
-                grad_weight = _grad_weight(grad_output, input, call, ctx.shapes[1]).to(ctx.dtypes[1])
+                x = ctx.input.unpack(saved)
+                grad_weight = _grad_weight(grad_output, x, call, ctx.shapes[1]).to(weight_dtype)
             if ctx.needs_input_grad[2]:
-                grad_bias = call.map.grad_bias(grad_output).to(ctx.dtypes[2])
+                grad_bias = call.map.grad_bias(grad_output.to(compute)).to(bias_dtype)
         return grad_input, grad_weight, grad_bias, None
 
 
 @dataclass(frozen=True)
 class _Operand:
-    """A forward operand: float, or quantized with its own shape back at hand."""
+    """A forward operand: float, or codes of the operand laid out."""
 
     tensor: Tensor | None
     codes: QuantizedTensor | None
-    shape: torch.Size
+    is_input: bool
 
     @staticmethod
     def input(x: Tensor, call: Call) -> _Operand:
         q = call.recipe.operand("input")
         if q is None:
-            return _Operand(x, None, x.shape)
-        rows = call.map.rows(q.scale.axis, x.ndim)
-        return _Operand(None, q.quantize(x, axis=rows, nonfinite="propagate"), x.shape)
+            return _Operand(x, None, True)
+        axis = rows(call.map, q.scale.axis, x.ndim)
+        return _Operand(None, q.quantize(call.map.lay(x), axis=axis, nonfinite="propagate"), True)
 
     @staticmethod
     def weight(w: Tensor, call: Call) -> _Operand:
         q = call.recipe.operand("weight")
         if q is None:
-            return _Operand(w, None, w.shape)
-        by_channel, rows = call.map.weight_by_channel(w)
-        return _Operand(None, q.quantize(by_channel, axis=rows, nonfinite="propagate"), w.shape)
+            return _Operand(w, None, False)
+        by_channel, axis = call.map.weight_by_channel(w)
+        return _Operand(None, q.quantize(by_channel, axis=axis, nonfinite="propagate"), False)
 
-    def value(self, dtype: torch.dtype) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what was given."""
+        given = self.tensor if self.codes is None else self.codes
+        assert given is not None
+        return given.dtype
+
+    def value(self, dtype: torch.dtype, call: Call) -> Tensor:
         """The operand as floats."""
         if self.codes is None:
             assert self.tensor is not None
             return self.tensor.to(dtype)
-        return self.codes.dequantize(dtype).reshape(self.shape)
+        value = self.codes.dequantize(dtype)
+        return call.map.unlay(value) if self.is_input else call.map.weight_restored(value)
 
     def row_step(self) -> Tensor | None:
         """(N,) steps, if every row has its own; 1 where a group is constant."""
@@ -170,106 +190,154 @@ class _Operand:
     def pack(self, keep: bool) -> tuple[tuple[Tensor | None, ...], _Packed]:
         """Three tensors to save (None where there is none), and the rest."""
         if not keep:
-            return (None, None, None), _Packed(None, self.shape)
+            return (None, None, None), _Packed(None)
         if self.codes is None:
-            return (self.tensor, None, None), _Packed(None, self.shape)
+            return (self.tensor, None, None), _Packed(None)
         q = self.codes
-        return (q.matrix_codes, q.matrix_step, q.matrix_offset), _Packed(q, self.shape)
+        return (q.matrix_codes, q.matrix_step, q.group_offset), _Packed(q)
 
 
 class _Packed:
-    """An operand without its tensors, which the autograd graph holds (so that saved-tensor hooks see them)."""
+    """The input without its tensors, which the autograd graph holds (so that saved-tensor hooks see them)."""
 
-    def __init__(self, codes: QuantizedTensor | None, shape: torch.Size) -> None:
+    def __init__(self, codes: QuantizedTensor | None) -> None:
         self.view = None if codes is None else (codes.view, codes.dtype)
-        self.shape = shape
 
-    def unpack(self, saved: tuple[Tensor, ...]) -> _Operand:
+    def unpack(self, saved: Sequence[Tensor]) -> _Operand:
         """The operand again."""
         if self.view is None:
-            return _Operand(saved[0], None, self.shape)
+            return _Operand(saved[0], None, True)
+        view, dtype = self.view
         codes, step, offset = saved
-        return _Operand(None, QuantizedTensor(*self.view, codes, step, offset), self.shape)
+        return _Operand(None, QuantizedTensor(view, dtype, codes, step, offset), True)
 
 
-def _gradient_quantizer(role: str, call: Call, ndim: int) -> tuple[Quantizer, tuple[int, ...]] | None:
-    """The quantizer of grad_output for `role` and its row axes; None where the gradient is exact.
-
-    Output channels are not contracted in grad_weight: a row means a channel there, if the recipe does not say.
-    One group per tensor has no rows to speak of; the layout that needs no transposition is taken.
-    """
-    q = call.recipe.operand(role)
-    if q is None or call.seed is None:
-        return None
-    habit = "channel" if role == "grad_weight" and q.scale.group != "tensor" else None
-    return q, call.map.rows(q.scale.axis or habit, ndim)
+def _output(x: _Operand, w: _Operand, bias: Tensor | None, call: Call) -> Tensor:
+    if x.codes is not None and w.codes is not None and call.on_integers("output", x.codes.matrix_step):
+        return integer.output(call.map, x.codes, w.codes, bias, _result_dtype(call.dtype))
+    compute = reference.compute_dtype(torch.promote_types(x.dtype, w.dtype))
+    output = call.map.output(x.value(compute, call), w.value(compute, call))
+    return output if bias is None else output + call.map.per_channel(bias.to(compute), output.ndim)
 
 
-def _quantized(grad: Tensor, role: str, call: Call, folded: Tensor | None) -> Tensor:
-    """The gradient as its quantizer for `role` returns it; `folded` is what was multiplied into it."""
-    found = _gradient_quantizer(role, call, grad.ndim)
-    if found is None:
-        return grad
-    q, rows = found
-    seed = call.noise(role, grad.device)
-    if call.observer is not None:
-        call.observer(GradientOperand(role, grad, folded, q, rows, seed))
-    return q.quantize(grad, seed, axis=rows, nonfinite="propagate").dequantize()
+def _result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What an integer product writes for a result of `dtype`: bfloat16 at once, all others by way of float32."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
-def _grad_input(grad: Tensor, weight: _Operand, call: Call, shape: torch.Size) -> Tensor:
-    value, folded = weight.value(grad.dtype), None
-    step = weight.row_step() if _folds(call, "grad_input") else None
+@dataclass(frozen=True)
+class _Gradient:
+    """grad_output for one product, laid out, with how it is quantized; `factor` is folded in, `values` is not."""
+
+    values: Tensor
+    role: str
+    call: Call
+    quantizer: Quantizer | None
+    axis: tuple[int, ...]
+
+    @staticmethod
+    def of(grad: Tensor, role: str, call: Call) -> _Gradient:
+        """No quantizer where the gradient is exact.
+
+        Output channels are not contracted in grad_weight: a row means a channel there, if the recipe does not say.
+        """
+        q = call.recipe.operand(role) if call.seed is not None else None
+        habit = "channel" if role == "grad_weight" else None
+        axis = () if q is None else rows(call.map, q.scale.axis or habit, grad.ndim)
+        return _Gradient(call.map.lay(grad), role, call, q, axis)
+
+    @property
+    def compute(self) -> torch.dtype:
+        return reference.compute_dtype(self.values.dtype)
+
+    def on_integers(self) -> bool:
+        return self.quantizer is not None and self.call.on_integers(self.role, self.values)
+
+    def codes(self, factor: Tensor | None) -> QuantizedTensor:
+        """Of the gradient times a factor that broadcasts against it."""
+        assert self.quantizer is not None
+        seed = self.call.noise(self.role, self.values.device)
+        values, per_channel = self.values, factor
+        if factor is not None and factor.ndim != 1:
+            values, per_channel = values.to(self.compute) * factor, None
+        if self.call.observer is not None:
+            seen = reference.values(values) if per_channel is None else values.to(self.compute) * per_channel
+            self.call.observer(GradientOperand(self.role, seen, factor, self.quantizer, self.axis, seed))
+        return self.quantizer.quantize(values, seed, axis=self.axis, nonfinite="propagate", factor=per_channel)
+
+    def value(self, factor: Tensor | None) -> Tensor:
+        """The same as floats of the layer's own layout: as its quantizer returns it, or exact."""
+        if self.quantizer is None:
+            exact = self.values.to(self.compute)
+            return self.call.map.unlay(exact if factor is None else exact * factor)
+        return self.call.map.unlay(self.codes(factor).dequantize(self.compute))
+
+
+def _grad_input(grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    gradient = _Gradient.of(grad, "grad_input", call)
+    step = weight.row_step() if _folds(gradient) else None
+    if weight.codes is not None and gradient.on_integers():
+        result = _result_dtype(dtype)
+        return integer.grad_input(call.map, gradient.codes(step), weight.codes, step is not None, shape, result).to(
+            dtype
+        )
+    value = weight.value(gradient.compute, call)
+    factor: Tensor | None = None
     if step is not None:
-        by_channel, rows = call.map.weight_by_channel(value)
-        view = [by_channel.shape[d] if d in rows else 1 for d in range(by_channel.ndim)]
-        norms = by_channel.square().sum([d for d in range(by_channel.ndim) if d not in rows]).flatten()
-        factor = _fold(call, "grad_input", grad, call.map.per_channel(step, grad.ndim), norms, step)
-        folded = call.map.per_channel(factor, grad.ndim)
-        grad = grad * folded
-        value = (by_channel / factor.view(view)).reshape(value.shape)
-    return call.map.grad_input(_quantized(grad, "grad_input", call, folded), value, shape)
+        by_channel, axis = call.map.weight_by_channel(value)
+        view = [by_channel.shape[d] if d in axis else 1 for d in range(by_channel.ndim)]
+        norms = by_channel.square().sum([d for d in range(by_channel.ndim) if d not in axis]).flatten()
+        factor = _fold(gradient, step, norms, step)
+        value = call.map.weight_restored(by_channel / factor.view(view))
+    return call.map.grad_input(gradient.value(factor), value, shape).to(dtype)
 
 
 def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size) -> Tensor:
-    value, folded = input.value(grad.dtype), None
-    step = input.row_step() if _folds(call, "grad_weight") else None
+    gradient = _Gradient.of(grad, "grad_weight", call)
+    step, view = (input.row_step() if _folds(gradient) else None), []
     if step is not None and input.codes is not None:
-        rows = input.codes.view.axis
-        if call.map.aligned_tokens or rows == (0,):
-            view = [value.shape[d] if d in rows else 1 for d in range(value.ndim)]
-            norms = value.square().sum([d for d in range(value.ndim) if d not in rows]).flatten()
-            folded = _fold(call, "grad_weight", grad, step.view(view), norms, step).view(view)
-            grad, value = grad * folded, value / folded
-    return call.map.grad_weight(_quantized(grad, "grad_weight", call, folded), value, shape)
+        axis = input.codes.view.axis
+        view = [n if d in axis else 1 for d, n in enumerate(input.codes.shape)]
+        if not (call.map.aligned_tokens or axis == (0,)):
+            step = None
+    if input.codes is not None and gradient.on_integers():
+        codes = gradient.codes(None if step is None else step.view(view))
+        return integer.grad_weight(call.map, codes, input.codes, step is not None, shape)
+    value = input.value(gradient.compute, call)
+    factor: Tensor | None = None
+    if step is not None:
+        laid = call.map.lay(value)
+        norms = laid.square().sum([d for d in range(laid.ndim) if view[d] == 1]).flatten()
+        factor = _fold(gradient, step.view(view), norms, step).view(view)
+        value = call.map.unlay(laid / factor)
+    return call.map.grad_weight(gradient.value(factor), value, shape)
 
 
-def _folds(call: Call, role: str) -> bool:
-    return call.recipe.fold != "never" and call.seed is not None and call.recipe.operand(role) is not None
+def _folds(gradient: _Gradient) -> bool:
+    return gradient.call.recipe.fold != "never" and gradient.quantizer is not None
 
 
-def _fold(call: Call, role: str, grad: Tensor, step: Tensor, norms: Tensor, vector: Tensor) -> Tensor:
+def _fold(gradient: _Gradient, step: Tensor, norms: Tensor, vector: Tensor) -> Tensor:
     """The factor per channel or row that moves into grad_output: the steps, or ones where that would cost.
 
     The product's variance is bounded by (Σ squared steps of grad_output) × (Σ_k ‖operand_k‖²), k over the
     contracted axis; folding turns it into the same with grad·s and operand/s.
 
     Args:
-        call, role: whose product.
-        grad: grad_output, unfolded.
-        step: the steps, broadcasting against grad.
+        gradient: grad_output, unfolded.
+        step: the steps, broadcasting against it.
         norms: (K,) squared norm of the operand along the contracted axis.
         vector: (K,) the steps.
     """
+    call, q = gradient.call, gradient.quantizer
     if call.recipe.fold == "always":
         return vector
-    found = _gradient_quantizer(role, call, grad.ndim)
-    assert found is not None
-    q, rows = found
-    noise = call.noise(role, grad.device)
+    assert q is not None
+    noise = call.noise(gradient.role, gradient.values.device)
+    values = gradient.values.to(gradient.compute)
 
     def bound(g: Tensor, n: Tensor) -> Tensor:
-        return q.variance_bound(g, noise, axis=rows) * n.sum()
+        return q.variance_bound(g, noise, axis=gradient.axis) * n.sum()
 
-    better = bound(grad * step, norms / vector.square()) <= bound(grad, norms)
+    better = bound(values * step, norms / vector.square()) <= bound(values, norms)
     return torch.where(better, vector, torch.ones_like(vector))

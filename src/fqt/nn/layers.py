@@ -8,6 +8,8 @@ distributed wrappers and checkpoints.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +40,11 @@ def _output_dtype(layer: nn.Module, input: Tensor, weight: Tensor) -> torch.dtyp
     return input.dtype
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return format is not None and x.is_contiguous(memory_format=format) and not x.is_contiguous()
+
+
 def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: LinearMap) -> Tensor:
     """One linear map of a converted layer. Draws its seed from torch's generator, in training mode only.
 
@@ -49,7 +56,9 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     if layer.training:
         seed = torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
     observer = layer.__dict__.get("fqt_observer")
-    call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight), observer)
+    # As torch's own layers have it: channels-last if an operand is.
+    channels_last = _is_channels_last(input) or _is_channels_last(weight)
+    call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight), channels_last, observer)
     return linear_products(input, weight, bias, call)
 
 
@@ -65,12 +74,17 @@ class QuantizedLinear(nn.Linear):
         return output if input.ndim > 1 else output.squeeze(0)
 
 
-def _convolve(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:
-    batched = input if input.ndim == dims + 2 else input.unsqueeze(0)
+def linear_map(layer: nn.Module) -> LinearMap:
+    """The linear map of a layer, but for a transposed convolution's output padding, which an input may change."""
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return DenseMap()
+    dims = len(layer.kernel_size)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        padding = layer.padding
+        return ConvMap(layer.stride, padding, layer.dilation, layer.groups, True, layer.output_padding)  # type: ignore[arg-type]
     padding, extra = layer.padding, tuple[int, ...]()
     if layer.padding_mode != "zeros":
-        batched = F.pad(batched, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = (0,) * dims
+        padding = (0,) * dims  # the layer pads its input itself
     elif isinstance(padding, str):
         both = layer._reversed_padding_repeated_twice  # last axis first: (left, right) each
         sides = [(both[2 * i], both[2 * i + 1]) for i in reversed(range(dims))]
@@ -78,8 +92,14 @@ def _convolve(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tenso
             padding = tuple(left for left, _ in sides)
         else:
             padding, extra = (0,) * dims, tuple(both)
-    map = ConvMap(layer.stride, padding, layer.dilation, layer.groups, extra=extra)
-    output = products(layer, batched, layer.weight, layer.bias, map)
+    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, extra=extra)
+
+
+def _convolve(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:
+    batched = input if input.ndim == dims + 2 else input.unsqueeze(0)
+    if layer.padding_mode != "zeros":
+        batched = F.pad(batched, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    output = products(layer, batched, layer.weight, layer.bias, linear_map(layer))
     return output if input.ndim == dims + 2 else output.squeeze(0)
 
 
@@ -96,14 +116,9 @@ def _convolve_transposed(
         dims,
         layer.dilation,  # type: ignore[arg-type]
     )
-    map = ConvMap(
-        layer.stride,
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,
-        layer.groups,
-        transposed=True,
-        output_padding=tuple(output_padding),
-    )
+    map = linear_map(layer)
+    assert isinstance(map, ConvMap)
+    map = replace(map, output_padding=tuple(output_padding))
     output = products(layer, batched, layer.weight, layer.bias, map)
     return output if input.ndim == dims + 2 else output.squeeze(0)
 

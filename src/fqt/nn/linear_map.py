@@ -1,7 +1,8 @@
 """The linear map of a layer: its three products, and which axes of an operand are its rows.
 
 A convolution is linear per sample, so it has the same three products as a matrix product and the same row axis;
-one autograd function serves both through this small interface.
+one autograd function serves both through this small interface. Operands are quantized *laid out*: with channels as
+the last axis, which is how the integer kernels read them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ class DenseMap:
 
     aligned_tokens = True
     """Whether one input position meets one output position, so that a step per token can move across."""
+    habit = "token"
+    """The rows of an operand if the recipe does not say."""
 
     def output(self, input: Tensor, weight: Tensor) -> Tensor:
         """(…, O)."""
@@ -36,19 +39,25 @@ class DenseMap:
         """(O,)."""
         return grad_output.flatten(0, -2).sum(0)
 
-    def rows(self, axis: str | None, ndim: int) -> tuple[int, ...]:
-        """The row axes of input or grad_output; by habit every token."""
-        if axis == "channel":
-            return (ndim - 1,)
-        return (0,) if axis == "sample" else tuple(range(ndim - 1))
+    def lay(self, x: Tensor) -> Tensor:
+        """Channels last: x itself."""
+        return x
+
+    def unlay(self, x: Tensor) -> Tensor:
+        """The inverse of `lay`."""
+        return x
 
     def per_channel(self, vector: Tensor, ndim: int) -> Tensor:
-        """A vector (O,) so that it broadcasts against grad_output."""
+        """A vector (O,) so that it broadcasts against the output."""
         return vector
 
     def weight_by_channel(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The weight, reshaped if need be, and its output-channel axes."""
+        """The weight as it is quantized, and its output-channel axes."""
         return weight, (0,)
+
+    def weight_restored(self, weight: Tensor) -> Tensor:
+        """The inverse of `weight_by_channel`."""
+        return weight
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class ConvMap:
     extra: tuple[int, ...] = ()
 
     aligned_tokens = False
+    habit = "sample"
 
     def output(self, input: Tensor, weight: Tensor) -> Tensor:
         """(N, O, *)."""
@@ -99,21 +109,30 @@ class ConvMap:
         """(O,)."""
         return grad_output.sum([d for d in range(grad_output.ndim) if d != 1])
 
-    def rows(self, axis: str | None, ndim: int) -> tuple[int, ...]:
-        """The row axes of input or grad_output; by habit every sample."""
-        if axis == "channel":
-            return (1,)
-        return (0, *range(2, ndim)) if axis == "token" else (0,)
+    def lay(self, x: Tensor) -> Tensor:
+        """(N, *, C) from (N, C, *), a view."""
+        return x.movedim(1, -1)
+
+    def unlay(self, x: Tensor) -> Tensor:
+        """(N, C, *) from (N, *, C), a view."""
+        return x.movedim(-1, 1)
 
     def per_channel(self, vector: Tensor, ndim: int) -> Tensor:
-        """A vector (O,) so that it broadcasts against grad_output."""
+        """A vector (O,) so that it broadcasts against the output."""
         return vector.view(-1, *[1] * (ndim - 2))
 
     def weight_by_channel(self, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The weight, reshaped if need be, and its output-channel axes."""
+        """The weight as it is quantized, and its output-channel axes: (O, *, C/groups), axis 0.
+
+        A transposed convolution's: (groups, C/groups, O/groups, *), axes 0 and 2.
+        """
         if not self.transposed:
-            return weight, (0,)
+            return weight.movedim(1, -1), (0,)
         return weight.unflatten(0, (self.groups, -1)), (0, 2)
+
+    def weight_restored(self, weight: Tensor) -> Tensor:
+        """The inverse of `weight_by_channel`."""
+        return weight.flatten(0, 1) if self.transposed else weight.movedim(-1, 1)
 
     def _arguments(self) -> tuple:
         zeros = [0] * len(self.stride)
@@ -139,3 +158,11 @@ class ConvMap:
 
 
 LinearMap = DenseMap | ConvMap
+
+
+def rows(map: LinearMap, axis: str | None, ndim: int) -> tuple[int, ...]:
+    """The row axes of an input or a grad_output that is laid out; by the layer's habit if `axis` is None."""
+    axis = axis or map.habit
+    if axis == "channel":
+        return (ndim - 1,)
+    return (0,) if axis == "sample" else tuple(range(ndim - 1))

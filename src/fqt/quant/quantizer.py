@@ -16,9 +16,11 @@ from fqt.errors import FqtError
 from fqt.kernels import ops, reference
 from fqt.kernels.philox import as_seed
 from fqt.quant.scale import Integers, Scale, parameters
-from fqt.quant.tensor import QuantizedTensor, RowView
+from fqt.quant.tensor import Dither, QuantizedTensor, RowView
 from fqt.quant.transform import Identity, Mixing, Transform
 
+# The largest variance of one entry, in squared steps.
+_UNIT_BOUND = {"nearest": 0.0, "stochastic": 1 / 4, "dithered": 1 / 12}
 ROUNDINGS = ("nearest", "stochastic", "dithered", "best")
 
 
@@ -62,31 +64,31 @@ class Quantizer:
         *,
         axis: int | tuple[int, ...] = 0,
         nonfinite: str = "raise",
+        factor: Tensor | None = None,
     ) -> QuantizedTensor:
         """Codes of `x`, with what turns them back.
 
         Args:
             x: any shape with at least one axis, any real floating dtype, any strides.
             seed: an int or an int64 scalar tensor; the same seed gives the same codes on every backend.
-                Needed by every rounding but "nearest".
+                Needed by every rounding but "nearest". Noise is counted in the order of the matrix (`RowView`).
             axis: which axes of x are the rows; all others are columns.
             nonfinite: "raise", or "propagate": NaN out for the whole group (with a transform: the tensor).
+            factor: (x.shape[-1],) in float32 (float64 for float64 x): what is quantized is x · factor, multiplied
+                on the way to save a pass over memory; None is x itself.
 
         Raises:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
-        view = _view(x, axis)
-        x = x.detach()
+        matrix, view, factor = self._matrix(x, axis, factor)
         if nonfinite not in ("raise", "propagate"):
             raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
-        matrix = view.matrix(x).to(reference.compute_dtype(x.dtype))
         if nonfinite == "raise" and not torch.isfinite(matrix).all():
             raise FqtError("cannot quantize NaN or Inf; pass nonfinite='propagate' to get NaN back instead")
         key = self._key(seed, x.device)
-        y, mixing, plan = self._plan(matrix, key)
-        codes = plan.encode(y, key)
-        step, offset, dither = plan.decoding(y.shape, key)
-        return QuantizedTensor(view, x.dtype, codes, step, offset, dither, mixing)
+        y, factor, mixing, plan = self._plan(matrix, factor, view.transposed, key)
+        codes = plan.encode(_Entries(y, factor, view.transposed), key)
+        return QuantizedTensor(view, x.dtype, codes, *plan.decoding(y.shape, view.transposed, key), mixing)
 
     def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.
@@ -110,11 +112,22 @@ class Quantizer:
         return self._variance(x, seed, axis, exact=False)
 
     def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
-        view = _view(x, axis)
-        matrix = view.matrix(x.detach()).to(reference.compute_dtype(x.dtype))
-        y, mixing, plan = self._plan(matrix, self._key(seed, x.device))
+        matrix, view, _ = self._matrix(x, axis, None)
+        matrix = reference.values(matrix)
+        y, _, mixing, plan = self._plan(matrix, None, view.transposed, self._key(seed, x.device))
         rows = plan.row_variance(y) if exact else plan.row_bound(y)
         return (rows if mixing is None else rows * mixing.cost).sum()
+
+    def _matrix(
+        self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None
+    ) -> tuple[Tensor, RowView, Tensor | None]:
+        """The matrix of x, its view, and the factor as the kernels take it."""
+        # A transform mixes rows: its kernels want them as the matrix's rows.
+        view = _view(x, axis, may_transpose=isinstance(self.transform, Identity))
+        matrix = view.matrix(x.detach())
+        if factor is not None and (view.order[-1] != x.ndim - 1 or x.ndim == len(view.axis)):
+            matrix, factor = view.matrix(reference.values(x.detach()) * factor), None
+        return matrix, view, factor
 
     def _key(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
         if seed is not None:
@@ -123,26 +136,46 @@ class Quantizer:
             raise FqtError(f"{self.rounding} rounding draws noise: give quantize() a seed")
         return None
 
-    def _plan(self, x: Tensor, key: Tensor | None) -> tuple[Tensor, Mixing | None, Plan | Either]:
-        """The transformed matrix, how to undo the transform, and how to round it."""
+    def _plan(
+        self, x: Tensor, factor: Tensor | None, transposed: bool, key: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Mixing | None, Plan | Either]:
+        """The transformed matrix and the factor still to be applied, how to undo the transform, how to round."""
 
         def row_cost(y: Tensor) -> Tensor:
             if getattr(self.transform, "guard", True) == "exact":
-                return self._rounding_plan(y, None).row_variance(y)
+                return self._rounding_plan(y, None, False, None).row_variance(reference.values(y))
             lo, hi = ops.value_range(y, "row")
             return Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic").row_bound(y)
 
+        if factor is not None and not isinstance(self.transform, Identity):
+            x, factor = reference.values(x, factor), None
         y, mixing = self.transform.apply(x, key, row_cost)
-        return y, mixing, self._rounding_plan(y, None if mixing is None else mixing.cost)
+        return y, factor, mixing, self._rounding_plan(y, factor, transposed, mixing)
 
-    def _rounding_plan(self, y: Tensor, cost: Tensor | None) -> Plan | Either:
-        lo, hi = ops.value_range(y, self.scale.group)
+    def _rounding_plan(
+        self, y: Tensor, factor: Tensor | None, transposed: bool, mixing: Mixing | None
+    ) -> Plan | Either:
+        group = self.scale.group
+        if transposed:
+            group = {"row": "column", "column": "row"}.get(group, group)
+        lo, hi = ops.value_range(y, group, factor)
         if self.rounding != "best":
             return Plan.of(lo, hi, self.scale.mode, self.grid, self.rounding)
         stochastic = Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic")
         dithered = Plan.of(lo, hi, "affine", self.grid, "dithered")
-        gain = stochastic.row_variance(y) - dithered.row_variance(y)
-        return Either((gain if cost is None else gain * cost).sum() > 0, dithered, stochastic)
+        gain = stochastic.group_variance(y, factor) - dithered.group_variance(y, factor)
+        if mixing is not None:
+            gain = gain * mixing.cost[:, None]
+        return Either(gain.sum() > 0, dithered, stochastic)
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """What is encoded: a matrix, its columns' factor, and whether it lies on its side."""
+
+    matrix: Tensor
+    factor: Tensor | None
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -165,25 +198,28 @@ class Plan:
         high = grid.affine_steps - (rounding == "dithered")
         return Plan(*parameters(lo, hi, mode, high), 0, high, rounding)
 
-    def encode(self, y: Tensor, key: Tensor | None) -> Tensor:
+    def encode(self, x: _Entries, key: Tensor | None) -> Tensor:
         """(N, D) codes."""
-        return ops.encode(y, self.step, self.offset, self.low, self.high, self.rounding, key)
+        rest = (self.low, self.high, self.rounding, key, x.factor, x.transposed)
+        return ops.encode(x.matrix, self.step, self.offset, *rest)
 
-    def decoding(self, shape: torch.Size, key: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Step, offset and dither so that value = step · (code − dither) + offset.
-
-        Dither is one number per row and one per column. The one along which the step does not vary goes into
-        the offset, together with the constant that centres it.
-        """
+    def decoding(
+        self, shape: torch.Size, transposed: bool, key: Tensor | None
+    ) -> tuple[Tensor, Tensor, Dither | None]:
+        """Step, offset and dither."""
         if self.rounding != "dithered":
             return self.step, self.offset, None
         assert key is not None
-        levels = reference.DITHER_LEVELS
-        row, column = (n.to(self.step.dtype) / levels for n in ops.dither_noise(key, *shape))
-        into_offset, dither = (column, row) if self.step.shape[1] != 1 else (row, column)
-        # The constant ½ goes with the dither: so the offset stays inside the group's range, and finite.
-        offset = self.offset + self.step * (1.0 - 0.5 / levels - into_offset)
-        return self.step, offset, dither + 0.5
+        noise = ops.dither_noise(key, shape[0], shape[1], transposed)
+        return self.step, self.offset, Dither(*(n.to(self.step.dtype) / reference.DITHER_LEVELS for n in noise))
+
+    def group_variance(self, y: Tensor, factor: Tensor | None) -> Tensor:
+        """float64, of step's shape: Σ over the group of its entries' variances (to 2⁻²⁵ of a squared step each)."""
+        if self.rounding == "stochastic":
+            sums = ops.variance_sums(y, self.step, self.offset, self.low, self.high, factor)
+            return sums.double() / reference.DITHER_LEVELS * self.step.double().square()
+        size = y.numel() // max(self.step.numel(), 1)
+        return self.step.double().square() * (size * _UNIT_BOUND[self.rounding])
 
     def row_variance(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' exact variances."""
@@ -196,8 +232,7 @@ class Plan:
 
     def row_bound(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' variance bounds."""
-        unit = {"nearest": 0.0, "stochastic": 1 / 4, "dithered": 1 / 12}[self.rounding]
-        return self.step.double().square().expand(y.shape).sum(1) * unit
+        return self.step.double().square().expand(y.shape).sum(1) * _UNIT_BOUND[self.rounding]
 
 
 @dataclass(frozen=True)
@@ -211,20 +246,30 @@ class Either:
     def _pick(self, first: Tensor, second: Tensor) -> Tensor:
         return torch.where(self.take_first, first, second)
 
-    def encode(self, y: Tensor, key: Tensor | None) -> Tensor:
-        """(N, D) codes."""
-        return self._pick(self.first.encode(y, key), self.second.encode(y, key))
+    def _on_cpu(self) -> Plan | None:
+        """The plan taken, where asking costs nothing."""
+        if not ops.at_hand(self.take_first):
+            return None
+        return self.first if bool(self.take_first) else self.second
 
-    def decoding(self, shape: torch.Size, key: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def encode(self, x: _Entries, key: Tensor | None) -> Tensor:
+        """(N, D) codes."""
+        taken = self._on_cpu()
+        if taken is not None:
+            return taken.encode(x, key)
+        return self._pick(self.first.encode(x, key), self.second.encode(x, key))
+
+    def decoding(
+        self, shape: torch.Size, transposed: bool, key: Tensor | None
+    ) -> tuple[Tensor, Tensor, Dither | None]:
         """Step, offset and dither of the plan taken."""
-        step, offset, dither = self.first.decoding(shape, key)
-        step2, offset2, _ = self.second.decoding(shape, key)
+        taken = self._on_cpu()
+        if taken is not None:
+            return taken.decoding(shape, transposed, key)
+        step, offset, dither = self.first.decoding(shape, transposed, key)
         assert dither is not None
-        return (
-            self._pick(step, step2),
-            self._pick(offset, offset2),
-            self._pick(dither, dither.new_zeros(())),
-        )
+        picked = self._pick(step, self.second.step), self._pick(offset, self.second.offset)
+        return *picked, dither.where(self.take_first)
 
     def row_variance(self, y: Tensor) -> Tensor:
         """(N,) float64."""
@@ -235,7 +280,7 @@ class Either:
         return self._pick(self.first.row_bound(y), self.second.row_bound(y))
 
 
-def _view(x: Tensor, axis: int | tuple[int, ...]) -> RowView:
+def _view(x: Tensor, axis: int | tuple[int, ...], may_transpose: bool) -> RowView:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise FqtError(f"cannot quantize {getattr(x, 'dtype', type(x).__name__)}: give a floating-point tensor")
     if x.ndim == 0:
@@ -246,4 +291,4 @@ def _view(x: Tensor, axis: int | tuple[int, ...]) -> RowView:
     normal = tuple(a + x.ndim if a < 0 else a for a in axes)
     if any(a not in range(x.ndim) for a in normal) or len(set(normal)) != len(normal):
         raise FqtError(f"axis {axis!r} does not name distinct axes of a tensor of shape {tuple(x.shape)}")
-    return RowView(x.shape, normal)
+    return RowView.of(x.shape, normal, may_transpose)

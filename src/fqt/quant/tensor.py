@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fqt.kernels import ops
+from fqt.kernels.reference import DITHER_LEVELS
 from fqt.quant.transform import Mixing
 
 
@@ -16,34 +18,70 @@ class RowView:
     """How a tensor is seen as a matrix: the axes in `axis` are its rows, all others its columns.
 
     The matrix is row-major in the order (axis…, other axes…); with the leading axes as rows that is the
-    tensor's own logical order, whatever its strides.
+    tensor's own logical order, whatever its strides. With `transposed` it lies on its side, in the order
+    (other axes…, axis…): so trailing axes as rows are in the tensor's logical order too, and need no copy.
     """
 
     shape: torch.Size
     axis: tuple[int, ...]
+    transposed: bool = False
+
+    @staticmethod
+    def of(shape: torch.Size, axis: tuple[int, ...], may_transpose: bool) -> RowView:
+        """The view of least copying."""
+        trailing = tuple(range(len(shape) - len(axis), len(shape)))
+        return RowView(shape, axis, may_transpose and axis == trailing and 0 < len(axis) < len(shape))
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The axes that are columns."""
+        return tuple(d for d in range(len(self.shape)) if d not in self.axis)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The permutation that brings the row axes to the front."""
-        return self.axis + tuple(d for d in range(len(self.shape)) if d not in self.axis)
+        """The permutation of the axes that the matrix has."""
+        return self.others + self.axis if self.transposed else self.axis + self.others
 
     def matrix(self, x: Tensor) -> Tensor:
-        """(N, D) from a tensor of `shape`."""
-        rows = 1
-        for d in self.axis:
-            rows *= self.shape[d]
-        columns = 1
-        for d in range(len(self.shape)):
-            columns *= 1 if d in self.axis else self.shape[d]
-        return x.permute(self.order).reshape(rows, columns)
+        """(N, D) from a tensor of `shape`; (D, N) if transposed."""
+        rows, columns = (math.prod(self.shape[d] for d in axes) for axes in (self.axis, self.others))
+        return x.permute(self.order).reshape((columns, rows) if self.transposed else (rows, columns))
 
     def restore(self, matrix: Tensor) -> Tensor:
-        """A tensor of `shape` from (N, D); groups (N, 1), (1, D), (1, 1) become shapes that broadcast."""
+        """A tensor of `shape` from the matrix; parameters (N, 1), (1, D), (1, 1) become shapes that broadcast."""
         order = self.order
-        rows = len(self.axis)
-        permuted = [self.shape[d] if matrix.shape[0 if i < rows else 1] != 1 else 1 for i, d in enumerate(order)]
+        first = len(self.others if self.transposed else self.axis)
+        permuted = [self.shape[d] if matrix.shape[0 if i < first else 1] != 1 else 1 for i, d in enumerate(order)]
         inverse = [order.index(d) for d in range(len(order))]
         return matrix.reshape(permuted).permute(inverse)
+
+
+@dataclass(frozen=True)
+class Dither:
+    """What dithered rounding added to the positions before it rounded down, in steps.
+
+    `value = step · (code + centre − row − column) + offset`, whose errors have mean zero.
+
+    Attributes:
+        row: (N, 1), one number in [0, 1) per row of the matrix, a multiple of 2⁻²⁴.
+        column: (1, D), one per column.
+        half: ½; or a scalar tensor that is ½ where dithered rounding was taken, and 0, like row and column, where
+            another was.
+    """
+
+    row: Tensor
+    column: Tensor
+    half: float | Tensor = 0.5
+
+    @property
+    def centre(self) -> float | Tensor:
+        """½ less half a level of the noise."""
+        return self.half * (1.0 - 1.0 / DITHER_LEVELS)
+
+    def where(self, taken: Tensor) -> Dither:
+        """The same if `taken`, else none."""
+        half = torch.where(taken, 0.5, 0.0).to(self.row.dtype)
+        return Dither(torch.where(taken, self.row, 0.0), torch.where(taken, self.column, 0.0), half)
 
 
 @dataclass(frozen=True)
@@ -54,9 +92,9 @@ class QuantizedTensor:
         view: the matrix the tensor was quantized as.
         dtype: the dtype of the tensor that was quantized.
         matrix_codes: (N, D), uint8 (affine) or int8 (symmetric).
-        matrix_step, matrix_offset: float32 or float64, broadcastable to (N, D). A NaN step marks a group that
-            held a non-finite value.
-        matrix_dither: dithered rounding's column part (or row part, for column groups); None without dither.
+        matrix_step, group_offset: float32 or float64, one number per group, broadcastable to (N, D): step and
+            least value. A NaN step marks a group that held a non-finite value.
+        noise: dithered rounding's; None without dither.
         mixing: the transform's state; None without transform.
     """
 
@@ -64,8 +102,8 @@ class QuantizedTensor:
     dtype: torch.dtype
     matrix_codes: Tensor
     matrix_step: Tensor
-    matrix_offset: Tensor
-    matrix_dither: Tensor | None = None
+    group_offset: Tensor
+    noise: Dither | None = None
     mixing: Mixing | None = None
 
     @property
@@ -92,6 +130,27 @@ class QuantizedTensor:
     def dither(self) -> Tensor | None:
         """What is subtracted from a code before scaling; broadcasts over `codes`; None without dither."""
         return None if self.matrix_dither is None else self.view.restore(self.matrix_dither)
+
+    @property
+    def _into_offset(self) -> tuple[Tensor, Tensor]:
+        """The dither along which the step does not vary, which therefore goes into the offset, and the other."""
+        assert self.noise is not None
+        row, column = self.noise.row, self.noise.column
+        return (column, row) if self.matrix_step.shape[1] != 1 else (row, column)
+
+    @property
+    def matrix_offset(self) -> Tensor:
+        """The group's offset and, with it, one of the two dithers."""
+        if self.noise is None:
+            return self.group_offset
+        # The constant ½ goes with the other dither: so the offset stays inside the group's range, and finite.
+        shift = self.noise.half + self.noise.centre - self._into_offset[0]
+        return self.group_offset + self.matrix_step * shift
+
+    @property
+    def matrix_dither(self) -> Tensor | None:
+        """(1, D), or (N, 1) for column groups: the other dither; None without."""
+        return None if self.noise is None else self._into_offset[1] + self.noise.half
 
     def decode(self) -> Tensor:
         """(N, D) in the step's dtype: the values of the codes, before the transform is undone."""

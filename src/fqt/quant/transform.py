@@ -83,6 +83,10 @@ class Mixing:
         """S⁻¹ y + z, (N, D); finite where y is (values beyond the largest float are clamped to it)."""
         return ops.unscale_rows(self.matrix.transposed(y), self.inverse_scale, self.offset)
 
+    def undo_product(self, p: Tensor, of_ones: Tensor, dtype: torch.dtype) -> Tensor:
+        """(S⁻¹ y + z)·B of `dtype`, given p = y·B (N, K) and 1·B (K,)."""
+        return ops.unscale_rows(self.matrix.transposed(p), self.inverse_scale, self.offset, of_ones, dtype)
+
 
 def _check_guard(guard: bool | str) -> None:
     if guard not in (True, False, "exact"):
@@ -133,7 +137,8 @@ class BlockHouseholder:
         scale = torch.where(in_block, scale, 1.0).masked_fill(rows.constant, 0.0)
         inverse = _inverse(scale)
 
-        mix = Reflections(group, normal.to(x.dtype)[:, None], factor.to(x.dtype)[:, None])
+        dtype = rows.offset.dtype
+        mix = Reflections(group, normal.to(dtype)[:, None], factor.to(dtype)[:, None])
         y = mix.transposed(rows.scaled(x, scale))
         # Q_ri² = δ_ri (1 − 2 f n_i²) + f² n_r² n_i², so ‖S⁻¹e_i‖² = Σ_r Q_ri²/s_r² needs one sum per block.
         f, weight = factor[group], normal.square()
@@ -211,8 +216,8 @@ class _Rows:
     @staticmethod
     def of(x: Tensor) -> _Rows:
         lo, hi = ops.value_range(x, "row")
-        wide = hi * 0.5 - lo * 0.5 > torch.finfo(x.dtype).max / 4
-        half = torch.where(wide, 0.5, 1.0).to(x.dtype)
+        wide = hi * 0.5 - lo * 0.5 > torch.finfo(lo.dtype).max / 4
+        half = torch.where(wide, 0.5, 1.0).to(lo.dtype)
         # A range beyond the largest float is only a size here: halve it rather than overflow.
         size = torch.where(wide, hi * 0.5 - lo * 0.5, hi - lo)[:, 0]
         # About its middle a row is no larger than half its range, so that undoing S cannot overflow.
@@ -221,7 +226,7 @@ class _Rows:
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
         """diag(scale)·(x − z), with no overflow on the way."""
-        return ops.scale_rows(x, self.half, self.offset, (scale[:, None] / self.half).to(x.dtype))
+        return ops.scale_rows(x, self.half, self.offset, (scale[:, None] / self.half).to(self.half.dtype))
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -257,7 +262,7 @@ def _assemble(
     column = keep[:, None]
     offset = torch.where(column, rows.offset, 0.0)
     offset = torch.where(torch.isfinite(rows.range).all() & torch.isfinite(rows.offset).all(), offset, torch.nan)
-    scale = torch.where(keep, inverse, 1.0).to(x.dtype)[:, None]
+    scale = torch.where(keep, inverse, 1.0).to(y.dtype)[:, None]
     return ops.replace_rows_(y, column, x), Mixing(scale, offset, matrix, torch.where(keep, cost, 1.0))
 
 

@@ -1,0 +1,105 @@
+// Sums of codes, exact: what the corrections for offsets and dither are made of.
+#include "parallel.h"
+#include "platform.h"
+#include "simd.h"
+
+using namespace fqt;
+
+namespace {
+
+// Adds rows begin … end − 1 of columns first … first + width − 1 to `plain`, and each row's codes times its weight
+// to `weighted` unless weights is null. A 24-bit weight is taken in two halves, so that 1024 products fit 31 bits.
+template <bool Signed, bool Weighted>
+void add_rows(const uint8_t* codes, int64_t columns, int64_t begin, int64_t end, int64_t first, int64_t width,
+              const int32_t* weights, int64_t* plain, int64_t* weighted) {
+  constexpr int64_t kRun = 1024;
+  constexpr int kVectors = 4;
+  for (int64_t j = 0; j < width; j += kVectors * W) {
+    const int64_t n = width - j < kVectors * W ? width - j : kVectors * W;
+    for (int64_t start = begin; start < end; start += kRun) {
+      vi sum[kVectors] = {}, low[kVectors] = {}, high[kVectors] = {};
+      for (int64_t r = start; r < end && r < start + kRun; ++r) {
+        const uint8_t* from = codes + r * columns + first + j;
+        const int32_t weight = Weighted ? weights[r] : 0;
+        for (int k = 0; k < kVectors && k * W < n; ++k) {
+          const vb bytes = n - k * W >= W ? load<vb>(from + k * W) : load_part<vb>(from + k * W, n - k * W);
+          const vi code = from_bytes<Signed>(bytes);
+          sum[k] += code;
+          if (Weighted) {
+            low[k] += code * (weight & 0xfff);
+            high[k] += code * (weight >> 12);
+          }
+        }
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        plain[j + i] += sum[i / W][i % W];
+        if (Weighted) weighted[j + i] += low[i / W][i % W] + (static_cast<int64_t>(high[i / W][i % W]) << 12);
+      }
+    }
+  }
+}
+
+template <bool Signed, bool Weighted>
+void column_sums(const uint8_t* codes, int64_t rows, int64_t columns, const int32_t* weights, int64_t* plain,
+                 int64_t* weighted, int threads) {
+  constexpr int64_t kStrip = 512;
+  const int64_t strips = ceil_div(columns, kStrip), bands = 1 + rows * columns / (1 << 18) / strips;
+  parallel_for(strips * bands, rows * columns, threads, [&](int64_t item) {
+    const int64_t first = item % strips * kStrip, width = columns - first < kStrip ? columns - first : kStrip;
+    const int64_t band = item / strips, begin = rows * band / bands, end = rows * (band + 1) / bands;
+    int64_t part[2][kStrip] = {};
+    add_rows<Signed, Weighted>(codes, columns, begin, end, first, width, weights, part[0], part[1]);
+    for (int64_t j = 0; j < width; ++j) {
+      __atomic_fetch_add(plain + first + j, part[0][j], __ATOMIC_RELAXED);
+      if (Weighted) __atomic_fetch_add(weighted + first + j, part[1][j], __ATOMIC_RELAXED);
+    }
+  });
+}
+
+template <bool Signed>
+int64_t row_sum(const uint8_t* row, int64_t columns) {
+  constexpr int64_t kRun = int64_t{1} << 20;  // additions per lane are far below 2²³
+  int64_t total = 0;
+  for (int64_t start = 0; start < columns; start += kRun) {
+    const int64_t end = columns - start < kRun ? columns : start + kRun;
+    vi sum{};
+    int64_t j = start;
+    for (; j + W <= end; j += W) sum += from_bytes<Signed>(load<vb>(row + j));
+    if (j < end) sum += from_bytes<Signed>(load_part<vb>(row + j, end - j));
+    for (int k = 0; k < W; ++k) total += sum[k];
+  }
+  return total;
+}
+
+}  // namespace
+
+// plain (columns,): Σ over the rows. weighted (columns,), unless it is null: Σ weight · code, for weights
+// (rows,) in 0 … 2²⁴ − 1. Fewer than 2³¹ rows.
+FQT_API int fqt_column_sums(const uint8_t* codes, int is_signed, int64_t rows, int64_t columns,
+                            const int32_t* weights, int64_t* plain, int64_t* weighted, int threads) {
+  for (int64_t j = 0; j < columns; ++j) plain[j] = 0;
+  for (int64_t j = 0; weighted && j < columns; ++j) weighted[j] = 0;
+  if (rows == 0 || columns == 0) return kDone;
+  if (is_signed) {
+    if (weighted) {
+      column_sums<true, true>(codes, rows, columns, weights, plain, weighted, threads);
+    } else {
+      column_sums<true, false>(codes, rows, columns, weights, plain, weighted, threads);
+    }
+  } else if (weighted) {
+    column_sums<false, true>(codes, rows, columns, weights, plain, weighted, threads);
+  } else {
+    column_sums<false, false>(codes, rows, columns, weights, plain, weighted, threads);
+  }
+  return kDone;
+}
+
+// sums (rows,): Σ over the columns.
+FQT_API int fqt_row_sums(const uint8_t* codes, int is_signed, int64_t rows, int64_t columns, int64_t* sums,
+                         int threads) {
+  parallel_for(rows, rows * columns, threads, [&](int64_t r) {
+    const uint8_t* row = codes + r * columns;
+    sums[r] = is_signed ? row_sum<true>(row, columns) : row_sum<false>(row, columns);
+  });
+  return kDone;
+}

@@ -1,0 +1,111 @@
+"""Which products can run on integer codes: one answer for the layers and for `explain`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fqt.kernels import native
+from fqt.nn.linear_map import DenseMap, LinearMap
+from fqt.nn.recipe import Recipe
+from fqt.quant.quantizer import Quantizer
+
+OPERANDS = {
+    "output": ("input", "weight"),
+    "grad_input": ("grad_input", "weight"),
+    "grad_weight": ("grad_weight", "input"),
+}
+"""What each product multiplies, by field of `Recipe`."""
+
+
+def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) -> bool:
+    """Whether this product of these values runs on integer codes.
+
+    On the CPU and below float64 only. Without native kernels it does too, through exact sums in float64, so that
+    an installation without them computes the same numbers.
+    """
+    if values.dtype == torch.float64 or values.device.type != "cpu":
+        return False
+    if any(recipe.operand(name) is None for name in OPERANDS[product]):
+        return False
+    return not obstacle(product, map, recipe)
+
+
+def machine_obstacle() -> str:
+    """Why this machine runs no product on integers; empty if it does."""
+    status = native.status()
+    return f"no integer kernels: {status.reason}" if status.level == "reference" else ""
+
+
+@lru_cache(maxsize=512)
+def obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
+    """Why two quantized operands cannot be multiplied as integers; empty if they can.
+
+    A step that varies along a contracted axis does not pull out of the sum; it can only be folded into the other
+    operand before that one is quantized.
+    """
+    name, other = OPERANDS[product]
+    left, right = recipe.operand(name), recipe.operand(other)
+    assert left is not None
+    assert right is not None
+    return (
+        _unsupported(map)
+        or _column(left, name)
+        or _column(right, other)
+        or _contracted(product, map, left)
+        or _other(product, recipe, right)
+        or _codes(product, recipe)
+    )
+
+
+def _unsupported(map: LinearMap) -> str:
+    if isinstance(map, DenseMap):
+        return ""
+    if map.transposed:
+        return "transposed convolutions have no integer kernel"
+    if map.groups > 1:
+        return "grouped convolutions have too few channels per group for the integer kernels to pay"
+    if len(map.stride) > 2:
+        return "three-dimensional convolutions have no integer kernel"
+    return "padding that differs from side to side has no integer kernel" if map.extra else ""
+
+
+def _column(q: Quantizer, name: str) -> str:
+    return f"a step per column of {name} varies along a contracted axis" if q.scale.group == "column" else ""
+
+
+def _contracted(product: str, map: LinearMap, q: Quantizer) -> str:
+    """The first operand: `input` for the output, else grad_output."""
+    if q.scale.group == "tensor":
+        return ""
+    dense = isinstance(map, DenseMap)
+    axis = q.scale.axis or ("channel" if product == "grad_weight" else map.habit)
+    along = {
+        "output": () if dense else ("token",),
+        # Rows of whole samples could be pulled out of a Linear's grad_input too, but for their dither.
+        "grad_input": ("channel", "sample") if dense else ("channel", "token"),
+        "grad_weight": ("sample", "token"),
+    }[product]
+    return f"a step per {axis} lies on a contracted axis" if axis in along else ""
+
+
+def _other(product: str, recipe: Recipe, q: Quantizer) -> str:
+    """The second operand: `weight`, or `input` for grad_weight."""
+    if product == "output" or q.scale.group == "tensor" or recipe.fold == "always":
+        return ""
+    name = OPERANDS[product][1]
+    axis = "channel" if name == "weight" else "row"
+    return f"{name} has a step per {axis}, on the contracted axis, and fold is {recipe.fold!r}, not 'always'"
+
+
+def _codes(product: str, recipe: Recipe) -> str:
+    input, weight = recipe.operand("input"), recipe.operand("weight")
+    assert input is not None or product == "grad_input"
+    if product != "grad_weight":
+        return "" if weight is not None and weight.scale.mode == "symmetric" else "weight has an offset"
+    assert input is not None
+    if input.scale.group != "tensor" and input.scale.mode != "symmetric":
+        return "input has an offset per row, on the contracted axis"
+    return ""

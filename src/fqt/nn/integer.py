@@ -1,0 +1,150 @@
+"""The three products on integer codes, for Linear and Conv.
+
+With c the codes of grad_output, q of the input and w of the weight (symmetric), in float32 but for the sums of
+codes, which are exact:
+
+    input        X = s_x·q + z_x                     weight  W = s_w·w
+    grad_output  G = s·(c + ½ − 2⁻²⁵ − a − b) + z    a: the dither along rows, b: along columns; s, z by rows
+
+    output       s_x s_w (q·wᵀ) + z_x s_w (1·wᵀ) + bias
+    grad_input   s s_w (c·w) + z' s_w (1·w) − s s_w (b·w)              z' = z + s·(½ − 2⁻²⁵ − a); then S⁻¹
+    grad_weight  s s_x (cᵀ·q) + z' (1·X) + s z_x (c·1) − s (a·X)       z' = z + s·(½ − 2⁻²⁵ − b); then S⁻¹
+
+Everything but the first term of each line is of low rank: vectors, or for a convolution maps of one sample, in
+which a tap that padding left out counts as the value 0, not as code 0. Steps along a contracted axis have been
+folded into grad_output before it was quantized. A transform S over grad_output's rows is undone on the product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fqt.kernels import ops
+from fqt.kernels.products import Epilogue
+from fqt.nn.linear_map import DenseMap, LinearMap
+from fqt.nn.low_rank import Channels, ConvCodes, DenseCodes, row_offset
+from fqt.quant.tensor import QuantizedTensor
+
+
+def output(
+    map: LinearMap, x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The layer's output.
+
+    Args:
+        map: the linear map.
+        x: the input, laid out; one group, or one per row.
+        w: the weight, symmetric; one group, or one per output channel.
+        bias: (O,) or None.
+        dtype: of the result, float32 or bfloat16.
+
+    Returns:
+        Of the float layer's output's shape; channels-last for a convolution.
+    """
+    product = _of(map)
+    step, offset, weight_step = (v.flatten() for v in (x.matrix_step, x.group_offset, w.matrix_step))
+    left = right = None
+    if not _all_zero(offset):
+        left = (offset.expand(product.rows(x)) if offset.numel() == 1 else product.by_row(offset, x))[:, None]
+        right = (product.ones_times_weight(x, w) * weight_step)[None]
+    epilogue = Epilogue(
+        row_scale=step if step.numel() == 1 else product.by_row(step, x),
+        column_scale=weight_step,
+        left=left,
+        right=right,
+        bias=None if bias is None else bias.detach().float(),
+        dtype=dtype,
+    )
+    return product.output(x, w, epilogue)
+
+
+def grad_input(
+    map: LinearMap, g: QuantizedTensor, w: QuantizedTensor, folded: bool, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """The gradient for the input.
+
+    Args:
+        map: the linear map.
+        g: grad_output, laid out; one group, or one per row.
+        w: the weight, symmetric.
+        folded: whether the weight's steps are in `g` already.
+        shape: the input's.
+        dtype: of the result, float32 or bfloat16.
+    """
+    product = _of(map)
+    ones, dithered = product.vectors_times_weight(g, w, shape)
+    weight_step = None if folded else w.matrix_step.flatten()
+    if weight_step is not None:
+        ones, dithered = ones * weight_step, None if dithered is None else dithered * weight_step
+    step, n = g.matrix_step.flatten(), product.rows(g)
+    left, right = [row_offset(g).expand(n)], [ones]
+    if dithered is not None:
+        left, right = [*left, -step.expand(n)], [*right, dithered]
+    epilogue = Epilogue(
+        row_scale=step,
+        column_scale=weight_step,
+        left=torch.stack(left, 1),
+        right=torch.stack(right),
+        dtype=dtype if g.mixing is None else torch.float32,
+    )
+    result = product.grad_input(g, w, shape, epilogue)
+    return result if g.mixing is None else product.unmixed(g, result, ones, dtype)
+
+
+def grad_weight(map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: bool, shape: torch.Size) -> Tensor:
+    """The gradient for the weight, float32.
+
+    Args:
+        map: the linear map.
+        g: grad_output, laid out; one group, or one per output channel.
+        x: the input, laid out; one group unless its steps are folded.
+        folded: whether the input's steps are in `g` already.
+        shape: the weight's.
+    """
+    product, channels = _of(map), Channels.of(g)
+    step, offset = x.matrix_step.flatten(), x.group_offset.flatten()
+    if folded:
+        step, offset = step.new_ones(1), offset.new_zeros(1)
+    o = shape[0]
+    scale = channels.step.expand(o)
+    ones, dithered, sums_of_x = product.vectors_times_input(channels, x, step, offset, shape)
+    rest, zero = _zero_point(channels)
+    left, right = [rest.expand(o)], [ones]
+    if dithered is not None:
+        left, right = [*left, -scale], [*right, dithered]
+    if not _all_zero(offset):
+        sums, columns = product.sums_by_tap(channels, x, shape, zero.expand(o))
+        left, right = [*left, *(sums.T * (scale * offset))], [*right, *columns]
+    epilogue = Epilogue(
+        row_scale=channels.step,
+        column_scale=step,
+        left=torch.stack(left, 1),
+        right=torch.stack(right),
+        zero=zero,
+        ones=sums_of_x,
+    )
+    result = product.grad_weight(channels, x, shape, epilogue)
+    if g.mixing is not None:
+        rows = map.lay(result).reshape(o, ones.numel())
+        result = product.weight_restored(g.mixing.undo_product(rows, ones, torch.float32), shape)
+    return result
+
+
+def _zero_point(g: Channels) -> tuple[Tensor, Tensor]:
+    """The code nearest to value 0, as int32 in 0 … 255, and what the offset is about it: at most a step or so.
+
+    The sum over tokens is long, and codes are not centred: taken off in float32, the offset would leave the
+    rounding of a term hundreds of times the result.
+    """
+    zero = torch.where(g.step > 0, -g.offset / g.step, 0.0).round().clamp(0, 255)
+    return torch.addcmul(g.offset, g.step, zero), zero.to(torch.int32)
+
+
+def _all_zero(offset: Tensor) -> bool:
+    """Whether a correction can be left out; asked only where the answer costs nothing."""
+    return ops.at_hand(offset) and offset.numel() == 1 and not bool(offset)
+
+
+def _of(map: LinearMap) -> DenseCodes | ConvCodes:
+    return DenseCodes() if isinstance(map, DenseMap) else ConvCodes.of(map)

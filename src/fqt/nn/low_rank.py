@@ -1,0 +1,289 @@
+"""What the two kinds of layer do differently with codes: their products, and the vectors that correct them.
+
+`DenseCodes` multiplies matrices, with tokens as rows; `ConvCodes` convolves, with samples as rows, and its vectors
+are maps of one sample, in which a tap that padding left out counts as the value 0. Both have the same methods, used
+by `fqt.nn.integer`; sums of codes and of codes times 24-bit dither are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fqt.kernels import ops, products
+from fqt.kernels.products import Epilogue, Geometry
+from fqt.kernels.reference import DITHER_LEVELS
+from fqt.nn.linear_map import ConvMap
+from fqt.quant.tensor import QuantizedTensor
+
+Sizes = tuple[int, int]
+Window = tuple[slice, slice]
+
+
+def row_offset(g: QuantizedTensor) -> Tensor:
+    """(N,) or (1,): the value of code 0 in each row, without the columns' dither."""
+    offset = g.group_offset.flatten()
+    if g.noise is None:
+        return offset
+    return offset + g.matrix_step.flatten() * (g.noise.centre - g.noise.row.flatten())
+
+
+def _integers(fractions: Tensor) -> Tensor:
+    """24-bit integers from multiples of 2⁻²⁴."""
+    return (fractions.flatten() * DITHER_LEVELS).to(torch.int32)
+
+
+def _bytes(noise: Tensor) -> Tensor:
+    """(3, …) uint8: the bytes of 24-bit integers, the highest first."""
+    return torch.stack([noise >> 16, noise >> 8, noise]).to(torch.uint8)
+
+
+def _from_bytes(sums: Tensor) -> Tensor:
+    """float64: what sums over the three bytes' planes (3, …) stand for, as fractions again."""
+    high, middle, low = sums.double()
+    return (high * 65536 + middle * 256 + low) / DITHER_LEVELS
+
+
+@dataclass(frozen=True)
+class Channels:
+    """grad_output for the weight's gradient: one row per token, one column per output channel.
+
+    Attributes:
+        codes: (T, O).
+        step, offset: (O,) or (1,), the offset with the channels' dither.
+        token_noise: (T,) int32, 24-bit; None without dither.
+        shape: of grad_output, laid out.
+    """
+
+    codes: Tensor
+    step: Tensor
+    offset: Tensor
+    token_noise: Tensor | None
+    shape: torch.Size
+
+    @staticmethod
+    def of(g: QuantizedTensor) -> Channels:
+        """From one whose rows are channels."""
+        codes = g.matrix_codes if g.view.transposed else g.matrix_codes.T
+        step, offset = g.matrix_step.flatten(), g.group_offset.flatten()
+        if g.noise is None:
+            return Channels(codes, step, offset, None, g.shape)
+        token, channel = g.noise.row, g.noise.column
+        if not g.view.transposed:
+            token, channel = channel, token
+        offset = offset + step * (g.noise.centre - channel.flatten())
+        return Channels(codes, step, offset, _integers(token), g.shape)
+
+
+class DenseCodes:
+    """A Linear's products: tokens are rows."""
+
+    def rows(self, x: QuantizedTensor) -> int:
+        """T."""
+        return x.shape[:-1].numel()
+
+    def by_row(self, vector: Tensor, x: QuantizedTensor) -> Tensor:
+        """(T,) from one number per token or sample."""
+        return vector.repeat_interleave(self.rows(x) // max(vector.numel(), 1))
+
+    def _codes(self, q: QuantizedTensor) -> Tensor:
+        return q.matrix_codes.view(self.rows(q), q.shape[-1])
+
+    def ones_times_weight(self, x: QuantizedTensor, w: QuantizedTensor) -> Tensor:
+        """w·1: (O,)."""
+        return ops.row_sums(w.matrix_codes).float()
+
+    def output(self, x: QuantizedTensor, w: QuantizedTensor, epilogue: Epilogue) -> Tensor:
+        """(…, O)."""
+        product = products.matmul(self._codes(x), w.matrix_codes.T, epilogue)
+        return product.view(*x.shape[:-1], w.matrix_codes.shape[0])
+
+    def vectors_times_weight(
+        self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size
+    ) -> tuple[Tensor, Tensor | None]:
+        """1·w and b·w: (I,)."""
+        noise = None if g.noise is None else _integers(g.noise.column)
+        ones, dithered = ops.column_sums(w.matrix_codes, noise)
+        return ones.float(), None if dithered is None else (dithered.double() / DITHER_LEVELS).float()
+
+    def grad_input(self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
+        """(…, I)."""
+        return products.matmul(self._codes(g), w.matrix_codes, epilogue).view(shape)
+
+    def unmixed(self, g: QuantizedTensor, product: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
+        """S⁻¹ of grad_output's transform on the product's rows."""
+        assert g.mixing is not None
+        return g.mixing.undo_product(product.reshape(self.rows(g), product.shape[-1]), ones, dtype).view(
+            product.shape
+        )
+
+    def vectors_times_input(
+        self, g: Channels, x: QuantizedTensor, step: Tensor, offset: Tensor, shape: torch.Size
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """1·X and a·X: (I,), and 1·q: (I,) int32."""
+        codes = self._codes(x)
+        plain, weighted = ops.column_sums(codes, g.token_noise)
+        step, offset = step.double(), offset.double()
+        ones, dithered = (step * plain + offset * codes.shape[0]).float(), None
+        if weighted is not None and g.token_noise is not None:
+            total = g.token_noise.sum(dtype=torch.int64)
+            dithered = ((step * weighted + offset * total) / DITHER_LEVELS).float()
+        return ones, dithered, plain.to(torch.int32)
+
+    def sums_by_tap(
+        self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(c − zero)·1 (O, 1), and the columns it belongs to (1, I)."""
+        sums = ops.column_sums(g.codes)[0] - zero * g.codes.shape[0]
+        return sums.float()[:, None], g.step.new_ones(1, shape[1])
+
+    def grad_weight(self, g: Channels, x: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
+        """(O, I)."""
+        return products.matmul(g.codes.T, self._codes(x), epilogue)
+
+    def weight_restored(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """A weight's gradient from its matrix of rows (O, columns)."""
+        return matrix
+
+
+@dataclass(frozen=True)
+class ConvCodes:
+    """A convolution's products in two dimensions; one dimension is an image of height 1. Samples are rows."""
+
+    geometry: Geometry
+    flat: bool
+
+    @staticmethod
+    def of(map: ConvMap) -> ConvCodes:
+        """From a map of one or two dimensions, not transposed, of one group."""
+        flat = len(map.stride) == 1
+
+        def pair(values: tuple[int, ...], first: int) -> Sizes:
+            return (first, values[0]) if flat else (values[0], values[1])
+
+        return ConvCodes(Geometry(pair(map.stride, 1), pair(map.padding, 0), pair(map.dilation, 1)), flat)
+
+    def _image(self, codes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """Codes (N, C, H, W), channels-last, from codes of the laid-out shape (N, *, C)."""
+        n, *size, c = shape
+        return codes.reshape(n, *([1] if self.flat else []), *size, c).permute(0, 3, 1, 2)
+
+    def _size(self, shape: torch.Size | tuple[int, ...]) -> Sizes:
+        """Height and width of (N, C, *)."""
+        return (1 if self.flat else shape[2], shape[-1])
+
+    def _narrow(self, image: Tensor) -> Tensor:
+        return image.squeeze(2) if self.flat else image
+
+    def rows(self, x: QuantizedTensor) -> int:
+        """N."""
+        return x.shape[0]
+
+    def by_row(self, vector: Tensor, x: QuantizedTensor) -> Tensor:
+        """(N,)."""
+        return vector
+
+    def ones_times_weight(self, x: QuantizedTensor, w: QuantizedTensor) -> Tensor:
+        """The weight on the mask of the taps that are there: (H', W', O)."""
+        size = self._size((0, 0, *x.shape[1:-1]))
+        return products.conv2d_mask(self._image(w.matrix_codes, w.shape), size, self.geometry, "output")
+
+    def output(self, x: QuantizedTensor, w: QuantizedTensor, epilogue: Epilogue) -> Tensor:
+        """(N, O, *)."""
+        codes, weight = self._image(x.matrix_codes, x.shape), self._image(w.matrix_codes, w.shape)
+        return self._narrow(products.conv2d(codes, weight, self.geometry, epilogue))
+
+    def vectors_times_weight(
+        self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size
+    ) -> tuple[Tensor, Tensor | None]:
+        """A grad_output of ones, and the columns' dither as one, through the map: (H, W, C)."""
+        weight, size = self._image(w.matrix_codes, w.shape), self._size(shape)
+        ones = products.conv2d_mask(weight, size, self.geometry, "grad_input")
+        if g.noise is None:
+            return ones, None
+        planes = self._image(_bytes(_integers(g.noise.column)), (3, *g.shape[1:]))
+        sums = products.conv2d_grad_input(planes, weight, size, self.geometry)
+        return ones, _from_bytes(sums.permute(0, 2, 3, 1)).float()
+
+    def grad_input(self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
+        """(N, C, *)."""
+        codes, weight = self._image(g.matrix_codes, g.shape), self._image(w.matrix_codes, w.shape)
+        return self._narrow(products.conv2d_grad_input(codes, weight, self._size(shape), self.geometry, epilogue))
+
+    def unmixed(self, g: QuantizedTensor, product: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
+        """S⁻¹ of grad_output's transform on the product's rows."""
+        assert g.mixing is not None
+        laid = product.movedim(1, -1)
+        undone = g.mixing.undo_product(laid.reshape(laid.shape[0], ones.numel()), ones.flatten(), dtype)
+        return undone.view(laid.shape).movedim(-1, 1)
+
+    def vectors_times_input(
+        self, g: Channels, x: QuantizedTensor, step: Tensor, offset: Tensor, shape: torch.Size
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """1·X and a·X for every tap: (taps · C,), and 1·q: the same in int32."""
+        image, kernel = self._image(x.matrix_codes, x.shape), self._size(shape)
+        n, c, h, w = image.shape
+        out = self._size((0, 0, *g.shape[1:-1]))
+        summed = ops.column_sums(image.permute(0, 2, 3, 1).reshape(n, h * w * c))[0].view(h, w, c)
+        windows = torch.stack([summed[inside].sum((0, 1)) for inside, _ in self._taps(kernel, (h, w), out)])
+        counts = self._over_taps(torch.full((*out, 1), n, device=summed.device), kernel, (h, w))
+        step, offset = step.double(), offset.double()
+        ones, of_codes = (step * windows + offset * counts).flatten().float(), windows.flatten().to(torch.int32)
+        if g.token_noise is None:
+            return ones, None, of_codes
+        planes = self._image(_bytes(g.token_noise).T.contiguous(), (*g.shape[:-1], 3))
+        sums = products.conv2d_grad_weight(planes, image, kernel, self.geometry)
+        weighted = _from_bytes(sums.permute(0, 2, 3, 1).flatten(1, 2))
+        total = g.token_noise.view(n, *out, 1).sum(0, dtype=torch.int64)
+        totals = self._over_taps(total, kernel, (h, w)) / DITHER_LEVELS
+        return ones, (step * weighted + offset * totals).flatten().float(), of_codes
+
+    def _taps(
+        self, kernel: Sizes, size: Sizes, out: Sizes
+    ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+        """For every tap of the kernel, row-major: the input's pixels it reads, and the output's it serves."""
+        axes = []
+        for k, n, m, s, p, d in zip(
+            kernel, size, out, self.geometry.stride, self.geometry.padding, self.geometry.dilation, strict=True
+        ):
+            spans = []
+            for shift in range(-p, k * d - p, d):  # output pixel i reads input pixel i·s + shift
+                first = max(0, -(shift // s))
+                end = max(first, min(m, (n - 1 - shift) // s + 1))
+                inside = slice(first * s + shift, first * s + shift + (end - first) * s, s)
+                spans.append(
+                    (slice(inside.start, min(inside.stop, n), s) if end > first else slice(0), slice(first, end))
+                )
+            axes.append(spans)
+        for inside_h, outside_h in axes[0]:
+            for inside_w, outside_w in axes[1]:
+                yield (inside_h, inside_w), (outside_h, outside_w)
+
+    def _over_taps(self, map: Tensor, kernel: Sizes, size: Sizes) -> Tensor:
+        """(taps, D): Σ of (H', W', D) over the output's pixels that a tap serves."""
+        out = (map.shape[0], map.shape[1])
+        return torch.stack([map[outside].sum((0, 1)) for _, outside in self._taps(kernel, size, out)])
+
+    def sums_by_tap(
+        self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(c − zero)·1 for every tap (O, taps), and the columns it belongs to (taps, taps · C)."""
+        kernel, o = self._size(shape), g.shape[-1]
+        size, out = (self._size((0, 0, *laid[1:-1])) for laid in (x.shape, g.shape))
+        summed = ops.column_sums(g.codes.reshape(g.shape[0], out[0] * out[1] * o))[0].view(*out, o)
+        sums = self._over_taps(summed - zero * g.shape[0], kernel, size)
+        where = torch.eye(len(sums), device=sums.device).repeat_interleave(shape[1], 1)
+        return sums.T.float(), where
+
+    def grad_weight(self, g: Channels, x: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
+        """(O, C, *)."""
+        codes, image = self._image(g.codes, g.shape), self._image(x.matrix_codes, x.shape)
+        product = products.conv2d_grad_weight(codes, image, self._size(shape), self.geometry, epilogue)
+        return self._narrow(product)
+
+    def weight_restored(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """A weight's gradient from its matrix of rows (O, taps · C)."""
+        return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
