@@ -21,7 +21,15 @@ inline vf from_bfloat16(vh v) {
 inline vh to_bfloat16(vf value) {
   const vu bits = (vu)value;
   const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(value == value ? rounded : vu{} + 0x7fc0, vh);
+  const vu bits16 = value == value ? rounded : vu{} + 0x7fc0;
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)bits16);  // GCC 12 takes the generic conversion apart lane by lane
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits16, (__m256i)bits16);
+  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(bits16, vh);
+#endif
 }
 
 }  // namespace fqt

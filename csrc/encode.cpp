@@ -183,7 +183,7 @@ FQT_API int fqt_variance_sums(const Source* source, int64_t rows, int64_t column
   for (int64_t g = 0; g < groups; ++g) sums[g] = 0;
   if (rows == 0 || columns == 0) return kDone;
   if (by_column) {
-    constexpr int64_t kStrip = 16 * W;
+    constexpr int64_t kStrip = 1024;
     const int64_t strips = ceil_div(columns, kStrip), bands = 1 + rows * columns / (1 << 17) / strips;
     parallel_for(strips * bands, rows * columns, threads, [&](int64_t item) {
       const int64_t first = item % strips * kStrip, width = columns - first < kStrip ? columns - first : kStrip;

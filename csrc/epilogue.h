@@ -31,7 +31,74 @@ struct Epilogue {
   int64_t zero_step;           // 0 for one number, else 1
 };
 
-// Writes sums to row `row`, columns first … first + n − 1. Whole panels have a length that the compiler knows.
+inline vf sums_to_float(const int32_t* sums) { return to_float(load<vi>(sums)); }
+inline vf sums_to_float(const int64_t* sums) {
+  vf value;
+  for (int j = 0; j < W; ++j) value[j] = static_cast<float>(sums[j]);
+  return value;
+}
+
+// What the float results of one row of the result need beside their sums, in copies that no store can alias.
+struct RowOf {
+  int64_t sample, position, first, right_stride;
+  int32_t rank;
+  bool one_column_scale;
+  float row_scale;
+  const float *column_scale, *left, *right, *bias;
+
+  RowOf(const Epilogue& e, int64_t row, int64_t first_column)
+      : sample(e.period == 1 ? row : row / e.period),
+        position(e.period == 1 ? 0 : row % e.period),
+        first(first_column),
+        right_stride(e.period * e.columns),
+        rank(e.rank),
+        one_column_scale(e.column_scale && !e.column_scale_step),
+        row_scale(e.row_scale ? e.row_scale[sample * e.row_scale_step] : 1.0f),
+        column_scale(e.column_scale && e.column_scale_step ? e.column_scale + first : e.column_scale),
+        left(e.left + sample * e.rank),
+        right(e.right + position * e.columns + first),
+        bias(e.bias ? e.bias + first : nullptr) {}
+
+  // One vector of results, from column `first` + j; unless Whole only n < W columns are there.
+  template <bool Whole>
+  vf result(vf sum, int64_t j, int64_t n) const {
+    const auto vector = [&](const float* p) { return Whole ? load<vf>(p + j) : load_part<vf>(p + j, n); };
+    vf value = sum * splat(row_scale);
+    if (column_scale) value *= one_column_scale ? splat(*column_scale) : vector(column_scale);
+    for (int32_t r = 0; r < rank; ++r) value += splat(left[r]) * vector(right + r * right_stride);
+    return bias ? value + vector(bias) : value;
+  }
+};
+
+// sums − zero · ones, modulo 2³² for int32: the difference fits, whatever its parts do.
+template <class Sum>
+inline void subtract_zero(const Epilogue& e, const RowOf& row, const Sum* sums, int64_t n, Sum* out) {
+  typedef std::make_unsigned_t<Sum> Modular;
+  const Modular zero = static_cast<Modular>(static_cast<Sum>(e.zero[row.sample * e.zero_step]));
+  const int32_t* ones = e.ones + row.position * e.columns + row.first;
+  for (int64_t j = 0; j < n; ++j) {
+    out[j] = static_cast<Sum>(static_cast<Modular>(sums[j]) - zero * static_cast<Modular>(static_cast<Sum>(ones[j])));
+  }
+}
+
+inline vf as_stored(vf value, const float*) { return value; }
+inline vh as_stored(vf value, const uint16_t*) { return to_bfloat16(value); }
+
+template <bool Whole, class Sum, class Out>
+inline void write_floats(const RowOf& row, const Sum* sums, int64_t n, Out* out) {
+  int64_t j = 0;
+#pragma GCC unroll 16
+  for (; j + W <= n; j += W) {
+    store(out + j, as_stored(row.template result<true>(sums_to_float(sums + j), j, W), out));
+  }
+  if (!Whole && j < n) {
+    const auto last = as_stored(row.template result<false>(sums_to_float(sums + j), j, n - j), out);
+    store_part(out + j, last, n - j);
+  }
+}
+
+// Writes n ≤ kPanel sums to row `row`, columns first … first + n − 1. Whole panels have a length that the compiler
+// knows; the sums are readable up to the panel's end either way.
 template <bool Whole, class Sum>
 inline void write_part(const Epilogue& e, const Sum* sums, int64_t row, int64_t first, int64_t width) {
   const int64_t n = Whole ? kPanel : width;
@@ -46,42 +113,16 @@ inline void write_part(const Epilogue& e, const Sum* sums, int64_t row, int64_t 
     for (int64_t j = 0; j < n; ++j) out[j] = sums[j];
     return;
   }
-  const int64_t sample = e.period == 1 ? row : row / e.period;
-  const int64_t position = e.period == 1 ? 0 : row % e.period;
-  float value[kPanel];
-  const float row_scale = e.row_scale ? e.row_scale[sample * e.row_scale_step] : 1.0f;
+  const RowOf context(e, row, first);
+  Sum centred[kPanel];
   if (e.zero) {
-    // Modulo 2³² for int32 sums: the difference fits, whatever its parts do.
-    const auto zero = static_cast<std::make_unsigned_t<Sum>>(static_cast<Sum>(e.zero[sample * e.zero_step]));
-    const int32_t* ones = e.ones + position * e.columns + first;
-    for (int64_t j = 0; j < n; ++j) {
-      const auto part = zero * static_cast<std::make_unsigned_t<Sum>>(static_cast<Sum>(ones[j]));
-      value[j] = static_cast<float>(static_cast<Sum>(static_cast<std::make_unsigned_t<Sum>>(sums[j]) - part)) * row_scale;
-    }
-  } else {
-    for (int64_t j = 0; j < n; ++j) value[j] = static_cast<float>(sums[j]) * row_scale;
-  }
-  if (e.column_scale && e.column_scale_step) {
-    const float* scale = e.column_scale + first;
-    for (int64_t j = 0; j < n; ++j) value[j] *= scale[j];
-  } else if (e.column_scale) {
-    const float scale = *e.column_scale;
-    for (int64_t j = 0; j < n; ++j) value[j] *= scale;
-  }
-  for (int32_t r = 0; r < e.rank; ++r) {
-    const float left = e.left[sample * e.rank + r];
-    const float* right = e.right + (r * e.period + position) * e.columns + first;
-    for (int64_t j = 0; j < n; ++j) value[j] += left * right[j];
-  }
-  if (e.bias) {
-    for (int64_t j = 0; j < n; ++j) value[j] += e.bias[first + j];
+    subtract_zero(e, context, sums, n, centred);
+    sums = centred;
   }
   if (e.type == kFloat32) {
-    std::memcpy(static_cast<float*>(e.out) + at, value, 4 * n);
+    write_floats<Whole>(context, sums, n, static_cast<float*>(e.out) + at);
   } else {
-    uint16_t rounded[kPanel];
-    for (int64_t j = 0; j < n; j += W) store(rounded + j, to_bfloat16(load<vf>(value + j)));
-    std::memcpy(static_cast<uint16_t*>(e.out) + at, rounded, 2 * n);
+    write_floats<Whole>(context, sums, n, static_cast<uint16_t*>(e.out) + at);
   }
 }
 

@@ -56,6 +56,16 @@ Range range_of(const float* x, int64_t n) {
   return range;
 }
 
+// Once NaN, NaN for ever.
+inline vf least_or_nan(vf v, vf now) {
+  const vf least = v < now ? v : now;  // `now` if either is NaN
+  return v == v ? least : v;
+}
+inline vf greatest_or_nan(vf v, vf now) {
+  const vf greatest = v > now ? v : now;
+  return v == v ? greatest : v;
+}
+
 Range range_of(const Source& source, int64_t start, int64_t n) {
   float buffer[kPiece + W];
   Range range;
@@ -101,7 +111,7 @@ FQT_API int fqt_range_tensor(const Source* source, int64_t n, float* lo, float* 
 // lo, hi: (columns,). At least one row.
 FQT_API int fqt_range_columns(const Source* source, int64_t rows, int64_t columns, float* lo, float* hi,
                               int threads) {
-  constexpr int64_t kStrip = 256;  // its running minima and maxima stay in the first-level cache
+  constexpr int64_t kStrip = 1024;  // its running minima and maxima stay in the first-level cache
   const int64_t strips = ceil_div(columns, kStrip);
   int64_t bands = ceil_div(rows * columns, int64_t{1} << 16) / (strips ? strips : 1);
   bands = bands < 1 ? 1 : bands > rows ? rows : bands;
@@ -116,11 +126,16 @@ FQT_API int fqt_range_columns(const Source* source, int64_t rows, int64_t column
     for (int64_t j = 0; j < width; ++j) least_part[j] = kInfinity, greatest_part[j] = -kInfinity;
     for (int64_t r = rows * band / bands; r < rows * (band + 1) / bands; ++r) {
       const float* row = values(*source, r * columns + first, width, buffer);
-      for (int64_t j = 0; j < width; ++j) {
-        // Once NaN, NaN for ever: every comparison with it is false.
-        const float v = row[j], lo_now = least_part[j], hi_now = greatest_part[j];
-        least_part[j] = v >= lo_now ? lo_now : lo_now != lo_now ? lo_now : v;
-        greatest_part[j] = v <= hi_now ? hi_now : hi_now != hi_now ? hi_now : v;
+      int64_t j = 0;
+      for (; j + W <= width; j += W) {
+        const vf v = load<vf>(row + j);
+        store(least_part + j, least_or_nan(v, load<vf>(least_part + j)));
+        store(greatest_part + j, greatest_or_nan(v, load<vf>(greatest_part + j)));
+      }
+      for (; j < width; ++j) {
+        const vf v = splat(row[j]);
+        least_part[j] = least_or_nan(v, splat(least_part[j]))[0];
+        greatest_part[j] = greatest_or_nan(v, splat(greatest_part[j]))[0];
       }
     }
   });
@@ -131,6 +146,29 @@ FQT_API int fqt_range_columns(const Source* source, int64_t rows, int64_t column
     }
     lo[j] = range.least();
     hi[j] = range.greatest();
+  }
+  return kDone;
+}
+
+// step and offset (n,) of groups with ranges lo … hi: as reference.parameters, modes "affine" and "symmetric".
+FQT_API int fqt_parameters(const float* lo, const float* hi, int64_t n, int symmetric, int steps, float* step,
+                           float* offset, int) {
+  constexpr float kMax = std::numeric_limits<float>::max(), kLeast = 0x1p-126f;
+  const float count = static_cast<float>(steps);
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = lo[i], b = hi[i];
+    if (!std::isfinite(a) || !std::isfinite(b)) {
+      step[i] = NAN;
+      offset[i] = 0.0f;
+    } else if (symmetric) {
+      const float magnitude = std::fabs(a) > std::fabs(b) ? std::fabs(a) : std::fabs(b), s = magnitude / count;
+      step[i] = a == b ? magnitude : s < kLeast ? kLeast : s;
+      offset[i] = 0.0f;
+    } else {
+      const float half = b * 0.5f - a * 0.5f > kMax / 4 ? 0.5f : 1.0f, s = (b * half - a * half) / count / half;
+      step[i] = a == b ? 0.0f : s < kLeast ? kLeast : s;
+      offset[i] = a;
+    }
   }
   return kDone;
 }

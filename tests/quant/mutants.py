@@ -49,13 +49,13 @@ noise_per_row = _rounding(lambda t, u: t.floor() + (u < t - t.floor()), lambda t
 
 def _steps(factor: float) -> Callable[[Patch], None]:
     def mutant(patch: Patch) -> None:
-        right = quantizer_module.parameters
+        right = ops.parameters
 
         def parameters(lo, hi, mode, steps):  # type: ignore[no-untyped-def]
             step, offset = right(lo, hi, mode, steps)
             return step * factor, offset
 
-        patch.setattr(quantizer_module, "parameters", parameters)
+        patch.setattr(ops, "parameters", parameters)
 
     return mutant
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fqt.errors import FqtError
 
 LEVELS = ("portable", "avx2", "avx512")
-_ABI = 4  # FQT_ABI of csrc/platform.h
+_ABI = 5  # FQT_ABI of csrc/platform.h
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
@@ -32,6 +32,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_range_rows": (_P, _L, _L, _P, _P, _I),
     "fqt_range_columns": (_P, _L, _L, _P, _P, _I),
     "fqt_range_tensor": (_P, _L, _P, _P, _I),
+    "fqt_parameters": (_P, _P, _L, _I, _I, _P, _P, _I),
+    "fqt_value_sums": (_P, _L, _L, _P, _I),
     "fqt_encode": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _I, _P, _I, _P, _I),
     "fqt_variance_sums": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
     "fqt_column_sums": (_P, _I, _L, _L, _P, _P, _P, _I),
@@ -121,7 +123,10 @@ def takes(*floats: Tensor, integers: Tensor | None = None) -> bool:
         return False
     if integers is not None and not (_plain(integers) and integers.dtype in _INTEGERS):
         return False
-    return all(_plain(x) and x.dtype == torch.float32 for x in floats)
+    for x in floats:
+        if not _plain(x) or x.dtype != torch.float32:
+            return False
+    return True
 
 
 def takes_codes(*codes: Tensor) -> bool:
@@ -201,6 +206,23 @@ def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Te
     else:
         _call(f"fqt_range_{group}s", address, rows, columns, lo.data_ptr(), hi.data_ptr())
     return lo, hi
+
+
+def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
+    """As the reference, for the modes "affine" and "symmetric"."""
+    lo, hi = lo.contiguous(), hi.contiguous()
+    step, offset = torch.empty_like(lo), torch.empty_like(lo)
+    pointers = (step.data_ptr(), offset.data_ptr())
+    _call("fqt_parameters", lo.data_ptr(), hi.data_ptr(), lo.numel(), int(mode == "symmetric"), steps, *pointers)
+    return step, offset
+
+
+def value_sums(x: Tensor) -> Tensor:
+    """As the reference."""
+    source, _alive = _source(x, None)
+    sums = torch.empty(x.shape[1], dtype=torch.float64, device="cpu")
+    _call("fqt_value_sums", ctypes.addressof(source), *x.shape, sums.data_ptr())
+    return sums
 
 
 def encode(

@@ -45,6 +45,13 @@ def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Te
     return reference.value_range(x, group, factor)
 
 
+def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
+    """As `reference.parameters`."""
+    if mode != "zero" and native.takes(lo, hi) and lo.shape == hi.shape:
+        return native.parameters(lo, hi, mode, steps)
+    return reference.parameters(lo, hi, mode, steps)
+
+
 def encode(
     x: Tensor,
     step: Tensor,
@@ -92,6 +99,11 @@ def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
     if native.takes_codes(codes) and (weights is None or weights.dtype == torch.int32):
         return native.column_sums(codes, weights)
     return reference.column_sums(codes, weights)
+
+
+def value_sums(x: Tensor) -> Tensor:
+    """As `reference.value_sums`."""
+    return native.value_sums(x.detach()) if native.takes_source(x, None) else reference.value_sums(x)
 
 
 def row_sums(codes: Tensor) -> Tensor:

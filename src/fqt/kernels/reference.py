@@ -19,6 +19,7 @@ from fqt.kernels.philox import (
 )
 
 DITHER_LEVELS = 1 << 24
+_LEAST_STEP = 2.0**-126
 # Beyond this step a group's range may exceed the largest float: its arithmetic is done on sixteenths.
 _WIDE_STEP = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
 
@@ -52,6 +53,65 @@ def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Te
         return zeros, zeros.clone()
     x = values(x, factor)
     return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+
+def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
+    """Step and offset of each group.
+
+    Args:
+        lo, hi: the groups' ranges, any one shape, float32 or float64.
+        mode: "affine", "zero" or "symmetric".
+        steps: how many steps the range is divided into (symmetric: its positive half).
+
+    Returns:
+        (step, offset) of lo's shape and dtype. Steps of groups that are not constant are at least 2⁻¹²⁶.
+        NaN steps where the range is not finite.
+    """
+    if mode == "symmetric":
+        magnitude = torch.maximum(lo.abs(), hi.abs())
+        step = torch.where(lo == hi, magnitude, (magnitude / steps).clamp(min=_LEAST_STEP))
+        offset = torch.zeros_like(lo)
+    elif mode == "affine":
+        step, offset = _affine_step(lo, hi, steps), lo
+    else:
+        step, offset = _zero_on_code(lo, hi, steps)
+    if mode != "symmetric":
+        constant = lo == hi
+        step = torch.where(constant, 0.0, step)
+        offset = torch.where(constant, lo, offset)
+    finite = torch.isfinite(lo) & torch.isfinite(hi)
+    return torch.where(finite, step, torch.nan), torch.where(finite, offset, 0.0)
+
+
+def _affine_step(lo: Tensor, hi: Tensor, steps: int) -> Tensor:
+    half = torch.where(hi * 0.5 - lo * 0.5 > torch.finfo(lo.dtype).max / 4, 0.5, 1.0).to(lo.dtype)
+    return ((hi * half - lo * half) / steps / half).clamp(min=_LEAST_STEP)
+
+
+def _zero_on_code(lo: Tensor, hi: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The integer zero code z, of the two nearest to −lo/step, that widens the step less.
+
+    The step's last eight mantissa bits are cleared (rounding up), so that z·step is exact and zero itself
+    lands exactly on code z.
+    """
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    floor = (-lo / _affine_step(lo, hi, steps)).floor()
+
+    # A side that holds values needs a code of its own.
+    least, most = (lo < 0).to(lo.dtype), steps - (hi > 0).to(lo.dtype)
+    below_, above_ = floor.clamp(least, most), (floor + 1).clamp(least, most)
+
+    def widened(z: Tensor) -> Tensor:
+        below = torch.where(lo < 0, -lo / z, 0.0)
+        above = torch.where(hi > 0, hi / (steps - z), 0.0)
+        return torch.maximum(below, above)
+
+    z = torch.where(widened(below_) <= widened(above_), below_, above_)
+    largest = torch.finfo(lo.dtype).max
+    step = widened(z).clamp(_LEAST_STEP, largest * (1 - 2**-15))  # the next line may widen, not overflow
+    bits = step.view(torch.int32 if step.dtype == torch.float32 else torch.int64)
+    step = ((bits + 0xFF) & ~0xFF).view(step.dtype)
+    return step, torch.where(z == 0, 0.0, (-z * step).clamp(min=-largest))
 
 
 def narrowing(step: Tensor) -> Tensor:
@@ -189,6 +249,11 @@ def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
     """Σ over the rows of (N, D) codes, and with weights (N,) in 0 … 2²⁴ − 1 also Σ weight · code: int64 (D,)."""
     wide = codes.to(torch.int64)
     return wide.sum(0), None if weights is None else (wide * weights.to(torch.int64)[:, None]).sum(0)
+
+
+def value_sums(x: Tensor) -> Tensor:
+    """Σ over the rows of values (N, D), any real floating dtype: float64 (D,); faster backends may add 32 rows in float32 first."""
+    return x.sum(0, dtype=torch.float64)
 
 
 def row_sums(codes: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class _Products(torch.autograd.Function):
                 x = ctx.input.unpack(saved)
                 grad_weight = _grad_weight(grad_output, x, call, ctx.shapes[1]).to(weight_dtype)
             if ctx.needs_input_grad[2]:
-                grad_bias = call.map.grad_bias(grad_output.to(compute)).to(bias_dtype)
+                grad_bias = call.map.grad_bias(grad_output).to(bias_dtype)
         return grad_input, grad_weight, grad_bias, None
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fqt.kernels import ops
+
 
 @dataclass(frozen=True)
 class DenseMap:
@@ -36,8 +38,8 @@ class DenseMap:
         return grad_output.flatten(0, -2).T @ input.flatten(0, -2)
 
     def grad_bias(self, grad_output: Tensor) -> Tensor:
-        """(O,)."""
-        return grad_output.flatten(0, -2).sum(0)
+        """(O,) float64."""
+        return ops.value_sums(grad_output.flatten(0, -2))
 
     def lay(self, x: Tensor) -> Tensor:
         """Channels last: x itself."""
@@ -106,8 +108,8 @@ class ConvMap:
         return grad
 
     def grad_bias(self, grad_output: Tensor) -> Tensor:
-        """(O,)."""
-        return grad_output.sum([d for d in range(grad_output.ndim) if d != 1])
+        """(O,) float64."""
+        return ops.value_sums(self.lay(grad_output).flatten(0, -2))
 
     def lay(self, x: Tensor) -> Tensor:
         """(N, *, C) from (N, C, *), a view."""

@@ -90,6 +90,17 @@ class Recipe:
         if wrong is not None:
             raise FqtError(f"rules must be Rule(pattern, recipe), not {wrong!r}")
 
+    def __hash__(self) -> int:
+        # Layers look up what they can do by their recipe, at every call: hashing its quantizers anew would show.
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = hash(tuple(getattr(self, f.name) for f in fields(self)))
+            object.__setattr__(self, "_hash", found)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # hashes of strings differ between processes
+
     def operand(self, name: str) -> Quantizer | None:
         """The quantizer of one of the four operands, by field name."""
         value = getattr(self, name)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fqt.errors import FqtError
 from fqt.kernels import ops, reference
 from fqt.kernels.philox import as_seed
-from fqt.quant.scale import Integers, Scale, parameters
+from fqt.quant.scale import Integers, Scale
 from fqt.quant.tensor import Dither, QuantizedTensor, RowView
 from fqt.quant.transform import Identity, Mixing, Transform
 
@@ -193,10 +193,10 @@ class Plan:
         """The plan for groups with ranges [lo, hi]."""
         if mode == "symmetric":
             high = grid.symmetric_steps
-            return Plan(*parameters(lo, hi, mode, high), -high, high, rounding)
+            return Plan(*ops.parameters(lo, hi, mode, high), -high, high, rounding)
         # Dithered codes may round up by almost two steps' worth: one step of head-room keeps them in 0 … B.
         high = grid.affine_steps - (rounding == "dithered")
-        return Plan(*parameters(lo, hi, mode, high), 0, high, rounding)
+        return Plan(*ops.parameters(lo, hi, mode, high), 0, high, rounding)
 
     def encode(self, x: _Entries, key: Tensor | None) -> Tensor:
         """(N, D) codes."""

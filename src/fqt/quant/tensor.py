@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class RowView:
     transposed: bool = False
 
     @staticmethod
+    @lru_cache(maxsize=1024)
     def of(shape: torch.Size, axis: tuple[int, ...], may_transpose: bool) -> RowView:
         """The view of least copying."""
         trailing = tuple(range(len(shape) - len(axis), len(shape)))
@@ -37,15 +39,19 @@ class RowView:
         """The axes that are columns."""
         return tuple(d for d in range(len(self.shape)) if d not in self.axis)
 
-    @property
+    @cached_property
     def order(self) -> tuple[int, ...]:
         """The permutation of the axes that the matrix has."""
         return self.others + self.axis if self.transposed else self.axis + self.others
 
     def matrix(self, x: Tensor) -> Tensor:
         """(N, D) from a tensor of `shape`; (D, N) if transposed."""
+        return x.permute(self.order).reshape(self._size)
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
         rows, columns = (math.prod(self.shape[d] for d in axes) for axes in (self.axis, self.others))
-        return x.permute(self.order).reshape((columns, rows) if self.transposed else (rows, columns))
+        return (columns, rows) if self.transposed else (rows, columns)
 
     def restore(self, matrix: Tensor) -> Tensor:
         """A tensor of `shape` from the matrix; parameters (N, 1), (1, D), (1, 1) become shapes that broadcast."""
