@@ -13,8 +13,8 @@ import fqt
 from fqt.bench.contestants import Contestant, Runner, contestants, noiseless
 from fqt.bench.integers import IntegerProduct, best_product
 from fqt.bench.kept import Kept, kept_bytes
+from fqt.bench.measure import _check
 from fqt.bench.quantizing import Copy, Quantization
-from fqt.bench.run import _check
 from fqt.bench.verify import MOST_BIAS, bias, relative_error
 from fqt.errors import FqtError
 

@@ -8,10 +8,10 @@ from fqt.bench.cases import CASES as CASES
 from fqt.bench.cases import Case as Case
 from fqt.bench.cases import Floor as Floor
 from fqt.bench.cases import select as select
+from fqt.bench.measure import Plan as Plan
+from fqt.bench.measure import failures as failures
+from fqt.bench.measure import run as run
 from fqt.bench.progress import ConsoleObserver as ConsoleObserver
-from fqt.bench.run import Plan as Plan
-from fqt.bench.run import failures as failures
-from fqt.bench.run import run as run
 from fqt.bench.summary import read_bench as read_bench
 from fqt.bench.summary import results as results
 from fqt.bench.tables import list_table as list_table

@@ -10,16 +10,16 @@ from torch import nn
 from fqt.bench.workloads import Layer, Quantize, Step, Workload, image_classifier, torch_encoder, transformer
 from fqt.errors import FqtError
 
-MEASURES: dict[str, tuple[str, str]] = {
-    "bf16": ("speed against bf16 autocast", ">="),
-    "fp32": ("speed against fp32", ">="),
-    "limit": ("share of the integer limit", ">="),
-    "psq8": ("time against psq8", "<="),
-    "copy": ("share of the copy rate", ">="),
-    "kept/fp32": ("bytes kept for backward against fp32", "<="),
-    "kept/bf16": ("bytes kept for backward against bf16", "<="),
+MEASURES = {
+    "bf16": ">=",  # speed against the better of bf16 autocast, eager and compiled
+    "fp32": ">=",  # speed against fp32
+    "limit": ">=",  # share of the integer-product limit
+    "psq8": "<=",  # time against psq8
+    "copy": ">=",  # share of the machine's copy rate
+    "kept/fp32": "<=",  # bytes the layers keep for backward, against fp32
+    "kept/bf16": "<=",  # the same under autocast, against bf16 autocast
 }
-"""What a floor can be about: in words, and on which side of the floor is good."""
+"""What a floor can be about, and on which side of it a ratio is good."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class ConsoleObserver:
-    """Shows a run; an `fqt.bench.run.Observer` and a context manager that clears the bar.
+    """Shows a run; an `fqt.bench.measure.Observer` and a context manager that clears the bar.
 
     Args:
         console: where to write.

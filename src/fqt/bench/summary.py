@@ -54,7 +54,7 @@ class Result:
         """Whether the median reaches the floor; None without one."""
         if self.floor is None:
             return None
-        at_least = MEASURES[self.measure][1] == ">="
+        at_least = MEASURES[self.measure] == ">="
         return self.ratio.median >= self.floor if at_least else self.ratio.median <= self.floor
 
 

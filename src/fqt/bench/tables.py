@@ -46,7 +46,7 @@ def _cell(result: Result) -> str:
     if ratio.p10 != ratio.p90:
         text += f" [{_number(ratio.p10)}, {_number(ratio.p90)}]"
     if result.floor is not None:
-        sign = _SIGN[MEASURES[result.measure][1]]
+        sign = _SIGN[MEASURES[result.measure]]
         text += f" {'met' if result.met else 'missed'} {sign} {result.floor:g}"
     return text
 
@@ -95,9 +95,12 @@ def _note(case: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def terminal_tables(record: Mapping[str, Any]) -> list[Table]:
-    """Two tables for a `rich.console.Console`."""
+    """Two tables for a `rich.console.Console`; the ratios one to a line, so that they fit a narrow terminal."""
+    titles = {case["name"]: case["title"] for case in record["cases"]}
+    rows = [[titles[r.case], r.recipe, _HEADINGS[r.measure], _cell(r)] for r in results(record)]
     ratios = Table(title="Ratios", caption=CAPTION, caption_justify="left")
-    return [_fill(ratios, *ratio_rows(record)), _fill(Table(title="Times"), *time_rows(record))]
+    header = ["case", "recipe", "measure", "ratio and floor"]
+    return [_fill(ratios, header, rows), _fill(Table(title="Times"), *time_rows(record))]
 
 
 def list_table(cases: Sequence[Case]) -> Table:
@@ -110,8 +113,8 @@ def list_table(cases: Sequence[Case]) -> Table:
 def _floors_of(case: Case) -> str:
     lines = []
     for floor in case.floors:
-        words, sign = MEASURES[floor.measure]
-        lines.append(f"{words} {_SIGN[sign]} {floor.value:g} ({', '.join(floor.recipes)})")
+        sign = _SIGN[MEASURES[floor.measure]]
+        lines.append(f"{', '.join(floor.recipes)}: {_HEADINGS[floor.measure]} {sign} {floor.value:g}")
     return "\n".join(lines)
 
 
