@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo bench test lint format clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -25,6 +25,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed ## Train small nets on real digits with every recipe and compare them (under 5 minutes)
 	$(BIN)/fqt compare digits --out runs/demo
+
+bench: $(VENV)/.installed ## Measure layers, steps and quantizers against fp32, bf16 and torchao (on an idle machine)
+	$(BIN)/fqt bench --out runs/bench.json
 
 test: $(VENV)/.installed-dev ## Run the whole test suite
 	$(BIN)/python -m pytest

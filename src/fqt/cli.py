@@ -1,7 +1,7 @@
 """The command line: wires the rooms together and turns errors into one line and an exit status.
 
-Exit status: 0 done; 1 the training diverged; 2 bad input, or a record that could not be written; 130 interrupted
-with the state saved.
+Exit status: 0 done; 1 the training diverged, or a bench found a wrong result; 2 bad input, or a record that could
+not be written; 130 interrupted with the state saved.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import click
 from rich.console import Console
 
 import fqt
+from fqt import bench
 from fqt.errors import FqtError
 from fqt.records import write_bytes
 from fqt.report import comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
@@ -178,6 +179,65 @@ def explain_command(task: str | None, model: str | None, recipe: str, data: str 
     """Say, layer by layer, which products of TASK's model run on integers under a recipe, and why."""
     config = resolve(task, None, {"model": model, "data": data, "recipe": recipe})
     click.echo(str(fqt.explain(_task_model(config))))
+
+
+@cli.command("bench")
+@click.argument("cases", nargs=-1, metavar="[CASE]...")
+@click.option("--list", "list_cases", is_flag=True, help="Show the cases and their floors, and end.")
+@click.option("--recipe", "recipes", multiple=True, help="Repeatable; instead of each case's own recipes.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch [default: torch's choice].")
+@click.option("--repeats", type=click.IntRange(min=1), help="Rounds per case [default: 20; 5 when quick].")
+@click.option("--quick", is_flag=True, help="Few rounds and no compiled contestants: a look, not a measurement.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/bench.json"),
+    show_default=True,
+    help="File of the record; one that is there is replaced.",
+)
+@click.option("--table", type=click.Path(path_type=Path), help="Print the Markdown tables of that record, and end.")
+def bench_command(
+    cases: tuple[str, ...],
+    list_cases: bool,
+    recipes: tuple[str, ...],
+    threads: int | None,
+    repeats: int | None,
+    quick: bool,
+    out: Path,
+    table: Path | None,
+) -> int:
+    """Measure layers, training steps and quantizers against fp32, bf16 autocast and torchao's int8 training.
+
+    Every result is verified before it is timed. The exit status is 1 if one was wrong; a floor that is missed is
+    a result like any other, and the status stays 0. Ctrl-C keeps what was measured.
+    """
+    console = Console()
+    if table is not None:
+        click.echo(bench.markdown(bench.read_bench(table)), nl=False)
+        return 0
+    chosen = bench.select(cases)
+    if list_cases:
+        console.print(bench.list_table(bench.CASES if not cases else chosen))
+        return 0
+    plan = bench.Plan(
+        cases=chosen,
+        recipes=recipes,
+        threads=threads,
+        repeats=repeats or (5 if quick else 20),
+        seeds=2 if quick else 4,
+        compile=not quick,
+        command=sys.argv,
+    )
+    with bench.ConsoleObserver(Console(stderr=True)) as observer:
+        record = bench.run(plan, out, observer)
+    for tables in bench.terminal_tables(record):
+        console.print(tables)
+    click.echo(f"record in {out}" + (", as far as it came" if record["interrupted"] else ""))
+    for line in bench.failures(record):
+        click.echo(f"wrong result: {line}", err=True)
+    if record["interrupted"]:
+        return 130
+    return 1 if bench.failures(record) else 0
 
 
 def _task_model(config: TrainConfig) -> Any:

@@ -1,0 +1,187 @@
+"""Who is measured on a layer or a step: the float baselines, torchao's int8 training, and ours with each recipe.
+
+Everyone starts from the same weights and batch, and gets a layer's input and gradient in the dtype that the
+neighbouring layers would have in its own setting: float32, or bfloat16 under autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fqt.bench.workloads import SEED, Layer, Step, build, draw
+from fqt.nn import Recipe, Rule, load_recipe, quantize_
+
+Outcome = dict[str, Tensor]
+
+
+class Unavailable(Exception):
+    """A contestant cannot take part; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A way to train the model of a workload.
+
+    Attributes:
+        name: unique within a case.
+        group: "fp32", "bf16", "torchao" or "ours".
+        convert: what is done to the float model, in place; raises `Unavailable`.
+        recipe: of ours.
+        autocast: whether the forward pass runs under bfloat16 autocast.
+        compiled: whether `torch.compile` is applied.
+        short: whether the model itself and its input are bfloat16.
+    """
+
+    name: str
+    group: str
+    convert: Callable[[nn.Module], nn.Module] = lambda model: model
+    recipe: str | None = None
+    autocast: bool = False
+    compiled: bool = False
+    short: bool = False
+
+
+def contestants(recipes: Sequence[str]) -> list[Contestant]:
+    """All that take part, the fp32 reference first."""
+    found = [
+        Contestant(name="fp32", group="fp32"),
+        Contestant(name="bf16", group="bf16", autocast=True),
+        Contestant(name="bf16 compiled", group="bf16", autocast=True, compiled=True),
+        Contestant(name="torchao int8", group="torchao", convert=_torchao, compiled=True, short=True),
+    ]
+    for recipe in recipes:
+        ours = Contestant(name=recipe, group="ours", convert=_ours(recipe), recipe=recipe)
+        found += [
+            ours,
+            replace(ours, name=f"{recipe} bf16", autocast=True),
+            replace(ours, name=f"{recipe} bf16 compiled", autocast=True, compiled=True),
+        ]
+    return found
+
+
+def _ours(recipe: str | Recipe) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: quantize_(model, recipe)
+
+
+def noiseless(contestant: Contestant) -> Contestant:
+    """The expectation of one of ours over its noise: the same forward codes, the gradient not quantized."""
+    assert contestant.recipe is not None
+    recipe = _noiseless(load_recipe(contestant.recipe))
+    return replace(contestant, convert=_ours(recipe), compiled=False)
+
+
+def _noiseless(recipe: Recipe) -> Recipe:
+    rules = tuple(Rule(rule.pattern, _noiseless(load_recipe(rule.recipe))) for rule in recipe.rules)
+    return replace(recipe, grad_input=None, grad_weight=None, rules=rules)
+
+
+def torchao_version() -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version("torchao")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torchao(model: nn.Module) -> nn.Module:
+    """torchao's int8 mixed-precision training of a bfloat16 model, on every `nn.Linear`."""
+    if any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
+        raise Unavailable("torchao's int8 training has no convolution")
+    if torchao_version() is None:
+        raise Unavailable("torchao is not installed")
+    try:
+        from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
+        from torchao.quantization import quantize_ as torchao_quantize_
+    except Exception as error:  # whatever an installation that does not fit this torch raises
+        raise Unavailable(f"torchao does not import ({error})") from error
+    torchao_quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True))
+    return model
+
+
+class Runner:
+    """One contestant on one workload: its model, its batch, and the pass that is timed.
+
+    Args:
+        contestant: who.
+        workload: on what.
+        channels_last: the memory format of four-dimensional weights, inputs and gradients.
+
+    Raises:
+        Unavailable: the contestant does not take this workload.
+    """
+
+    def __init__(self, contestant: Contestant, workload: Layer | Step, channels_last: bool = False) -> None:
+        self.contestant, self.workload = contestant, workload
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        plain = build(workload).to(memory_format=self.format)  # type: ignore[call-overload]
+        dtype = torch.bfloat16 if contestant.short else torch.float32
+        self.plain = contestant.convert(plain.to(dtype))
+        self.model: Any = torch.compile(self.plain, dynamic=False) if contestant.compiled else self.plain
+        layer = isinstance(workload, Layer)
+        seen = torch.bfloat16 if contestant.autocast and layer else dtype
+        self.input = self._formed(draw(workload.input, 1).to(seen)).requires_grad_(layer)
+        self.above: Tensor | None = None
+        if isinstance(workload, Step):
+            self.target = workload.target(self.input, torch.Generator().manual_seed(SEED + 2))
+        # Momentum SGD in one fused pass: the optimizer is part of a step, not its subject. The small rate keeps
+        # repeated steps on one batch from diverging.
+        parameters = list(self.plain.parameters())
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, fused=True)
+
+    def __call__(self) -> None:
+        """What is timed: forward and backward, and for a step the optimizer."""
+        self.backward()
+        if isinstance(self.workload, Step):
+            self.optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Frees the gradients, so that many contestants find room beside each other."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.input.grad = None
+
+    def backward(self) -> Tensor:
+        """Forward and backward; returns a layer's output or a step's loss. The gradients are the model's."""
+        self.forget()
+        with self.setting():
+            output = self.model(self.input)
+        if isinstance(self.workload, Step):
+            output = self.workload.loss(output, self.target)
+            output.backward()
+            return output.detach()
+        if self.above is None:
+            self.above = self._formed(draw(tuple(output.shape), 3).to(output.dtype))
+        output.backward(self.above)
+        return output.detach()
+
+    def outcome(self, seed: int = SEED) -> Outcome:
+        """Output or loss, and all gradients, of one pass with the noise of `seed`; weights stay as they are.
+
+        Returns:
+            "output", "grad_input" (layers only) and "grad <parameter>"; tensors of the caller's own.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            found = {"output": self.backward()}
+        gradients = {f"grad {name}": p.grad for name, p in self.plain.named_parameters()}
+        if isinstance(self.workload, Layer):
+            gradients["grad_input"] = self.input.grad
+        missing = [name for name, gradient in gradients.items() if gradient is None]
+        if missing:
+            raise RuntimeError(f"no gradient came back: {', '.join(missing)}")
+        self.forget()
+        return found | {name: g.detach() for name, g in gradients.items() if g is not None}
+
+    def setting(self) -> contextlib.AbstractContextManager:
+        """What the forward pass runs in."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.contestant.autocast)
+
+    def _formed(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self.format) if x.ndim == 4 else x

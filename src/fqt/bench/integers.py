@@ -1,0 +1,69 @@
+"""The integer-product limit: the best rate at which `torch._int_mm` multiplies on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fqt.bench.timing import seconds
+
+Shape = tuple[int, int, int]
+SHAPES: tuple[Shape, ...] = (
+    (1024, 1024, 1024),
+    (2048, 2048, 2048),
+    (4096, 1024, 1024),
+    (1024, 1024, 4096),
+    (4096, 1024, 4096),
+    (4096, 4096, 1024),
+    (4096, 4096, 4096),
+)
+"""(M, N, K) that are tried."""
+READINGS = 3
+
+
+class IntegerProduct:
+    """(M, K) · (K, N) of int8 into int32.
+
+    Args:
+        shape: (M, N, K).
+        transposed: whether the second operand is stored as (N, K).
+    """
+
+    def __init__(self, shape: Shape, transposed: bool) -> None:
+        m, n, k = shape
+        generator = torch.Generator().manual_seed(0)
+        self.shape, self.transposed = shape, transposed
+        self.left = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
+        stored = torch.randint(-127, 128, (n, k) if transposed else (k, n), dtype=torch.int8, generator=generator)
+        self.right = stored.T if transposed else stored
+
+    @property
+    def macs(self) -> int:
+        """Multiply–accumulates of one call."""
+        m, n, k = self.shape
+        return m * n * k
+
+    def __call__(self) -> torch.Tensor:
+        """(M, N) int32."""
+        return torch._int_mm(self.left, self.right)
+
+    def is_right(self) -> bool:
+        """Whether some rows equal the product in float64, which holds these sums exactly."""
+        rows = slice(None, None, max(1, self.shape[0] // 8))
+        return torch.equal(self()[rows].double(), self.left[rows].double() @ self.right.double())
+
+
+def best_product(shapes: Sequence[Shape] = SHAPES) -> tuple[IntegerProduct, list[dict]]:
+    """The product with the highest rate, and what was measured of every shape and layout."""
+    best, most, tried = None, 0.0, []
+    for shape in shapes:
+        for transposed in (True, False):
+            product = IntegerProduct(shape, transposed)
+            product()
+            rate = product.macs / min(seconds(product) for _ in range(READINGS))
+            tried.append({"shape": list(shape), "transposed": transposed, "macs_per_second": rate})
+            if rate > most:
+                best, most = product, rate
+    assert best is not None
+    return best, tried

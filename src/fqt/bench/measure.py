@@ -1,0 +1,327 @@
+"""A run: every case verified, then timed in rounds; the record grows with each round and survives Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fqt import kernels, nn
+from fqt.bench import timing
+from fqt.bench.cases import Case, kind
+from fqt.bench.contestants import Contestant, Runner, Unavailable, contestants, noiseless, torchao_version
+from fqt.bench.integers import SHAPES, IntegerProduct, Shape, best_product
+from fqt.bench.kept import kept_bytes
+from fqt.bench.quantizing import Copy, Quantization
+from fqt.bench.verify import Verification, check_bias, check_error
+from fqt.bench.workloads import Layer, Quantize, Step, count_macs
+from fqt.errors import FqtError
+from fqt.records import environment, write_json
+
+FORMAT = 1
+LIMIT = "integer products"
+
+
+class Observer(Protocol):
+    """Is told what goes on."""
+
+    def case(self, title: str, total: int) -> None:
+        """A case with that many readings begins."""
+
+    def say(self, text: str) -> None:
+        """What is being done."""
+
+    def advance(self) -> None:
+        """A reading more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        cases: which.
+        recipes: for every case; empty for each case's own.
+        threads: of torch; None leaves its choice.
+        repeats: rounds per case.
+        seeds: passes whose mean must approach the gradient without noise.
+        compile: whether compiled contestants take part.
+        shapes: tried for the integer-product limit.
+        command: for the record.
+    """
+
+    cases: tuple[Case, ...]
+    recipes: tuple[str, ...] = ()
+    threads: int | None = None
+    repeats: int = 20
+    seeds: int = 4
+    compile: bool = True
+    shapes: Sequence[Shape] = SHAPES
+    command: Sequence[str] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.seeds < 2 or (self.threads is not None and self.threads < 1):
+            raise FqtError("a bench needs at least one round, two seeds and one thread")
+        for recipe in self.recipes:
+            nn.load_recipe(recipe)
+
+
+def run(plan: Plan, out: Path | None, observer: Observer) -> dict[str, Any]:
+    """Measures; the record is written after every case, and once more at the end.
+
+    Torch's thread count and generator are afterwards what they were.
+
+    Args:
+        plan: what.
+        out: the record's file; None writes none.
+        observer: is told.
+
+    Returns:
+        The record; "interrupted" says that Ctrl-C ended it early, with what was complete by then.
+
+    Raises:
+        FqtError: the record cannot be written.
+    """
+    before = torch.get_num_threads()
+    record: dict[str, Any] = {"kind": "bench", "format": FORMAT}
+    try:
+        torch.set_num_threads(plan.threads or before)
+        record |= {
+            "environment": environment(plan.command),
+            "kernels": asdict(kernels.status()),
+            "torchao": torchao_version(),
+            "repeats": plan.repeats,
+            "compile": plan.compile,
+            "interrupted": False,
+            "integer_rate": None,
+            "cases": [],
+        }
+        if out is not None:
+            write_json(out, record)  # what cannot be written is said before hours of work
+        with torch.random.fork_rng(devices=[]), _compiler() if plan.compile else contextlib.nullcontext():
+            _measure(plan, out, record, observer)
+    except KeyboardInterrupt:
+        record["interrupted"] = True
+    finally:
+        torch.set_num_threads(before)
+        if out is not None and "cases" in record:
+            write_json(out, record)
+    return record
+
+
+def failures(record: Mapping[str, Any]) -> list[str]:
+    """One line per contestant whose result was wrong."""
+    return [
+        f"{case['name']}, {row['name']}: {row['reason']}"
+        for case in record["cases"]
+        for row in case["contestants"]
+        if row["status"] == "failed"
+    ]
+
+
+@contextlib.contextmanager
+def _compiler() -> Iterator[None]:
+    """Compiled contestants side by side: each is a further specialization of the same functions to dynamo."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=256, accumulated_recompile_limit=4096), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo explains every graph break; their number is in the record
+        yield
+
+
+def _measure(plan: Plan, out: Path | None, record: dict[str, Any], observer: Observer) -> None:
+    product = None
+    for case in plan.cases:
+        entry: dict[str, Any] = {
+            "name": case.name,
+            "title": case.title,
+            "kind": kind(case.workload),
+            "input": list(case.workload.input),
+            "floors": [{**asdict(floor), "recipes": list(floor.recipes)} for floor in case.floors],
+            "contestants": [],
+        }
+        record["cases"].append(entry)
+        recipes = plan.recipes or case.recipes
+        if isinstance(case.workload, Quantize):
+            calls = _prepare_quantizer(case.workload, recipes, plan, entry, observer)
+        else:
+            if product is None:
+                product = _integer_rate(plan, record, observer)
+            calls = _prepare(case, recipes, plan, product, entry, observer)
+        _time(calls, plan.repeats, entry, observer)
+        if out is not None:
+            write_json(out, record)
+        if plan.compile:
+            torch._dynamo.reset()
+
+
+def _integer_rate(plan: Plan, record: dict[str, Any], observer: Observer) -> IntegerProduct:
+    observer.case("integer products", len(plan.shapes))
+    observer.say("finding the best shape")
+    product, tried = best_product(plan.shapes)
+    if not product.is_right():
+        raise FqtError("torch._int_mm returns wrong sums on this machine: there is no limit to measure against")
+    record["integer_rate"] = {
+        "shape": list(product.shape),
+        "transposed": product.transposed,
+        "macs": product.macs,
+        "tried": tried,
+    }
+    return product
+
+
+Calls = dict[str, Callable[[], object]]
+
+
+def _row(entry: dict[str, Any], name: str, group: str, **more: Any) -> dict[str, Any]:
+    row = {"name": name, "group": group, "status": "verified", "reason": "", "seconds": [], **more}
+    entry["contestants"].append(row)
+    return row
+
+
+def _verified(row: dict[str, Any], found: Verification) -> bool:
+    row |= {"error": found.error, "bias": found.bias, "errors": dict(found.errors)}
+    if found.problem:
+        row |= {"status": "failed", "reason": found.problem}
+    return not found.problem
+
+
+def _prepare(
+    case: Case,
+    recipes: Sequence[str],
+    plan: Plan,
+    product: IntegerProduct,
+    entry: dict[str, Any],
+    observer: Observer,
+) -> Calls:
+    """Builds and verifies the contestants of a layer or a step."""
+    assert isinstance(case.workload, Layer | Step)
+    everyone = contestants(recipes)
+    observer.case(case.title, len(everyone) + plan.repeats)
+    entry |= {"macs": count_macs(case.workload), "kept": {}}
+    calls: Calls = {}
+    formats: dict[str, bool] = {}
+    reference = Runner(everyone[0], case.workload).outcome()
+    for contestant in everyone:
+        observer.say(f"verifying {contestant.name}")
+        row = _row(
+            entry,
+            contestant.name,
+            contestant.group,
+            recipe=contestant.recipe,
+            autocast=contestant.autocast,
+            compiled=contestant.compiled,
+        )
+        try:
+            if contestant.compiled and not plan.compile:
+                raise Unavailable("compilation was left out")
+            breaks = _graph_breaks() if contestant.compiled else 0
+            runner = _in_best_format(contestant, case.workload, formats)
+            row["channels_last"] = runner.format is torch.channels_last
+            if _verified(row, _check(runner, reference, case, plan.seeds)):
+                calls[contestant.name] = runner
+            if contestant.compiled:
+                row["graph_breaks"] = _graph_breaks() - breaks
+            else:
+                entry["kept"][contestant.name] = asdict(kept_bytes(runner))
+            if contestant.group == "ours":
+                row["arithmetic"] = _arithmetic(runner)
+        except Unavailable as reason:
+            row |= {"status": "skipped", "reason": str(reason)}
+        except FqtError:
+            raise  # the recipe does not suit the model: for the user to change
+        except Exception as error:
+            # A compiler that does not work, or a baseline that does not run, must not end the run.
+            reason_ = f"{type(error).__name__}: {_first_line(error)}"
+            ours_broken = contestant.group == "ours" and not contestant.compiled
+            row |= {"status": "failed" if ours_broken else "skipped", "reason": reason_}
+        observer.advance()
+    _row(entry, LIMIT, "limit", macs=product.macs)
+    calls[LIMIT] = product
+    return calls
+
+
+def _check(runner: Runner, reference: Mapping[str, torch.Tensor], case: Case, seeds: int) -> Verification:
+    found = check_error(runner.outcome(), reference, case.bound, by_row=isinstance(case.workload, Layer))
+    if runner.contestant.group != "ours" or found.problem:
+        return found
+    quiet = Runner(noiseless(runner.contestant), runner.workload, runner.format is torch.channels_last)
+    exact = quiet.outcome()
+    rounding = 2.0**-8 if runner.contestant.autocast else 2.0**-10
+    return check_bias(found, (runner.outcome(seed) for seed in range(1, seeds + 1)), exact, rounding)
+
+
+def _in_best_format(contestant: Contestant, workload: Layer | Step, formats: dict[str, bool]) -> Runner:
+    """The contestant in the memory format that suits it; a compiled one takes that of its eager form."""
+    if len(workload.input) != 4:
+        return Runner(contestant, workload)
+    eager = contestant.name.removesuffix(" compiled")
+    if eager not in formats:
+        both = {last: Runner(contestant, workload, last) for last in (False, True)}
+        spent = {last: [] for last in both}  # type: dict[bool, list[float]]
+        for _ in range(3):
+            for last, runner in both.items():
+                spent[last].append(timing.seconds(runner.backward))
+        formats[eager] = min(spent[True]) < min(spent[False])
+    return Runner(contestant, workload, formats[eager])
+
+
+def _arithmetic(runner: Runner) -> dict[str, int]:
+    """How many of the model's products run on integers, simulated, or in float."""
+    found: dict[str, int] = {}
+    for product in nn.explain(runner.plain).products:
+        found[product.arithmetic] = found.get(product.arithmetic, 0) + 1
+    return found
+
+
+def _graph_breaks() -> int:
+    """How many dynamo has counted so far."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0][:300]
+
+
+def _prepare_quantizer(
+    workload: Quantize, recipes: Sequence[str], plan: Plan, entry: dict[str, Any], observer: Observer
+) -> Calls:
+    observer.case(entry["title"], 1 + len(recipes) + plan.repeats)
+    copy = Copy(workload)
+    calls: Calls = {}
+    if _verified(_row(entry, "copy", "copy", bytes=copy.bytes), copy.verify()):
+        calls["copy"] = copy
+    observer.advance()
+    for recipe in recipes:
+        observer.say(f"verifying {recipe}")
+        try:
+            quantization = Quantization.of(workload, recipe)
+        except FqtError as reason:
+            _row(entry, recipe, "ours", recipe=recipe, status="skipped", reason=str(reason))
+        else:
+            row = _row(entry, recipe, "ours", recipe=recipe, bytes=quantization.bytes)
+            if _verified(row, quantization.verify(plan.seeds)):
+                calls[recipe] = quantization
+        observer.advance()
+    return calls
+
+
+def _time(calls: Calls, repeats: int, entry: dict[str, Any], observer: Observer) -> None:
+    rows = {row["name"]: row for row in entry["contestants"]}
+    observer.say("warming up")
+    counts = {name: timing.calls_per_reading(call) for name, call in calls.items()}
+    for name, count in counts.items():
+        rows[name] |= {"status": "timed", "calls": count}
+    observer.say("timing")
+    for found in timing.rounds(calls, counts, repeats):
+        for name, value in found.items():
+            rows[name]["seconds"].append(value)
+        observer.advance()

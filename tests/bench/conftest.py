@@ -1,0 +1,77 @@
+"""Small cases that stand for the real ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fqt.bench.cases import Case, Floor
+from fqt.bench.workloads import Layer, Quantize, image_classifier, transformer
+
+FLOORS = (
+    Floor("bf16", 1e-6, ("psq8",)),
+    Floor("fp32", 1e6, ("psq8",)),
+    Floor("limit", 1e-9, ("psq8",)),
+    Floor("kept/fp32", 0.27, ("psq8",)),
+    Floor("kept/bf16", 0.52, ("psq8",)),
+)
+LINEAR = Case(
+    name="linear",
+    title="Linear 64→48",
+    workload=Layer(model=lambda: nn.Linear(64, 48), input=(128, 64)),
+    recipes=("psq8", "shq8"),
+    floors=(*FLOORS, Floor("psq8", 1e6, ("shq8",))),
+    bound=0.06,
+)
+CONV = Case(
+    name="conv",
+    title="Conv 3×3, 16→16",
+    workload=Layer(model=lambda: nn.Conv2d(16, 16, 3, padding=1, bias=False), input=(8, 16, 8, 8)),
+    recipes=("psq8",),
+    bound=0.06,
+)
+BLOCKS = Case(
+    name="blocks", title="one block", workload=transformer(1, 32, 4, 4, 16), recipes=("default",), bound=0.2
+)
+IMAGES = Case(
+    name="images", title="a small net", workload=image_classifier("convnet", 8, 16), recipes=("psq8",), bound=0.9
+)
+MATRIX = Case(
+    name="matrix",
+    title="quantizer 64×256",
+    workload=Quantize(input=(64, 256)),
+    recipes=("psq8", "psq8d"),
+    floors=(Floor("copy", 1e-9, ("psq8",)), Floor("copy", 1e9, ("psq8d",))),
+)
+TINY = (LINEAR, CONV, BLOCKS, IMAGES, MATRIX)
+
+
+class Silent:
+    """An observer; `stop_at` raises what Ctrl-C raises when that many readings were made."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.titles: list[str] = []
+        self.left = stop_at
+
+    def case(self, title: str, total: int) -> None:
+        self.titles.append(title)
+
+    def say(self, text: str) -> None:
+        pass
+
+    def advance(self) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """And readings of a single call: what is timed does not matter here."""
+    monkeypatch.setattr("fqt.bench.timing.LEAST_SECONDS", 1e-9)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
