@@ -7,7 +7,8 @@ edge cases once per method, which is where released quantizers go wrong.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -109,6 +110,51 @@ class Quantizer:
         """
         return self._variance(x, seed, axis, exact=False)
 
+    def variances(
+        self,
+        x: Tensor,
+        widths: Sequence[int],
+        seed: int | Tensor | None = 0,
+        *,
+        axis: int | tuple[int, ...] = 0,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`variance` and `variance_bound` of this quantizer at other widths, sharing what widths have in common.
+
+        The transform and the ranges are computed once (but with guard="exact", whose choice depends on the
+        width). With `weight` they are those of Σ weight·error², entries weighted.
+
+        Args:
+            x: as for `quantize`.
+            widths: bits, each 2 to 8, in place of the grid's own.
+            seed, axis: as for `quantize`.
+            weight: not negative, broadcasting against x; None for 1 everywhere.
+
+        Returns:
+            (variances, bounds), each float64 of shape (len(widths),), in squared units of x (times weight).
+        """
+        view = _view(x, axis)
+        matrix = view.matrix(x.detach()).to(reference.compute_dtype(x.dtype))
+        members = [replace(self, grid=Integers(bits)) for bits in widths]
+        key, shares = self._key(seed, x.device), getattr(self.transform, "guard", True) != "exact"
+        exact, bound = [], []
+        for number, member in enumerate(members):
+            if number == 0 or not shares:
+                y, mixing = member._mix(matrix, key)
+                ranges = ops.value_range(y, self.scale.group)
+                cost = None if mixing is None else mixing.cost
+                entries = None if weight is None else _entry_weight(weight, view, mixing)
+            plan = member._rounding_plan(y, cost, ranges)
+            if entries is None:
+                rows, upper = plan.row_variance(y), plan.row_bound(y)
+                exact.append((rows if cost is None else rows * cost).sum())
+                bound.append((upper if cost is None else upper * cost).sum())
+            else:
+                exact.append((plan.entry_variance(y) * entries).sum())
+                bound.append((plan.entry_bound(y) * entries).sum())
+        empty = torch.zeros(0, dtype=torch.float64, device=x.device)
+        return (torch.stack(exact), torch.stack(bound)) if members else (empty, empty)
+
     def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
         view = _view(x, axis)
         matrix = view.matrix(x.detach()).to(reference.compute_dtype(x.dtype))
@@ -125,18 +171,23 @@ class Quantizer:
 
     def _plan(self, x: Tensor, key: Tensor | None) -> tuple[Tensor, Mixing | None, Plan | Either]:
         """The transformed matrix, how to undo the transform, and how to round it."""
+        y, mixing = self._mix(x, key)
+        ranges = ops.value_range(y, self.scale.group)
+        return y, mixing, self._rounding_plan(y, None if mixing is None else mixing.cost, ranges)
+
+    def _mix(self, x: Tensor, key: Tensor | None) -> tuple[Tensor, Mixing | None]:
+        """The transformed matrix, and how to undo the transform."""
 
         def row_cost(y: Tensor) -> Tensor:
-            if getattr(self.transform, "guard", True) == "exact":
-                return self._rounding_plan(y, None).row_variance(y)
             lo, hi = ops.value_range(y, "row")
+            if getattr(self.transform, "guard", True) == "exact":
+                return self._rounding_plan(y, None, (lo, hi)).row_variance(y)
             return Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic").row_bound(y)
 
-        y, mixing = self.transform.apply(x, key, row_cost)
-        return y, mixing, self._rounding_plan(y, None if mixing is None else mixing.cost)
+        return self.transform.apply(x, key, row_cost)
 
-    def _rounding_plan(self, y: Tensor, cost: Tensor | None) -> Plan | Either:
-        lo, hi = ops.value_range(y, self.scale.group)
+    def _rounding_plan(self, y: Tensor, cost: Tensor | None, ranges: tuple[Tensor, Tensor]) -> Plan | Either:
+        lo, hi = ranges
         if self.rounding != "best":
             return Plan.of(lo, hi, self.scale.mode, self.grid, self.rounding)
         stochastic = Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic")
@@ -199,6 +250,18 @@ class Plan:
         unit = {"nearest": 0.0, "stochastic": 1 / 4, "dithered": 1 / 12}[self.rounding]
         return self.step.double().square().expand(y.shape).sum(1) * unit
 
+    def entry_variance(self, y: Tensor) -> Tensor:
+        """(N, D) float64: the entries' exact variances, before a transform is undone."""
+        if self.rounding != "stochastic":
+            return self.entry_bound(y)
+        unit = ops.code_variance(y, self.step, self.offset, self.low, self.high)
+        return unit * self.step.double().square()
+
+    def entry_bound(self, y: Tensor) -> Tensor:
+        """(N, D) float64: the entries' variance bounds, before a transform is undone."""
+        unit = {"nearest": 0.0, "stochastic": 1 / 4, "dithered": 1 / 12}[self.rounding]
+        return (self.step.double().square() * unit).expand(y.shape)
+
 
 @dataclass(frozen=True)
 class Either:
@@ -233,6 +296,27 @@ class Either:
     def row_bound(self, y: Tensor) -> Tensor:
         """(N,) float64."""
         return self._pick(self.first.row_bound(y), self.second.row_bound(y))
+
+    def entry_variance(self, y: Tensor) -> Tensor:
+        """(N, D) float64."""
+        return self._pick(self.first.entry_variance(y), self.second.entry_variance(y))
+
+    def entry_bound(self, y: Tensor) -> Tensor:
+        """(N, D) float64."""
+        return self._pick(self.first.entry_bound(y), self.second.entry_bound(y))
+
+
+def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:
+    """Σ_i (S⁻¹)_ir² weight_ij, what an error of the rounded matrix weighs; broadcasts to (N, D)."""
+    full = view.matrix(weight.expand(view.shape)).double()
+    if mixing is None:
+        return full
+    shape = (1,) * (len(view.shape) - weight.ndim) + weight.shape
+    if all(shape[d] == 1 for d in view.axis):  # equal in all rows: mixing them changes nothing
+        return mixing.cost[:, None] * full[:1]
+    unit = torch.eye(full.shape[0], dtype=mixing.offset.dtype, device=full.device)
+    inverse = mixing.undo(unit) - mixing.offset  # S⁻¹ itself
+    return inverse.double().square().T @ full
 
 
 def _view(x: Tensor, axis: int | tuple[int, ...]) -> RowView:
