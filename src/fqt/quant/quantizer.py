@@ -242,13 +242,15 @@ class Plan:
             return self.row_bound(y)
         unit = ops.code_variance(y, self.step, self.offset, self.low, self.high)
         if self.step.shape[1] == 1:
-            return unit.sum(1, dtype=torch.float64) * self.step.double().square().squeeze(1)
+            return _row_sums(unit) * self.step.double().square().squeeze(1)
         return (unit * self.step.double().square()).sum(1)
 
     def row_bound(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' variance bounds."""
         unit = {"nearest": 0.0, "stochastic": 1 / 4, "dithered": 1 / 12}[self.rounding]
-        return self.step.double().square().expand(y.shape).sum(1) * unit
+        square = self.step.double().square()
+        rows = square.sum(1) if square.shape[1] == y.shape[1] else square[:, 0] * y.shape[1]
+        return (rows * unit).expand(y.shape[0])
 
     def entry_variance(self, y: Tensor) -> Tensor:
         """(N, D) float64: the entries' exact variances, before a transform is undone."""
@@ -304,6 +306,18 @@ class Either:
     def entry_bound(self, y: Tensor) -> Tensor:
         """(N, D) float64."""
         return self._pick(self.first.entry_bound(y), self.second.entry_bound(y))
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """(N,) float64 from (N, D) entries that are not negative, to 1e-7.
+
+    Sums of 256 columns in x's own dtype, then float64: several times faster than float64 from the start.
+    """
+    whole = x.shape[1] - x.shape[1] % 256
+    sums = x[:, whole:].sum(1, dtype=torch.float64)
+    if whole:
+        sums += x[:, :whole].unflatten(1, (-1, 256)).sum(1).sum(1, dtype=torch.float64)
+    return sums
 
 
 def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:

@@ -1,0 +1,243 @@
+"""How many bits each layer's `grad_input` needs.
+
+By Theorem 2 the quantization variance of the gradient is a sum over layers,
+
+    V(b_1 … b_L) = V_own + Σ_l c_l(b_l),   c_l(b) = effect_l · v_l(b) / v_l(b'),
+
+with effect_l what layer l's `grad_input` quantizer adds at the width b' that it was measured at (the table's row,
+own weight left out), v_l(b) the exact variance of its operand at width b, and V_own the `grad_weight` quantizers'
+part, which is left as it is. Two approximations: the gain effect_l / v_l, how much of a layer's noise arrives at the
+parameters, is taken to be the same at every width (the noise's covariance changes little); and noise from above is
+taken as it was when measured (at few bits noise begets noise: measure again at the plan to be exact).
+
+**Allocation.** Minimise Σ c_l(b_l) under Σ w_l b_l ≤ budget, w_l the multiplications of layer l. With a price μ per
+weighted bit the problem falls apart into one per layer, min_b c_l(b) + μ w_l b, whose solutions walk up the lower
+convex hull of the points (w_l b, c_l(b)) as μ falls from ∞ to 0. So: start at the fewest bits, and take the hull
+steps of all layers in the order of gain per weighted bit, −Δc/(w_l Δb). After every step the allocation is optimal
+for the width that it uses (Everett 1963: what minimises the Lagrangian solves the problem at its own budget); hulls
+make the steps of one layer come in order. The budget usually falls between two allocations of that chain. Then
+steps that no longer fit are left out and later ones tried in the same order, which is feasible and at most one hull
+step's gain above the optimum. The other target, the least width at which V is at most a limit, is the same chain, ended
+where the limit is met; then steps that the limit turns out not to need are taken back. Dynamic programming over
+exact sums was rejected: it would close a gap of one step of one layer in a cost that is itself known to some per
+cent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fqt.errors import FqtError
+from fqt.nn import Recipe, Rule, dump_recipe
+from fqt.quant.scale import Integers
+from fqt.records import write_bytes
+from fqt.stats.decomposition import Decomposition
+from fqt.stats.diagnose import Diagnosis
+
+__all__ = ["Costs", "Plan", "allocate", "plan", "with_widths"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What widths cost, layer by layer.
+
+    Attributes:
+        variance: c_l(b), by layer and width; squared units of the parameter gradient.
+        weight: w_l, multiplications of the layer's grad_input product per batch.
+        fixed: V_own, the part that no width here changes.
+    """
+
+    variance: dict[str, dict[int, float]]
+    weight: dict[str, int]
+    fixed: float
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        """V at these widths."""
+        return self.fixed + sum(self.variance[layer][bits] for layer, bits in widths.items())
+
+    def mean_width(self, widths: Mapping[str, int]) -> float:
+        """The mean width, weighted by multiplications."""
+        return sum(self.weight[layer] * bits for layer, bits in widths.items()) / sum(self.weight.values())
+
+    @staticmethod
+    def of(table: Decomposition, weight: Mapping[str, int], recipes: Mapping[str, Recipe]) -> Costs:
+        """The costs that a table shows for the layers that have a grad_input product."""
+        variance: dict[str, dict[int, float]] = {}
+        fixed = sum(effect["grad_weight"].value for effect in table.effect.values())
+        for layer in table.sources:
+            by_width = table.operands[layer].get("grad_input")
+            effect = table.effect[layer]["grad_input"].value
+            if by_width is None:
+                continue
+            quantizer = recipes[layer].operand("grad_input")
+            assert quantizer is not None
+            measured = by_width[quantizer.grid.bits]
+            gain = effect / measured if measured > 0 else 0.0
+            variance[layer] = {bits: gain * v for bits, v in by_width.items()}
+        return Costs(variance=variance, weight={layer: weight[layer] for layer in variance}, fixed=fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bits per layer.
+
+    Attributes:
+        recipe: for `fqt.quantize_` on the float model; `save` writes it for `fqt train --recipe`.
+        widths: bits of `grad_input` by layer.
+        mean_width: weighted by multiplications.
+        variance: predicted quantization variance of the whole gradient.
+        rho: the same over the sampling variance.
+        uniform: predicted variance if every layer had the same whole number of bits, by that number.
+        costs: what it was computed from.
+    """
+
+    recipe: Recipe
+    widths: dict[str, int]
+    mean_width: float
+    variance: float
+    rho: float
+    uniform: dict[int, float]
+    costs: Costs
+
+    def save(self, path: str | Path) -> None:
+        """Writes the recipe as TOML.
+
+        Raises:
+            FqtError: the file cannot be written.
+        """
+        write_bytes(Path(path), toml(self.recipe, self._heading()).encode())
+
+    def _heading(self) -> str:
+        return (
+            f"mean grad_input width {self.mean_width:.2f} bits by multiplications; predicted quantization variance "
+            f"{self.variance:.3g}, {self.rho:.3g} of the sampling variance"
+        )
+
+
+def plan(
+    diagnosis: Diagnosis,
+    *,
+    rho: float | None = None,
+    mean_width: float | None = None,
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8),
+) -> Plan:
+    """Bits per layer: the fewest with ρ at most `rho`, or the least variance at a mean width.
+
+    Only widths of `grad_input` change; methods, and everything else of each layer's recipe, stay. Layers without a
+    grad_input product (the first) keep their recipe. The allocation rule is derived at the top of this module.
+
+    Args:
+        diagnosis: with a table.
+        rho: quantization over sampling variance that may not be exceeded; 0.1 if neither target is given.
+        mean_width: bits, weighted by each layer's multiplications.
+        widths: the bits to choose from.
+
+    Returns:
+        The plan with its prediction, whose error is that of the table and the two approximations above.
+
+    Raises:
+        FqtError: no table, two targets, a target that no allocation reaches, or no grad_input to plan for.
+    """
+    if diagnosis.table is None:
+        raise FqtError("the diagnosis has no table, which a plan needs: diagnose(…, table=1)")
+    if rho is not None and mean_width is not None:
+        raise FqtError("give rho or mean_width, not both")
+    weight = {o.layer: o.multiplications for o in diagnosis.operands if o.role == "grad_input"}
+    costs = Costs.of(diagnosis.table, weight, diagnosis.recipes)
+    limit = None if mean_width is not None else (0.1 if rho is None else rho) * diagnosis.total.sampling.value
+    chosen = allocate(costs, limit=limit, mean_width=mean_width, widths=widths)
+    variance = costs.total(chosen)
+    return Plan(
+        recipe=with_widths(diagnosis.recipes, chosen),
+        widths=chosen,
+        mean_width=costs.mean_width(chosen),
+        variance=variance,
+        rho=variance / diagnosis.total.sampling.value,
+        uniform={bits: costs.total(dict.fromkeys(chosen, bits)) for bits in widths},
+        costs=costs,
+    )
+
+
+def allocate(
+    costs: Costs,
+    *,
+    limit: float | None = None,
+    mean_width: float | None = None,
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8),
+) -> dict[str, int]:
+    """The widths by layer: fewest bits with variance at most `limit`, or least variance at `mean_width`.
+
+    Raises:
+        FqtError: nothing to plan for, unknown widths, or a target out of reach.
+    """
+    if not costs.variance:
+        raise FqtError("no layer quantizes grad_input, so there are no widths to plan")
+    if not widths or set(widths) - set(range(2, 9)):
+        raise FqtError(f"widths are bits from 2 to 8, not {widths!r}")
+    ladder = tuple(sorted(set(widths)))
+    chosen = dict.fromkeys(costs.variance, ladder[0])
+    if mean_width is not None and not mean_width >= ladder[0]:
+        raise FqtError(f"a mean width of {mean_width:g} bits is below the {ladder[0]} that every layer needs")
+    budget = None if mean_width is None else mean_width * sum(costs.weight.values()) * (1 + 1e-12)
+    taken = []
+    for layer, start, end in _steps(costs, ladder):
+        if limit is not None and costs.total(chosen) <= limit:
+            break
+        if chosen[layer] != start:  # an earlier step of this layer did not fit
+            continue
+        step = {**chosen, layer: end}
+        if budget is None or sum(costs.weight[name] * bits for name, bits in step.items()) <= budget:
+            chosen = step
+            taken.append((layer, start))
+    if limit is None:
+        return chosen
+    if costs.total(chosen) > limit:
+        raise FqtError(
+            f"{ladder[-1]} bits everywhere leave a quantization variance of {costs.total(chosen):.3g}, above the "
+            f"{limit:.3g} asked for; of it {costs.fixed:.3g} comes from the grad_weight quantizers"
+        )
+    for layer, start in reversed(taken):
+        step = {**chosen, layer: start}
+        if costs.total(step) <= limit and start < chosen[layer]:
+            chosen = step
+    return chosen
+
+
+def _steps(costs: Costs, ladder: tuple[int, ...]) -> list[tuple[str, int, int]]:
+    """All steps (layer, from, to) along the layers' hulls, most variance saved per weighted bit first."""
+    steps = []
+    for layer, variance in costs.variance.items():
+        weight = max(costs.weight[layer], 1)
+        at = ladder[0]
+        while at < ladder[-1]:
+            slope, to = max(((variance[at] - variance[b]) / (b - at), b) for b in ladder if b > at)
+            if slope <= 0:
+                break
+            steps.append((slope / weight, layer, at, to))
+            at = to
+    return [step[1:] for step in sorted(steps, key=lambda step: -step[0])]
+
+
+def with_widths(recipes: Mapping[str, Recipe], widths: Mapping[str, int]) -> Recipe:
+    """One recipe for a model whose layers have `recipes`, with these widths of `grad_input`; the rest float."""
+    changed = {}
+    for layer, recipe in recipes.items():
+        quantizer = recipe.operand("grad_input")
+        if layer in widths and quantizer is not None:
+            recipe = replace(recipe, grad_input=replace(quantizer, grid=Integers(widths[layer])))
+        changed[layer] = replace(recipe, rules=())
+    if set(changed) == {""}:
+        return changed[""]  # the model is one layer
+    float_ = Recipe(input=None, weight=None)
+    return replace(float_, rules=tuple(Rule(layer, recipe) for layer, recipe in changed.items()))
+
+
+def toml(recipe: Recipe, heading: str = "") -> str:
+    """The recipe as TOML, with a comment above it."""
+    table: dict[str, Any] = dump_recipe(recipe)
+    return (f"# {heading}\n" if heading else "") + tomli_w.dumps(table)
