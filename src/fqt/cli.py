@@ -97,6 +97,9 @@ def _training_options(command: Command) -> Command:
 @cli.command("train")
 @_training_options
 @click.option("--recipe", help="none, qat, default, a quantizer such as bhq4, or a TOML file.")
+@click.option("--adapt/--no-adapt", default=None, help="Let the widths of grad_input follow the noise.")
+@click.option("--rho", type=float, help="With --adapt: quantization over sampling variance to stay at [0.1].")
+@click.option("--adapt-every", type=int, help="With --adapt: steps between measurements [50].")
 @click.option("--resume", is_flag=True, help="Continue the run in --out to the same numbers.")
 def train_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any

@@ -7,6 +7,7 @@ from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis, Noise, diagnose
 from fqt.stats.gradient import GradientVariance, quantization_variance, sampling_variance
 from fqt.stats.moments import Moments
+from fqt.stats.monitor import Monitor
 from fqt.stats.operands import Operand
 from fqt.stats.plan import Plan, plan
 from fqt.stats.seeds import derive_seed
@@ -18,6 +19,7 @@ __all__ = [
     "Estimate",
     "GradientVariance",
     "Moments",
+    "Monitor",
     "Noise",
     "Operand",
     "Plan",

@@ -55,7 +55,8 @@ class Decomposition:
         gap: total less the sum of parts; of mean zero if the quantizers are unbiased. Errors are over all draws.
         interval: half-width of the gaps' intervals, simultaneous at 95 % over all targets and the whole
             (Bonferroni, Student's t).
-        operands: exact variance of each (source, role) by width, as it was in these passes, mean over all.
+        operands: exact variance of each source's operands by role and width in these passes, mean over all.
+        weight: multiplications of each source's grad_input product, per batch; sources without one left out.
         batches, draws: what it was measured on, draws per batch.
     """
 
@@ -67,6 +68,7 @@ class Decomposition:
     gap: dict[str | None, Estimate]
     interval: dict[str | None, float]
     operands: dict[str, dict[str, dict[int, float]]]
+    weight: dict[str, int]
     batches: int
     draws: int
 
@@ -87,14 +89,14 @@ def decompose(
 ) -> Decomposition:
     """The table of a model in training mode, from `draws` chains of L + 2 passes on each batch.
 
+    From one draw in all, errors and intervals are NaN.
+
     The caller restores buffers and random states (`undisturbed`) and has checked model and batches.
 
     Raises:
         FqtError: a layer is used again after others (its two uses stand at two places of the order, which one row
-            cannot express), batches do not use the same layers, or two draws in all are not there.
+            cannot express), batches do not use the same layers.
     """
-    if draws * len(batches) < 2:
-        raise FqtError("the table's errors need at least 2 draws in all")
     chain = _Chain(model, loss_fn)
     per_batch, pooled, gaps = Moments(), Moments(), Moments()
     for b, batch in enumerate(batches):
@@ -207,7 +209,9 @@ class _Chain:
             parts[source] = dict(zip(self.targets, row[:-1], strict=True))
             effect[source] = dict(zip(ROLES, effects[2 * i : 2 * i + 2], strict=True))
         gap = dict(zip(names, estimates(gaps), strict=True))
-        reach = float(distributions.t.ppf(1 - (1 - LEVEL) / 2 / len(names), gaps.count - 1))
+        reach = float("nan")
+        if gaps.count > 1:
+            reach = float(distributions.t.ppf(1 - (1 - LEVEL) / 2 / len(names), gaps.count - 1))
         operands: dict[str, dict[str, dict[int, float]]] = {}
         keys = self.operands.variances()
         for (layer, role), values in zip(keys, self.variances.mean[0].tolist(), strict=True):
@@ -221,6 +225,7 @@ class _Chain:
             gap=gap,
             interval={name: reach * e.error for name, e in gap.items()},
             operands=operands,
+            weight=self.operands.multiplications("grad_input"),
             batches=batches,
             draws=draws,
         )

@@ -134,6 +134,10 @@ class Operands:
             for key, sums in self._last.items()
         }
 
+    def multiplications(self, role: str) -> dict[str, int]:
+        """Of one product of each layer that has it, in the last pass."""
+        return {key[0]: sums.multiplications for key, sums in self._last.items() if key[1] == role}
+
     def result(self) -> tuple[Operand, ...]:
         """What was seen, in the order of the last pass; needs `full`.
 

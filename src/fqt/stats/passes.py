@@ -65,11 +65,11 @@ def converted(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_converted(module)}
 
 
-def check_model(model: nn.Module) -> dict[str, nn.Module]:
-    """The converted layers that quantize a gradient, with a check that they would.
+def check_model(model: nn.Module, awake: bool = True) -> dict[str, nn.Module]:
+    """The converted layers that quantize a gradient.
 
     Raises:
-        FqtError: no converted layer, none that quantizes its gradient, or one of them in eval mode.
+        FqtError: no converted layer, none that quantizes its gradient, or, if `awake`, one of them in eval mode.
     """
     layers = converted(model)
     if not layers:
@@ -82,7 +82,7 @@ def check_model(model: nn.Module) -> dict[str, nn.Module]:
     if not noisy:
         raise FqtError("no layer quantizes its gradient: convert the model to a recipe such as 'shq8', not 'qat'")
     asleep = [name or "(model)" for name, module in noisy.items() if not module.training]
-    if asleep:
+    if awake and asleep:
         raise FqtError(
             f"{asleep[0]} is in eval mode, where quantized layers draw no noise: call model.train() first"
         )

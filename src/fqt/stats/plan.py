@@ -6,9 +6,9 @@ By Theorem 2 the quantization variance of the gradient is a sum over layers,
 
 with effect_l what layer l's `grad_input` quantizer adds at the width b' that it was measured at (the table's row,
 own weight left out), v_l(b) the exact variance of its operand at width b, and V_own the `grad_weight` quantizers'
-part, which is left as it is. Two approximations: the gain effect_l / v_l, how much of a layer's noise arrives at the
-parameters, is taken to be the same at every width (the noise's covariance changes little); and noise from above is
-taken as it was when measured (at few bits noise begets noise: measure again at the plan to be exact).
+part, which is left as it is. Two approximations: the gain effect_l / v_l, how much of a layer's noise arrives at
+the parameters, is taken to be the same at every width (the noise's covariance changes little); and noise from above
+is taken as it was when measured (at few bits noise begets noise: measure again at the plan to be exact).
 
 **Allocation.** Minimise Σ c_l(b_l) under Σ w_l b_l ≤ budget, w_l the multiplications of layer l. With a price μ per
 weighted bit the problem falls apart into one per layer, min_b c_l(b) + μ w_l b, whose solutions walk up the lower
@@ -17,10 +17,10 @@ steps of all layers in the order of gain per weighted bit, −Δc/(w_l Δb). Aft
 for the width that it uses (Everett 1963: what minimises the Lagrangian solves the problem at its own budget); hulls
 make the steps of one layer come in order. The budget usually falls between two allocations of that chain. Then
 steps that no longer fit are left out and later ones tried in the same order, which is feasible and at most one hull
-step's gain above the optimum. The other target, the least width at which V is at most a limit, is the same chain, ended
-where the limit is met; then steps that the limit turns out not to need are taken back. Dynamic programming over
-exact sums was rejected: it would close a gap of one step of one layer in a cost that is itself known to some per
-cent.
+step's gain above the optimum. The other target, the least width at which V is at most a limit, is the same chain,
+ended where the limit is met; then steps that the limit turns out not to need are taken back. Dynamic programming
+over exact sums was rejected: it would close a gap of one step of one layer in a cost that is itself known to some
+per cent.
 """
 
 from __future__ import annotations
@@ -64,8 +64,15 @@ class Costs:
         """The mean width, weighted by multiplications."""
         return sum(self.weight[layer] * bits for layer, bits in widths.items()) / sum(self.weight.values())
 
+    def scaled(self, factor: float) -> Costs:
+        """All variances times `factor`."""
+        variance = {
+            layer: {bits: factor * v for bits, v in by_width.items()} for layer, by_width in self.variance.items()
+        }
+        return replace(self, variance=variance, fixed=factor * self.fixed)
+
     @staticmethod
-    def of(table: Decomposition, weight: Mapping[str, int], recipes: Mapping[str, Recipe]) -> Costs:
+    def of(table: Decomposition, recipes: Mapping[str, Recipe]) -> Costs:
         """The costs that a table shows for the layers that have a grad_input product."""
         variance: dict[str, dict[int, float]] = {}
         fixed = sum(effect["grad_weight"].value for effect in table.effect.values())
@@ -79,7 +86,7 @@ class Costs:
             measured = by_width[quantizer.grid.bits]
             gain = effect / measured if measured > 0 else 0.0
             variance[layer] = {bits: gain * v for bits, v in by_width.items()}
-        return Costs(variance=variance, weight={layer: weight[layer] for layer in variance}, fixed=fixed)
+        return Costs(variance=variance, weight={layer: table.weight[layer] for layer in variance}, fixed=fixed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +154,7 @@ def plan(
         raise FqtError("the diagnosis has no table, which a plan needs: diagnose(…, table=1)")
     if rho is not None and mean_width is not None:
         raise FqtError("give rho or mean_width, not both")
-    weight = {o.layer: o.multiplications for o in diagnosis.operands if o.role == "grad_input"}
-    costs = Costs.of(diagnosis.table, weight, diagnosis.recipes)
+    costs = Costs.of(diagnosis.table, diagnosis.recipes)
     limit = None if mean_width is not None else (0.1 if rho is None else rho) * diagnosis.total.sampling.value
     chosen = allocate(costs, limit=limit, mean_width=mean_width, widths=widths)
     variance = costs.total(chosen)

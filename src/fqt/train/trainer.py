@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fqt.errors import FqtError
 from fqt.nn import dump_recipe, load_recipe, quantize_
 from fqt.stats import derive_seed
+from fqt.train.adapt import Adapter
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
 from fqt.train.loaders import Batch, Loader
@@ -49,6 +50,8 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.steps)
         self.step = 0
         self._window = self._empty_window()
+        self.adapter = self._adapter() if config.adapt else None
+        self._events: list[dict[str, Any]] = []
         seed_all(derive_seed(config.seed, "noise"))
 
     @property
@@ -81,11 +84,18 @@ class Trainer:
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.adapter is not None and torch.isfinite(loss):
+            self._events += self.adapter.step(batch, self.step + 1)
         self.optimizer.step()
         self.step += 1
         hits = (logits.detach().argmax(1) == labels).sum()
         count = torch.full_like(hits, len(labels))
         self._window += torch.stack([loss.detach().double() * len(labels), hits, count])
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """Records of what was measured and changed since the last call."""
+        events, self._events = self._events, []
+        return events
 
     def take_window(self) -> dict[str, Any]:
         """The metrics since the last call: mean loss, accuracy, samples; starts a new window."""
@@ -131,6 +141,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "window": self._window.cpu(),
             "rng": rng_state(),
+            "adapter": None if self.adapter is None else self.adapter.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -151,7 +162,19 @@ class Trainer:
             raise FqtError(f"the checkpoint's optimizer does not fit this model ({error})") from error
         self.step = state["step"]
         self._window = state["window"].to(self.device)
+        if self.adapter is not None:
+            self.adapter.restore(state["adapter"])
         restore_rng(state["rng"])
+
+    def _adapter(self) -> Adapter:
+        """What changes the recipe; its loss is the training loss."""
+        config = self.config
+
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            logits = forward(model, batch[0], amp=config.amp)
+            return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
+
+        return Adapter(self.model, loss_fn, target=config.rho, every=config.adapt_every, seed=config.seed)
 
     def _empty_window(self) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=self.device)  # loss · samples, hits, samples
