@@ -106,7 +106,7 @@ def test_it_needs_a_grad_input_to_adapt(small, recipe):
 
 @pytest.mark.parametrize("changes", [{"rho": 0.0}, {"rho": float("nan")}, {"adapt_every": 0}])
 def test_values_that_make_no_sense(small, changes):
-    with pytest.raises(FqtError, match="rho must be|adapt_every must be"):
+    with pytest.raises(FqtError, match=r"rho must be|adapt_every must be"):
         small(**changes)
 
 

@@ -10,6 +10,7 @@ from fqt.stats.moments import Moments
 from fqt.stats.monitor import Monitor
 from fqt.stats.operands import Operand
 from fqt.stats.plan import Plan, plan
+from fqt.stats.record import diagnosis_from, diagnosis_record
 from fqt.stats.seeds import derive_seed
 from fqt.stats.spread import Estimate
 
@@ -25,6 +26,8 @@ __all__ = [
     "Plan",
     "derive_seed",
     "diagnose",
+    "diagnosis_from",
+    "diagnosis_record",
     "plan",
     "quantization_variance",
     "sampling_variance",

@@ -10,17 +10,16 @@ part, which is left as it is. Two approximations: the gain effect_l / v_l, how m
 the parameters, is taken to be the same at every width (the noise's covariance changes little); and noise from above
 is taken as it was when measured (at few bits noise begets noise: measure again at the plan to be exact).
 
-**Allocation.** Minimise Σ c_l(b_l) under Σ w_l b_l ≤ budget, w_l the multiplications of layer l. With a price μ per
-weighted bit the problem falls apart into one per layer, min_b c_l(b) + μ w_l b, whose solutions walk up the lower
-convex hull of the points (w_l b, c_l(b)) as μ falls from ∞ to 0. So: start at the fewest bits, and take the hull
-steps of all layers in the order of gain per weighted bit, −Δc/(w_l Δb). After every step the allocation is optimal
-for the width that it uses (Everett 1963: what minimises the Lagrangian solves the problem at its own budget); hulls
-make the steps of one layer come in order. The budget usually falls between two allocations of that chain. Then
-steps that no longer fit are left out and later ones tried in the same order, which is feasible and at most one hull
-step's gain above the optimum. The other target, the least width at which V is at most a limit, is the same chain,
-ended where the limit is met; then steps that the limit turns out not to need are taken back. Dynamic programming
-over exact sums was rejected: it would close a gap of one step of one layer in a cost that is itself known to some
-per cent.
+**Allocation.** Minimise Σ c_l(b_l) under Σ w_l b_l ≤ budget, w_l the multiplications of layer l; or the other way
+round, Σ w_l b_l under V ≤ limit. Both sums are separable, so an optimal allocation is optimal in its first l
+layers for the width that those use: a better choice there would improve the whole. So it is enough to keep, layer
+by layer, the allocations that no other beats in both sums, and to read either target off the last such frontier.
+With every c_l convex and the budget divisible this is the textbook rule, bits where −Δc/(w_l Δb) is largest until
+the budget is spent; but bits are whole, layers few and of very different size, and that rule then leaves budget
+over (measured: 0.3 bits on three layers), which is why it was rejected. The frontier may have as many points as
+there are sums; it is thinned to the cheapest point in each of 16,384 equal intervals of width, whose sums stay
+exact. The optimum can be missed by what an interval spans, 1/2,700 of a bit per layer; it is never worse than a
+uniform allocation.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
 from fqt.errors import FqtError
@@ -38,6 +38,8 @@ from fqt.quant.scale import Integers
 from fqt.records import write_bytes
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis
+
+POINTS = 16_384
 
 __all__ = ["Costs", "Plan", "allocate", "plan", "with_widths"]
 
@@ -186,47 +188,69 @@ def allocate(
     if not widths or set(widths) - set(range(2, 9)):
         raise FqtError(f"widths are bits from 2 to 8, not {widths!r}")
     ladder = tuple(sorted(set(widths)))
-    chosen = dict.fromkeys(costs.variance, ladder[0])
-    if mean_width is not None and not mean_width >= ladder[0]:
+    uniform = [dict.fromkeys(costs.variance, bits) for bits in ladder]
+    width, variance, history = _frontier(costs, ladder)
+    if mean_width is not None:
+        where = np.flatnonzero(width <= mean_width * sum(costs.weight.values()) * (1 + 1e-12))[-1:]
+        fits = lambda a: costs.mean_width(a) <= mean_width * (1 + 1e-12)
+        order = lambda a: (costs.total(a), costs.mean_width(a))
+    else:
+        assert limit is not None
+        where = np.flatnonzero(variance + costs.fixed <= limit)[:1]
+        fits = lambda a: costs.total(a) <= limit * (1 + 1e-12)
+        order = lambda a: (costs.mean_width(a), costs.total(a))
+    found = [_allocation(point, costs, ladder, history) for point in where]
+    fitting = [a for a in found + uniform if fits(a)]
+    if fitting:
+        return min(fitting, key=order)
+    if mean_width is not None:
         raise FqtError(f"a mean width of {mean_width:g} bits is below the {ladder[0]} that every layer needs")
-    budget = None if mean_width is None else mean_width * sum(costs.weight.values()) * (1 + 1e-12)
-    taken = []
-    for layer, start, end in _steps(costs, ladder):
-        if limit is not None and costs.total(chosen) <= limit:
-            break
-        if chosen[layer] != start:  # an earlier step of this layer did not fit
-            continue
-        step = {**chosen, layer: end}
-        if budget is None or sum(costs.weight[name] * bits for name, bits in step.items()) <= budget:
-            chosen = step
-            taken.append((layer, start))
-    if limit is None:
-        return chosen
-    if costs.total(chosen) > limit:
-        raise FqtError(
-            f"{ladder[-1]} bits everywhere leave a quantization variance of {costs.total(chosen):.3g}, above the "
-            f"{limit:.3g} asked for; of it {costs.fixed:.3g} comes from the grad_weight quantizers"
-        )
-    for layer, start in reversed(taken):
-        step = {**chosen, layer: start}
-        if costs.total(step) <= limit and start < chosen[layer]:
-            chosen = step
-    return chosen
+    raise FqtError(
+        f"no widths up to {ladder[-1]} bits bring the quantization variance below "
+        f"{variance[-1] + costs.fixed:.3g}, of which {costs.fixed:.3g} comes from the grad_weight quantizers; "
+        f"{limit:.3g} is asked for"
+    )
 
 
-def _steps(costs: Costs, ladder: tuple[int, ...]) -> list[tuple[str, int, int]]:
-    """All steps (layer, from, to) along the layers' hulls, most variance saved per weighted bit first."""
-    steps = []
-    for layer, variance in costs.variance.items():
-        weight = max(costs.weight[layer], 1)
-        at = ladder[0]
-        while at < ladder[-1]:
-            slope, to = max(((variance[at] - variance[b]) / (b - at), b) for b in ladder if b > at)
-            if slope <= 0:
-                break
-            steps.append((slope / weight, layer, at, to))
-            at = to
-    return [step[1:] for step in sorted(steps, key=lambda step: -step[0])]
+History = list[tuple[np.ndarray, np.ndarray]]
+
+
+def _frontier(costs: Costs, ladder: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, History]:
+    """Widths Σ w_l b_l and variances Σ c_l of what no other allocation beats in both, up to thinning; narrow first.
+
+    With them each layer's (parent, choice): which point of the frontier before, and which of `ladder`.
+    """
+    width, variance = np.zeros(1), np.zeros(1)
+    history: History = []
+    span = sum(costs.weight.values()) * (ladder[-1] - ladder[0]) / POINTS
+    for layer, by_width in costs.variance.items():
+        bits = np.array(ladder, dtype=float)
+        all_width = (width[:, None] + costs.weight[layer] * bits).ravel()
+        all_variance = (variance[:, None] + np.array([by_width[b] for b in ladder])).ravel()
+        kept = _undominated(all_width, all_variance, span)
+        width, variance = all_width[kept], all_variance[kept]
+        history.append((kept // len(ladder), kept % len(ladder)))
+    return width, variance, history
+
+
+def _allocation(point: int, costs: Costs, ladder: tuple[int, ...], history: History) -> dict[str, int]:
+    """The widths by layer of a point of the last frontier."""
+    chosen = {}
+    for layer, (parent, choice) in zip(reversed(costs.variance), reversed(history), strict=True):
+        chosen[layer] = ladder[choice[point]]
+        point = parent[point]
+    return {layer: chosen[layer] for layer in costs.variance}
+
+
+def _undominated(width: np.ndarray, variance: np.ndarray, span: float) -> np.ndarray:
+    """Indices of points that no other beats, the best of each interval `span` of width; by rising width."""
+    order = np.lexsort((variance, width))
+    best = np.minimum.accumulate(variance[order])
+    order = order[np.concatenate([[True], variance[order][1:] < best[:-1]])]
+    if span > 0:  # along the frontier variance falls, so that the last of an interval is its best
+        interval = np.floor(width[order] / span)
+        order = order[np.concatenate([interval[1:] != interval[:-1], [True]])]
+    return order
 
 
 def with_widths(recipes: Mapping[str, Recipe], widths: Mapping[str, int]) -> Recipe:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fqt.errors import FqtError
 from fqt.nn import dump_recipe, load_recipe, quantize_
 from fqt.stats import derive_seed
+from fqt.stats.passes import LossFn
 from fqt.train.adapt import Adapter
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
@@ -20,7 +21,7 @@ from fqt.train.models import build_model
 from fqt.train.optim import learning_rate, make_optimizer
 from fqt.train.tasks import load_task
 
-__all__ = ["Trainer", "forward", "load_weights", "make_model", "pick_device"]
+__all__ = ["Trainer", "forward", "load_weights", "make_model", "pick_device", "training_loss"]
 
 
 class Trainer:
@@ -168,13 +169,9 @@ class Trainer:
 
     def _adapter(self) -> Adapter:
         """What changes the recipe; its loss is the training loss."""
-        config = self.config
-
-        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-            logits = forward(model, batch[0], amp=config.amp)
-            return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
-
-        return Adapter(self.model, loss_fn, target=config.rho, every=config.adapt_every, seed=config.seed)
+        loss_fn = training_loss(self.config)
+        every = self.config.adapt_every
+        return Adapter(self.model, loss_fn, target=self.config.rho, every=every, seed=self.config.seed)
 
     def _empty_window(self) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=self.device)  # loss · samples, hits, samples
@@ -197,6 +194,16 @@ def forward(model: nn.Module, images: Tensor, *, amp: bool) -> Tensor:
     """The logits in float32, computed under bfloat16 autocast if ``amp``."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
         return model(images).float()
+
+
+def training_loss(config: TrainConfig) -> LossFn:
+    """``loss_fn(model, batch)``: the cross entropy that a run minimises."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        logits = forward(model, batch[0], amp=config.amp)
+        return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
+
+    return loss_fn
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
