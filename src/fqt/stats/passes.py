@@ -225,5 +225,5 @@ def check_batches(batches: Sequence[Any], least: int) -> None:
 
 
 def energy(x: Tensor) -> Tensor:
-    """‖x‖², float64 scalar on the CPU."""
-    return x.detach().double().square().sum().cpu()
+    """‖x‖², float64 scalar on the CPU; no copy of x is made."""
+    return torch.linalg.vector_norm(x.detach(), dtype=torch.float64).square().cpu()

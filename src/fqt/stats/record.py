@@ -15,7 +15,7 @@ from fqt.stats.diagnose import Diagnosis, Noise
 from fqt.stats.operands import Operand
 from fqt.stats.spread import Estimate
 
-__all__ = ["FORMAT", "diagnosis_from", "diagnosis_record"]
+__all__ = ["FORMAT", "diagnosis_from", "diagnosis_record", "table_record"]
 
 FORMAT = "fqt diagnosis 1"
 WHOLE = "*"  # stands for the whole gradient where a layer's name could stand
@@ -23,21 +23,25 @@ WHOLE = "*"  # stands for the whole gradient where a layer's name could stand
 
 def diagnosis_record(diagnosis: Diagnosis) -> dict[str, Any]:
     """The record of a diagnosis; `diagnosis_from` reads it."""
-    table = None if diagnosis.table is None else asdict(diagnosis.table)
-    if table is not None:
-        for field in ("total", "gap", "interval"):
-            table[field] = {WHOLE if name is None else name: value for name, value in table[field].items()}
     return {
         "format": FORMAT,
         "total": asdict(diagnosis.total),
         "layers": {name: asdict(noise) for name, noise in diagnosis.layers.items()},
         "drowned": list(diagnosis.drowned),
         "operands": [{**asdict(o), "quantizer": _dump(o.quantizer), "bits": o.bits} for o in diagnosis.operands],
-        "table": table,
+        "table": None if diagnosis.table is None else table_record(diagnosis.table),
         "recipes": {name: dump_recipe(recipe) for name, recipe in diagnosis.recipes.items()},
         "batches": diagnosis.batches,
         "draws": diagnosis.draws,
     }
+
+
+def table_record(table: Decomposition) -> dict[str, Any]:
+    """The record of Theorem 2's table; "*" stands for the whole gradient."""
+    record = asdict(table)
+    for field in ("total", "gap", "interval"):
+        record[field] = {WHOLE if name is None else name: value for name, value in record[field].items()}
+    return {**record, "agrees": table.agrees}
 
 
 def diagnosis_from(record: Any) -> Diagnosis:

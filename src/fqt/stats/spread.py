@@ -37,8 +37,8 @@ class Spread:
     """Mean and variance of gradients that arrive parameter by parameter.
 
     Use `add(name, gradient)` once per parameter, then `end()`: that is one observation. The total's increments
-    are the sums of the parameters'. Means are kept in the gradient's dtype, at least float32; distances are
-    taken in float64.
+    are the sums of the parameters'. Means and differences are kept in the gradient's dtype, at least float32; squares
+    are summed in float64.
 
     Args:
         groups: what each parameter's figures are added up under; they also go to `TOTAL`.
@@ -60,17 +60,18 @@ class Spread:
         self._energy = torch.zeros(len(self.names), dtype=torch.float64)
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """One parameter's gradient of the present observation; it may be kept, so do not change it after."""
+        """One parameter's gradient of the present observation; it is kept or overwritten."""
         where = [self.names.index(self.groups[name]), -1]
         self._energy[where] += energy(gradient)
         n = self.count + 1
+        value = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if n == 1:
-            self.mean[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            self.mean[name] = value
             return
         mean = self.mean[name]
-        delta = gradient.double() - mean
+        delta = value.sub_(mean)
         self._increment[where] += (n - 1) / n * energy(delta)
-        mean.add_(delta.to(mean.dtype), alpha=1 / n)
+        mean.add_(delta, alpha=1 / n)
 
     def end(self) -> None:
         """The observation is complete."""
