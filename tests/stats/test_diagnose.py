@@ -32,7 +32,7 @@ def test_sampling_variance_is_that_of_the_qat_model() -> None:
 
 
 def test_sampling_error_is_the_spread_of_the_estimate() -> None:
-    """Over 40 sets of 5 batches: the mean squared error reported is the variance of the estimates, to a factor 2.5."""
+    """Over 40 sets of 5 batches the mean squared error reported is the estimates' variance, to a factor 2.5."""
     model, values, errors = make(recipe="psq8"), [], []
     for seed in range(40):
         noise = fqt.diagnose(model, loss, batches(5, seed=seed), table=0).total.sampling
@@ -269,4 +269,4 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 / (24
 def test_it_holds_the_gradient_less_than_twice() -> None:
     """Peak memory beyond a backward's own, in gradients: the mean, and one layer's figures at a time."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert 0.5 < float(done.stdout) < 1.6
+    assert 0.5 < float(done.stdout) < 2

@@ -137,11 +137,10 @@ def diagnose(
     layers, parameters = check_model(model), trainable(model)
     groups = {name: owner(name) for name in parameters}
     with undisturbed(model):
-        sampling = _sampling(model, loss_fn, batches, parameters, layers, seed)
+        variance, energies = _sampling(model, loss_fn, batches, parameters, layers, seed)
         operands = Operands(model)
         quantization = _quantization(model, loss_fn, batches, parameters, groups, draws, seed, operands)
         decomposition = decompose(model, loss_fn, batches, table, seed) if table else None
-    variance, energies = sampling.variance(), sampling.energy()
     noise = {
         name: Noise(
             sampling=variance[name],
@@ -149,7 +148,7 @@ def diagnose(
             energy=energies[name],
             rho=ratio(quantization[name], variance[name]),
         )
-        for name in sampling.names
+        for name in variance
     }
     return Diagnosis(
         total=noise[Spread.TOTAL],
@@ -169,8 +168,8 @@ def _sampling(
     parameters: dict[str, nn.Parameter],
     layers: dict[str, nn.Module],
     seed: int,
-) -> Spread:
-    """The exact gradient's spread over batches; on the way, that nothing but quantizers draws noise."""
+) -> tuple[dict[str | None, Estimate], dict[str | None, Estimate]]:
+    """The exact gradient's variance over batches and its energy; on the way, that only quantizers draw noise."""
     spread = Spread({name: owner(name) for name in parameters})
     with without(layers):
         for b, batch in enumerate(batches):
@@ -178,7 +177,7 @@ def _sampling(
             spread.end()
             if b == 0:
                 _refuse_other_noise(model, loss_fn, batch, parameters, spread, seed)
-    return spread
+    return spread.variance(), spread.energy()
 
 
 def _refuse_other_noise(
