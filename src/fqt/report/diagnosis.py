@@ -65,7 +65,7 @@ def _sources(record: Mapping[str, Any]) -> Table:
     whole = found["total"]["*"]
     share = _short(100 * found["gap"]["*"]["value"] / whole["value"]) if whole["value"] else "–"
     table = Table(
-        title="whose quantizer adds how much to the gradient's variance (Theorem 2)",
+        title="Theorem 2: whose quantizer adds what",
         caption=f"measured directly: {_with_error(whole)}; sum of parts off by {share} % of it",
         caption_justify="left",
     )

@@ -170,7 +170,7 @@ class Monitor:
             raise FqtError("a batch of one sample has no halves to tell its sampling variance from")
         if self._random is None:
             raise FqtError("no forward pass in training mode was seen since the last step: call the model itself")
-        state, self._random = self._random, None
+        state = self._random
         exact: dict[str, Tensor] = {}
         quantization = torch.zeros(len(self.names) + 1, dtype=torch.float64)
         sampling = torch.zeros_like(quantization)
@@ -187,6 +187,7 @@ class Monitor:
                 torch.set_rng_state(state[0])
                 _set_device_states(state[1])
                 stream(self.model, self.loss_fn, piece, parameters, sink)
+        self._random = None  # what the passes above left
         return quantization, sampling
 
     def _where(self, name: str) -> list[int]:

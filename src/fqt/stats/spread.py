@@ -37,8 +37,8 @@ class Spread:
     """Mean and variance of gradients that arrive parameter by parameter.
 
     Use `add(name, gradient)` once per parameter, then `end()`: that is one observation. The total's increments
-    are the sums of the parameters'. Means and differences are in the gradient's dtype, at least float32; squares are
-    summed in float64.
+    are the sums of the parameters'. Means and differences are in the gradient's dtype, at least float32; their
+    squares are summed in float64.
 
     Args:
         groups: what each parameter's figures are added up under; they also go to `TOTAL`.
