@@ -24,8 +24,8 @@ from fqt.records import environment, write_json
 from fqt.stats import quantization_variance
 from fqt.train.checkup import Checkup
 
-RECIPES = ("shq3", "psq3d", "shq4")
-DIAGNOSE, MEASURE, DRAWS = 4, 8, 2
+RECIPES = ("shq3", "psq3d")
+DIAGNOSE, MEASURE, DRAWS = 2, 6, 2
 LENGTH, CHARACTERS = 64, 128
 
 Make = Callable[[Any], nn.Module]

@@ -270,3 +270,8 @@ def test_it_holds_the_gradient_less_than_twice() -> None:
     """Peak memory beyond a backward's own, in gradients: the mean, and one layer's figures at a time."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert 0.5 < float(done.stdout) < 2
+
+
+def test_it_prints_as_a_table() -> None:
+    lines = str(fqt.diagnose(make(), loss, batches(2), table=0)).splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", "0", "1", "3", "5", "(whole"]

@@ -90,6 +90,13 @@ class Diagnosis:
     batches: int
     draws: int
 
+    def __str__(self) -> str:
+        lines = [f"{'layer':24} {'sampling':>10} {'quantization':>12} {'ρ':>10}"]
+        for name, noise in (*self.layers.items(), ("(whole gradient)", self.total)):
+            figures = f"{noise.sampling.value:10.3g} {noise.quantization.value:12.3g} {noise.rho.value:10.3g}"
+            lines.append(f"{name or '(model)':24} {figures}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
+        return "\n".join(lines)
+
     @property
     def drowned(self) -> tuple[str, ...]:
         """The layers that fail the √3 rule."""
