@@ -10,5 +10,8 @@ from fqt.nn import restore_ as restore_
 from fqt.quant import QuantizedTensor as QuantizedTensor
 from fqt.quant import Quantizer as Quantizer
 from fqt.quant import quantizer as quantizer
+from fqt.stats import Monitor as Monitor
+from fqt.stats import diagnose as diagnose
+from fqt.stats import plan as plan
 
 __version__ = "0.1.0"

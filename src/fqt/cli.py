@@ -18,9 +18,20 @@ from rich.console import Console
 import fqt
 from fqt import bench
 from fqt.errors import FqtError
-from fqt.records import write_bytes
-from fqt.report import comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
+from fqt.records import environment, read_json, write_bytes, write_json
+from fqt.report import (
+    comparison_figure,
+    diagnosis_tables,
+    markdown,
+    plan_table,
+    read_comparison,
+    save_figure,
+    summarize,
+    terminal_table,
+)
+from fqt.stats import diagnosis_from, diagnosis_record, quantization_variance
 from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
+from fqt.train.checkup import Checkup
 from fqt.train.compare import recipe_label
 from fqt.train.config import SCHEDULES, UNITS
 from fqt.train.progress import ConsoleObserver
@@ -98,6 +109,9 @@ def _training_options(command: Command) -> Command:
 @cli.command("train")
 @_training_options
 @click.option("--recipe", help="none, qat, default, a quantizer such as bhq4, or a TOML file.")
+@click.option("--adapt/--no-adapt", default=None, help="Let the widths of grad_input follow the noise.")
+@click.option("--rho", type=float, help="With --adapt: quantization over sampling variance to stay at [0.1].")
+@click.option("--adapt-every", type=int, help="With --adapt: steps between measurements [50].")
 @click.option("--resume", is_flag=True, help="Continue the run in --out to the same numbers.")
 def train_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
@@ -168,6 +182,67 @@ def _write_report(folder: Path) -> None:
         save_figure(figure, folder / f"compare.{ending}")
     Console().print(terminal_table(record, rows))
     click.echo(f"table and plot: {folder}/compare.md, compare.png, compare.svg")
+
+
+@cli.command("diagnose")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--recipe", help="Recipe to measure with [default: the run's].")
+@click.option("--at", type=click.Choice(["checkpoint", "halfway"]), default="checkpoint", show_default=True)
+@click.option("--batches", default=8, show_default=True, help="Fresh training batches.")
+@click.option("--draws", default=2, show_default=True, help="Quantized gradients per batch.")
+@click.option("--table", default=1, show_default=True, help="Draws per batch for Theorem 2's table; 0: without.")
+@click.option("--seed", default=0, show_default=True, help="Of the noise.")
+@click.option("--data", help="Folder with the task's files, if it has moved.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1 …")
+@click.option("--out", type=click.Path(path_type=Path), help="Record [default: diagnosis.json in the folder].")
+def diagnose_command(
+    folder: Path, recipe: str | None, at: str, batches: int, out: Path | None, **given: Any
+) -> None:
+    """Measure where the gradient noise of the run in FOLDER comes from, at its latest weights."""
+    checkup = Checkup.of(folder, at=at, given={"data": given.pop("data"), "device": given.pop("device")})
+    console = Console(stderr=True)
+    with console.status("measuring gradients", spinner="line"):
+        found = fqt.diagnose(checkup.model(recipe), checkup.loss_fn, checkup.batches(batches), **given)
+    record = {
+        "run": str(folder),
+        "step": checkup.step,
+        "at": at,
+        **diagnosis_record(found),
+        "environment": environment(sys.argv),
+    }
+    path = out or folder / "diagnosis.json"
+    write_json(path, record)
+    for table in diagnosis_tables(read_json(path)):
+        Console().print(table)
+    click.echo(f"record: {path}")
+
+
+@cli.command("plan")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--rho", type=float, help="Fewest bits with quantization over sampling variance at most this [0.1].")
+@click.option("--mean-width", type=float, help="Least variance at this mean width by multiplications instead.")
+@click.option("--check", default=0, show_default=True, help="Fresh batches to measure the plan on; 0: none.")
+@click.option("--data", help="For --check: folder with the task's files, if it has moved.")
+@click.option("--device", help="For --check: auto, cpu, cuda …")
+@click.option("--out", type=click.Path(path_type=Path), help="Recipe file [default: plan.toml beside the record].")
+def plan_command(
+    source: Path, rho: float | None, mean_width: float | None, check: int, out: Path | None, **given: Any
+) -> None:
+    """Plan each layer's bits from SOURCE, a diagnosed run's folder or the record, for `fqt train --recipe`."""
+    path = source / "diagnosis.json" if source.is_dir() else source
+    record = read_json(path)
+    made = fqt.plan(diagnosis_from(record), rho=rho, mean_width=mean_width)
+    target = out or path.with_name("plan.toml")
+    made.save(target)
+    Console().print(plan_table(made.widths, made.costs.weight))
+    click.echo(f"mean width {made.mean_width:.2f} bits, predicted ρ {made.rho:.3g}; recipe: {target}")
+    if check:
+        checkup = Checkup.of(Path(record["run"]), at=record["at"], given=given)
+        fresh = checkup.batches(check, start=record["batches"])
+        noise = quantization_variance(checkup.model(made.recipe), checkup.loss_fn, fresh, draws=2).total
+        click.echo(
+            f"quantization variance: predicted {made.variance:.3g}, measured {noise.value:.3g} ± {noise.error:.2g}"
+        )
 
 
 @cli.command("explain")

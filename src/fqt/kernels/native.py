@@ -123,10 +123,7 @@ def takes(*floats: Tensor, integers: Tensor | None = None) -> bool:
         return False
     if integers is not None and not (_plain(integers) and integers.dtype in _INTEGERS):
         return False
-    for x in floats:
-        if not _plain(x) or x.dtype != torch.float32:
-            return False
-    return True
+    return all([_plain(x) and x.dtype == torch.float32 for x in floats])  # a list: half a generator's time
 
 
 def takes_codes(*codes: Tensor) -> bool:

@@ -252,7 +252,10 @@ def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
 
 
 def value_sums(x: Tensor) -> Tensor:
-    """Σ over the rows of values (N, D), any real floating dtype: float64 (D,); faster backends may add 32 rows in float32 first."""
+    """Σ over the rows of values (N, D), any real floating dtype: float64 (D,).
+
+    Faster backends may add runs of 32 rows in float32 first.
+    """
     return x.sum(0, dtype=torch.float64)
 
 

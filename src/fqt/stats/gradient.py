@@ -15,8 +15,7 @@ one is usually a hundred times the other; it can come out negative.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,19 +25,11 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.nn.convert import is_converted
 from fqt.stats.moments import Moments
+from fqt.stats.passes import LossFn, undisturbed
 from fqt.stats.seeds import derive_seed
+from fqt.stats.spread import Estimate
 
-__all__ = ["Estimate", "GradientVariance", "quantization_variance", "sampling_variance"]
-
-LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """An estimate and its standard error, both in the same unit."""
-
-    value: float
-    error: float
+__all__ = ["GradientVariance", "quantization_variance", "sampling_variance"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +84,7 @@ def quantization_variance(
         raise FqtError("the model is in eval mode, where quantized layers draw no noise: call model.train() first")
     parameters = _parameters(model, batches)
     per_batch = Moments()
-    with _undisturbed(model):
+    with undisturbed(model):
         _refuse_other_noise(model, loss_fn, batches[0], parameters, seed)
         for b, batch in enumerate(batches):
             moments = Moments()
@@ -131,7 +122,7 @@ def sampling_variance(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any],
     count = len(batches)
     moments = Moments()
     distances = []  # B rows of (P + 1,): ‖g_b − ḡ‖² per parameter and in total
-    with _undisturbed(model):
+    with undisturbed(model):
         for b, batch in enumerate(batches):
             moments.update(_gradient(model, loss_fn, batch, parameters, derive_seed(seed, b)))
         for b, batch in enumerate(batches):
@@ -198,20 +189,6 @@ def _refuse_other_noise(
             "the gradient is random even without gradient quantizers (dropout?): put the modules that draw noise "
             "of their own in eval mode, so that what is measured is quantization"
         )
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts buffers and random states back: a forward in training mode moves batch norm's statistics."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
 
 
 def _with_total(sums: Tensor) -> list[Tensor]:

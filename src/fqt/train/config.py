@@ -64,6 +64,9 @@ class TrainConfig:
         workers: processes that read images, for tasks that read them from disk.
         amp: run the model under bfloat16 autocast.
         window: steps per line of training metrics.
+        adapt: change the widths of ``grad_input`` so that quantization noise stays at ``rho``.
+        rho: target of ``adapt``: variance of the gradient due to quantization over that due to the mini-batch.
+        adapt_every: steps between two measurements of it.
     """
 
     task: str
@@ -90,17 +93,21 @@ class TrainConfig:
     workers: int = 2
     amp: bool = False
     window: int = 50
+    adapt: bool = False
+    rho: float = 0.1
+    adapt_every: int = 50
 
     def __post_init__(self) -> None:
         """Validates every value; integers given for floats become floats."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
-        for name in ("epochs", "batch_size", "window", "image_size"):
+        for name in ("epochs", "batch_size", "window", "image_size", "adapt_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "warmup_epochs", "workers", "weight_decay", "norm_weight_decay"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        _require(self.rho > 0, f"rho must be positive, got {self.rho}")
         _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
         _require(self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0")
         _require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")

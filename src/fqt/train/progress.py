@@ -29,13 +29,13 @@ class ConsoleObserver:
         self._title = ""
         self._total = 0
         self._loss = "loss –"
-        self._accuracy = ""
+        self._accuracy = self._width = ""
         self._said, self._spoke = "", 0.0
 
     def begin(self, title: str, total: int, done: int) -> None:
         """A run of ``total`` steps starts with ``done`` of them behind it."""
         self._title, self._total = title, total
-        self._loss, self._accuracy = "loss –", ""
+        self._loss, self._accuracy, self._width = "loss –", "", ""
         if not self._console.is_terminal:
             self._say(f"{total} steps" + (f", continuing after {done}" if done else ""))
             return
@@ -61,12 +61,14 @@ class ConsoleObserver:
             self._loss = f"loss {record['loss']:.4f}"
         elif record["kind"] == "eval":
             self._accuracy = f", accuracy {100 * record['accuracy']:.2f} %"
-        elif record["diverged"]:
+        elif record["kind"] == "adapt":
+            self._width = f", {record['mean_width']:.2f} bits"
+        elif record["kind"] == "end" and record["diverged"]:
             self._say(f"diverged at step {record['step']}, the loss is not finite")
         if self._bars:
-            self._bars.update(self._task, note=self._loss + self._accuracy)
+            self._bars.update(self._task, note=self._loss + self._accuracy + self._width)
         elif record["kind"] == "end" or time.monotonic() - self._spoke > QUIET_SECONDS:
-            self._say(f"step {record['step']}/{self._total}, {self._loss}{self._accuracy}")
+            self._say(f"step {record['step']}/{self._total}, {self._loss}{self._accuracy}{self._width}")
 
     def end(self) -> None:
         """The run is over, finished or not."""

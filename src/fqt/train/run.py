@@ -5,8 +5,9 @@ The folder holds
 =====================  ===========================================================================================
 ``config.toml``        the whole configuration, and the recipe in full under ``[resolved_recipe]``
 ``environment.json``   where and with what the run was started, and each time it was continued
-``metrics.jsonl``      one line per window of steps (``kind = "train"``) and per evaluation (``"eval"``); a last
-                       line of kind ``"end"`` marks a finished run
+``metrics.jsonl``      one line per window of steps (``kind = "train"``) and per evaluation (``"eval"``), with
+                       ``--adapt`` one per reading of ρ (``"monitor"``) and per change of widths (``"adapt"``); a
+                       last line of kind ``"end"`` marks a finished run
 ``checkpoint.pt``      the latest state, enough to continue to the same numbers
 ``halfway.pt``         the weights after half of the steps, where `fqt compare` measures gradients
 =====================  ===========================================================================================
@@ -218,6 +219,9 @@ class _Loop:
             weights = {"config": self.trainer.config.to_dict(), "step": self.trainer.step}
             save_checkpoint(self.folder / "halfway.pt", {**weights, "model": self.trainer.model.state_dict()})
         self.trainer.train_step(batch)
+        for record in self.trainer.take_events():
+            append_record(self.folder / "metrics.jsonl", record)
+            self.observer.record(record)
         self.observer.step()
 
     def _report(self, record: dict[str, Any]) -> bool:
@@ -250,7 +254,9 @@ class _Loop:
             raise Interrupted(self.folder, self.trainer.step)
 
     def _end(self, *, diverged: bool) -> None:
-        record = {"kind": "end", "step": self.trainer.step, "diverged": diverged}
+        record: dict[str, Any] = {"kind": "end", "step": self.trainer.step, "diverged": diverged}
+        if self.trainer.adapter is not None:
+            record["mean_width"] = self.trainer.adapter.mean_width
         append_record(self.folder / "metrics.jsonl", record)
         self.observer.record(record)
 

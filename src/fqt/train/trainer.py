@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from fqt.errors import FqtError
 from fqt.nn import dump_recipe, load_recipe, quantize_
 from fqt.stats import derive_seed
+from fqt.stats.passes import LossFn
+from fqt.train.adapt import Adapter
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
 from fqt.train.loaders import Batch, Loader
@@ -19,7 +21,7 @@ from fqt.train.models import build_model
 from fqt.train.optim import learning_rate, make_optimizer
 from fqt.train.tasks import load_task
 
-__all__ = ["Trainer", "forward", "load_weights", "make_model", "pick_device"]
+__all__ = ["Trainer", "forward", "load_weights", "make_model", "pick_device", "training_loss"]
 
 
 class Trainer:
@@ -49,6 +51,8 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.steps)
         self.step = 0
         self._window = self._empty_window()
+        self.adapter = self._adapter() if config.adapt else None
+        self._events: list[dict[str, Any]] = []
         seed_all(derive_seed(config.seed, "noise"))
 
     @property
@@ -81,11 +85,18 @@ class Trainer:
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.adapter is not None and torch.isfinite(loss):
+            self._events += self.adapter.step(batch, self.step + 1)
         self.optimizer.step()
         self.step += 1
         hits = (logits.detach().argmax(1) == labels).sum()
         count = torch.full_like(hits, len(labels))
         self._window += torch.stack([loss.detach().double() * len(labels), hits, count])
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """Records of what was measured and changed since the last call."""
+        events, self._events = self._events, []
+        return events
 
     def take_window(self) -> dict[str, Any]:
         """The metrics since the last call: mean loss, accuracy, samples; starts a new window."""
@@ -131,6 +142,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "window": self._window.cpu(),
             "rng": rng_state(),
+            "adapter": None if self.adapter is None else self.adapter.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -151,7 +163,15 @@ class Trainer:
             raise FqtError(f"the checkpoint's optimizer does not fit this model ({error})") from error
         self.step = state["step"]
         self._window = state["window"].to(self.device)
+        if self.adapter is not None:
+            self.adapter.restore(state["adapter"])
         restore_rng(state["rng"])
+
+    def _adapter(self) -> Adapter:
+        """What changes the recipe; its loss is the training loss."""
+        loss_fn = training_loss(self.config)
+        every = self.config.adapt_every
+        return Adapter(self.model, loss_fn, target=self.config.rho, every=every, seed=self.config.seed)
 
     def _empty_window(self) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=self.device)  # loss · samples, hits, samples
@@ -174,6 +194,16 @@ def forward(model: nn.Module, images: Tensor, *, amp: bool) -> Tensor:
     """The logits in float32, computed under bfloat16 autocast if ``amp``."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
         return model(images).float()
+
+
+def training_loss(config: TrainConfig) -> LossFn:
+    """``loss_fn(model, batch)``: the cross entropy that a run minimises."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        logits = forward(model, batch[0], amp=config.amp)
+        return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
+
+    return loss_fn
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -1,0 +1,93 @@
+"""What the measurements cost and how far the monitor is off, on a CIFAR-10 run.
+
+    python results/monitor.py RUN_FOLDER OUTPUT.json
+
+RUN_FOLDER is a folder that `fqt train cifar10` left; its halfway.pt is measured. Costs are ratios of this
+process's CPU time within one run: a reading of the monitor, and `diagnose` at all widths without the table per
+batch used, over a training step. The bias is the mean of the monitor's sampling variance over batches against the
+estimate from the spread of gradients over the same batches: batch norm sees half a batch in one of the monitor's
+passes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fqt
+from fqt.records import environment, write_json
+from fqt.train.checkup import Checkup
+
+BATCHES, ROUNDS, READINGS = 4, 3, 12
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """CPU time of this process."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def main(folder: Path, output: Path) -> None:
+    """Measures and writes the record."""
+    torch.set_num_threads(1)
+    checkup = Checkup.of(folder, at="halfway")
+    batches, loss_fn, rows = checkup.batches(READINGS), checkup.loss_fn, []
+    for recipe in ("shq8", "default"):
+        model = checkup.model(recipe)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+        def step(model: Any = model, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            loss_fn(model, batches[0]).backward()
+            optimizer.step()
+
+        step()
+        reading, diagnosis = [], []
+        for _ in range(ROUNDS):  # interleaved, so that a change of the machine's speed touches all
+            base = (cpu_seconds(step) + cpu_seconds(step)) / 2
+            found = cpu_seconds(lambda model=model: fqt.diagnose(model, loss_fn, batches[:BATCHES], table=0))
+            monitor = fqt.Monitor(model, loss_fn, every=1)
+            step()
+            reading.append(cpu_seconds(lambda monitor=monitor: monitor.step(batches[0])) / base)
+            monitor.close()
+            diagnosis.append(found / BATCHES / base)
+        rows.append(
+            {
+                "recipe": recipe,
+                "monitor_reading_in_steps": statistics.median(reading),
+                "monitor_overhead_every_100": statistics.median(reading) / 100,
+                "diagnose_per_batch_in_steps": statistics.median(diagnosis),
+                "rounds": ROUNDS,
+            }
+        )
+        print(rows[-1], flush=True)
+
+    model = checkup.model("shq4")
+    exact = fqt.diagnose(model, loss_fn, batches, table=0).total.sampling
+    monitor, halves = fqt.Monitor(model, loss_fn, every=1, memory=0.0), []
+    for batch in batches:
+        model.zero_grad()
+        loss_fn(model, batch).backward()
+        reading_ = monitor.step(batch)
+        assert reading_ is not None
+        halves.append(reading_["sampling"])
+    bias = {
+        "monitor": statistics.mean(halves),
+        "monitor_error": statistics.stdev(halves) / len(halves) ** 0.5,
+        "spread_over_batches": exact.value,
+        "spread_error": exact.error,
+    }
+    print(bias)
+    command = ["python", "results/monitor.py", "RUN_FOLDER", output.name]
+    write_json(output, {"environment": environment(command), "costs": rows, "sampling_variance": bias})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,243 @@
+"""What each layer's bits cost: sampling variance, quantization variance, and where the latter comes from.
+
+Three measurements on the same batches, each holding one copy of the gradient at most:
+
+1. the exact (QAT) gradient on every batch: the sampling variance Var_batch[g], and ‖g‖²;
+2. repeated FQT gradients on every batch: the quantization variance E_batch Var[ĝ | batch]; the first of them is
+   observed, which gives the exact variance of every gradient operand at every width without sampling;
+3. unless left out, the layer × layer table of Theorem 2 (`fqt.stats.decomposition`).
+
+ρ is the second over the first. Below some hundredths quantization is hard to notice in training; at 1 it is as
+noisy as the choice of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fqt.errors import FqtError
+from fqt.nn import Recipe, observe
+from fqt.stats.decomposition import Decomposition, decompose
+from fqt.stats.moments import Moments
+from fqt.stats.operands import Operand, Operands
+from fqt.stats.passes import (
+    LossFn,
+    check_batches,
+    check_model,
+    converted,
+    energy,
+    owner,
+    stream,
+    trainable,
+    undisturbed,
+    without,
+)
+from fqt.stats.seeds import derive_seed
+from fqt.stats.spread import Estimate, Spread, estimates, ratio
+
+__all__ = ["Diagnosis", "Noise", "diagnose"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The gradient of one layer's parameters, or of all.
+
+    Attributes:
+        sampling: Var_batch of the exact gradient on one batch of this size, summed over entries; the standard error
+            is that of squared Helmert contrasts (NaN with 2 batches).
+        quantization: E_batch Var[ĝ | batch], summed over entries; the standard error is that over batches.
+        energy: mean of ‖exact gradient of a batch‖².
+        rho: quantization over sampling, its error to first order.
+    """
+
+    sampling: Estimate
+    quantization: Estimate
+    energy: Estimate
+    rho: Estimate
+
+    @property
+    def drowned(self) -> bool:
+        """Whether ‖g‖ < √3 · (standard deviation of the quantization noise).
+
+        There quantized training becomes ineffective by the rule of arXiv 2505.19115.
+        """
+        return self.energy.value < 3 * self.quantization.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Attributes:
+        total: the whole gradient as one vector.
+        layers: by the qualified name of the module that owns the parameters, batch norms and the like included.
+        operands: every quantized gradient operand, in the order of the backward pass.
+        table: Theorem 2's layer × layer table; None if it was left out.
+        recipes: each converted layer's recipe.
+        batches, draws: what sampling and quantization variance were measured on, draws per batch.
+    """
+
+    total: Noise
+    layers: dict[str, Noise]
+    operands: tuple[Operand, ...]
+    table: Decomposition | None
+    recipes: dict[str, Recipe]
+    batches: int
+    draws: int
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':24} {'sampling':>10} {'quantization':>12} {'ρ':>10}"]
+        for name, noise in (*self.layers.items(), ("(whole gradient)", self.total)):
+            figures = f"{noise.sampling.value:10.3g} {noise.quantization.value:12.3g} {noise.rho.value:10.3g}"
+            lines.append(f"{name or '(model)':24} {figures}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
+        return "\n".join(lines)
+
+    @property
+    def drowned(self) -> tuple[str, ...]:
+        """The layers that fail the √3 rule."""
+        return tuple(name for name, noise in self.layers.items() if noise.drowned)
+
+
+def diagnose(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    *,
+    draws: int = 2,
+    table: int = 1,
+    seed: int = 0,
+) -> Diagnosis:
+    """Measures where the noise of a converted model's gradient comes from, at its present weights.
+
+    Each batch costs 1 exact and `draws` quantized backward passes, and (L + 2)·`table` more for the table of L
+    layers. Parameters, buffers, `.grad` and the random state are left as they were.
+
+    Defined cases: a frozen parameter has no gradient and no column, its layer's `grad_input` still counts; a layer
+    used several times reports sums over its uses, but has no place in the table if other layers come between;
+    a batch of one sample is measured like any other (its per-sample quantizers have one row).
+
+    Args:
+        model: in training mode, with layers that quantize their gradient ("shq8", not "qat").
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        batches: at least 2 independent batches of one size, gone through repeatedly.
+        draws: at least 2 quantized gradients per batch.
+        table: draws per batch for Theorem 2's table; 0 leaves it out (`plan` needs it).
+        seed: of all noise.
+
+    Returns:
+        The diagnosis; every estimator in it is unbiased.
+
+    Raises:
+        FqtError: no converted layer, none that quantizes its gradient, one in eval mode, no trainable parameter,
+            too few batches or draws, batches of unequal size, a loss that is not a finite scalar, active dropout.
+    """
+    if draws < 2:
+        raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
+    if table < 0:
+        raise FqtError(f"table is a number of draws, got {table}")
+    check_batches(batches, 2)
+    layers, parameters = check_model(model), trainable(model)
+    groups = {name: owner(name) for name in parameters}
+    with undisturbed(model):
+        variance, energies = _sampling(model, loss_fn, batches, parameters, layers, seed)
+        operands = Operands(model)
+        quantization = _quantization(model, loss_fn, batches, parameters, groups, draws, seed, operands)
+        decomposition = decompose(model, loss_fn, batches, table, seed) if table else None
+    noise = {
+        name: Noise(
+            sampling=variance[name],
+            quantization=quantization[name],
+            energy=energies[name],
+            rho=ratio(quantization[name], variance[name]),
+        )
+        for name in variance
+    }
+    return Diagnosis(
+        total=noise[Spread.TOTAL],
+        layers={name: value for name, value in noise.items() if name is not None},
+        operands=operands.result(),
+        table=decomposition,
+        recipes={name: module.fqt_recipe for name, module in converted(model).items()},  # type: ignore[misc]
+        batches=len(batches),
+        draws=draws,
+    )
+
+
+def _sampling(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    parameters: dict[str, nn.Parameter],
+    layers: dict[str, nn.Module],
+    seed: int,
+) -> tuple[dict[str | None, Estimate], dict[str | None, Estimate]]:
+    """The exact gradient's variance over batches and its energy; on the way, that only quantizers draw noise."""
+    spread = Spread({name: owner(name) for name in parameters})
+    with without(layers):
+        for b, batch in enumerate(batches):
+            stream(model, loss_fn, batch, parameters, spread.add, derive_seed(seed, b))
+            spread.end()
+            if b == 0:
+                _refuse_other_noise(model, loss_fn, batch, parameters, spread, seed)
+    return spread.variance(), spread.energy()
+
+
+def _refuse_other_noise(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    parameters: dict[str, nn.Parameter],
+    spread: Spread,
+    seed: int,
+) -> None:
+    """Raises if a second exact gradient of the first batch, with another seed, differs from the first.
+
+    Converted layers and dropout draw from one generator, so that their noise could not be told apart.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+
+    def compare(name: str, gradient: Tensor) -> None:
+        first = spread.mean[name]  # of one observation: itself
+        sums.add_(torch.stack([energy(first - gradient), energy(first)]))
+
+    stream(model, loss_fn, batch, parameters, compare, derive_seed(seed, "other"))
+    apart, whole = sums.tolist()
+    if apart > 1e-6 * whole:
+        raise FqtError(
+            "the gradient is random even without gradient quantizers (dropout?): put the modules that draw noise "
+            "of their own in eval mode, so that what is measured is quantization"
+        )
+
+
+def _quantization(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    parameters: dict[str, nn.Parameter],
+    groups: dict[str, str],
+    draws: int,
+    seed: int,
+    operands: Operands,
+) -> dict[str | None, Estimate]:
+    """E_batch Var[ĝ | batch] by layer and in total; the first draw on each batch is observed."""
+    per_batch = Moments()
+    names: list[str | None] = []
+    for b, batch in enumerate(batches):
+        spread = Spread(groups)
+        for m in range(draws):
+            number = derive_seed(seed, b, m)
+            if m == 0:
+                with observe(model, operands):
+                    stream(model, loss_fn, batch, parameters, spread.add, number)
+                operands.end()
+            else:
+                stream(model, loss_fn, batch, parameters, spread.add, number)
+            spread.end()
+        names = spread.names
+        per_batch.update([torch.tensor([e.value for e in spread.variance().values()], dtype=torch.float64)])
+    return dict(zip(names, estimates(per_batch), strict=True))

@@ -1,0 +1,229 @@
+"""Backward passes for measuring: gradients streamed parameter by parameter, and nothing left behind.
+
+A gradient is handed on one parameter at a time, as the backward completes it, and released: whoever measures
+holds what it keeps, never a second copy of the whole. Collecting `torch.autograd.grad`'s list was rejected for
+that reason.
+
+Equal seeds give equal noise: a converted layer in training mode draws its seed from torch's generator whether or
+not its recipe quantizes the gradient. So two passes that differ only in which quantizers are on share the random
+numbers of the others, and the masks of dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fqt.errors import FqtError
+from fqt.nn import Recipe
+from fqt.nn.convert import is_converted
+
+__all__ = [
+    "LossFn",
+    "Sink",
+    "check_batches",
+    "check_model",
+    "converted",
+    "energy",
+    "owner",
+    "stream",
+    "tensors",
+    "trainable",
+    "undisturbed",
+    "without",
+]
+
+ROLES = ("grad_input", "grad_weight")
+LossFn = Callable[[nn.Module, Any], Tensor]
+Sink = Callable[[str, Tensor], None]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by qualified name.
+
+    Raises:
+        FqtError: there is none.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise FqtError("the model has no parameter that requires a gradient")
+    return found
+
+
+def owner(parameter: str) -> str:
+    """The layer a parameter belongs to: its qualified name without the last word; "" for the model itself."""
+    return parameter.rpartition(".")[0]
+
+
+def converted(model: nn.Module) -> dict[str, nn.Module]:
+    """The converted layers by qualified name."""
+    return {name: module for name, module in model.named_modules() if is_converted(module)}
+
+
+def check_model(model: nn.Module, awake: bool = True) -> dict[str, nn.Module]:
+    """The converted layers that quantize a gradient.
+
+    Raises:
+        FqtError: no converted layer, none that quantizes its gradient, or, if `awake`, one of them in eval mode.
+    """
+    layers = converted(model)
+    if not layers:
+        raise FqtError("the model has no converted layer: call fqt.quantize_(model, 'shq8') first")
+    noisy = {
+        name: module
+        for name, module in layers.items()
+        if _recipe(module).grad_input is not None or _recipe(module).grad_weight is not None
+    }
+    if not noisy:
+        raise FqtError("no layer quantizes its gradient: convert the model to a recipe such as 'shq8', not 'qat'")
+    asleep = [name or "(model)" for name, module in noisy.items() if not module.training]
+    if awake and asleep:
+        raise FqtError(
+            f"{asleep[0]} is in eval mode, where quantized layers draw no noise: call model.train() first"
+        )
+    return noisy
+
+
+def _recipe(module: nn.Module) -> Recipe:
+    recipe = module.fqt_recipe
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+@contextmanager
+def without(layers: Mapping[str, nn.Module], off: Mapping[str, Sequence[str]] | None = None) -> Iterator[None]:
+    """While it lasts, gradient quantizers are off: their products take the gradient exactly.
+
+    Args:
+        layers: converted layers by name.
+        off: the roles ("grad_input", "grad_weight") that are off, by layer; None for both of every layer.
+    """
+    chosen = dict.fromkeys(layers, ROLES) if off is None else off
+    before = {name: _recipe(layers[name]) for name in chosen}
+    try:
+        for name, roles in chosen.items():
+            # "float" is an operand's name for None
+            switched = replace(before[name], **dict.fromkeys(roles, "float"))  # type: ignore[arg-type]
+            layers[name].fqt_recipe = switched  # type: ignore[assignment]
+        yield
+    finally:
+        for name, recipe in before.items():
+            layers[name].fqt_recipe = recipe  # type: ignore[assignment]
+
+
+def stream(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    parameters: Mapping[str, nn.Parameter],
+    sink: Sink,
+    seed: int | None = None,
+) -> float:
+    """One backward pass; `sink(name, gradient)` is called once per parameter, zeros where the loss does not reach.
+
+    Only the gradient being handed on is alive, beside what the backward itself holds. `.grad` is left alone.
+
+    Args:
+        model, loss_fn, batch: as for `diagnose`.
+        parameters: of the model, by name, each requiring a gradient.
+        sink: takes each gradient, which it may keep and change.
+        seed: of torch's generators; None takes them as they are.
+
+    Returns:
+        The loss.
+
+    Raises:
+        FqtError: the loss is not a finite scalar.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    saved = {name: p.grad for name, p in parameters.items()}
+    missing = set(parameters)
+    handles = []
+
+    def hand_on(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        missing.discard(name)
+        sink(name, gradient)
+
+    try:
+        for name, p in parameters.items():
+            p.grad = None
+            hook = lambda parameter, name=name: hand_on(name, parameter)
+            handles.append(p.register_post_accumulate_grad_hook(hook))
+        with torch.enable_grad():
+            loss = loss_fn(model, batch)
+            _check_loss(loss)
+            loss.reshape(()).backward(inputs=list(parameters.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in parameters.items():
+            p.grad = saved[name]
+    for name in parameters:
+        if name in missing:
+            sink(name, torch.zeros_like(parameters[name]))
+    return float(loss.detach())
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise FqtError(f"loss_fn must return a scalar, got {shape}")
+    if not torch.isfinite(loss):
+        raise FqtError(f"the loss is {loss.item()}: the gradient's variance is undefined at this point")
+    if not loss.requires_grad:
+        raise FqtError("the loss depends on no parameter that requires a gradient")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Puts buffers and random states back: a forward in training mode moves batch norm's statistics."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch: itself, or those in a list, tuple or dict of them, nested or not."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for value in batch.values() for t in tensors(value)]
+    if isinstance(batch, list | tuple):
+        return [t for value in batch for t in tensors(value)]
+    return []
+
+
+def check_batches(batches: Sequence[Any], least: int) -> None:
+    """Enough batches, all of one size: the first axis of a batch's first tensor, where it has one.
+
+    Raises:
+        FqtError: too few batches, or sizes that differ.
+    """
+    if len(batches) < least:
+        raise FqtError(f"this measurement needs at least {least} batches, got {len(batches)}")
+    first = [found[0] for found in map(tensors, batches) if found and found[0].ndim]
+    sizes = [len(tensor) for tensor in first]
+    if len(set(sizes)) > 1:
+        raise FqtError(
+            f"the batches have {', '.join(map(str, sorted(set(sizes))))} samples: the variance of a gradient is "
+            "that of one batch size; leave the smaller batch out"
+        )
+
+
+def energy(x: Tensor) -> Tensor:
+    """‖x‖², float64 scalar on the CPU; no copy of x is made."""
+    return torch.linalg.vector_norm(x.detach(), dtype=torch.float64).square().cpu()

@@ -1,0 +1,277 @@
+"""`diagnose` against the slow estimators, brute force, and every kind of bad input."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fqt
+from fqt.errors import FqtError
+from fqt.nn import observe
+from fqt.stats import quantization_variance, sampling_variance
+from fqt.stats.operands import multiplications, nuclear_norm
+
+from .nets import Attention, InARow, Twice, batches, loss, make, mlp
+
+
+def test_sampling_variance_is_that_of_the_qat_model() -> None:
+    found = fqt.diagnose(make(), loss, batches(6), table=0)
+    slow = sampling_variance(make(recipe="qat"), loss, batches(6))
+    assert found.total.sampling.value == pytest.approx(slow.total.value, rel=1e-6)
+    for layer, noise in found.layers.items():
+        expected = sum(e.value for name, e in slow.parameters.items() if name.startswith(f"{layer}."))
+        assert noise.sampling.value == pytest.approx(expected, rel=1e-6)
+    assert 0.2 < found.total.sampling.error / slow.total.error < 5
+    assert set(found.layers) == {"0", "1", "3", "5"}
+    assert found.total.sampling.value == pytest.approx(sum(n.sampling.value for n in found.layers.values()))
+
+
+def test_sampling_error_is_the_spread_of_the_estimate() -> None:
+    """Over 40 sets of 5 batches the mean squared error reported is the estimates' variance, to a factor 2.5."""
+    model, values, errors = make(recipe="psq8"), [], []
+    for seed in range(40):
+        noise = fqt.diagnose(model, loss, batches(5, seed=seed), table=0).total.sampling
+        values.append(noise.value)
+        errors.append(noise.error)
+    spread, reported = torch.tensor(values).var().item(), torch.tensor(errors).square().mean().item()
+    assert 0.4 < reported / spread < 2.5
+
+
+def test_quantization_variance_agrees_with_the_slow_estimator() -> None:
+    """|z| < 5 for the difference of two independent estimates, on batch statistics of 16."""
+    found = fqt.diagnose(make(), loss, batches(16), draws=3, table=0, seed=1)
+    slow = quantization_variance(make(), loss, batches(16), draws=3, seed=2).total
+    ours = found.total.quantization
+    assert abs(ours.value - slow.value) < 5 * math.hypot(ours.error, slow.error)
+    assert found.total.rho.value == pytest.approx(ours.value / found.total.sampling.value)
+    assert 0 < found.total.rho.error < found.total.rho.value
+
+
+@pytest.mark.parametrize("name", ["psq4", "ptq3d", "bhq4", "shq4d", "psq4x"])
+def test_operand_variances_are_the_quantizers_own(name: str) -> None:
+    model, data, expected = make(recipe=name), batches(2), {}
+    found = fqt.diagnose(model, loss, data, table=0, seed=3)
+
+    def look(layer: str, operand: fqt.nn.GradientOperand) -> None:
+        q, args = operand.quantizer, (operand.gradient, operand.seed)
+        values = [q.variance(*args, axis=operand.rows), operand.gradient.double().square().sum()]
+        expected.setdefault((layer, operand.role), []).append(torch.stack(values))
+
+    for b, batch in enumerate(data):
+        torch.manual_seed(fqt.stats.derive_seed(3, b, 0))
+        with observe(model, look):
+            loss(model, batch).backward()
+    assert len(found.operands) == 5  # the first layer's grad_input is not computed
+    for operand in found.operands:
+        variance, energy = torch.stack(expected[operand.layer, operand.role]).mean(0).tolist()
+        assert operand.variance[operand.bits].value == pytest.approx(variance, rel=1e-6)
+        assert operand.energy.value == pytest.approx(energy, rel=1e-6)
+        assert list(operand.variance) == list(operand.bound) == [2, 3, 4, 5, 6, 7, 8]
+        assert all(operand.bound[b] >= operand.variance[b].value * (1 - 1e-9) for b in operand.bound)
+        assert operand.variance[2].value > operand.variance[8].value
+        assert sum(operand.histogram) == math.prod(operand.shape)
+        assert operand.empty == sum(c == 0 for c in operand.histogram) / len(operand.histogram)
+        assert 1 <= operand.range_ratio <= operand.shape[0]
+
+
+def test_a_folded_step_is_divided_out() -> None:
+    """The variance reported is that of the unfolded operand: sampled, |z| < 5 over 200 draws."""
+    recipe = fqt.Recipe(weight="psq8@channel", grad_input="psq3d", grad_weight="ptq8", fold="always")
+    torch.manual_seed(0)
+    model = mlp()
+    with torch.no_grad():
+        model[3].weight *= torch.logspace(-2, 2, 8)[:, None]
+    model, data, seen = fqt.quantize_(model, recipe), batches(2), {}
+    found = fqt.diagnose(model, loss, data, table=0)
+    operand = next(o for o in found.operands if (o.layer, o.role) == ("3", "grad_input"))
+    assert operand.limit is None
+    samples = []
+    for b, batch in enumerate(data):
+        torch.manual_seed(fqt.stats.derive_seed(0, b, 0))
+        with observe(model, lambda name, o: seen.update({(name, o.role): o})):
+            loss(model, batch).backward()
+        o = seen["3", "grad_input"]
+        errors = [
+            ((o.quantizer.quantize(o.gradient, s, axis=o.rows).dequantize() - o.gradient) / o.folded)
+            .double()
+            .square()
+            .sum()
+            for s in range(200)
+        ]
+        samples.append(torch.stack(errors))
+    mean = torch.stack(samples).mean(0)
+    z = (mean.mean() - operand.variance[3].value) / (mean.std() / 200**0.5)
+    assert abs(float(z)) < 5
+
+
+def test_nuclear_norm_and_the_limit_on_bounds() -> None:
+    x = torch.randn(12, 40, dtype=torch.float64) * torch.logspace(0, -3, 12)[:, None]
+    centred = x - x.mean(1, keepdim=True)
+    exact = float(torch.linalg.matrix_norm(centred, "nuc"))
+    assert nuclear_norm(x) == pytest.approx(exact, rel=1e-7)
+    assert nuclear_norm(x.T.contiguous()) == pytest.approx(
+        float(torch.linalg.matrix_norm(x.T - x.T.mean(1, keepdim=True), "nuc")), rel=1e-7
+    )
+    found = fqt.diagnose(make(recipe="shq4"), loss, batches(2, n=32), table=0)
+    operand = next(o for o in found.operands if o.role == "grad_input")
+    assert operand.limit is not None
+    assert all(0 < operand.limit[b] < operand.bound[b] for b in operand.bound)
+    dithered = fqt.diagnose(make(recipe="shq4d"), loss, batches(2, n=32), table=0).operands[0]
+    assert dithered.limit is not None
+    assert dithered.limit[8] == pytest.approx(operand.limit[8] / 3 * (255 / 254) ** 2, rel=0.2)
+
+
+def test_codes_are_those_of_the_product() -> None:
+    found = fqt.diagnose(make(recipe="ptq2"), loss, batches(2, n=16), table=0)
+    for operand in found.operands:
+        assert len(operand.histogram) == 2**operand.bits
+        assert operand.histogram[0] > 0
+        assert operand.histogram[-1] > 0  # the ends of the range are values of the tensor
+
+
+def test_layers_in_more_noise_than_gradient_are_flagged() -> None:
+    quiet = fqt.diagnose(make(recipe="psq8"), loss, batches(3), table=0)
+    assert quiet.drowned == ()
+    assert not quiet.total.drowned
+    loud = fqt.Recipe(grad_input="ptq2", grad_weight="ptq2")
+    model = make(recipe=loud)
+    data = [(x * torch.logspace(-3, 3, 16)[:, None], y) for x, y in batches(3)]
+    noisy = fqt.diagnose(model, loss, data, table=0)
+    assert any(3 * n.quantization.value > n.energy.value for n in noisy.layers.values())
+    assert set(noisy.drowned) == {k for k, n in noisy.layers.items() if 3 * n.quantization.value > n.energy.value}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_left_as_it_was(fails: bool) -> None:
+    model, data = make(), batches(3)
+    loss(model, data[0]).backward()
+    grads = [p.grad for p in model.parameters()]
+    values = [g.clone() for g in grads]
+    recipes = [m.fqt_recipe for m in model.modules() if hasattr(m, "fqt_recipe")]
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    if fails:
+        data[2] = (data[2][0] * math.nan, data[2][1])
+        with pytest.raises(FqtError, match="the loss is nan"):
+            fqt.diagnose(model, loss, data)
+    else:
+        fqt.diagnose(model, loss, data)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is g and torch.equal(g, v) for p, g, v in zip(model.parameters(), grads, values, strict=True))
+    assert [m.fqt_recipe for m in model.modules() if hasattr(m, "fqt_recipe")] == recipes
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_bad_input_is_refused() -> None:
+    model, data = make(), batches(3)
+    cases = [
+        (mlp(), data, {}, "no converted layer"),
+        (make(recipe="qat"), data, {}, "no layer quantizes its gradient"),
+        (make().eval(), data, {}, "'?0'? is in eval mode|0 is in eval mode"),
+        (make().requires_grad_(False), data, {}, "no parameter that requires a gradient"),
+        (model, data[:1], {}, "at least 2 batches, got 1"),
+        (model, data, {"draws": 1}, "at least 2 draws"),
+        (model, data, {"table": -1}, "number of draws"),
+        (model, [*data, batches(1, n=9)[0]], {}, "9, 16 samples"),
+    ]
+    for bad, given, options, message in cases:
+        with pytest.raises(FqtError, match=message):
+            fqt.diagnose(bad, loss, given, **options)
+    for bad_loss, message in [
+        (lambda m, b: m(b[0]), "must return a scalar"),
+        (lambda m, b: loss(m, b) * math.inf, "the loss is"),
+        (lambda m, b: torch.tensor(1.0), "depends on no parameter"),
+        (lambda m, b: 1.0, "must return a scalar, got float"),
+    ]:
+        with pytest.raises(FqtError, match=message):
+            fqt.diagnose(model, bad_loss, data)
+
+
+def test_other_noise_is_refused_and_eval_mode_of_its_module_helps() -> None:
+    torch.manual_seed(0)
+    model = fqt.quantize_(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3)), "psq4")
+    with pytest.raises(FqtError, match="random even without gradient quantizers"):
+        fqt.diagnose(model, loss, batches(3))
+    model[1].eval()
+    assert fqt.diagnose(model, loss, batches(3)).total.rho.value > 0
+
+
+def test_a_batch_of_one_sample_is_measured() -> None:
+    torch.manual_seed(0)
+    model = fqt.quantize_(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "shq4")
+    found = fqt.diagnose(model, loss, batches(4, n=1), table=1)
+    assert found.total.sampling.value > 0
+    assert all(o.shape[0] == 1 for o in found.operands if o.role == "grad_input")
+
+
+def test_a_frozen_parameter_has_no_column_but_its_layer_still_adds_noise() -> None:
+    model = make()
+    model[3].weight.requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    found = fqt.diagnose(model, loss, batches(3), table=1)
+    assert "3" not in found.layers
+    assert [o.role for o in found.operands if o.layer == "3"] == ["grad_input"]
+    assert found.table is not None
+    assert "3" not in found.table.targets
+    assert found.table.effect["3"]["grad_input"].value > 0
+    assert found.table.effect["3"]["grad_weight"].value == 0
+
+
+def test_a_layer_used_twice_reports_sums_and_has_no_place_in_the_table() -> None:
+    model, data = make(Twice), batches(2)
+    found = fqt.diagnose(model, loss, data, table=0)
+    counts = {(o.layer, o.role): sum(o.histogram) for o in found.operands}
+    # its first use needs no grad_input
+    assert counts["shared", "grad_weight"] == 2 * counts["between", "grad_weight"]
+    assert counts["shared", "grad_input"] == counts["between", "grad_input"]
+    with pytest.raises(FqtError, match="'shared' is used again after others"):
+        fqt.diagnose(model, loss, data, table=1)
+    assert fqt.diagnose(make(InARow), loss, data, table=1).table is not None
+
+
+def test_attention_is_one_layer() -> None:
+    found = fqt.diagnose(make(Attention), loss, batches(2, shape=(5, 6)), table=1)
+    assert {o.layer for o in found.operands} == {"embed", "attention", "head"}
+    assert found.table is not None
+    assert found.table.sources == ("head", "attention", "embed")
+
+
+def test_multiplications_are_those_of_the_product() -> None:
+    x = torch.empty(4, 8, 5, 5)
+    assert multiplications(nn.Conv2d(6, 8, 3), x) == 4 * 8 * 25 * 6 * 9
+    assert multiplications(nn.Conv2d(6, 8, 3, groups=2), x) == 4 * 8 * 25 * 3 * 9
+    assert multiplications(nn.Linear(6, 8), torch.empty(4, 7, 8)) == 4 * 7 * 8 * 6
+    # 2 × 2 positions, each input channel meets 8 · 9 weights
+    assert multiplications(nn.ConvTranspose2d(6, 8, 2, stride=2), torch.empty(4, 8, 4, 4)) == 4 * 6 * 4 * 8 * 4
+    assert multiplications(nn.MultiheadAttention(8, 2), torch.empty(4, 7, 24)) == 4 * 7 * 24 * 8
+
+
+MEMORY = """
+import resource, torch, fqt
+from torch import nn
+torch.set_num_threads(1)
+model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))  # 96 MiB of gradient
+model = fqt.quantize_(model, "psq4")
+data = [torch.randn(4, 1024) for _ in range(2)]
+loss = lambda m, b: m(b).square().mean()
+torch.autograd.grad(loss(model, data[0]), model[0].weight)  # what the backward itself needs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fqt.diagnose(model, loss, data, table=0)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 / (24 * 4))
+"""
+
+
+def test_it_holds_the_gradient_less_than_twice() -> None:
+    """Peak memory beyond a backward's own, in gradients: the mean, and one layer's figures at a time."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert 0.5 < float(done.stdout) < 2
+
+
+def test_it_prints_as_a_table() -> None:
+    lines = str(fqt.diagnose(make(), loss, batches(2), table=0)).splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", "0", "1", "3", "5", "(whole"]

@@ -1,0 +1,105 @@
+"""`fqt diagnose`, `fqt plan` and `fqt train --adapt` as a user meets them."""
+
+import sys
+
+import pytest
+import torch
+
+import fqt.cli
+from fqt.nn import load_recipe
+from fqt.records import read_json, read_records
+from fqt.train import resolve, train
+
+FAST = ["--batch-size", "256", "--epochs", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("statistics") / "r"
+    train(resolve("digits", None, {"batch_size": 256, "epochs": 1, "device": "cpu", "recipe": "shq4"}), folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            fqt.cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+def test_diagnose_plan_train(run, trained, tmp_path):
+    record = tmp_path / "d.json"
+    status, out, err = run(
+        "diagnose", trained, "--batches", 3, "--recipe", "shq3", "--at", "halfway", "--out", record
+    )
+    assert status == 0, err
+    for text in ("gradient noise by layer", "Theorem 2", "classifier", "whole gradient", "range"):
+        assert text in out
+    assert read_json(record)["step"] == 2
+    status, out, err = run("plan", record, "--mean-width", 4, "--check", 2, "--out", "p.toml")
+    assert status == 0, err
+    assert "predicted" in out
+    assert "measured" in out
+    recipe = load_recipe(tmp_path / "p.toml")
+    assert {rule.pattern for rule in recipe.rules} == {"features.0", "features.3", "features.6", "classifier"}
+    assert run("train", "digits", "--recipe", "p.toml", "--out", "q", *FAST)[0] == 0
+
+
+def test_by_default_the_record_lies_with_the_run(run, trained):
+    assert run("diagnose", trained, "--batches", 2, "--table", 0)[0] == 0
+    status, _, err = run("plan", trained)
+    assert (status, "no table" in err) == (2, True)
+    assert run("diagnose", trained, "--batches", 2)[0] == 0
+    assert run("plan", trained, "--rho", 0.5)[0] == 0
+    assert (trained / "plan.toml").exists()
+
+
+def test_a_run_that_adapted_is_diagnosed_with_the_recipe_in_force(run, tmp_path):
+    adapt = ["--adapt", "--adapt-every", 2, "--rho", "0.2"]
+    assert run("train", "digits", "--recipe", "psq8", *adapt, "--out", "a", *FAST)[0] == 0
+    changes = [r for r in read_records(tmp_path / "a" / "metrics.jsonl") if r["kind"] == "adapt"]
+    assert run("diagnose", "a", "--batches", 2, "--table", 0)[0] == 0
+    found = {
+        o["layer"]: o["bits"]
+        for o in read_json(tmp_path / "a" / "diagnosis.json")["operands"]
+        if o["role"] == "grad_input"
+    }
+    assert found == changes[-1]["widths"]
+
+
+ERRORS = [
+    (["diagnose", "nowhere"], "holds no run"),
+    (["plan", "nowhere"], "cannot read nowhere"),
+    (["train", "--recipe", "qat", "--adapt"], "give a recipe that quantizes it, such as shq8"),
+    (["train", "--recipe", "psq8", "--adapt", "--rho", "-1"], "rho must be positive"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS)
+def test_bad_input_is_one_line_and_status_2(run, tmp_path, arguments, message):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_recipe_without_gradient_quantizers_is_refused(run, trained):
+    status, _, err = run("diagnose", trained, "--recipe", "qat", "--out", "d.json")
+    assert (status, "no layer quantizes its gradient" in err) == (2, True)
