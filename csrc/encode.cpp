@@ -15,7 +15,7 @@ using namespace fqt;
 
 namespace {
 
-enum Rounding : int { kNearest = 0, kStochastic = 1, kDithered = 2 };
+enum Rounding : int { kNearest = 0, kStochastic = 1, kDithered = 2, kStochasticFixed = 3, kDitheredFixed = 4 };
 
 constexpr int64_t kChunk = 2048;  // a multiple of kNoiseWords
 static_assert(kChunk % kNoiseWords == 0, "chunks start at whole vectors of noise");
@@ -37,6 +37,9 @@ struct Run {
   int32_t row_noise;      // dithered only
 };
 
+constexpr bool is_stochastic(int rounding) { return rounding == kStochastic || rounding == kStochasticFixed; }
+constexpr bool is_dithered(int rounding) { return rounding == kDithered || rounding == kDitheredFixed; }
+
 template <int Rounding, bool Columns>
 inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64_t n) {
   const int64_t column = run.column + i;
@@ -49,11 +52,13 @@ inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64
   vi code;
   if (Rounding == kNearest) {
     code = round_nearest(t);
-  } else if (Rounding == kStochastic) {
-    code = round_stochastic(t, load<vi>(run.noise + i));
+  } else if (is_stochastic(Rounding)) {
+    const vi u = load<vi>(run.noise + i);
+    code = Rounding == kStochastic ? round_stochastic(t, u) : round_stochastic_fixed(t, u);
   } else {
     const uint32_t* noise = task.column_noise + column;
-    code = round_dithered(t, run.row_noise + (n == W ? load<vi>(noise) : load_part<vi>(noise, n)));
+    const vi k = run.row_noise + (n == W ? load<vi>(noise) : load_part<vi>(noise, n));
+    code = Rounding == kDithered ? round_dithered(t, k) : round_dithered_fixed(t, k);
   }
   return to_bytes(code);
 }
@@ -77,7 +82,7 @@ void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
     float buffer[kChunk + W];
     for (int64_t start = item * 8 * kChunk; start < size && start < (item + 1) * 8 * kChunk; start += kChunk) {
       const int64_t end = start + kChunk < size ? start + kChunk : size;
-      if (Rounding == kStochastic) philox.fill_u24(start, end - start, noise);
+      if (is_stochastic(Rounding)) philox.fill_u24(start, end - start, noise);
       const float* x = values(task.source, start, end - start, buffer);
       for (int64_t i = start; i < end;) {
         const int64_t row = i / task.columns, column = i % task.columns;
@@ -87,7 +92,7 @@ void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
           const int64_t group = Rows ? row : 0;
           run.groups = Groups::of(Group::of(task.step[group], task.offset[group]));
         }
-        if (Rounding == kDithered) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
+        if (is_dithered(Rounding)) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
         encode_run<Rounding, Columns>(task, run, x + (i - start), task.codes + i, n);
         i += n;
       }
@@ -118,8 +123,15 @@ FQT_API int fqt_encode(const Source* source, int64_t rows, int64_t columns, cons
   if (rows == 0 || columns == 0) return kDone;
   Task task{*source, step, offset, columns, static_cast<float>(low), static_cast<float>(high), codes, nullptr, nullptr};
   const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
+  if (rounding != kDithered && !by_row && !by_column) {  // one group: rows do not matter
+    task.columns = columns = rows * columns;
+    rows = 1;
+  }
+  const bool fixed = kFixedPoint && low == 0;
   if (rounding == kNearest) {
     encode_groups<kNearest>(task, rows, by_row, by_column, key, threads);
+  } else if (rounding == kStochastic && fixed) {
+    encode_groups<kStochasticFixed>(task, rows, by_row, by_column, key, threads);
   } else if (rounding == kStochastic) {
     encode_groups<kStochastic>(task, rows, by_row, by_column, key, threads);
   } else {
@@ -130,7 +142,11 @@ FQT_API int fqt_encode(const Source* source, int64_t rows, int64_t columns, cons
     Philox(key, transposed ? kDitherRow : kDitherColumn).fill_u24(0, columns, column_noise);
     task.row_noise = noise.get();
     task.column_noise = column_noise;
-    encode_groups<kDithered>(task, rows, by_row, by_column, key, threads);
+    if (fixed) {
+      encode_groups<kDitheredFixed>(task, rows, by_row, by_column, key, threads);
+    } else {
+      encode_groups<kDithered>(task, rows, by_row, by_column, key, threads);
+    }
   }
   return kDone;
 }

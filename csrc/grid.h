@@ -59,4 +59,23 @@ inline vi round_dithered(vf t, vi k) {
   return i + (k >> 24) - (vi)(t - to_float(i) >= threshold);
 }
 
+// The last two in fixed point, for 0 ≤ t ≤ 255: t·2²⁴ is exact and fits 32 bits, and ⌊x + n⌋ = ⌊x⌋ + n for integers.
+#if defined(__AVX512F__)
+constexpr bool kFixedPoint = true;
+inline vu fixed_down(vf t) { return (vu)_mm512_cvttps_epu32((__m512)(t * 0x1p24f)); }
+inline vu fixed_up(vf t) {
+  return (vu)_mm512_cvt_roundps_epu32((__m512)(t * 0x1p24f), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+}
+#else
+constexpr bool kFixedPoint = false;
+inline vu fixed_down(vf) { return vu{}; }
+inline vu fixed_up(vf) { return vu{}; }
+#endif
+
+// u·2⁻²⁴ < t − ⌊t⌋ exactly if u < ⌈(t − ⌊t⌋)·2²⁴⌉.
+inline vi round_stochastic_fixed(vf t, vi u) { return (vi)((fixed_up(t) + ((vu)u ^ (kLevels - 1))) >> 24); }
+
+// For t ≤ 254.
+inline vi round_dithered_fixed(vf t, vi k) { return (vi)((fixed_down(t) + (vu)k) >> 24); }
+
 }  // namespace fqt

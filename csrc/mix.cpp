@@ -1,24 +1,27 @@
 // Row transforms, column tile by column tile. Every sum runs in the order of the reference, and no multiply-add
 // is contracted: a last bit that differs here flips codes later.
 #include <atomic>
+#include <cfloat>
 #include <cstdlib>
 #include <memory>
 #include <new>
 
+#include "epilogue.h"
 #include "parallel.h"
 #include "platform.h"
 #include "simd.h"
+#include "source.h"
 
 using namespace fqt;
 
 namespace {
 
 // A tile's columns; whole vectors, padded with zeros at the right edge.
-constexpr int kVectors = 4;
-constexpr int64_t kTile = kVectors * W;
+constexpr int kTileVectors = 4;
+constexpr int64_t kTile = kTileVectors * W;
 
 struct TileRow {
-  vf v[kVectors];
+  vf v[kTileVectors];
 };
 
 inline TileRow load_row(const float* p, int64_t width) {
@@ -39,15 +42,61 @@ inline void store_row(float* p, const TileRow& row, int64_t width) {
   }
 }
 
+// What becomes of a row on its way in: (x · half − offset · half) · scale, or x itself where scale is null.
+struct RowsIn {
+  const Source* source;
+  const float *half, *offset, *scale;  // one per row
+  int64_t columns;
+
+  TileRow operator()(int64_t r, int64_t first, int64_t width) const {
+    float buffer[kTile + W];
+    TileRow row = load_row(values(*source, r * columns + first, width, buffer), width);
+    if (scale) {
+      const vf h = splat(half[r]), o = splat(offset[r] * half[r]), s = splat(scale[r]);
+      for (int k = 0; k < kTileVectors; ++k) row.v[k] = (row.v[k] * h - o) * s;
+    }
+    return row;
+  }
+  void prefetch(int64_t r, int64_t first) const {
+    const char* from = static_cast<const char*>(source->x) + (r * columns + first) * (source->type == kFloat32In ? 4 : 2);
+    for (int64_t line = 0; line < kTile * 4; line += 64) __builtin_prefetch(from + line, 0);
+  }
+};
+
+// And on its way out: y · scale + offset · right, clamped to the finite floats, or y itself where scale is null.
+struct RowsOut {
+  void* out;
+  int32_t type;                               // kFloat32 or kBfloat16
+  const float *scale, *offset, *right;        // one per row, one per row, one per column (null: 1)
+  int64_t columns;
+
+  void operator()(int64_t r, int64_t first, int64_t width, TileRow row) const {
+    if (scale) {
+      const vf s = splat(scale[r]), o = splat(offset[r]);
+      const TileRow factors = right ? load_row(right + first, width) : TileRow{};
+      for (int k = 0; k < kTileVectors; ++k) {
+        const vf v = row.v[k] * s + (right ? o * factors.v[k] : o);
+        const vf below = v > FLT_MAX ? splat(FLT_MAX) : v;  // NaN stays
+        row.v[k] = below < -FLT_MAX ? splat(-FLT_MAX) : below;
+      }
+    }
+    const int64_t at = r * columns + first;
+    if (type == kFloat32) return store_row(static_cast<float*>(out) + at, row, width);
+    uint16_t rounded[kTile];
+    for (int k = 0; k < kTileVectors; ++k) store(rounded + k * W, to_bfloat16(row.v[k]));
+    std::memcpy(static_cast<uint16_t*>(out) + at, rounded, 2 * width);
+  }
+};
+
 inline TileRow operator+(const TileRow& a, const TileRow& b) {
   TileRow sum;
-  for (int k = 0; k < kVectors; ++k) sum.v[k] = a.v[k] + b.v[k];
+  for (int k = 0; k < kTileVectors; ++k) sum.v[k] = a.v[k] + b.v[k];
   return sum;
 }
 
 inline TileRow operator-(const TileRow& a, const TileRow& b) {
   TileRow difference;
-  for (int k = 0; k < kVectors; ++k) difference.v[k] = a.v[k] - b.v[k];
+  for (int k = 0; k < kTileVectors; ++k) difference.v[k] = a.v[k] - b.v[k];
   return difference;
 }
 
@@ -94,10 +143,13 @@ bool in_range(const int64_t* index, int64_t n) {
 
 }  // namespace
 
-// out row order[i] = output i of the butterflies over x's rows order[0], order[1], …; blocks of the given sizes,
-// powers of two that sum to rows. kBadIndex unless they are, and unless 0 ≤ order[i] < rows.
-FQT_API int fqt_hadamard(const float* x, int64_t rows, int64_t columns, const int64_t* order, const int64_t* sizes,
-                         int64_t blocks, float* out, int threads) {
+// Row order[i] of the result = output i of the butterflies over the rows order[0], order[1], … of what comes in; blocks
+// of the given sizes, powers of two that sum to rows. Rows with keep false (null: none) come out as they came in.
+// In may be out. kBadIndex unless the sizes are such, and unless 0 ≤ order[i] < rows.
+FQT_API int fqt_hadamard(const Source* source, int64_t rows, int64_t columns, const int64_t* order,
+                         const int64_t* sizes, int64_t blocks, const float* half, const float* in_offset,
+                         const float* in_scale, const bool* keep, const float* scale, const float* offset,
+                         const float* right, int type, void* out, int threads) {
   int64_t total = 0, largest_size = 1;
   for (int64_t b = 0; b < blocks; ++b) {
     if (sizes[b] < 1 || (sizes[b] & (sizes[b] - 1))) return kBadIndex;
@@ -110,6 +162,8 @@ FQT_API int fqt_hadamard(const float* x, int64_t rows, int64_t columns, const in
   start[0] = 0;
   for (int64_t b = 0; b < blocks; ++b) start[b + 1] = start[b] + sizes[b];
 
+  const RowsIn take{source, half, in_offset, in_scale, columns};
+  const RowsOut give{out, type, scale, offset, right, columns};
   const int64_t tiles = ceil_div(columns, kTile);
   std::atomic<bool> failed{false};
   parallel_for(blocks * tiles, rows * columns, threads, [&](int64_t item) {
@@ -128,27 +182,32 @@ FQT_API int fqt_hadamard(const float* x, int64_t rows, int64_t columns, const in
         return;
       }
     }
-    // Rows lie far apart, so the processor does not guess what comes next: ask for the output's lines and for the
-    // next tile's, which arrive during the arithmetic.
+    // Rows lie far apart, so the processor does not guess what comes next: ask for the next tile's lines, which
+    // arrive during the arithmetic.
+    bool any = !keep;
     for (int64_t i = 0; i < size; ++i) {
-      const int64_t at = row[i] * columns + first;
-      y[i] = load_row(x + at, width);
-      for (int64_t line = 0; line < kTile && line < width; line += 16) {
-        __builtin_prefetch(out + at + line, 1);
-        if (first + kTile + line < columns) __builtin_prefetch(x + at + kTile + line, 0);
-      }
+      y[i] = take(row[i], first, width);
+      any = any || keep[row[i]];
+      if (first + 2 * kTile <= columns) take.prefetch(row[i], first + kTile);
     }
-    butterflies(y, size);
-    for (int64_t i = 0; i < size; ++i) store_row(out + row[i] * columns + first, y[i], width);
+    if (any) butterflies(y, size);  // the guard keeps whole blocks
+    for (int64_t i = 0; i < size; ++i) {
+      const bool mixed = !keep || keep[row[i]];
+      give(row[i], first, width, mixed || !any ? y[i] : take(row[i], first, width));
+    }
   });
   return failed.load() ? kNoMemory : kDone;
 }
 
-// out_r = x_r − n_r f_g Σ_q n_q x_q, q over the rows of r's group g in ascending order.
-// kBadIndex unless 0 ≤ group[r] < rows.
-FQT_API int fqt_reflect(const float* x, int64_t rows, int64_t columns, const int64_t* group, const float* normal,
-                        const float* factor, float* out, int threads) {
+// Row r of the result = x_r − n_r f_g Σ_q n_q x_q, q over the rows of r's group g in ascending order, x what comes in.
+// In may be out. kBadIndex unless 0 ≤ group[r] < rows.
+FQT_API int fqt_reflect(const Source* source, int64_t rows, int64_t columns, const int64_t* group,
+                        const float* normal, const float* factor, const float* half, const float* in_offset,
+                        const float* in_scale, const float* scale, const float* offset, const float* right,
+                        int type, void* out, int threads) {
   if (!in_range(group, rows)) return kBadIndex;
+  const RowsIn take{source, half, in_offset, in_scale, columns};
+  const RowsOut give{out, type, scale, offset, right, columns};
   std::atomic<bool> failed{false};
   parallel_for(ceil_div(columns, kTile), rows * columns, threads, [&](int64_t item) {
     const int64_t first = item * kTile, width = columns - first < kTile ? columns - first : kTile;
@@ -159,18 +218,18 @@ FQT_API int fqt_reflect(const float* x, int64_t rows, int64_t columns, const int
     }
     std::memset(static_cast<void*>(total.get()), 0, rows * sizeof(TileRow));
     for (int64_t r = 0; r < rows; ++r) {
-      const TileRow row = load_row(x + r * columns + first, width);
+      const TileRow row = take(r, first, width);
       TileRow& sum = total[group[r]];
-      for (int k = 0; k < kVectors; ++k) sum.v[k] += row.v[k] * normal[r];
+      for (int k = 0; k < kTileVectors; ++k) sum.v[k] += row.v[k] * normal[r];
     }
     for (int64_t g = 0; g < rows; ++g) {
-      for (int k = 0; k < kVectors; ++k) total[g].v[k] *= factor[g];
+      for (int k = 0; k < kTileVectors; ++k) total[g].v[k] *= factor[g];
     }
     for (int64_t r = 0; r < rows; ++r) {
-      TileRow row = load_row(x + r * columns + first, width);
+      TileRow row = take(r, first, width);
       const TileRow& sum = total[group[r]];
-      for (int k = 0; k < kVectors; ++k) row.v[k] = row.v[k] - normal[r] * sum.v[k];
-      store_row(out + r * columns + first, row, width);
+      for (int k = 0; k < kTileVectors; ++k) row.v[k] = row.v[k] - normal[r] * sum.v[k];
+      give(r, first, width, row);
     }
   });
   return failed.load() ? kNoMemory : kDone;

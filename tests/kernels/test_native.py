@@ -106,13 +106,40 @@ def test_code_variance(kind: str, group: str) -> None:
         assert same(native.code_variance(x, step, offset, 0, 15), wanted), shape
 
 
+BLOCKS = [(), (1,), (2,), (4, 1), (8, 2, 1), (128, 64, 2), (16, 16, 16), (512,), (64, 32, 16, 8, 4, 2, 1)]
+
+
+def around(shape: tuple[int, int], keep: torch.Tensor) -> list[dict]:
+    """What a transform may do to rows before and after: nothing, and every combination."""
+    generator = torch.Generator().manual_seed(4)
+    scale, offset = torch.randn(2, shape[0], 1, generator=generator)
+    right = torch.randn(shape[1], generator=generator)
+    before = reference.Scaling(torch.where(keep, 0.5, 1.0), offset, scale)
+    return [
+        {},
+        {"before": before},
+        {"after": reference.Unscaling(scale, offset)},
+        {"after": reference.Unscaling(scale, offset, right)},
+        {"before": before, "after": reference.Unscaling(scale, offset, right, torch.bfloat16)},
+    ]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hadamard(kind: str) -> None:
-    for blocks in [(), (1,), (2,), (4, 1), (8, 2, 1), (128, 64, 2), (16, 16, 16), (512,), (64, 32, 16, 8, 4, 2, 1)]:
+    for blocks in BLOCKS:
         for columns in (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200):
             x = matrix((sum(blocks), columns), kind)
-            order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1))
-            assert same(native.hadamard(x, order, blocks), reference.hadamard(x, order, blocks)), (blocks, columns)
+            generator = torch.Generator().manual_seed(1)
+            order = torch.randperm(sum(blocks), generator=generator)
+            keep = torch.rand(sum(blocks), 1, generator=generator) < 0.5
+            for more in around(tuple(x.shape), keep):  # type: ignore[arg-type]
+                for kept in (None, keep):
+                    for y in (x, x.bfloat16()):
+                        wanted = reference.hadamard(y, order, blocks, keep=kept, **more)
+                        assert same(native.hadamard(y, order, blocks, keep=kept, **more), wanted), (blocks, columns)
+            wanted = reference.hadamard(x, order, blocks)
+            assert native.hadamard(x, order, blocks, out=x) is x
+            assert same(x, wanted), "in place"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,34 +149,42 @@ def test_reflect(kind: str) -> None:
         generator = torch.Generator().manual_seed(2)
         group = torch.randint(0, max(shape[0] // 3, 1), (shape[0],), generator=generator)
         normal, factor = torch.randn(2, shape[0], 1, generator=generator)
-        assert same(native.reflect(x, group, normal, factor), reference.reflect(x, group, normal, factor)), shape
+        for more in around(shape, normal > 0):
+            for y in (x, x.bfloat16()):
+                wanted = reference.reflect(y, group, normal, factor, **more)
+                assert same(native.reflect(y, group, normal, factor, **more), wanted), shape
+        wanted = reference.reflect(x, group, normal, factor)
+        assert native.reflect(x, group, normal, factor, out=x) is x
+        assert same(x, wanted), "in place"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_row_operations(kind: str) -> None:
+def test_replacing_rows(kind: str) -> None:
     for shape in [*shapes(kind), (3, 20000)]:
         x = matrix(shape, kind)
-        generator = torch.Generator().manual_seed(4)
-        scale, offset = torch.randn(2, shape[0], 1, generator=generator)
-        keep = torch.rand(shape[0], 1, generator=generator) < 0.5
-        half = torch.where(keep, 0.5, 1.0)
-        assert same(ops.scale_rows(x, half, offset, scale), reference.scale_rows(x, half, offset, scale)), shape
-        assert same(ops.unscale_rows(x, scale, offset), reference.unscale_rows(x, scale, offset)), shape
-        got, wanted = x.neg(), x.neg()
-        assert ops.replace_rows_(got, keep, x) is got
-        assert same(got, reference.replace_rows_(wanted, keep, x)), shape
+        keep = torch.rand(shape[0], 1, generator=torch.Generator().manual_seed(4)) < 0.5
+        for y in (x, x.bfloat16()):
+            got, wanted = x.neg(), x.neg()
+            assert ops.replace_rows_(got, keep, y) is got
+            assert same(got, reference.replace_rows_(wanted, keep, y)), shape
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_undoing_a_transform_on_a_product(kind: str) -> None:
-    for shape in [*shapes(kind), (3, 20000)]:
-        y = matrix(shape, kind)
-        generator = torch.Generator().manual_seed(4)
-        scale, offset = torch.randn(2, shape[0], 1, generator=generator)
-        right = torch.randn(shape[1], generator=generator)
-        for dtype in (torch.float32, torch.bfloat16):
-            got = native.unscale_rows(y, scale, offset, right, dtype)
-            assert same(got, reference.unscale_rows(y, scale, offset, right, dtype)), (shape, dtype)
+def test_group_parameters() -> None:
+    extremes = [0.0, -0.0, 1.0, -1.5, 1e-45, 1e-38, 3e38, -3.4e38, float("inf"), -float("inf"), float("nan"), 0.1]
+    pairs = [(a, b) for a in extremes for b in extremes if not a > b]
+    lo, hi = torch.tensor(pairs).T[:, :, None].contiguous()
+    for mode in ("affine", "symmetric", "zero"):
+        for steps in (1, 3, 7, 127, 254, 255):
+            wanted = reference.parameters(lo, hi, mode, steps)
+            assert all(map(same, ops.parameters(lo, hi, mode, steps), wanted)), (mode, steps)
+
+
+def test_sums_of_values() -> None:
+    for shape in [*SHAPES, *TAILS[::7], (5000, 3), (700, 2100)]:
+        x = matrix(shape)
+        for y in (x, x.bfloat16()):
+            wanted = reference.value_sums(y)
+            assert torch.allclose(ops.value_sums(y), wanted, rtol=0, atol=1e-6 * float(y.double().abs().sum() + 1))
 
 
 def sources(x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -257,7 +292,10 @@ def wanted_nearest(x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor) ->
         (lambda x, s: ops.encode(x, s, s, 0, 255, "up", None), "rounding 'up'"),
         (lambda x, s: ops.value_range(x, "rows"), "group 'rows'"),
         (lambda x, s: ops.value_range(x, "row", torch.ones(3)), "factors of shape"),
-        (lambda x, s: ops.unscale_rows(x, s, s, torch.ones(3)), "right factor of shape"),
+        (
+            lambda x, s: ops.hadamard(x, torch.arange(4), (4,), after=reference.Unscaling(s, s, torch.ones(3))),
+            "right factor of shape",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, names: str) -> None:
@@ -332,7 +370,8 @@ def test_every_level_gives_the_same_bits(level: str) -> None:
     if native.LEVELS.index(level) >= native.LEVELS.index(have):
         pytest.skip(f"this machine runs {have} anyway")
     files = [__file__, str(Path(__file__).with_name("test_products.py"))]
-    chosen = "plain or sums or nan or noise or large or matmul or exact or epilogues or longest or long_weight"
+    chosen = "plain or sums or parameters or nan or noise or large or matmul or exact or epilogues or longest"
+    chosen += " or long_weight"
     arguments = [*files, "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not opcheck"]
     code = f"""
 import sys, pytest

@@ -84,12 +84,19 @@ def transform_not_undone(patch: Patch) -> None:
 
 def transform_dropped(patch: Patch) -> None:
     """Rows are scaled and unscaled but never mixed: unbiased, and no better than PSQ."""
-    patch.setattr(ops, "reflect", lambda x, group, normal, factor: x)
+
+    def reflect(x, group, normal, factor, before=None, after=None, out=None):  # type: ignore[no-untyped-def]
+        x = x if before is None else before(x)
+        return x if after is None else after(x)
+
+    patch.setattr(ops, "reflect", reflect)
 
 
 def reflection_too_long(patch: Patch) -> None:
     right = ops.reflect
-    patch.setattr(ops, "reflect", lambda x, group, normal, factor: right(x, group, normal, factor * 1.05))
+    patch.setattr(
+        ops, "reflect", lambda x, group, normal, factor, *a, **kw: right(x, group, normal, factor * 1.05, *a, **kw)
+    )
 
 
 def _grouping(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:

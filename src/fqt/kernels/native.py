@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
+from fqt.kernels.reference import Scaling, Unscaling
 
 LEVELS = ("portable", "avx2", "avx512")
-_ABI = 5  # FQT_ABI of csrc/platform.h
+_ABI = 6  # FQT_ABI of csrc/platform.h
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
@@ -40,13 +41,11 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_row_sums": (_P, _I, _L, _L, _P, _I),
     "fqt_code_variance": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
     "fqt_decode": (_P, _I, _L, _L, _P, _P, _I, _I, _P, _I, _I, _P, _I),
-    "fqt_hadamard": (_P, _L, _L, _P, _P, _L, _P, _I),
-    "fqt_reflect": (_P, _L, _L, _P, _P, _P, _P, _I),
+    "fqt_hadamard": (_P, _L, _L, _P, _P, _L, *[_P] * 7, _I, _P, _I),
+    "fqt_reflect": (_P, _L, _L, *[_P] * 9, _I, _P, _I),
     "fqt_matmul": (_P, _I, _L, _L, _P, _I, _L, _L, _L, _L, _L, _P, _I),
     "fqt_conv2d": (_P, _I, _P, _P, _I, _P, _I),
     "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
-    "fqt_scale_rows": (_P, _L, _L, _P, _P, _P, _P, _I),
-    "fqt_unscale_rows": (_P, _L, _L, _P, _P, _P, _I, _P, _I),
     "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
 }
 
@@ -304,22 +303,66 @@ def _sizes(blocks: tuple[int, ...]) -> ctypes.Array:
     return (ctypes.c_int64 * len(blocks))(*blocks)
 
 
-def hadamard(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """As the reference."""
-    x, order = x.contiguous(), order.contiguous()
-    out = torch.empty_like(x)
+def hadamard(
+    x: Tensor,
+    order: Tensor,
+    blocks: tuple[int, ...],
+    before: Scaling | None = None,
+    keep: Tensor | None = None,
+    after: Unscaling | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As the reference; into `out` if it is given, which may be x."""
+    order = order.contiguous()
     sizes = (ctypes.addressof(_sizes(blocks)), len(blocks))
-    _call("fqt_hadamard", x.data_ptr(), *x.shape, order.data_ptr(), *sizes, out.data_ptr())
-    return out
+    call = _RowWork(x, before, after, out)
+    kept = None if keep is None else keep.contiguous()
+    arguments = (order.data_ptr(), *sizes, *call.before, None if kept is None else _per_row(kept, x), *call.after)
+    _call("fqt_hadamard", call.source, *x.shape, *arguments)
+    return call.out
 
 
-def reflect(x: Tensor, group: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
-    """As the reference."""
-    x, group, normal, factor = x.contiguous(), group.contiguous(), normal.contiguous(), factor.contiguous()
-    out = torch.empty_like(x)
+def reflect(
+    x: Tensor,
+    group: Tensor,
+    normal: Tensor,
+    factor: Tensor,
+    before: Scaling | None = None,
+    after: Unscaling | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As the reference; into `out` if it is given, which may be x."""
+    group, normal, factor = group.contiguous(), normal.contiguous(), factor.contiguous()
+    call = _RowWork(x, before, after, out)
     pointers = (group.data_ptr(), normal.data_ptr(), factor.data_ptr())
-    _call("fqt_reflect", x.data_ptr(), *x.shape, *pointers, out.data_ptr())
-    return out
+    _call("fqt_reflect", call.source, *x.shape, *pointers, *call.before, *call.after)
+    return call.out
+
+
+class _RowWork:
+    """The arguments of a transform of rows that are scaled on the way in or out."""
+
+    def __init__(self, x: Tensor, before: Scaling | None, after: Unscaling | None, out: Tensor | None) -> None:
+        self._source, held = _source(x, None)
+        alive: list[Tensor | None] = [*held]
+        self.source = ctypes.addressof(self._source)
+        self.before: tuple[int | None, ...] = (None,) * 3
+        if before is not None:
+            parts = [p.contiguous() for p in (before.half, before.offset, before.scale)]
+            self.before = tuple(_per_row(p, x) for p in parts)
+            alive += parts
+        dtype = torch.float32 if after is None else after.dtype
+        self.out = torch.empty(x.shape, dtype=dtype, device="cpu") if out is None else out
+        pointers: tuple[int | None, ...] = (None,) * 3
+        if after is not None:
+            parts = [after.scale.contiguous(), after.offset.contiguous()]
+            right = None if after.right is None else after.right.contiguous()
+            if right is not None and right.shape != x.shape[1:]:
+                raise ValueError(f"a right factor of shape {tuple(right.shape)} for rows of {x.shape[1]}")
+            pointers = (*(_per_row(p, x) for p in parts), None if right is None else right.data_ptr())
+            alive += [*parts, right]
+        self.after = (*pointers, _TYPES[dtype], self.out.data_ptr())
+        self._alive = alive
 
 
 def _per_row(parameter: Tensor, x: Tensor) -> int:
@@ -327,30 +370,6 @@ def _per_row(parameter: Tensor, x: Tensor) -> int:
     if parameter.shape != (x.shape[0], 1):
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} for {x.shape[0]} rows")
     return parameter.data_ptr()
-
-
-def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
-    """As the reference."""
-    source, _alive = _source(x, factor)
-    half, offset, scale = half.contiguous(), offset.contiguous(), scale.contiguous()
-    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    pointers = (_per_row(half, x), _per_row(offset, x), _per_row(scale, x))
-    _call("fqt_scale_rows", ctypes.addressof(source), *x.shape, *pointers, out.data_ptr())
-    return out
-
-
-def unscale_rows(
-    y: Tensor, scale: Tensor, offset: Tensor, right: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """As the reference."""
-    y, scale, offset = y.contiguous(), scale.contiguous(), offset.contiguous()
-    right = None if right is None else right.contiguous()
-    if right is not None and right.shape != y.shape[1:]:
-        raise ValueError(f"a right factor of shape {tuple(right.shape)} for rows of {y.shape[1]}")
-    out = torch.empty(y.shape, dtype=dtype, device="cpu")
-    pointers = (_per_row(scale, y), _per_row(offset, y), None if right is None else right.data_ptr())
-    _call("fqt_unscale_rows", y.data_ptr(), *y.shape, *pointers, _TYPES[dtype], out.data_ptr())
-    return out
 
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:

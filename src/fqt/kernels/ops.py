@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import native, philox, reference
+from fqt.kernels.reference import Scaling, Unscaling
 
 GROUPS = ("tensor", "row", "column")
 ROUNDINGS = ("nearest", "stochastic", "dithered")
@@ -129,35 +130,46 @@ def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) 
     return reference.code_variance(x, step, offset, low, high)
 
 
-def hadamard(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """As `reference.hadamard`."""
-    if native.takes(x, integers=order):
-        return native.hadamard(x, order, blocks)
-    return reference.hadamard(x, order, blocks)
-
-
-def reflect(x: Tensor, group: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
-    """As `reference.reflect`."""
-    if native.takes(x, normal, factor, integers=group):
-        return native.reflect(x, group, normal, factor)
-    return reference.reflect(x, group, normal, factor)
-
-
-def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
-    """As `reference.scale_rows`."""
-    if native.takes_source(x, factor) and native.takes(half, offset, scale):
-        return native.scale_rows(x.detach(), half, offset, scale, factor)
-    return reference.scale_rows(x, half, offset, scale, factor)
-
-
-def unscale_rows(
-    y: Tensor, scale: Tensor, offset: Tensor, right: Tensor | None = None, dtype: torch.dtype | None = None
+def hadamard(
+    x: Tensor,
+    order: Tensor,
+    blocks: tuple[int, ...],
+    before: Scaling | None = None,
+    keep: Tensor | None = None,
+    after: Unscaling | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.unscale_rows`."""
-    more = () if right is None else (right,)
-    if native.takes(y, scale, offset, *more) and dtype in (None, torch.float32, torch.bfloat16):
-        return native.unscale_rows(y, scale, offset, right, dtype or torch.float32)
-    return reference.unscale_rows(y, scale, offset, right, dtype)
+    """As `reference.hadamard`; the result may be `out`, which may be x."""
+    if native.takes_source(x, None) and native.takes(*_floats(before, after), integers=order) and _writes(after):
+        return native.hadamard(x.detach(), order, blocks, before, keep, after, out)
+    return reference.hadamard(x, order, blocks, before, keep, after)
+
+
+def reflect(
+    x: Tensor,
+    group: Tensor,
+    normal: Tensor,
+    factor: Tensor,
+    before: Scaling | None = None,
+    after: Unscaling | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `reference.reflect`; the result may be `out`, which may be x."""
+    floats = (normal, factor, *_floats(before, after))
+    if native.takes_source(x, None) and native.takes(*floats, integers=group) and _writes(after):
+        return native.reflect(x.detach(), group, normal, factor, before, after, out)
+    return reference.reflect(x, group, normal, factor, before, after)
+
+
+def _floats(before: Scaling | None, after: Unscaling | None) -> list[Tensor]:
+    found = [] if before is None else [before.half, before.offset, before.scale]
+    if after is not None:
+        found += [after.scale, after.offset, *(() if after.right is None else (after.right,))]
+    return found
+
+
+def _writes(after: Unscaling | None) -> bool:
+    return after is None or after.dtype in (torch.float32, torch.bfloat16)
 
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:

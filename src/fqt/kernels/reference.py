@@ -8,6 +8,8 @@ differs upstream flips codes downstream.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -264,18 +266,75 @@ def row_sums(codes: Tensor) -> Tensor:
     return codes.sum(1, dtype=torch.int64)
 
 
-def hadamard(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
+@dataclass(frozen=True)
+class Scaling:
+    """What is done to rows before a transform: (x · half − offset · half) · scale.
+
+    Attributes:
+        half: (N, 1): ½ for rows too wide for a float, else 1.
+        offset, scale: (N, 1).
+    """
+
+    half: Tensor
+    offset: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, D)."""
+        return (x * self.half).sub_(self.offset * self.half).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class Unscaling:
+    """What is done to rows after a transform: y · scale + offset · right, clamped to the finite floats of y.
+
+    Attributes:
+        scale, offset: (N, 1).
+        right: (D,), None is 1.
+        dtype: of the result.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    right: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """(N, D)."""
+        largest = torch.finfo(y.dtype).max
+        offset = self.offset if self.right is None else self.offset * self.right
+        return (y * self.scale).add_(offset).clamp_(-largest, largest).to(self.dtype)
+
+
+def hadamard(
+    x: Tensor,
+    order: Tensor,
+    blocks: tuple[int, ...],
+    before: Scaling | None = None,
+    keep: Tensor | None = None,
+    after: Unscaling | None = None,
+) -> Tensor:
     """Walsh–Hadamard butterflies over rows, not normalised, block by block.
 
     Args:
-        x: (N, D).
+        x: (N, D), any real floating dtype.
         order: (N,) int64, a permutation: the rows of the first block, then of the second, and so on.
         blocks: block sizes, powers of two that sum to N.
+        before, after: what is done to the rows first and last.
+        keep: (N, 1) bool; where it is False the row is not mixed. None mixes all.
 
     Returns:
         (N, D): row order[i] holds output i. The stages run over strides 1, 2, 4, …, each pair (a, b) giving
         (a + b, a − b).
     """
+    x = values(x)
+    x = x if before is None else before(x)
+    mixed = _butterflies(x, order, blocks)
+    mixed = mixed if keep is None else torch.where(keep, mixed, x)
+    return mixed if after is None else after(mixed)
+
+
+def _butterflies(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
     y = x.index_select(0, order)
     start = 0
     for size, count in _runs(blocks):
@@ -302,40 +361,31 @@ def _runs(blocks: tuple[int, ...]) -> list[tuple[int, int]]:
     return runs
 
 
-def reflect(x: Tensor, group: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
+def reflect(
+    x: Tensor,
+    group: Tensor,
+    normal: Tensor,
+    factor: Tensor,
+    before: Scaling | None = None,
+    after: Unscaling | None = None,
+) -> Tensor:
     """Householder reflections over rows, block by block: x_r − n_r f_g Σ_q n_q x_q, q over r's group g.
 
     Args:
-        x: (N, D).
+        x: (N, D), any real floating dtype.
         group: (N,) int64 below N: which block a row belongs to.
         normal: (N, 1): the entry n_r of its block's vector; 0 leaves the row as it is.
         factor: (N, 1): f_g = 2/‖n‖² of block g, in row g.
+        before, after: what is done to the rows first and last.
 
     Returns:
         (N, D). The sum runs over ascending rows.
     """
+    x = values(x)
+    x = x if before is None else before(x)
     total = torch.zeros_like(x).index_add_(0, group, x * normal)
-    return x - normal * (total * factor).index_select(0, group)
-
-
-def scale_rows(x: Tensor, half: Tensor, offset: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
-    """(x · half − offset · half) · scale, (N, D), with (N, 1) parameters; half is ½ for rows too wide, else 1.
-
-    x and factor: as in `values`.
-    """
-    return (values(x, factor) * half).sub_(offset * half).mul_(scale)
-
-
-def unscale_rows(
-    y: Tensor, scale: Tensor, offset: Tensor, right: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """y · scale + offset · right, (N, D), with (N, 1) parameters, clamped to the finite floats of y's dtype.
-
-    right: (D,), None is 1. dtype: of the result, by default y's.
-    """
-    largest = torch.finfo(y.dtype).max
-    offset = offset if right is None else offset * right
-    return (y * scale).add_(offset).clamp_(-largest, largest).to(dtype or y.dtype)
+    y = x - normal * (total * factor).index_select(0, group)
+    return y if after is None else after(y)
 
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:

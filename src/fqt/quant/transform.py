@@ -21,6 +21,8 @@ from torch import Tensor
 from fqt.errors import FqtError
 from fqt.kernels import ops
 from fqt.kernels.philox import STREAM_SIGN, random_words
+from fqt.kernels.reference import Scaling, Unscaling
+from fqt.kernels.workspace import workspace
 
 RowCost = Callable[[Tensor], Tensor]
 
@@ -39,9 +41,14 @@ class Reflections:
     normal: Tensor
     factor: Tensor
 
-    def transposed(self, y: Tensor) -> Tensor:
-        """Mᵀ y, (N, D)."""
-        return ops.reflect(y, self.group, self.normal, self.factor)
+    def mixed(self, x: Tensor, before: Scaling) -> Tensor:
+        """M · scaled x, (N, D)."""
+        out = workspace("mixed", x.shape, before.scale)
+        return ops.reflect(x, self.group, self.normal, self.factor, before, out=out)
+
+    def unmixed(self, y: Tensor, after: Unscaling) -> Tensor:
+        """Mᵀ y, unscaled, (N, D)."""
+        return ops.reflect(y, self.group, self.normal, self.factor, after=after)
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,9 @@ class Butterflies:
     blocks: tuple[int, ...]
     keep: Tensor
 
-    def transposed(self, y: Tensor) -> Tensor:
-        """√m·Mᵀ y, (N, D)."""
-        return ops.replace_rows_(ops.hadamard(y, self.order, self.blocks), self.keep, y)
+    def unmixed(self, y: Tensor, after: Unscaling) -> Tensor:
+        """√m·Mᵀ y, unscaled, (N, D)."""
+        return ops.hadamard(y, self.order, self.blocks, keep=self.keep, after=after)
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,11 @@ class Mixing:
 
     def undo(self, y: Tensor) -> Tensor:
         """S⁻¹ y + z, (N, D); finite where y is (values beyond the largest float are clamped to it)."""
-        return ops.unscale_rows(self.matrix.transposed(y), self.inverse_scale, self.offset)
+        return self.matrix.unmixed(y, Unscaling(self.inverse_scale, self.offset, dtype=y.dtype))
 
     def undo_product(self, p: Tensor, of_ones: Tensor, dtype: torch.dtype) -> Tensor:
         """(S⁻¹ y + z)·B of `dtype`, given p = y·B (N, K) and 1·B (K,)."""
-        return ops.unscale_rows(self.matrix.transposed(p), self.inverse_scale, self.offset, of_ones, dtype)
+        return self.matrix.unmixed(p, Unscaling(self.inverse_scale, self.offset, of_ones, dtype))
 
 
 def _check_guard(guard: bool | str) -> None:
@@ -139,7 +146,7 @@ class BlockHouseholder:
 
         dtype = rows.offset.dtype
         mix = Reflections(group, normal.to(dtype)[:, None], factor.to(dtype)[:, None])
-        y = mix.transposed(rows.scaled(x, scale))
+        y = mix.mixed(x, rows.scaling(scale))
         # Q_ri² = δ_ri (1 − 2 f n_i²) + f² n_r² n_i², so ‖S⁻¹e_i‖² = Σ_r Q_ri²/s_r² needs one sum per block.
         f, weight = factor[group], normal.square()
         spread = torch.zeros_like(inverse).index_add_(0, group, weight * inverse.square())[group]
@@ -194,7 +201,8 @@ class ScaledHadamard:
         sign = 1.0 - 2.0 * (random_words(seed, STREAM_SIGN, n) >> 31).double()
         scale = (sign * rows.range.double().rsqrt()).masked_fill(rows.constant, 0.0)
         inverse = _inverse(scale)
-        y = ops.hadamard(rows.scaled(x, scale * size.rsqrt()), order, blocks)
+        before = rows.scaling(scale * size.rsqrt())
+        y = ops.hadamard(x, order, blocks, before, out=workspace("mixed", x.shape, before.scale))
         cost = _block_mean(inverse.square(), group)
         keep = (size > 1) & _guarded(self.guard, row_cost, x, y, cost, group)
         mix = Butterflies(order, blocks, keep[:, None])
@@ -224,9 +232,9 @@ class _Rows:
         middle = torch.where(lo == hi, lo, lo * 0.5 + hi * 0.5)
         return _Rows(middle, size, (lo == hi)[:, 0], half)
 
-    def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+    def scaling(self, scale: Tensor) -> Scaling:
         """diag(scale)·(x − z), with no overflow on the way."""
-        return ops.scale_rows(x, self.half, self.offset, (scale[:, None] / self.half).to(self.half.dtype))
+        return Scaling(self.half, self.offset, (scale[:, None] / self.half).to(self.half.dtype))
 
 
 def _inverse(scale: Tensor) -> Tensor:
