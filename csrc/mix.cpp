@@ -145,7 +145,7 @@ bool in_range(const int64_t* index, int64_t n) {
 
 // Row order[i] of the result = output i of the butterflies over the rows order[0], order[1], … of what comes in; blocks
 // of the given sizes, powers of two that sum to rows. Rows with keep false (null: none) come out as they came in.
-// In may be out. kBadIndex unless the sizes are such, and unless 0 ≤ order[i] < rows.
+// kBadIndex unless the sizes are such, and unless 0 ≤ order[i] < rows.
 FQT_API int fqt_hadamard(const Source* source, int64_t rows, int64_t columns, const int64_t* order,
                          const int64_t* sizes, int64_t blocks, const float* half, const float* in_offset,
                          const float* in_scale, const bool* keep, const float* scale, const float* offset,
@@ -200,7 +200,7 @@ FQT_API int fqt_hadamard(const Source* source, int64_t rows, int64_t columns, co
 }
 
 // Row r of the result = x_r − n_r f_g Σ_q n_q x_q, q over the rows of r's group g in ascending order, x what comes in.
-// In may be out. kBadIndex unless 0 ≤ group[r] < rows.
+// kBadIndex unless 0 ≤ group[r] < rows.
 FQT_API int fqt_reflect(const Source* source, int64_t rows, int64_t columns, const int64_t* group,
                         const float* normal, const float* factor, const float* half, const float* in_offset,
                         const float* in_scale, const float* scale, const float* offset, const float* right,

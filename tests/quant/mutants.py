@@ -85,7 +85,7 @@ def transform_not_undone(patch: Patch) -> None:
 def transform_dropped(patch: Patch) -> None:
     """Rows are scaled and unscaled but never mixed: unbiased, and no better than PSQ."""
 
-    def reflect(x, group, normal, factor, before=None, after=None, out=None):  # type: ignore[no-untyped-def]
+    def reflect(x, group, normal, factor, before=None, after=None):  # type: ignore[no-untyped-def]
         x = x if before is None else before(x)
         return x if after is None else after(x)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
+from fqt.kernels.memory import empty
 from fqt.kernels.reference import Scaling, Unscaling
 
 LEVELS = ("portable", "avx2", "avx512")
@@ -235,7 +236,7 @@ def encode(
     """As the reference."""
     source, _alive = _source(x, factor)
     step, offset = step.contiguous(), offset.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.uint8 if low == 0 else torch.int8, device="cpu")
+    codes = empty(x.shape, torch.uint8 if low == 0 else torch.int8)
     key = None if seed is None else seed.data_ptr()
     groups = _group(step, *x.shape)
     pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
@@ -279,7 +280,7 @@ def row_sums(codes: Tensor) -> Tensor:
 def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
     """As the reference."""
     codes, step, offset = codes.contiguous(), step.contiguous(), offset.contiguous()
-    out = step.new_empty(codes.shape)
+    out = empty(codes.shape, step.dtype)
     pointers = (codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, step.data_ptr(), offset.data_ptr())
     noise: tuple[int | None, int, int] = (None, 0, 0)
     if dither is not None:
@@ -310,12 +311,11 @@ def hadamard(
     before: Scaling | None = None,
     keep: Tensor | None = None,
     after: Unscaling | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """As the reference; into `out` if it is given, which may be x."""
+    """As the reference."""
     order = order.contiguous()
     sizes = (ctypes.addressof(_sizes(blocks)), len(blocks))
-    call = _RowWork(x, before, after, out)
+    call = _RowWork(x, before, after)
     kept = None if keep is None else keep.contiguous()
     arguments = (order.data_ptr(), *sizes, *call.before, None if kept is None else _per_row(kept, x), *call.after)
     _call("fqt_hadamard", call.source, *x.shape, *arguments)
@@ -329,11 +329,10 @@ def reflect(
     factor: Tensor,
     before: Scaling | None = None,
     after: Unscaling | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """As the reference; into `out` if it is given, which may be x."""
+    """As the reference."""
     group, normal, factor = group.contiguous(), normal.contiguous(), factor.contiguous()
-    call = _RowWork(x, before, after, out)
+    call = _RowWork(x, before, after)
     pointers = (group.data_ptr(), normal.data_ptr(), factor.data_ptr())
     _call("fqt_reflect", call.source, *x.shape, *pointers, *call.before, *call.after)
     return call.out
@@ -342,7 +341,7 @@ def reflect(
 class _RowWork:
     """The arguments of a transform of rows that are scaled on the way in or out."""
 
-    def __init__(self, x: Tensor, before: Scaling | None, after: Unscaling | None, out: Tensor | None) -> None:
+    def __init__(self, x: Tensor, before: Scaling | None, after: Unscaling | None) -> None:
         self._source, held = _source(x, None)
         alive: list[Tensor | None] = [*held]
         self.source = ctypes.addressof(self._source)
@@ -352,7 +351,7 @@ class _RowWork:
             self.before = tuple(_per_row(p, x) for p in parts)
             alive += parts
         dtype = torch.float32 if after is None else after.dtype
-        self.out = torch.empty(x.shape, dtype=dtype, device="cpu") if out is None else out
+        self.out = empty(x.shape, dtype)
         pointers: tuple[int | None, ...] = (None,) * 3
         if after is not None:
             parts = [after.scale.contiguous(), after.offset.contiguous()]
@@ -431,7 +430,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`fqt::matmul` on checked arguments."""
     (a, a_strides), (b, b_strides) = _matrix(a), _matrix(b)
     (m, k), n = a.shape, b.shape[1]
-    out = torch.empty((m, n), dtype=dtype, device="cpu")
+    out = empty((m, n), dtype)
     finish, _alive = _finishing(out, n, 1, epilogue)
     left = (a.data_ptr(), int(a.dtype == torch.int8), *a_strides)
     right = (b.data_ptr(), int(b.dtype == torch.int8), *b_strides)
@@ -465,7 +464,7 @@ def conv2d(
     """`fqt::conv2d`, or with `backward` `fqt::conv2d_grad_input`, on checked arguments."""
     n, channels, h, w = shapes.input if backward else shapes.output
     codes, weight, conv = _image(codes), _image(weight), _Conv.of(shapes)
-    out = torch.empty((n, h, w, channels), dtype=dtype, device="cpu")
+    out = empty((n, h, w, channels), dtype)
     finish, _alive = _finishing(out, channels, h * w, epilogue)
     operands = (codes.data_ptr(), int(codes.dtype == torch.int8), weight.data_ptr())
     if out.numel():

@@ -137,11 +137,10 @@ def hadamard(
     before: Scaling | None = None,
     keep: Tensor | None = None,
     after: Unscaling | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.hadamard`; the result may be `out`, which may be x."""
+    """As `reference.hadamard`."""
     if native.takes_source(x, None) and native.takes(*_floats(before, after), integers=order) and _writes(after):
-        return native.hadamard(x.detach(), order, blocks, before, keep, after, out)
+        return native.hadamard(x.detach(), order, blocks, before, keep, after)
     return reference.hadamard(x, order, blocks, before, keep, after)
 
 
@@ -152,12 +151,11 @@ def reflect(
     factor: Tensor,
     before: Scaling | None = None,
     after: Unscaling | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.reflect`; the result may be `out`, which may be x."""
+    """As `reference.reflect`."""
     floats = (normal, factor, *_floats(before, after))
     if native.takes_source(x, None) and native.takes(*floats, integers=group) and _writes(after):
-        return native.reflect(x.detach(), group, normal, factor, before, after, out)
+        return native.reflect(x.detach(), group, normal, factor, before, after)
     return reference.reflect(x, group, normal, factor, before, after)
 
 

@@ -30,7 +30,7 @@ from fqt.nn.arithmetic import on_integers
 from fqt.nn.linear_map import LinearMap, rows
 from fqt.nn.recipe import Recipe
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.tensor import QuantizedTensor
+from fqt.quant.tensor import QuantizedTensor, RowView
 
 _ROLES = {"grad_input": 0, "grad_weight": 1}
 
@@ -112,33 +112,77 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         ctx.call, ctx.shapes = call, (input.shape, weight.shape)
         ctx.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
-        with torch.autocast(input.device.type, enabled=False):
-            x, w = _Operand.input(input, call), _Operand.weight(weight, call)
-            output = _output(x, w, bias, call)
+        output, x = forward(input, weight, bias, call)
         # The input is needed only for the weight's gradient, and the other way round.
-        tensors, ctx.input = x.pack(ctx.needs_input_grad[1])
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *tensors)
-        return call.as_laid_out(output.to(call.dtype))
+        saved = x.tensors if ctx.needs_input_grad[1] else ()
+        ctx.view = None if x.codes is None else (x.codes.view, x.codes.dtype)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *saved)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (weight, *saved), call = ctx.saved_tensors, ctx.call
-        input_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        compute = reference.compute_dtype(torch.promote_types(input_dtype, weight_dtype))
-        grad_input = grad_weight = grad_bias = None
-        with torch.autocast(grad_output.device.type, enabled=False):
-            if compute == torch.float64:
-                grad_output = grad_output.to(compute)
-            if ctx.needs_input_grad[0]:
-                w = _Operand.weight(weight, call)
-                grad_input = call.as_laid_out(_grad_input(grad_output, w, call, ctx.shapes[0], input_dtype))
-            if ctx.needs_input_grad[1]:
-                x = ctx.input.unpack(saved)
-                grad_weight = _grad_weight(grad_output, x, call, ctx.shapes[1]).to(weight_dtype)
-            if ctx.needs_input_grad[2]:
-                grad_bias = call.map.grad_bias(grad_output).to(bias_dtype)
-        return grad_input, grad_weight, grad_bias, None
+        weight, *saved = ctx.saved_tensors
+        rest = (ctx.view, ctx.shapes, ctx.dtypes, ctx.needs_input_grad, ctx.call)
+        return *backward(grad_output, weight, saved, *rest), None
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, _Operand]:
+    """The output, and the input as it was multiplied."""
+    with torch.autocast(input.device.type, enabled=False):
+        x, w = _Operand.input(input, call), _Operand.weight(weight, call)
+        output = _output(x, w, bias, call)
+    return call.as_laid_out(output.to(call.dtype)), x
+
+
+def backward(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    saved: Sequence[Tensor | None],
+    view: tuple[RowView, torch.dtype] | None,
+    shapes: tuple[torch.Size, torch.Size],
+    dtypes: Sequence[torch.dtype | None],
+    needs: Sequence[bool],
+    call: Call,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias, where they are needed.
+
+    Args:
+        grad_output: of the output's shape.
+        weight: needed for the input's gradient only.
+        saved: of the input, `_Operand.tensors`, with `view` None if they are floats; for the weight's gradient
+            only.
+        shapes, dtypes: of input and weight; of input, weight and bias.
+        needs: which gradients.
+        call: of the forward pass.
+    """
+    input_dtype, weight_dtype, bias_dtype = dtypes
+    assert input_dtype is not None
+    assert weight_dtype is not None
+    grad_input = grad_weight = grad_bias = None
+    with torch.autocast(grad_output.device.type, enabled=False):
+        if reference.compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
+            grad_output = grad_output.double()
+        if needs[0]:
+            assert weight is not None
+            w = _Operand.weight(weight, call)
+            grad_input = call.as_laid_out(_grad_input(grad_output, w, call, shapes[0], input_dtype))
+        if needs[1]:
+            x = _Operand.unpacked(saved, view)
+            grad_weight = _grad_weight(grad_output, x, call, shapes[1]).to(weight_dtype)
+        if needs[2]:
+            assert bias_dtype is not None
+            grad_bias = call.map.grad_bias(grad_output).to(bias_dtype)
+    return grad_input, grad_weight, grad_bias
+
+
+def input_view(shape: torch.Size, call: Call) -> RowView | None:
+    """How an input of this shape is seen when it is quantized; None if it stays float."""
+    q = call.recipe.operand("input")
+    if q is None:
+        return None
+    laid = torch.Size(shape if call.map.habit == "token" else (shape[0], *shape[2:], shape[1]))
+    return RowView.of(laid, rows(call.map, q.scale.axis, len(laid)), may_transpose=True)
 
 
 @dataclass(frozen=True)
@@ -187,29 +231,24 @@ class _Operand:
         step = self.codes.matrix_step.flatten()
         return torch.where(step == 0, 1.0, step)
 
-    def pack(self, keep: bool) -> tuple[tuple[Tensor | None, ...], _Packed]:
-        """Three tensors to save (None where there is none), and the rest."""
-        if not keep:
-            return (None, None, None), _Packed(None)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What must be kept: the floats, or codes, step and offset."""
         if self.codes is None:
-            return (self.tensor, None, None), _Packed(None)
-        q = self.codes
-        return (q.matrix_codes, q.matrix_step, q.group_offset), _Packed(q)
+            assert self.tensor is not None
+            return (self.tensor,)
+        return self.codes.matrix_codes, self.codes.matrix_step, self.codes.group_offset
 
-
-class _Packed:
-    """The input without its tensors, which the autograd graph holds (so that saved-tensor hooks see them)."""
-
-    def __init__(self, codes: QuantizedTensor | None) -> None:
-        self.view = None if codes is None else (codes.view, codes.dtype)
-
-    def unpack(self, saved: Sequence[Tensor]) -> _Operand:
-        """The operand again."""
-        if self.view is None:
+    @staticmethod
+    def unpacked(saved: Sequence[Tensor | None], view: tuple[RowView, torch.dtype] | None) -> _Operand:
+        """The input again, from its tensors."""
+        if view is None:
             return _Operand(saved[0], None, True)
-        view, dtype = self.view
         codes, step, offset = saved
-        return _Operand(None, QuantizedTensor(view, dtype, codes, step, offset), True)
+        assert codes is not None
+        assert step is not None
+        assert offset is not None
+        return _Operand(None, QuantizedTensor(*view, codes, step, offset), True)
 
 
 def _output(x: _Operand, w: _Operand, bias: Tensor | None, call: Call) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fqt.nn import compiled
 from fqt.nn.function import Call, linear_products
 from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
@@ -59,6 +60,8 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     # As torch's own layers have it: channels-last if an operand is.
     channels_last = _is_channels_last(input) or _is_channels_last(weight)
     call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight), channels_last, observer)
+    if torch.compiler.is_compiling():
+        return compiled.layer(input, weight, bias, call)
     return linear_products(input, weight, bias, call)
 
 
@@ -82,7 +85,7 @@ def linear_map(layer: nn.Module) -> LinearMap:
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         padding = layer.padding
         return ConvMap(layer.stride, padding, layer.dilation, layer.groups, True, layer.output_padding)  # type: ignore[arg-type]
-    padding, extra = layer.padding, tuple[int, ...]()
+    padding, extra = layer.padding, ()
     if layer.padding_mode != "zeros":
         padding = (0,) * dims  # the layer pads its input itself
     elif isinstance(padding, str):
@@ -91,7 +94,7 @@ def linear_map(layer: nn.Module) -> LinearMap:
         if all(left == right for left, right in sides):
             padding = tuple(left for left, _ in sides)
         else:
-            padding, extra = (0,) * dims, tuple(both)
+            padding, extra = (0,) * dims, tuple(both)  # type: ignore[assignment]
     return ConvMap(layer.stride, padding, layer.dilation, layer.groups, extra=extra)
 
 

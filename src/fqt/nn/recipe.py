@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class Recipe:
             the product's variance does not rise. Unbiased either way; only "always" lets such a product run on
             integers.
         rules: exceptions by layer name, first match wins.
+        key: a number that stands for the recipe in this process: `Recipe.by_key` gives an equal one back.
     """
 
     input: Quantizer | str | None = "ptq8"
@@ -77,6 +78,7 @@ class Recipe:
     grad_weight: Quantizer | str | None = None
     fold: str = "never"
     rules: tuple[Rule, ...] = ()
+    key: int = field(init=False, compare=False, repr=False, default=-1)
 
     def __post_init__(self) -> None:
         for operand in OPERANDS:
@@ -89,17 +91,30 @@ class Recipe:
         wrong = next((rule for rule in self.rules if not isinstance(rule, Rule)), None)
         if wrong is not None:
             raise FqtError(f"rules must be Rule(pattern, recipe), not {wrong!r}")
+        self._register()
+
+    def _register(self) -> None:
+        """Sets the hash, which layers need at every call, and `key`."""
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare)))
+        key = _KEYS.setdefault(self, len(_KEYS))
+        if key == len(_BY_KEY):
+            _BY_KEY.append(self)
+        object.__setattr__(self, "key", key)
+
+    @staticmethod
+    def by_key(key: int) -> Recipe:
+        """The recipe that `key` stands for in this process, as compiled graphs refer to it."""
+        return _BY_KEY[key]
 
     def __hash__(self) -> int:
-        # Layers look up what they can do by their recipe, at every call: hashing its quantizers anew would show.
-        found = self.__dict__.get("_hash")
-        if found is None:
-            found = hash(tuple(getattr(self, f.name) for f in fields(self)))
-            object.__setattr__(self, "_hash", found)
-        return found
+        return self._hash  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # hashes of strings differ between processes
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}  # hash and key are this process's
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
 
     def operand(self, name: str) -> Quantizer | None:
         """The quantizer of one of the four operands, by field name."""
@@ -114,6 +129,11 @@ class Recipe:
 
     def __str__(self) -> str:
         return recipe_name(self) or ", ".join(f"{k}={v}" for k, v in dump_recipe(self).items() if k != "rules")
+
+
+# All recipes of this process, for compiled graphs.
+_KEYS: dict[Recipe, int] = {}
+_BY_KEY: list[Recipe] = []
 
 
 def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
@@ -213,7 +233,7 @@ def _from_file(path: Path) -> Recipe:
 
 
 def _from_mapping(table: Mapping[str, Any]) -> Recipe:
-    known = {f.name for f in fields(Recipe)} | {"base"}
+    known = {f.name for f in fields(Recipe) if f.init} | {"base"}
     _only(table, known, "recipe")
     values: dict[str, Any] = {}
     for key, value in table.items():

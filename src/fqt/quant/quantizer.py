@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -381,6 +382,9 @@ def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tenso
     return inverse.double().square().T @ full
 
 
+_cached_view = lru_cache(maxsize=1024)(RowView.of)
+
+
 def _view(x: Tensor, axis: int | tuple[int, ...], may_transpose: bool) -> RowView:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise FqtError(f"cannot quantize {getattr(x, 'dtype', type(x).__name__)}: give a floating-point tensor")
@@ -392,4 +396,4 @@ def _view(x: Tensor, axis: int | tuple[int, ...], may_transpose: bool) -> RowVie
     normal = tuple(a + x.ndim if a < 0 else a for a in axes)
     if any(a not in range(x.ndim) for a in normal) or len(set(normal)) != len(normal):
         raise FqtError(f"axis {axis!r} does not name distinct axes of a tensor of shape {tuple(x.shape)}")
-    return RowView.of(x.shape, normal, may_transpose)
+    return _cached_view(x.shape, normal, may_transpose)

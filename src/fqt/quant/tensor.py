@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class RowView:
     transposed: bool = False
 
     @staticmethod
-    @lru_cache(maxsize=1024)
     def of(shape: torch.Size, axis: tuple[int, ...], may_transpose: bool) -> RowView:
         """The view of least copying."""
         trailing = tuple(range(len(shape) - len(axis), len(shape)))
@@ -46,10 +45,11 @@ class RowView:
 
     def matrix(self, x: Tensor) -> Tensor:
         """(N, D) from a tensor of `shape`; (D, N) if transposed."""
-        return x.permute(self.order).reshape(self._size)
+        return x.permute(self.order).reshape(self.size)
 
     @cached_property
-    def _size(self) -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
+        """The matrix's shape."""
         rows, columns = (math.prod(self.shape[d] for d in axes) for axes in (self.axis, self.others))
         return (columns, rows) if self.transposed else (rows, columns)
 

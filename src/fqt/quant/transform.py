@@ -22,7 +22,6 @@ from fqt.errors import FqtError
 from fqt.kernels import ops
 from fqt.kernels.philox import STREAM_SIGN, random_words
 from fqt.kernels.reference import Scaling, Unscaling
-from fqt.kernels.workspace import workspace
 
 RowCost = Callable[[Tensor], Tensor]
 
@@ -43,8 +42,7 @@ class Reflections:
 
     def mixed(self, x: Tensor, before: Scaling) -> Tensor:
         """M · scaled x, (N, D)."""
-        out = workspace("mixed", x.shape, before.scale)
-        return ops.reflect(x, self.group, self.normal, self.factor, before, out=out)
+        return ops.reflect(x, self.group, self.normal, self.factor, before)
 
     def unmixed(self, y: Tensor, after: Unscaling) -> Tensor:
         """Mᵀ y, unscaled, (N, D)."""
@@ -202,7 +200,7 @@ class ScaledHadamard:
         scale = (sign * rows.range.double().rsqrt()).masked_fill(rows.constant, 0.0)
         inverse = _inverse(scale)
         before = rows.scaling(scale * size.rsqrt())
-        y = ops.hadamard(x, order, blocks, before, out=workspace("mixed", x.shape, before.scale))
+        y = ops.hadamard(x, order, blocks, before)
         cost = _block_mean(inverse.square(), group)
         keep = (size > 1) & _guarded(self.guard, row_cost, x, y, cost, group)
         mix = Butterflies(order, blocks, keep[:, None])
