@@ -75,6 +75,21 @@ class Quantizer:
         Raises:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
+        return self.rounded(x, seed, axis=axis, nonfinite=nonfinite)[1]
+
+    def rounded(
+        self,
+        x: Tensor,
+        seed: int | Tensor | None = None,
+        *,
+        axis: int | tuple[int, ...] = 0,
+        nonfinite: str = "raise",
+    ) -> tuple[Tensor, QuantizedTensor]:
+        """`quantize`, and the (N, D) matrix that it rounds: rows less their offset and mixed, or x as it is.
+
+        `QuantizedTensor.decode` is an estimate of that matrix whose errors are independent; undoing a transform
+        correlates rows. Arguments and errors are those of `quantize`.
+        """
         view = _view(x, axis)
         x = x.detach()
         if nonfinite not in ("raise", "propagate"):
@@ -86,7 +101,7 @@ class Quantizer:
         y, mixing, plan = self._plan(matrix, key)
         codes = plan.encode(y, key)
         step, offset, dither = plan.decoding(y.shape, key)
-        return QuantizedTensor(view, x.dtype, codes, step, offset, dither, mixing)
+        return y, QuantizedTensor(view, x.dtype, codes, step, offset, dither, mixing)
 
     def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.

@@ -1,0 +1,159 @@
+"""Many draws of one estimate of one matrix, and the errors they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fqt.errors import FqtError
+from fqt.quant import QuantizedTensor, Quantizer
+from fqt.stats.certification.inputs import Input
+
+Function = Callable[[Tensor, int], Tensor]
+_TINY = 1e-44  # a few of the least float32
+
+
+class Refused(Exception):
+    """The function raised on this input."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """M draws of one input, with n = N·D entries.
+
+    Attributes:
+        input: what was quantized.
+        error: (M, n) float64, estimate − x.
+        unit: (M, n) float64, the errors whose dependence is tested: of a `Quantizer`, in steps and before the
+            inverse transform; of a function, the same as `error` over the row's spread.
+        law: the declared variance of `unit`, (M, n) or (M, 1); None for a function.
+        beyond: by how many steps a value left the codes' range, or an error the step; None for a function.
+        distinct: how many of the M draws count as independent.
+    """
+
+    input: Input
+    error: Tensor
+    unit: Tensor
+    law: Tensor | None
+    beyond: float | None
+    distinct: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return self.input.x.shape[0], self.input.x.shape[1]
+
+    @property
+    def x(self) -> Tensor:
+        """(N, D) float64."""
+        return self.input.x.double()
+
+
+def estimates(function: Function, given: Input, seeds: Sequence[int]) -> Tensor:
+    """(M, n) float64: function(x, seed) for every seed.
+
+    Raises:
+        Refused: the function raised.
+        FqtError: it returned something that is no estimate of x.
+    """
+    out = torch.empty(len(seeds), given.x.numel(), dtype=torch.float64)
+    for m, seed in enumerate(seeds):
+        try:
+            # The global generator is the function's to seed and to use, but not to leave changed.
+            with torch.no_grad():
+                value = function(given.x.clone(), seed)
+        except Exception as error:
+            raise Refused(f"{type(error).__name__}: {error}") from error
+        out[m] = _checked(value, given).flatten()
+    return out
+
+
+def _checked(value: object, given: Input) -> Tensor:
+    wanted = tuple(given.x.shape)
+    if not isinstance(value, Tensor):
+        raise FqtError(f"f(x, seed) must return a tensor, not {type(value).__name__}")
+    if tuple(value.shape) != wanted:
+        raise FqtError(f"f(x, seed) must keep the shape of x: got {tuple(value.shape)} for {wanted} ({given.name})")
+    if not value.is_floating_point():
+        raise FqtError(f"f(x, seed) must return the dequantized float estimate, not {value.dtype}")
+    return value.detach().to("cpu", torch.float64)
+
+
+def spread(error: Tensor, x: Tensor) -> Tensor:
+    """(n,): how far an entry's error moves, taken from its row: the widest movement seen in it.
+
+    A row that never moved, but for the last bits of floats, gets the widest of all rows: rare movements may have
+    gone unseen in it. Zero if nothing moved at all.
+    """
+    n, d = x.shape
+    row = (error.amax(0) - error.amin(0)).view(n, d).amax(1)
+    still = row <= 1e-6 * x.abs().amax(1) + _TINY
+    row = torch.where(still, row.masked_fill(still, 0.0).max(), row)
+    return row.repeat_interleave(d)
+
+
+def float_slack(x: Tensor, width: Tensor) -> Tensor:
+    """(n,): what float32 arithmetic may add to an entry's mean error: last bits of its row and of its step."""
+    n, d = x.shape
+    return (5e-7 * x.abs().amax(1) + _TINY).repeat_interleave(d) + 1e-4 * width
+
+
+def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int], distinct: float) -> Sample:
+    """The sample of one input. NaN or Inf in an estimate makes `error` non-finite; nothing else is computed then."""
+    if isinstance(subject, Quantizer):
+        return _draw_quantizer(subject, given, seeds, distinct)
+    x = given.x.double()
+    error = estimates(subject, given, seeds) - x.flatten()
+    width = spread(error, x)
+    unit = torch.where(width > 0, error / width.clamp(min=1e-300), 0.0)
+    return Sample(given, error, unit, None, None, distinct)
+
+
+def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], distinct: float) -> Sample:
+    """Takes each draw apart into the matrix that was rounded and the codes' values."""
+    x, n = given.x, given.x.numel()
+    error, unit, law = (torch.empty(len(seeds), n, dtype=torch.float64) for _ in range(3))
+    beyond = -math.inf
+    for m, seed in enumerate(seeds):
+        y, quantized = q.rounded(x, seed)
+        error[m] = (quantized.dequantize().double() - x.double()).flatten()
+        in_steps, variance, outside = rounding_errors(q, quantized, y)
+        unit[m], law[m] = in_steps.flatten(), variance.flatten()
+        beyond = max(beyond, outside)
+    return Sample(given, error, unit, law, beyond, distinct)
+
+
+def rounding_errors(q: Quantizer, quantized: QuantizedTensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Of one draw: errors in steps (N, D), their declared variance (N, D), and the most steps beyond the range.
+
+    The declared variance is p(1 − p), p the fractional part of the position, or 1/12 when dithered; in constant
+    groups, which have no step, errors and variance are zero. Beyond the range is a position outside the codes'
+    range, or an error of more than a step (half a step if dithered or nearest), less what float32 may add.
+    """
+    step = quantized.matrix_step.double().expand(y.shape)
+    offset, dither = quantized.matrix_offset.double(), quantized.matrix_dither
+    moving = step > 0
+    step = torch.where(moving, step, 1.0)
+    error = torch.where(moving, (quantized.decode().double() - y.double()) / step, 0.0)
+    rounding = q.rounding
+    if rounding == "best":  # without dither it took the stochastic candidate
+        rounding = "dithered" if dither is not None and bool((dither != 0).any()) else "stochastic"
+    # Last bits: of the offset and the value against the step.
+    slack = 1e-4 + 1e-6 * torch.maximum(offset.abs().expand(y.shape), y.double().abs()) / step
+    if rounding == "dithered":
+        variance = torch.full_like(error, 1 / 12) * moving
+        outside = error.abs() - 0.5 - slack
+    else:
+        position = torch.where(moving, (y.double() - offset) / step, 0.0)
+        fraction = position - position.floor()
+        variance = fraction * (1 - fraction) if rounding == "stochastic" else torch.zeros_like(error)
+        signed = q.scale.mode == "symmetric"
+        top = q.grid.symmetric_steps if signed else q.grid.affine_steps
+        low = -top if signed else 0
+        limit = 1.0 if rounding == "stochastic" else 0.5
+        outside = torch.maximum(torch.maximum(position - top, low - position), error.abs() - limit) - slack
+    return error, variance, float(torch.where(moving, outside, -math.inf).max())
