@@ -16,7 +16,7 @@ from fqt.stats.certification.certificate import Finding
 from fqt.stats.certification.sample import Sample, float_slack, spread
 from fqt.stats.certification.statistic import Level, moments
 
-BATCHES = 32
+BATCHES = 64
 
 
 def entry_mean(sample: Sample, level: Level) -> Finding:

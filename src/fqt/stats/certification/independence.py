@@ -100,7 +100,7 @@ def seeds(sample: Sample, level: Level) -> Finding:
     return Finding("seeds", sample.input.name, float(score[at]), effect, where)
 
 
-def odd_draw(sample: Sample, level: Level, first_seed: int) -> Finding:
+def odd_draw(sample: Sample, first_seed: int) -> Finding:
     """No draw's ‖error‖² stands apart: a seed (0, say) with which nothing is drawn, or something else is.
 
     Apart is: farther from all others than these span. For energies that are near normal that takes about ten
@@ -127,7 +127,7 @@ def energy_spread(sample: Sample) -> Finding:
     return Finding("spread of ‖error‖²", sample.input.name, 0.0, ratio, judged=False)
 
 
-def repeats(draws: Tensor, level: Level) -> tuple[Finding, float]:
+def repeats(sample: Sample, level: Level) -> tuple[Finding, float]:
     """Whether different seeds gave the same estimate; and how many draws count as independent.
 
     By chance two draws agree with probability at most Π_i P(entry i agrees) where entries are independent, which
@@ -135,26 +135,27 @@ def repeats(draws: Tensor, level: Level) -> tuple[Finding, float]:
     repetition but a deterministic function, which the mean judges. With clusters of n_c equal draws the mean has
     the variance of M²/Σ n_c² draws.
     """
+    draws, name = sample.error, sample.input.name
     m = len(draws)
     _, counts = torch.unique(draws, dim=0, return_counts=True)
     distinct = len(counts)
     if distinct == 1:
-        return Finding("repeated draws", "gaussian", 0.0, 0.0), float(m)
+        return Finding("repeated draws", name, 0.0, 0.0), float(m)
     effective = m * m / float(counts.double().square().sum())
     if distinct == m:
-        return Finding("repeated draws", "gaussian", 0.0, 0.0), effective
+        return Finding("repeated draws", name, 0.0, 0.0), effective
     apart = max(m // 2, 1)
     agree = torch.stack([(draws[k:] == draws[:-k]).double().mean(0) for k in (1, apart)]).amin(0)
     chance = float(agree.clamp(min=1 / m).log().sum()) + math.log(m * m / 2)
     score = math.inf if chance < math.log(level.rate) else 0.0
     effect = 1 - distinct / m
-    return Finding("repeated draws", "gaussian", score, effect, f"{distinct} different in {m}"), effective
+    return Finding("repeated draws", name, score, effect, f"{distinct} different in {m}"), effective
 
 
 def _centred(sample: Sample) -> Tensor:
-    """Errors about their sample mean; exactly zero where nothing moves."""
+    """Errors about their sample mean; zero where only the last bits of floats move, which are not independent."""
     unit = sample.unit
-    still = unit.amax(0) == unit.amin(0)
+    still = unit.amax(0) - unit.amin(0) < 1e-4
     return (unit - unit.mean(0)).masked_fill(still, 0.0)
 
 

@@ -102,6 +102,7 @@ _MAKERS: dict[str, Callable[[torch.Generator], Tensor]] = {
     "heavy tail": _heavy,
     "non-negative": lambda g: 0.1 + torch.randn(ROWS, COLUMNS, generator=g).abs(),
     "one large row": _one_large_row,
+    "rows of all sizes": lambda g: torch.randn(ROWS, COLUMNS, generator=g) * torch.logspace(0, -6, ROWS)[:, None],
     "one outlier per group": _outliers,
     "one-hot rows": _one_hot,
     "sparse rows": _sparse,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,14 +14,15 @@ from fqt.quant import Quantizer, quantizer, quantizer_name
 from fqt.stats.certification import bias, independence
 from fqt.stats.certification.certificate import Certificate, Finding, Power, verdict
 from fqt.stats.certification.inputs import COLUMNS, Input, adversarial_inputs
-from fqt.stats.certification.sample import Function, Refused, Sample, draw, estimates
+from fqt.stats.certification.sample import Function, Refused, Sample, draw
 from fqt.stats.certification.statistic import Level
+from fqt.stats.seeds import derive_seed
 
 DRAWS = 1024
 RATE = 1e-3
 _KINDS = 10  # kinds of tests that share the false-alarm rate equally
 _DENSE = COLUMNS / 4
-_SEEDS = 2**63
+_SEEDS = 2**31
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,11 +44,11 @@ def certify(
 
     Args:
         subject: a `Quantizer`, a quantizer's name, "package.module:function", or any f(x, seed) → x̂ with x an
-            (N, D) float32 tensor on the CPU, seed an int, x̂ a float tensor of x's shape. Consecutive seeds are
-            used. torch's global generator may be used and seeded by f; it is left as it was.
+            (N, D) float32 tensor on the CPU, seed an int below 2³¹, x̂ a float tensor of x's shape. torch's global
+            generator may be used and seeded by f; it is left as it was.
         draws: estimates per input, 64 or more.
         rate: probability at most, of convicting an exact quantizer, over all tests and inputs.
-        seed: of the inputs; draws use seeds seed, seed + 1, …
+        seed: what the inputs and the seeds of the draws derive from; below 2³¹ − draws.
         mixes: of a function: the axis along which it may mix entries, so that errors there are rightly
             correlated: 0 (a transform over rows; the default), 1 (over features) or None (none). Correlation
             along it is reported and not judged. A `Quantizer` is judged before its transform is undone.
@@ -66,23 +68,26 @@ def _certify(
     name: str, target: Quantizer | Function, draws: int, rate: float, seed: int, mixes: int | None, tell: Progress
 ) -> Certificate:
     inputs = adversarial_inputs(seed)
-    seeds = range(seed, seed + draws)
     levels = _levels(inputs, rate, isinstance(target, Quantizer))
-    tell(inputs[0].name, 0, len(inputs))
-    first, distinct, notes = _first_look(target, inputs[0], seeds, levels)
-    findings, tested, refused = [first], {}, {}
+    axis = None if isinstance(target, Quantizer) else mixes
+    findings, notes = _between_seeds(target, inputs[0], range(seed, seed + draws), levels)
+    spread_seeds, distinct = _spread_seeds(seed, draws), float(draws)
+    tested: dict[str, float] = {}
+    refused: dict[str, str] = {}
     for done, given in enumerate(inputs):
         tell(given.name, done, len(inputs))
         try:
-            sample = draw(target, given, seeds, distinct)
+            sample = draw(target, given, spread_seeds)
         except Refused as reason:
             refused[given.name] = str(reason)
             continue
         tested[given.name] = given.carriers
-        axis = None if isinstance(target, Quantizer) else mixes
-        findings += _judge(sample, levels, axis)
-        if done == 0 and torch.isfinite(sample.error).all():
-            findings.append(independence.odd_draw(sample, levels["pairs"], seed))
+        if done == 0:
+            found, distinct = independence.repeats(sample, levels["repeats"])
+            findings.append(found)
+        findings += _judge(replace(sample, distinct=distinct), levels, axis)
+    if distinct < 0.5 * draws:
+        notes.append(f"seeds repeat draws: bias is tested with the force of {distinct:.0f} draws only")
     tell("", len(inputs), len(inputs))
     if refused:
         text = " ".join(next(iter(refused.values())).split())[:120]
@@ -115,8 +120,8 @@ def _levels(inputs: Sequence[Input], rate: float, of_quantizer: bool) -> dict[st
         "law": entries + len(inputs) if of_quantizer else 0,
         "pairs": sum(i.x.numel() * (i.x.numel() - 1) // 2 for i in inputs),
         "sums": rows + columns + len(inputs),
-        "seeds": len(inputs) * len(independence.LAGS) * len(independence.SHIFTS),
-        "repeats": 1,
+        "seeds": len(independence.LAGS) * len(independence.SHIFTS),
+        "repeats": 2,
     }
     assert len(counts) == _KINDS
     return {kind: Level(rate / _KINDS, max(count, 1)) for kind, count in counts.items()}
@@ -137,35 +142,41 @@ def _judge(sample: Sample, levels: dict[str, Level], mixes: int | None) -> list[
         bias.clipping(sample, levels["clipping"]),
         independence.pairs(sample, levels["pairs"], mixes),
         *independence.sums(sample, levels["sums"], mixes),
-        independence.seeds(sample, levels["seeds"]),
         independence.energy_spread(sample),
     ]
     law = bias.variance_law(sample, levels["law"])
     return found if law is None else [*found, law]
 
 
-def _first_look(
+def _between_seeds(
     target: Quantizer | Function, given: Input, seeds: range, levels: dict[str, Level]
-) -> tuple[Finding, float, list[str]]:
-    """On plain data: it must work at all; do seeds repeat draws, does a seed repeat its draw?"""
-    q = target
-    function: Function = (lambda x, s: q.quantize(x, s).dequantize()) if isinstance(q, Quantizer) else q
+) -> tuple[list[Finding], list[str]]:
+    """On plain data, with consecutive seeds as a user would: are draws new, unrelated, and of one kind?"""
     try:
-        all_draws = estimates(function, given, seeds)
-        again = estimates(function, given, seeds[:1])
+        sample = draw(target, given, seeds)
+        again = draw(target, given, seeds[:1])
     except Refused as reason:
         raise FqtError(f"f(x, seed) failed on a plain {tuple(given.x.shape)} float32 tensor: {reason}") from reason
-    if not torch.isfinite(all_draws).all():
+    if not torch.isfinite(sample.error).all():
         raise FqtError("f(x, seed) returned NaN or Inf for plain Gaussian data: there is nothing to certify")
-    finding, distinct = independence.repeats(all_draws, levels["repeats"])
-    notes = []
-    if bool((all_draws == all_draws[0]).all()):
-        notes.append("deterministic: every seed gives the same estimate")
-    elif not torch.equal(again[0], all_draws[0]):
-        notes.append("not repeatable: the same seed gives another estimate each time")
-    if distinct < 0.5 * len(seeds):
-        notes.append(f"seeds repeat draws: bias is tested with the force of {distinct:.0f} draws only")
-    return finding, distinct, notes
+    repeated, distinct = independence.repeats(sample, levels["repeats"])
+    sample = replace(sample, distinct=distinct)
+    findings = [
+        repeated,
+        independence.seeds(sample, levels["seeds"]),
+        independence.odd_draw(sample, seeds[0]),
+    ]
+    if bool((sample.error == sample.error[0]).all()):
+        return findings, ["deterministic: every seed gives the same estimate"]
+    if not torch.equal(again.error[0], sample.error[0]):
+        return findings, ["not repeatable: the same seed gives another estimate each time"]
+    return findings, []
+
+
+def _spread_seeds(seed: int, draws: int) -> list[int]:
+    """Seeds below 2³¹ without pattern, so that a relation between neighbours does not pass for a bias."""
+    g = torch.Generator().manual_seed(derive_seed(seed, "certify"))
+    return [int(s) for s in torch.randint(0, _SEEDS, (draws,), generator=g)]
 
 
 def _more_notes(
@@ -193,7 +204,7 @@ def _check(draws: int, rate: float, seed: int, mixes: int | None) -> None:
     if not isinstance(rate, float) or not 0 < rate < 0.5:
         raise FqtError(f"the false-alarm rate must lie between 0 and 0.5, not {rate!r}")
     if type(seed) is not int or not 0 <= seed < _SEEDS - draws:
-        raise FqtError(f"the seed must be an integer from 0 up to 2⁶³ less the draws, not {seed!r}")
+        raise FqtError(f"the seed must be an integer from 0 up to 2³¹ less the draws, not {seed!r}")
     if mixes not in (0, 1, None) or isinstance(mixes, bool):
         raise FqtError(f"mixes must be 0 (rows), 1 (features) or None, not {mixes!r}")
 

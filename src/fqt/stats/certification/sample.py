@@ -32,7 +32,7 @@ class Sample:
             inverse transform; of a function, the same as `error` over the row's spread.
         law: the declared variance of `unit`, (M, n) or (M, 1); None for a function.
         beyond: by how many steps a value left the codes' range, or an error the step; None for a function.
-        distinct: how many of the M draws count as independent.
+        distinct: how many of the M draws count as independent; fewer than M where seeds repeat draws.
     """
 
     input: Input
@@ -102,18 +102,23 @@ def float_slack(x: Tensor, width: Tensor) -> Tensor:
     return (5e-7 * x.abs().amax(1) + _TINY).repeat_interleave(d) + 1e-4 * width
 
 
-def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int], distinct: float) -> Sample:
-    """The sample of one input. NaN or Inf in an estimate makes `error` non-finite; nothing else is computed then."""
+def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int]) -> Sample:
+    """The sample of one input; `error` is not finite where an estimate is not.
+
+    Raises:
+        Refused: the function raised.
+        FqtError: it returned something that is no estimate of x.
+    """
     if isinstance(subject, Quantizer):
-        return _draw_quantizer(subject, given, seeds, distinct)
+        return _draw_quantizer(subject, given, seeds)
     x = given.x.double()
     error = estimates(subject, given, seeds) - x.flatten()
     width = spread(error, x)
     unit = torch.where(width > 0, error / width.clamp(min=1e-300), 0.0)
-    return Sample(given, error, unit, None, None, distinct)
+    return Sample(given, error, unit, None, None, len(seeds))
 
 
-def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], distinct: float) -> Sample:
+def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int]) -> Sample:
     """Takes each draw apart into the matrix that was rounded and the codes' values."""
     x, n = given.x, given.x.numel()
     error, unit, law = (torch.empty(len(seeds), n, dtype=torch.float64) for _ in range(3))
@@ -124,7 +129,7 @@ def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], distinct: 
         in_steps, variance, outside = rounding_errors(q, quantized, y)
         unit[m], law[m] = in_steps.flatten(), variance.flatten()
         beyond = max(beyond, outside)
-    return Sample(given, error, unit, law, beyond, distinct)
+    return Sample(given, error, unit, law, beyond, len(seeds))
 
 
 def rounding_errors(q: Quantizer, quantized: QuantizedTensor, y: Tensor) -> tuple[Tensor, Tensor, float]:

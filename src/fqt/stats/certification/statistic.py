@@ -46,9 +46,10 @@ class Level:
     def score(
         self, mean: Tensor, variance: Tensor, jump: Tensor | float, count: float, slack: Tensor | float = 0.0
     ) -> Tensor:
-        """|mean| less `slack`, over what chance may give; above 1 rejects. 0/0 counts as 0."""
+        """|mean| less `slack`, over what chance may give; above 1 rejects. 0/0 counts as 0, over 1e6 as infinite."""
         excess = (mean.abs() - slack).clamp(min=0)
-        return torch.where(excess > 0, excess / (self.z * self.error(variance, jump, count)), 0.0)
+        score = torch.where(excess > 0, excess / (self.z * self.error(variance, jump, count)), 0.0)
+        return torch.where(score > 1e6, math.inf, score)
 
 
 def moments(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
