@@ -1,4 +1,4 @@
-"""Estimates f(x, seed) of an (N, D) matrix that are wrong in ways that were released, and the right ones beside them.
+"""Estimates f(x, seed) of an (N, D) matrix wrong in ways that were released, and right ones beside them.
 
 Written from the formulas, in float64 but where the defect is one of precision, so that what fails is the method.
 `DEFECTS` and `SOUND` map a name to the function, the verdict that fits and the axis that it mixes.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fqt.stats.certification.certificate import Finding
-from fqt.stats.certification.sample import Sample, float_slack, spread
+from fqt.stats.certification.sample import Sample
 from fqt.stats.certification.statistic import Level, moments
 
 BATCHES = 64
@@ -21,13 +21,11 @@ BATCHES = 64
 
 def entry_mean(sample: Sample, level: Level) -> Finding:
     """E[error] = 0, entry by entry. n tests. Effect: the largest significant |bias|, in spreads of its row."""
-    x, error = sample.x, sample.error
-    width = spread(error, x)
-    mean = error.mean(0)
-    score = level.score(mean, error.var(0), width, sample.distinct, float_slack(x, width))
+    of = moments(sample.error)
+    score = level.score(of, sample.width, sample.distinct, sample.slack)
     at = int(score.argmax())
-    effect = float(mean[at].abs() / _unit(width, x)[at]) if score[at] > 0 else 0.0
-    return Finding("mean, each entry", sample.input.name, float(score[at]), effect, _where(at, x))
+    effect = float(of.mean[at].abs() / _unit(sample)[at]) if score[at] > 0 else 0.0
+    return Finding("mean, each entry", sample.input.name, float(score[at]), effect, _where(at, sample.x))
 
 
 def row_mean(sample: Sample, level: Level) -> Finding:
@@ -36,15 +34,14 @@ def row_mean(sample: Sample, level: Level) -> Finding:
     Effect: bias per entry, in spreads of its row.
     """
     x = sample.x
-    width = spread(sample.error, x)
     centred = x - x.mean(1, keepdim=True)
     centred = centred / centred.abs().amax(1, keepdim=True).clamp(min=1e-300)
     weights = torch.stack([torch.ones_like(x), centred])  # (2, N, D)
     error = sample.error.view(-1, 1, *x.shape)
     projected = (error * weights).sum(3).flatten(1)  # (M, 2N)
-    score, mean = _projection(projected, weights, x, width, sample.distinct, level)
+    score, mean = _projection(sample, projected, weights, level)
     at = int(score.argmax())
-    unit = (weights.abs() * _unit(width, x).view(x.shape)).sum(2).flatten()
+    unit = (weights.abs() * _unit(sample).view(x.shape)).sum(2).flatten()
     effect = float(mean[at].abs() / unit[at]) if score[at] > 0 else 0.0
     return Finding("mean, each row", sample.input.name, float(score[at]), effect, f"row {at % len(x)}")
 
@@ -61,12 +58,11 @@ def squared_bias(sample: Sample, level: Level) -> Finding:
     if sample.distinct < len(sample.error):
         return Finding("mean, all entries", name, 0.0, 0.0)
     noise = sample.error.var(0).view(x.shape).mean(1).sqrt()  # (N,)
-    width = spread(sample.error, x)
     weight = torch.where(noise > 0, 1 / noise.clamp(min=1e-300), 0.0).repeat_interleave(x.shape[1])
     means = sample.error[:m].view(BATCHES, m // BATCHES, -1).mean(1) * weight
     gram = (means @ means.T)[~torch.eye(BATCHES, dtype=torch.bool)]
     scale = float(gram.square().mean().sqrt()) * math.sqrt(2 / len(gram))
-    slack = float((float_slack(x, width) * weight).square().sum())
+    slack = float((sample.slack * weight).square().sum())
     threshold = (level.z**2 - 1) / math.sqrt(2) * scale
     excess = float(gram.mean()) - slack
     score = excess / threshold if excess > 0 else 0.0
@@ -80,11 +76,10 @@ def magnitude(sample: Sample, level: Level) -> Finding:
     energy = (x / x.abs().max().clamp(min=1e-300)).square().sum()
     if energy == 0:
         return Finding("magnitude", sample.input.name, 0.0, 0.0)
-    width = spread(sample.error, x)
     # In units of the largest entry, so that squares of denormals do not vanish.
     weights = (x / x.abs().max() / (energy * x.abs().max())).unsqueeze(0)
     projected = (sample.error * weights.flatten()).sum(1, keepdim=True)
-    score, mean = _projection(projected, weights, x, width, sample.distinct, level)
+    score, mean = _projection(sample, projected, weights, level)
     return Finding("magnitude", sample.input.name, float(score[0]), float(mean[0]))
 
 
@@ -95,7 +90,6 @@ def clipping(sample: Sample, level: Level) -> Finding:
     inward shift, relative to the row's range.
     """
     x, name = sample.x, sample.input.name
-    n, d = x.shape
     size = x.amax(1) - x.amin(1)
     rows = size > 0
     outside = 0.0 if sample.beyond is None or sample.beyond <= 0 else math.inf
@@ -106,8 +100,7 @@ def clipping(sample: Sample, level: Level) -> Finding:
     lower = -torch.zeros_like(x).scatter_(1, x.argmin(1, keepdim=True), 1.0) * share
     weights = torch.stack([upper, lower, (upper + lower) / 2])
     projected = sample.error @ weights.flatten(1).T
-    width = spread(sample.error, x)
-    score, mean = _projection(projected, weights, x, width, sample.distinct, level)
+    score, mean = _projection(sample, projected, weights, level)
     score = torch.where(mean < 0, score, 0.0)  # outwards is not clipping
     at = int(score.argmax())
     where = ("upper end", "lower end", "both ends")[at]
@@ -123,12 +116,13 @@ def variance_law(sample: Sample, level: Level) -> Finding | None:
         return None  # no grid is known; or nothing is drawn, which the mean judges
     gap = sample.unit.square() - sample.law
     total = gap.sum(1, keepdim=True)
-    mean, variance, jump = moments(torch.cat([gap, total], 1))
+    of = moments(torch.cat([gap, total], 1))
+    jump = of.jump.clone()
     jump[:-1] = 1.0  # an entry's squared error may move by a step²
     # A few last bits of the position in steps: float32, of at most 255 steps.
-    slack = torch.full_like(mean, 1e-4)
+    slack = torch.full_like(jump, 1e-4)
     slack[-1] *= gap.shape[1]
-    score = level.score(mean, variance, jump, sample.distinct, slack)
+    score = level.score(of, jump, sample.distinct, slack)
     at = int(score.argmax())
     declared = float(sample.law.expand(gap.shape).sum())
     effect = float(gap.sum()) / declared if declared > 0 else 0.0
@@ -136,28 +130,25 @@ def variance_law(sample: Sample, level: Level) -> Finding | None:
     return Finding("variance law", sample.input.name, float(score[at]), effect, where)
 
 
-def _projection(
-    projected: Tensor, weights: Tensor, x: Tensor, width: Tensor, distinct: float, level: Level
-) -> tuple[Tensor, Tensor]:
-    """Scores and means of projections (M, k) of the errors onto `weights` (k entries in all, …).
+def _projection(sample: Sample, projected: Tensor, weights: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """Scores and means of projections (M, k) of the errors.
 
     A projection moves by at most one entry's movement at a time where errors are independent; where they are not,
-    its own fourth moment says by how much.
+    its own fourth moment says by how much. `weights` has k·n entries, or 2·n of rows projected one by one.
     """
-    mean, variance, jump = moments(projected)
     k = projected.shape[1]
-    per_test = weights.abs().reshape(k, -1)
-    rows_only = per_test.shape[1] != width.numel()
-    entries = width.view(x.shape).repeat(k // len(x), 1) if rows_only else width.expand(k, -1)
-    slack_entries = float_slack(x, width)
-    slacks = slack_entries.view(x.shape).repeat(k // len(x), 1) if rows_only else slack_entries.expand(k, -1)
-    jump = torch.maximum(jump, (per_test * entries).amax(1))
-    return level.score(mean, variance, jump, distinct, (per_test * slacks).sum(1)), mean
+    weights = weights.abs().reshape(k, -1)
+    repeats = weights.numel() // sample.width.numel()
+    widths, slacks = (v.repeat(repeats).view(weights.shape) for v in (sample.width, sample.slack))
+    of = moments(projected)
+    jump = torch.maximum(of.jump, (weights * widths).amax(1))
+    return level.score(of, jump, sample.distinct, (weights * slacks).sum(1)), of.mean
 
 
-def _unit(width: Tensor, x: Tensor) -> Tensor:
+def _unit(sample: Sample) -> Tensor:
     """The width of errors; the row's largest value where nothing moves."""
-    return torch.where(width > 0, width, x.abs().amax(1).repeat_interleave(x.shape[1]))
+    largest = sample.x.abs().amax(1).repeat_interleave(sample.shape[1])
+    return torch.where(sample.width > 0, sample.width, largest)
 
 
 def _where(index: int, x: Tensor) -> str:

@@ -29,13 +29,14 @@ def pairs(sample: Sample, level: Level, mixes: int | None) -> Finding:
     m, n = unit.shape
     if n < 2:
         return Finding("pairs of errors", sample.input.name, 0.0, 0.0)
-    _, variance, jump = moments(unit)
-    unit, v, w = unit.float(), variance.float(), jump.float()
+    of = moments(unit)
+    unit, v, w = unit.float(), of.variance.float(), of.jump.float()
+    square = unit.square()
     covariance = (unit.T @ unit) / (m - 1)
     # Uncorrelated errors whose sizes vary together (with a transform's random signs) have larger products.
-    product = torch.maximum(v[:, None] * v, (unit.square().T @ unit.square()) / (m - 1))
-    count = sample.distinct
-    allowed = level.z * ((product + level.log / count * (w[:, None] * w).square()) / count).sqrt()
+    product = torch.maximum(v[:, None] * v, (square.T @ square) / (m - 1))
+    skew = ((square * unit).T @ (square * unit)).abs() / (m * product.clamp(min=1e-30))
+    allowed = level.z * level.error(product, w[:, None] * w, skew, sample.distinct)
     score = torch.where(allowed > 0, covariance.abs() / allowed.clamp(min=1e-30), 0.0)
     score.masked_fill_(~_judged(sample.shape, mixes), 0.0)
     at = int(score.argmax())
@@ -54,14 +55,14 @@ def sums(sample: Sample, level: Level, mixes: int | None) -> list[Finding]:
     """
     name = sample.input.name
     unit = _centred(sample).view(-1, *sample.shape)
-    judged, reported = [], []
+    judged: list[Finding] = []
+    reported: list[Finding] = []
     for axis, label in ((1, "row"), (0, "column"), (None, "all entries")):
         dims = (1, 2) if axis is None else (axis + 1,)
         total, square = (v.sum(dims).view(len(unit), -1) for v in (unit, unit.square()))
-        mean, variance, jump = moments(total.square() - square)
+        of = moments(total.square() - square)
         # Where a sum has one moving term the two sides differ by last bits only.
-        slack = 1e-9 * square.mean(0)
-        score = level.score(mean, variance, jump, sample.distinct, slack)
+        score = level.score(of, of.jump, sample.distinct, 1e-9 * square.mean(0))
         at = int(score.argmax())
         ratio = float(total[:, at].square().mean() / square[:, at].mean()) if square[:, at].any() else 1.0
         where = label if axis is None else f"{label} {at}"
@@ -78,7 +79,7 @@ def seeds(sample: Sample, level: Level) -> Finding:
     A shift other than 0 sees a generator keyed by seed + index. Effect: the correlation.
     """
     unit = _centred(sample)
-    m, n = unit.shape
+    m = len(unit)
     own = unit.square().sum(1)
     products, correction = [], []
     for lag in LAGS:
@@ -90,12 +91,11 @@ def seeds(sample: Sample, level: Level) -> Finding:
                 a, b = a[:, -shift:], b[:, :shift]
             products.append((a * b).sum(1)[: m - max(LAGS)])
             correction.append(float(own.mean()) / m if shift == 0 else 0.0)  # of the sample mean, once per draw
-    mean, variance, jump = moments(torch.stack(products, 1))
-    mean = mean + torch.tensor(correction, dtype=mean.dtype)
-    score = level.score(mean, variance, jump, sample.distinct)
+    of = moments(torch.stack(products, 1) + torch.tensor(correction, dtype=torch.float64))
+    score = level.score(of, of.jump, sample.distinct)
     at = int(score.argmax())
     lag, shift = LAGS[at // len(SHIFTS)], SHIFTS[at % len(SHIFTS)]
-    effect = float(mean[at] / own.mean()) if own.any() else 0.0
+    effect = float(of.mean[at] / own.mean()) if own.any() else 0.0
     where = f"seeds {lag} apart" + (f", entries {shift:+d}" if shift else "")
     return Finding("seeds", sample.input.name, float(score[at]), effect, where)
 

@@ -70,14 +70,14 @@ def _certify(
     inputs = adversarial_inputs(seed)
     levels = _levels(inputs, rate, isinstance(target, Quantizer))
     axis = None if isinstance(target, Quantizer) else mixes
-    findings, notes = _between_seeds(target, inputs[0], range(seed, seed + draws), levels)
+    findings, notes, deterministic = _between_seeds(target, inputs[0], range(seed, seed + draws), levels)
     spread_seeds, distinct = _spread_seeds(seed, draws), float(draws)
     tested: dict[str, float] = {}
     refused: dict[str, str] = {}
     for done, given in enumerate(inputs):
         tell(given.name, done, len(inputs))
         try:
-            sample = draw(target, given, spread_seeds)
+            sample = draw(target, given, spread_seeds, deterministic)
         except Refused as reason:
             refused[given.name] = str(reason)
             continue
@@ -103,7 +103,7 @@ def _certify(
 
 def smallest_bias(level: Level, draws: int, variance: float, jump: float) -> float:
     """The bias of a mean of `draws` that scores above 1 with probability 0.99, by the normal approximation."""
-    error = level.error(torch.tensor(variance, dtype=torch.float64), jump, draws)
+    error = level.error(torch.tensor(variance, dtype=torch.float64), jump, 0.0, draws)
     return float(level.z * error) + 2.3263 * math.sqrt(variance / draws)
 
 
@@ -150,8 +150,12 @@ def _judge(sample: Sample, levels: dict[str, Level], mixes: int | None) -> list[
 
 def _between_seeds(
     target: Quantizer | Function, given: Input, seeds: range, levels: dict[str, Level]
-) -> tuple[list[Finding], list[str]]:
-    """On plain data, with consecutive seeds as a user would: are draws new, unrelated, and of one kind?"""
+) -> tuple[list[Finding], list[str], bool]:
+    """On plain data, with consecutive seeds as a user would: are draws new, unrelated, and of one kind?
+
+    Returns:
+        Findings, notes, and whether nothing is drawn at all.
+    """
     try:
         sample = draw(target, given, seeds)
         again = draw(target, given, seeds[:1])
@@ -167,10 +171,10 @@ def _between_seeds(
         independence.odd_draw(sample, seeds[0]),
     ]
     if bool((sample.error == sample.error[0]).all()):
-        return findings, ["deterministic: every seed gives the same estimate"]
+        return findings, ["deterministic: every seed gives the same estimate"], True
     if not torch.equal(again.error[0], sample.error[0]):
-        return findings, ["not repeatable: the same seed gives another estimate each time"]
-    return findings, []
+        return findings, ["not repeatable: the same seed gives another estimate each time"], False
+    return findings, [], False
 
 
 def _spread_seeds(seed: int, draws: int) -> list[int]:

@@ -28,6 +28,7 @@ class Sample:
     Attributes:
         input: what was quantized.
         error: (M, n) float64, estimate − x.
+        width: (n,) float64, how far each entry's error moves.
         unit: (M, n) float64, the errors whose dependence is tested: of a `Quantizer`, in steps and before the
             inverse transform; of a function, the same as `error` over the row's spread.
         law: the declared variance of `unit`, (M, n) or (M, 1); None for a function.
@@ -37,6 +38,7 @@ class Sample:
 
     input: Input
     error: Tensor
+    width: Tensor
     unit: Tensor
     law: Tensor | None
     beyond: float | None
@@ -51,6 +53,12 @@ class Sample:
     def x(self) -> Tensor:
         """(N, D) float64."""
         return self.input.x.double()
+
+    @property
+    def slack(self) -> Tensor:
+        """(n,): what float32 arithmetic may add to an entry's mean error: last bits of its row and of its step."""
+        least = 5e-7 * self.x.abs().amax(1) + _TINY
+        return least.repeat_interleave(self.shape[1]) + 1e-4 * self.width
 
 
 def estimates(function: Function, given: Input, seeds: Sequence[int]) -> Tensor:
@@ -83,42 +91,42 @@ def _checked(value: object, given: Input) -> Tensor:
     return value.detach().to("cpu", torch.float64)
 
 
-def spread(error: Tensor, x: Tensor) -> Tensor:
+def _width(error: Tensor, x: Tensor, deterministic: bool) -> Tensor:
     """(n,): how far an entry's error moves, taken from its row: the widest movement seen in it.
 
-    A row that never moved, but for the last bits of floats, gets the widest of all rows: rare movements may have
-    gone unseen in it. Zero if nothing moved at all.
+    In a row that did not move, but for the last bits of floats, rare movements may have gone unseen. It gets the
+    widest of all rows; if none moved, its own range, beyond which no quantizer steps. A function that never moves
+    gets zeros: its errors are not noise.
     """
     n, d = x.shape
+    if deterministic:
+        return torch.zeros(n * d, dtype=torch.float64)
     row = (error.amax(0) - error.amin(0)).view(n, d).amax(1)
     still = row <= 1e-6 * x.abs().amax(1) + _TINY
-    row = torch.where(still, row.masked_fill(still, 0.0).max(), row)
-    return row.repeat_interleave(d)
+    unseen = x.amax(1) - x.amin(1) if still.all() else row.masked_fill(still, 0.0).max()
+    return torch.where(still, unseen, row).repeat_interleave(d)
 
 
-def float_slack(x: Tensor, width: Tensor) -> Tensor:
-    """(n,): what float32 arithmetic may add to an entry's mean error: last bits of its row and of its step."""
-    n, d = x.shape
-    return (5e-7 * x.abs().amax(1) + _TINY).repeat_interleave(d) + 1e-4 * width
-
-
-def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int]) -> Sample:
+def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int], deterministic: bool = False) -> Sample:
     """The sample of one input; `error` is not finite where an estimate is not.
+
+    Args:
+        deterministic: it is known that no seed changes the estimate.
 
     Raises:
         Refused: the function raised.
         FqtError: it returned something that is no estimate of x.
     """
     if isinstance(subject, Quantizer):
-        return _draw_quantizer(subject, given, seeds)
+        return _draw_quantizer(subject, given, seeds, deterministic)
     x = given.x.double()
     error = estimates(subject, given, seeds) - x.flatten()
-    width = spread(error, x)
+    width = _width(error, x, deterministic)
     unit = torch.where(width > 0, error / width.clamp(min=1e-300), 0.0)
-    return Sample(given, error, unit, None, None, len(seeds))
+    return Sample(given, error, width, unit, None, None, len(seeds))
 
 
-def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int]) -> Sample:
+def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], deterministic: bool) -> Sample:
     """Takes each draw apart into the matrix that was rounded and the codes' values."""
     x, n = given.x, given.x.numel()
     error, unit, law = (torch.empty(len(seeds), n, dtype=torch.float64) for _ in range(3))
@@ -129,7 +137,8 @@ def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int]) -> Sample:
         in_steps, variance, outside = rounding_errors(q, quantized, y)
         unit[m], law[m] = in_steps.flatten(), variance.flatten()
         beyond = max(beyond, outside)
-    return Sample(given, error, unit, law, beyond, len(seeds))
+    width = _width(error, x.double(), deterministic)
+    return Sample(given, error, width, unit, law, beyond, len(seeds))
 
 
 def rounding_errors(q: Quantizer, quantized: QuantizedTensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
