@@ -10,5 +10,7 @@ from fqt.nn import restore_ as restore_
 from fqt.quant import QuantizedTensor as QuantizedTensor
 from fqt.quant import Quantizer as Quantizer
 from fqt.quant import quantizer as quantizer
+from fqt.stats import Certificate as Certificate
+from fqt.stats import certify as certify
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS, COLUMNS = 12, 128
+ROWS, COLUMNS = 8, 128
 
 
 @dataclass(frozen=True)

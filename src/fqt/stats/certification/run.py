@@ -96,15 +96,21 @@ def _certify(
     notes += _more_notes(target, findings, result, mixes)
     power = Power(
         entry=smallest_bias(levels["entry"], draws, variance=1 / 4, jump=1.0),
-        row=smallest_bias(levels["row"], draws, variance=1 / (6 * COLUMNS), jump=1 / COLUMNS),
+        row=smallest_bias(levels["row"], draws, *row_noise(COLUMNS)),
     )
     return Certificate(name, result, rate, draws, seed, tuple(findings), tuple(notes), power)
 
 
-def smallest_bias(level: Level, draws: int, variance: float, jump: float) -> float:
+def smallest_bias(level: Level, draws: int, variance: float, jump: float, slack: float = 1e-4) -> float:
     """The bias of a mean of `draws` that scores above 1 with probability 0.99, by the normal approximation."""
     error = level.error(torch.tensor(variance, dtype=torch.float64), jump, 0.0, draws)
-    return float(level.z * error) + 2.3263 * math.sqrt(variance / draws)
+    return slack + float(level.z * error) + 2.3263 * math.sqrt(variance / draws)
+
+
+def row_noise(columns: int) -> tuple[float, float]:
+    """Variance, and typical jump, of the mean of `columns` stochastic errors: near Gaussian, 1/6 each."""
+    variance = 1 / (6 * columns)
+    return variance, math.sqrt(3 * variance)
 
 
 def _levels(inputs: Sequence[Input], rate: float, of_quantizer: bool) -> dict[str, Level]:
@@ -160,7 +166,8 @@ def _between_seeds(
         sample = draw(target, given, seeds)
         again = draw(target, given, seeds[:1])
     except Refused as reason:
-        raise FqtError(f"f(x, seed) failed on a plain {tuple(given.x.shape)} float32 tensor: {reason}") from reason
+        shape, why = tuple(given.x.shape), " ".join(str(reason).split())
+        raise FqtError(f"f(x, seed) failed on a plain {shape} float32 tensor: {why}") from reason
     if not torch.isfinite(sample.error).all():
         raise FqtError("f(x, seed) returned NaN or Inf for plain Gaussian data: there is nothing to certify")
     repeated, distinct = independence.repeats(sample, levels["repeats"])
