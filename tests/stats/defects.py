@@ -300,12 +300,13 @@ class Case(NamedTuple):
     function: Function
     verdict: str
     mixes: int | None = None
+    draws: int = 128  # how many show it
 
 
 DEFECTS = {
     "NVFP4, scale rounds down, maximum saturates": Case(nvfp4_saturating, "biased"),
     "NVFP4 with head-room, subnormal scales": Case(nvfp4_head_room, "biased"),
-    "MS-EDEN, a float32 scale per tensor": Case(ms_eden, "biased", 1),
+    "MS-EDEN, a float32 scale per tensor": Case(ms_eden, "biased", 1, 256),
     "MS-EDEN, a float32 scale per row": Case(ms_eden_by_row, "asymptotic", 1),
     "4-bit splitting, codes clamped to ±6": Case(bit_split(98, 6), "biased"),
     "one random number per row": Case(noise_per_row, "dependent"),

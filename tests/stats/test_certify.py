@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fqt
 from fqt.errors import FqtError
+from fqt.kernels import native, ops, reference
 from fqt.stats.certification.bias import row_mean
 from fqt.stats.certification.inputs import Input, adversarial_inputs
 from fqt.stats.certification.run import _levels, row_noise, smallest_bias
@@ -39,7 +40,7 @@ def _one_thread():
 @pytest.mark.parametrize("name", CASES)
 def test_each_defect_gets_its_verdict_and_sound_estimates_pass(name: str) -> None:
     case: Case = CASES[name]
-    certificate = fqt.certify(case.function, draws=128, mixes=case.mixes)
+    certificate = fqt.certify(case.function, draws=case.draws, mixes=case.mixes)
     assert certificate.verdict == case.verdict, str(certificate)
     assert bool(certificate.convicted) == (case.verdict != "exact")
 
@@ -64,13 +65,27 @@ def test_nearest_is_biased(name: str) -> None:
     assert any(note.startswith("deterministic") for note in certificate.notes)
 
 
+def _dither_shared_by_rows(patch: pytest.MonkeyPatch) -> None:
+    """In encoding as well as in decoding: every entry right, a column's errors all equal."""
+    right = reference.dither_noise
+
+    def dither_noise(seed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        row, column = right(seed, rows, columns)
+        return row[:1].expand(rows, 1), column
+
+    patch.setattr(native, "takes", lambda *tensors, integers=None: False)
+    patch.setattr(reference, "dither_noise", dither_noise)
+    patch.setattr(ops, "dither_noise", dither_noise)
+
+
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str, str]] = {
     "biased up": (mutants.biased_up, "psq4", "biased", "mean, each row"),
     "clips": (mutants.step_too_small, "ptq4", "biased", "no clipping"),
     "decodes off": (mutants.decode_scale_off, "psq4", "biased", "mean, each row"),
     "transform not undone": (mutants.transform_not_undone, "bhq4", "biased", "mean, each entry"),
-    "dither not subtracted": (mutants.dither_not_subtracted, "psq4d", "biased", "no clipping"),
-    "dither shared by rows": (mutants.dither_shared_by_rows, "psq4d", "dependent", "pairs of errors"),
+    "dither not subtracted": (mutants.dither_not_subtracted, "psq4d", "biased", "mean, each row"),
+    "dither shared by rows": (_dither_shared_by_rows, "psq4d", "dependent", "sums of errors"),
+    "another row's dither subtracted": (mutants.dither_shared_by_rows, "psq4d", "dependent", "variance law"),
     "noise shared in a row": (mutants.noise_per_row, "psq4", "dependent", "sums of errors"),
     "noise too narrow": (mutants.noise_too_narrow, "psq4", "biased", "variance law"),
 }
@@ -147,7 +162,7 @@ def test_power_of_a_row_is_as_stated() -> None:
     found = 0
     for trial in range(300):
         error = (uniform((m, 128), trial) < fraction).double() - fraction + bias
-        found += row_mean(Sample(given, error, torch.ones(128), error, None, None, m), level).score > 1
+        found += row_mean(Sample(given, error, torch.ones(128), error, None, None, None, m), level).score > 1
     assert found >= 291, found
 
 
@@ -175,7 +190,7 @@ def test_noise_that_ignores_the_seed_is_exact_and_said_so() -> None:
 
 def test_what_mixes_is_reported_and_not_judged() -> None:
     """A left transform rightly correlates rows: judged if none is admitted, reported otherwise."""
-    q = fqt.quantizer("shq4")
+    q = fqt.quantizer("bhq4")
 
     def mixed(x: Tensor, seed: int) -> Tensor:
         return q.quantize(x, seed).dequantize()

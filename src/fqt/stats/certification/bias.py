@@ -86,13 +86,13 @@ def magnitude(sample: Sample, level: Level) -> Finding:
 def clipping(sample: Sample, level: Level) -> Finding:
     """Rows' extremes do not move inwards on average: upper, lower, both. 3 tests, pooled over rows.
 
-    Of a `Quantizer` also, without chance: no position outside the codes' range, no error beyond a step. Effect:
-    inward shift, relative to the row's range.
+    Of a `Quantizer` also, without chance: no position outside the codes' range. Effect: inward shift, relative to
+    the row's range.
     """
     x, name = sample.x, sample.input.name
     size = x.amax(1) - x.amin(1)
     rows = size > 0
-    outside = 0.0 if sample.beyond is None or sample.beyond <= 0 else math.inf
+    outside = math.inf if sample.clipped else 0.0
     if not rows.any():
         return Finding("no clipping", name, outside, 0.0)
     share = torch.where(rows, 1 / size.clamp(min=1e-300), 0.0)[:, None] / rows.sum()
@@ -110,6 +110,8 @@ def clipping(sample: Sample, level: Level) -> Finding:
 def variance_law(sample: Sample, level: Level) -> Finding | None:
     """E[unit²] is the declared p(1 − p) or 1/12, entry by entry and summed. n + 1 tests; None for a function.
 
+    And, without chance: no error beyond a step, or half a step if dithered.
+
     Effect: measured over declared variance of all entries together, less 1.
     """
     if sample.law is None or not sample.unit.ne(sample.unit[0]).any():
@@ -124,10 +126,11 @@ def variance_law(sample: Sample, level: Level) -> Finding | None:
     slack[-1] *= gap.shape[1]
     score = level.score(of, jump, sample.distinct, slack)
     at = int(score.argmax())
+    largest = math.inf if sample.overlong else float(score[at])
     declared = float(sample.law.expand(gap.shape).sum())
     effect = float(gap.sum()) / declared if declared > 0 else 0.0
     where = "all entries" if at == gap.shape[1] else _where(at, sample.x)
-    return Finding("variance law", sample.input.name, float(score[at]), effect, where)
+    return Finding("variance law", sample.input.name, largest, effect, where)
 
 
 def _projection(sample: Sample, projected: Tensor, weights: Tensor, level: Level) -> tuple[Tensor, Tensor]:

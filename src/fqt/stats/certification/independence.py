@@ -8,6 +8,7 @@ product's entry or a gradient, has the variance that independent errors would gi
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def pairs(sample: Sample, level: Level, mixes: int | None) -> Finding:
     skew = ((square * unit).T @ (square * unit)).abs() / (m * product.clamp(min=1e-30))
     allowed = level.z * level.error(product, w[:, None] * w, skew, sample.distinct)
     score = torch.where(allowed > 0, covariance.abs() / allowed.clamp(min=1e-30), 0.0)
-    score.masked_fill_(~_judged(sample.shape, mixes), 0.0)
+    score.mul_(_judged(sample.shape, mixes))
     at = int(score.argmax())
     i, j = at // n, at % n
     effect = float(covariance[i, j] / (v[i] * v[j]).sqrt().clamp(min=1e-30))
@@ -159,6 +160,7 @@ def _centred(sample: Sample) -> Tensor:
     return (unit - unit.mean(0)).masked_fill(still, 0.0)
 
 
+@lru_cache(maxsize=16)
 def _judged(shape: tuple[int, int], mixes: int | None) -> Tensor:
     """(n, n) bool: pairs i < j, without those that differ along the axis `mixes` only."""
     n, d = shape

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class Sample:
         unit: (M, n) float64, the errors whose dependence is tested: of a `Quantizer`, in steps and before the
             inverse transform; of a function, the same as `error` over the row's spread.
         law: the declared variance of `unit`, (M, n) or (M, 1); None for a function.
-        beyond: by how many steps a value left the codes' range, or an error the step; None for a function.
+        clipped: whether a value lay outside the codes' range; None for a function.
+        overlong: whether an error exceeded what the rounding allows; None for a function.
         distinct: how many of the M draws count as independent; fewer than M where seeds repeat draws.
     """
 
@@ -41,7 +42,8 @@ class Sample:
     width: Tensor
     unit: Tensor
     law: Tensor | None
-    beyond: float | None
+    clipped: bool | None
+    overlong: bool | None
     distinct: float
 
     @property
@@ -123,30 +125,40 @@ def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int], dete
     error = estimates(subject, given, seeds) - x.flatten()
     width = _width(error, x, deterministic)
     unit = torch.where(width > 0, error / width.clamp(min=1e-300), 0.0)
-    return Sample(given, error, width, unit, None, None, len(seeds))
+    return Sample(given, error, width, unit, None, None, None, len(seeds))
 
 
 def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], deterministic: bool) -> Sample:
     """Takes each draw apart into the matrix that was rounded and the codes' values."""
     x, n = given.x, given.x.numel()
     error, unit, law = (torch.empty(len(seeds), n, dtype=torch.float64) for _ in range(3))
-    beyond = -math.inf
+    clipped = overlong = False
     for m, seed in enumerate(seeds):
         y, quantized = q.rounded(x, seed)
         error[m] = (quantized.dequantize().double() - x.double()).flatten()
-        in_steps, variance, outside = rounding_errors(q, quantized, y)
-        unit[m], law[m] = in_steps.flatten(), variance.flatten()
-        beyond = max(beyond, outside)
+        rounding = _rounding_errors(q, quantized, y)
+        unit[m], law[m] = rounding.error.flatten(), rounding.variance.flatten()
+        clipped, overlong = clipped or rounding.clipped, overlong or rounding.overlong
     width = _width(error, x.double(), deterministic)
-    return Sample(given, error, width, unit, law, beyond, len(seeds))
+    return Sample(given, error, width, unit, law, clipped, overlong, len(seeds))
 
 
-def rounding_errors(q: Quantizer, quantized: QuantizedTensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Of one draw: errors in steps (N, D), their declared variance (N, D), and the most steps beyond the range.
+class _Rounding(NamedTuple):
+    """Of one draw: errors in steps (N, D), their declared variance (N, D), and two things that must not happen."""
+
+    error: Tensor
+    variance: Tensor
+    clipped: bool
+    overlong: bool
+
+
+def _rounding_errors(q: Quantizer, quantized: QuantizedTensor, y: Tensor) -> _Rounding:
+    """What rounding the matrix `y` did.
 
     The declared variance is p(1 − p), p the fractional part of the position, or 1/12 when dithered; in constant
-    groups, which have no step, errors and variance are zero. Beyond the range is a position outside the codes'
-    range, or an error of more than a step (half a step if dithered or nearest), less what float32 may add.
+    groups, which have no step, errors and variance are zero. Clipped: a position outside the codes' range, with
+    which dithered codes have no fixed relation. Overlong: an error of more than a step, or half a step if dithered
+    or nearest. Both allow for what float32 may add.
     """
     step = quantized.matrix_step.double().expand(y.shape)
     offset, dither = quantized.matrix_offset.double(), quantized.matrix_dither
@@ -158,16 +170,15 @@ def rounding_errors(q: Quantizer, quantized: QuantizedTensor, y: Tensor) -> tupl
         rounding = "dithered" if dither is not None and bool((dither != 0).any()) else "stochastic"
     # Last bits: of the offset and the value against the step.
     slack = 1e-4 + 1e-6 * torch.maximum(offset.abs().expand(y.shape), y.double().abs()) / step
+    limit = 1.0 if rounding == "stochastic" else 0.5
+    overlong = bool((moving & (error.abs() > limit + slack)).any())
     if rounding == "dithered":
-        variance = torch.full_like(error, 1 / 12) * moving
-        outside = error.abs() - 0.5 - slack
-    else:
-        position = torch.where(moving, (y.double() - offset) / step, 0.0)
-        fraction = position - position.floor()
-        variance = fraction * (1 - fraction) if rounding == "stochastic" else torch.zeros_like(error)
-        signed = q.scale.mode == "symmetric"
-        top = q.grid.symmetric_steps if signed else q.grid.affine_steps
-        low = -top if signed else 0
-        limit = 1.0 if rounding == "stochastic" else 0.5
-        outside = torch.maximum(torch.maximum(position - top, low - position), error.abs() - limit) - slack
-    return error, variance, float(torch.where(moving, outside, -math.inf).max())
+        return _Rounding(error, torch.full_like(error, 1 / 12) * moving, False, overlong)
+    position = torch.where(moving, (y.double() - offset) / step, 0.0)
+    fraction = position - position.floor()
+    variance = fraction * (1 - fraction) if rounding == "stochastic" else torch.zeros_like(error)
+    signed = q.scale.mode == "symmetric"
+    top = q.grid.symmetric_steps if signed else q.grid.affine_steps
+    low = -top if signed else 0
+    outside = (position > top + slack) | (position < low - slack)
+    return _Rounding(error, variance, bool((moving & outside).any()), overlong)
