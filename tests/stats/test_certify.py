@@ -95,7 +95,7 @@ PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str, str]] =
 def test_a_quantizer_with_a_planted_defect_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant, quantizer, verdict, test = PLANTED[name]
     mutant(monkeypatch)
-    certificate = fqt.certify(quantizer, draws=128)
+    certificate = fqt.certify(quantizer, draws=64)
     assert certificate.verdict == verdict, str(certificate)
     assert test in {f.test for found in certificate.convicted.values() for f in found}
 
@@ -112,7 +112,7 @@ def test_the_declared_variance_is_checked(monkeypatch: pytest.MonkeyPatch) -> No
         mutants._rounding(rule)(patch)
 
     wide(monkeypatch)
-    found = fqt.certify("psq4", draws=128).convicted
+    found = fqt.certify("psq4", draws=64).convicted
     assert "variance law" in {f.test for f in found["gaussian"]}
 
 
@@ -195,8 +195,8 @@ def test_what_mixes_is_reported_and_not_judged() -> None:
     def mixed(x: Tensor, seed: int) -> Tensor:
         return q.quantize(x, seed).dequantize()
 
-    assert fqt.certify(mixed, draws=128).verdict == "exact"
-    certificate = fqt.certify(mixed, draws=128, mixes=None)
+    assert fqt.certify(mixed, draws=64).verdict == "exact"
+    certificate = fqt.certify(mixed, draws=64, mixes=None)
     assert certificate.verdict == "dependent"
     assert any(f.test == "sums of errors" for f in certificate.convicted["one large row"])
 

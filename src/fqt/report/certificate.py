@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -16,9 +17,10 @@ _STYLES = {"pass": "green", "FAIL": "bold red", "reported": "dim"}
 
 def certificate_table(certificate: Certificate) -> Group:
     """The table and the lines below it, for a `rich.console.Console`."""
-    table = Table(title=f"certificate of {certificate.subject}", title_justify="left")
+    table = Table(title=f"certificate of {certificate.subject}", title_justify="left", box=SIMPLE_HEAD)
     for name in HEADER:
-        table.add_column(name, justify="right" if name in ("score", "effect") else "left")
+        number = name in ("score", "effect")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number or name in ("test", "outcome"))
     for row in certificate.rows():
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     head, *rest = certificate.summary()

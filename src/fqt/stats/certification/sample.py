@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.quant import QuantizedTensor, Quantizer
+from fqt.quant import Quantizer
 from fqt.stats.certification.inputs import Input
 
 Function = Callable[[Tensor, int], Tensor]
@@ -130,21 +130,31 @@ def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int], dete
 
 def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], deterministic: bool) -> Sample:
     """Takes each draw apart into the matrix that was rounded and the codes' values."""
-    x, n = given.x, given.x.numel()
-    error, unit, law = (torch.empty(len(seeds), n, dtype=torch.float64) for _ in range(3))
-    clipped = overlong = False
-    for m, seed in enumerate(seeds):
-        y, quantized = q.rounded(x, seed)
-        error[m] = (quantized.dequantize().double() - x.double()).flatten()
-        rounding = _rounding_errors(q, quantized, y)
-        unit[m], law[m] = rounding.error.flatten(), rounding.variance.flatten()
-        clipped, overlong = clipped or rounding.clipped, overlong or rounding.overlong
-    width = _width(error, x.double(), deterministic)
-    return Sample(given, error, width, unit, law, clipped, overlong, len(seeds))
+    x, m = given.x, len(seeds)
+    estimate, y, decoded, step, offset = torch.empty(5, m, *x.shape, dtype=torch.float64)
+    dithered = torch.empty(m, 1, 1, dtype=torch.bool)
+    for i, seed in enumerate(seeds):
+        y[i], quantized = q.rounded(x, seed)
+        estimate[i], decoded[i] = quantized.dequantize(), quantized.decode()
+        step[i], offset[i] = quantized.matrix_step, quantized.matrix_offset
+        # "best" has zeros for dither where it took the stochastic candidate.
+        dithered[i] = quantized.matrix_dither is not None and bool(quantized.matrix_dither.any())
+    rounding = _rounding_errors(q, y, decoded, step, offset, dithered)
+    error = (estimate - x.double()).flatten(1)
+    return Sample(
+        given,
+        error,
+        _width(error, x.double(), deterministic),
+        rounding.error.flatten(1),
+        rounding.variance.flatten(1),
+        rounding.clipped,
+        rounding.overlong,
+        m,
+    )
 
 
 class _Rounding(NamedTuple):
-    """Of one draw: errors in steps (N, D), their declared variance (N, D), and two things that must not happen."""
+    """Errors in steps and their declared variance, (M, N, D), and two things that must not happen."""
 
     error: Tensor
     variance: Tensor
@@ -152,33 +162,28 @@ class _Rounding(NamedTuple):
     overlong: bool
 
 
-def _rounding_errors(q: Quantizer, quantized: QuantizedTensor, y: Tensor) -> _Rounding:
-    """What rounding the matrix `y` did.
+def _rounding_errors(
+    q: Quantizer, y: Tensor, decoded: Tensor, step: Tensor, offset: Tensor, dithered: Tensor
+) -> _Rounding:
+    """What rounding `y` to `decoded` did; all (M, N, D), `dithered` (M, 1, 1).
 
     The declared variance is p(1 − p), p the fractional part of the position, or 1/12 when dithered; in constant
-    groups, which have no step, errors and variance are zero. Clipped: a position outside the codes' range, with
-    which dithered codes have no fixed relation. Overlong: an error of more than a step, or half a step if dithered
-    or nearest. Both allow for what float32 may add.
+    groups, which have no step, errors and variance are zero. Clipped: a position outside the codes' range (dither,
+    which is part of the offset, hides the position: there the error's length must tell). Overlong: an error of
+    more than a step, or half a step if dithered or nearest. Both allow for what float32 may add.
     """
-    step = quantized.matrix_step.double().expand(y.shape)
-    offset, dither = quantized.matrix_offset.double(), quantized.matrix_dither
     moving = step > 0
     step = torch.where(moving, step, 1.0)
-    error = torch.where(moving, (quantized.decode().double() - y.double()) / step, 0.0)
-    rounding = q.rounding
-    if rounding == "best":  # without dither it took the stochastic candidate
-        rounding = "dithered" if dither is not None and bool((dither != 0).any()) else "stochastic"
+    error = torch.where(moving, (decoded - y) / step, 0.0)
     # Last bits: of the offset and the value against the step.
-    slack = 1e-4 + 1e-6 * torch.maximum(offset.abs().expand(y.shape), y.double().abs()) / step
-    limit = 1.0 if rounding == "stochastic" else 0.5
-    overlong = bool((moving & (error.abs() > limit + slack)).any())
-    if rounding == "dithered":
-        return _Rounding(error, torch.full_like(error, 1 / 12) * moving, False, overlong)
-    position = torch.where(moving, (y.double() - offset) / step, 0.0)
+    slack = 1e-4 + 1e-6 * torch.maximum(offset.abs(), y.abs()) / step
+    limit = torch.where(dithered, 0.5, 0.5 if q.rounding == "nearest" else 1.0)
+    overlong = moving & (error.abs() > limit + slack)
+    position = (y - offset) / step
     fraction = position - position.floor()
-    variance = fraction * (1 - fraction) if rounding == "stochastic" else torch.zeros_like(error)
+    variance = torch.where(dithered, 1 / 12, fraction * (1 - fraction)) * moving
     signed = q.scale.mode == "symmetric"
     top = q.grid.symmetric_steps if signed else q.grid.affine_steps
     low = -top if signed else 0
-    outside = (position > top + slack) | (position < low - slack)
-    return _Rounding(error, variance, bool((moving & outside).any()), overlong)
+    outside = moving & ~dithered & ((position > top + slack) | (position < low - slack))
+    return _Rounding(error, variance, bool(outside.any()), bool(overlong.any()))
