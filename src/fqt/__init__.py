@@ -10,7 +10,9 @@ from fqt.nn import restore_ as restore_
 from fqt.quant import QuantizedTensor as QuantizedTensor
 from fqt.quant import Quantizer as Quantizer
 from fqt.quant import quantizer as quantizer
+from fqt.stats import Certificate as Certificate
 from fqt.stats import Monitor as Monitor
+from fqt.stats import certify as certify
 from fqt.stats import diagnose as diagnose
 from fqt.stats import plan as plan
 

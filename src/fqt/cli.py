@@ -1,11 +1,12 @@
 """The command line: wires the rooms together and turns errors into one line and an exit status.
 
-Exit status: 0 done; 1 the training diverged, or a bench found a wrong result; 2 bad input, or a record that could
-not be written; 130 interrupted with the state saved.
+Exit status: 0 done; 1 the training diverged, a bench found a wrong result, or a certificate's verdict is not
+"exact"; 2 bad input, or a record that could not be written; 130 interrupted with the state saved.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +15,14 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import Progress, TextColumn
 
 import fqt
 from fqt import bench
 from fqt.errors import FqtError
 from fqt.records import environment, read_json, write_bytes, write_json
 from fqt.report import (
+    certificate_table,
     comparison_figure,
     diagnosis_tables,
     markdown,
@@ -321,6 +324,45 @@ def _task_model(config: TrainConfig) -> Any:
     if config.task not in TASKS:
         raise FqtError(f"unknown task {config.task!r}; known: {', '.join(TASKS)}")
     return make_model(config, load_task(config, pick_device("cpu")), config.recipe)
+
+
+@cli.command("certify")
+@click.argument("subject")
+@click.option("--draws", default=1024, show_default=True, help="Estimates per input.")
+@click.option("--rate", default=1e-3, show_default=True, help="False alarms at most, over all tests.")
+@click.option("--seed", default=0, show_default=True, help="What inputs and noise derive from.")
+@click.option(
+    "--mixes",
+    default="rows",
+    show_default=True,
+    help="Of a function: the axis it may mix: rows, features or none. Correlation there is not judged.",
+)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the certificate to this file, too.")
+def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str, file: Path | None) -> int:
+    """Test whether SUBJECT is an unbiased estimate with independent noise, on inputs chosen to break it.
+
+    SUBJECT is a quantizer's name such as bhq4, or package.module:function for any f(x, seed) → x̂. Ends with
+    status 0 if the verdict is "exact", otherwise 1.
+    """
+    axes = {"rows": 0, "features": 1, "none": None}
+    if mixes not in axes:
+        raise FqtError(f"--mixes must be rows, features or none, not {mixes!r}")
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[input]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("certify", total=None, input="")
+        certificate = fqt.certify(
+            subject,
+            draws=draws,
+            rate=rate,
+            seed=seed,
+            mixes=axes[mixes],
+            progress=lambda name, done, total: bars.update(task, completed=done, total=total, input=name),
+        )
+    if file is not None:
+        write_bytes(file, (json.dumps(certificate.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+    Console().print(certificate_table(certificate))
+    return 0 if certificate.exact else 1
 
 
 if __name__ == "__main__":

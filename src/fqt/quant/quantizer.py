@@ -82,6 +82,22 @@ class Quantizer:
         Raises:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
+        return self.rounded(x, seed, axis=axis, nonfinite=nonfinite, factor=factor)[1]
+
+    def rounded(
+        self,
+        x: Tensor,
+        seed: int | Tensor | None = None,
+        *,
+        axis: int | tuple[int, ...] = 0,
+        nonfinite: str = "raise",
+        factor: Tensor | None = None,
+    ) -> tuple[Tensor, QuantizedTensor]:
+        """`quantize`, and the matrix that it rounds: rows less their offset and mixed, or x as it is.
+
+        `QuantizedTensor.decode` is an estimate of that matrix whose errors are independent; undoing a transform
+        correlates rows. Arguments and errors are those of `quantize`; the matrix lacks the factor.
+        """
         matrix, view, factor = self._matrix(x, axis, factor)
         if nonfinite not in ("raise", "propagate"):
             raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
@@ -90,7 +106,8 @@ class Quantizer:
         key = self._key(seed, x.device)
         y, factor, mixing, plan = self._plan(matrix, factor, view.transposed, key)
         codes = plan.encode(_Entries(y, factor, view.transposed), key)
-        return QuantizedTensor(view, x.dtype, codes, *plan.decoding(y.shape, view.transposed, key), mixing)
+        decoding = plan.decoding(y.shape, view.transposed, key)
+        return y, QuantizedTensor(view, x.dtype, codes, *decoding, mixing)
 
     def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.

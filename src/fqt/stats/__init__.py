@@ -3,6 +3,7 @@
 Every quantity here is an estimator; its docstring says of what, with what bias and what standard error.
 """
 
+from fqt.stats.certification import Certificate, certify
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis, Noise, diagnose
 from fqt.stats.gradient import GradientVariance, quantization_variance, sampling_variance
@@ -15,6 +16,7 @@ from fqt.stats.seeds import derive_seed
 from fqt.stats.spread import Estimate
 
 __all__ = [
+    "Certificate",
     "Decomposition",
     "Diagnosis",
     "Estimate",
@@ -24,6 +26,7 @@ __all__ = [
     "Noise",
     "Operand",
     "Plan",
+    "certify",
     "derive_seed",
     "diagnose",
     "diagnosis_from",

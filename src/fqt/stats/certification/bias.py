@@ -1,0 +1,158 @@
+"""Tests of the mean, of clipping, and of the declared variance, on one sample.
+
+Each returns one `Finding`: the largest score of its tests (above 1 rejects) and the effect where it is largest.
+The number of tests of each kind over all inputs is known before any draw is made, so that Bonferroni's correction
+is exact bookkeeping and nothing is chosen after looking.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fqt.stats.certification.certificate import Finding
+from fqt.stats.certification.sample import Sample
+from fqt.stats.certification.statistic import Level, moments
+
+BATCHES = 64
+
+
+def entry_mean(sample: Sample, level: Level) -> Finding:
+    """E[error] = 0, entry by entry. n tests. Effect: the largest significant |bias|, in spreads of its row."""
+    of = moments(sample.error)
+    score = level.score(of, sample.width, sample.distinct, sample.slack)
+    at = int(score.argmax())
+    effect = float(of.mean[at].abs() / _unit(sample)[at]) if score[at] > 0 else 0.0
+    return Finding("mean, each entry", sample.input.name, float(score[at]), effect, _where(at, sample.x))
+
+
+def row_mean(sample: Sample, level: Level) -> Finding:
+    """Σ_j w_j E[error_rj] = 0 for w = 1 and w = x_r less its mean: common offset and shrinkage. 2N tests.
+
+    Effect: bias per entry, in spreads of its row.
+    """
+    x = sample.x
+    centred = x - x.mean(1, keepdim=True)
+    centred = centred / centred.abs().amax(1, keepdim=True).clamp(min=1e-300)
+    weights = torch.stack([torch.ones_like(x), centred])  # (2, N, D)
+    error = sample.error.view(-1, 1, *x.shape)
+    projected = (error * weights).sum(3).flatten(1)  # (M, 2N)
+    score, mean = _projection(sample, projected, weights, level)
+    at = int(score.argmax())
+    unit = (weights.abs() * _unit(sample).view(x.shape)).sum(2).flatten()
+    effect = float(mean[at].abs() / unit[at]) if score[at] > 0 else 0.0
+    return Finding("mean, each row", sample.input.name, float(score[at]), effect, f"row {at % len(x)}")
+
+
+def squared_bias(sample: Sample, level: Level) -> Finding:
+    """‖E[error]‖² = 0, rows scaled to equal noise: sees a small bias of any pattern in many entries. 1 test.
+
+    Estimated without bias by products of different batches' mean errors. Studentised, its law is at worst (one
+    direction carries all the noise) (χ²₁ − 1)/√2, which sets the threshold. Not run where seeds repeat draws:
+    batches are not independent then. Effect: bias over noise, both as root mean squares.
+    """
+    name, x = sample.input.name, sample.x
+    m = len(sample.error) // BATCHES * BATCHES
+    if sample.distinct < len(sample.error):
+        return Finding("mean, all entries", name, 0.0, 0.0)
+    noise = sample.error.var(0).view(x.shape).mean(1).sqrt()  # (N,)
+    weight = torch.where(noise > 0, 1 / noise.clamp(min=1e-300), 0.0).repeat_interleave(x.shape[1])
+    means = sample.error[:m].view(BATCHES, m // BATCHES, -1).mean(1) * weight
+    gram = (means @ means.T)[~torch.eye(BATCHES, dtype=torch.bool)]
+    scale = float(gram.square().mean().sqrt()) * math.sqrt(2 / len(gram))
+    slack = float((sample.slack * weight).square().sum())
+    threshold = (level.z**2 - 1) / math.sqrt(2) * scale
+    excess = float(gram.mean()) - slack
+    score = excess / threshold if excess > 0 else 0.0
+    active = max(int((weight > 0).sum()), 1)
+    return Finding("mean, all entries", name, score, math.sqrt(max(float(gram.mean()), 0.0) / active))
+
+
+def magnitude(sample: Sample, level: Level) -> Finding:
+    """⟨E[estimate], x⟩/‖x‖² = 1: what a gradient step along x keeps of its length. 1 test. Effect: less 1."""
+    x = sample.x
+    energy = (x / x.abs().max().clamp(min=1e-300)).square().sum()
+    if energy == 0:
+        return Finding("magnitude", sample.input.name, 0.0, 0.0)
+    # In units of the largest entry, so that squares of denormals do not vanish.
+    weights = (x / x.abs().max() / (energy * x.abs().max())).unsqueeze(0)
+    projected = (sample.error * weights.flatten()).sum(1, keepdim=True)
+    score, mean = _projection(sample, projected, weights, level)
+    return Finding("magnitude", sample.input.name, float(score[0]), float(mean[0]))
+
+
+def clipping(sample: Sample, level: Level) -> Finding:
+    """Rows' extremes do not move inwards on average: upper, lower, both. 3 tests, pooled over rows.
+
+    Of a `Quantizer` also, without chance: no position outside the codes' range. Effect: inward shift, relative to
+    the row's range.
+    """
+    x, name = sample.x, sample.input.name
+    size = x.amax(1) - x.amin(1)
+    rows = size > 0
+    outside = math.inf if sample.clipped else 0.0
+    if not rows.any():
+        return Finding("no clipping", name, outside, 0.0)
+    share = torch.where(rows, 1 / size.clamp(min=1e-300), 0.0)[:, None] / rows.sum()
+    upper = torch.zeros_like(x).scatter_(1, x.argmax(1, keepdim=True), 1.0) * share
+    lower = -torch.zeros_like(x).scatter_(1, x.argmin(1, keepdim=True), 1.0) * share
+    weights = torch.stack([upper, lower, (upper + lower) / 2])
+    projected = sample.error @ weights.flatten(1).T
+    score, mean = _projection(sample, projected, weights, level)
+    score = torch.where(mean < 0, score, 0.0)  # outwards is not clipping
+    at = int(score.argmax())
+    where = ("upper end", "lower end", "both ends")[at]
+    return Finding("no clipping", name, max(float(score[at]), outside), max(-float(mean[at]), 0.0), where)
+
+
+def variance_law(sample: Sample, level: Level) -> Finding | None:
+    """E[unit²] is the declared p(1 − p) or 1/12, entry by entry and summed. n + 1 tests; None for a function.
+
+    And, without chance: no error beyond a step, or half a step if dithered.
+
+    Effect: measured over declared variance of all entries together, less 1.
+    """
+    if sample.law is None or not sample.unit.ne(sample.unit[0]).any():
+        return None  # no grid is known; or nothing is drawn, which the mean judges
+    gap = sample.unit.square() - sample.law
+    total = gap.sum(1, keepdim=True)
+    of = moments(torch.cat([gap, total], 1))
+    jump = of.jump.clone()
+    jump[:-1] = 1.0  # an entry's squared error may move by a step²
+    # A few last bits of the position in steps: float32, of at most 255 steps.
+    slack = torch.full_like(jump, 1e-4)
+    slack[-1] *= gap.shape[1]
+    score = level.score(of, jump, sample.distinct, slack)
+    at = int(score.argmax())
+    largest = math.inf if sample.overlong else float(score[at])
+    declared = float(sample.law.expand(gap.shape).sum())
+    effect = float(gap.sum()) / declared if declared > 0 else 0.0
+    where = "all entries" if at == gap.shape[1] else _where(at, sample.x)
+    return Finding("variance law", sample.input.name, largest, effect, where)
+
+
+def _projection(sample: Sample, projected: Tensor, weights: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """Scores and means of projections (M, k) of the errors.
+
+    A projection moves by at most one entry's movement at a time where errors are independent; where they are not,
+    its own fourth moment says by how much. `weights` has k·n entries, or 2·n of rows projected one by one.
+    """
+    k = projected.shape[1]
+    weights = weights.abs().reshape(k, -1)
+    repeats = weights.numel() // sample.width.numel()
+    widths, slacks = (v.repeat(repeats).view(weights.shape) for v in (sample.width, sample.slack))
+    of = moments(projected)
+    jump = torch.maximum(of.jump, (weights * widths).amax(1))
+    return level.score(of, jump, sample.distinct, (weights * slacks).sum(1)), of.mean
+
+
+def _unit(sample: Sample) -> Tensor:
+    """The width of errors; the row's largest value where nothing moves."""
+    largest = sample.x.abs().amax(1).repeat_interleave(sample.shape[1])
+    return torch.where(sample.width > 0, sample.width, largest)
+
+
+def _where(index: int, x: Tensor) -> str:
+    return f"entry ({index // x.shape[1]}, {index % x.shape[1]})"

@@ -1,0 +1,252 @@
+"""Certification: draws on every input, all tests, one verdict."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from fqt.errors import FqtError
+from fqt.quant import Quantizer, quantizer, quantizer_name
+from fqt.stats.certification import bias, independence
+from fqt.stats.certification.certificate import Certificate, Finding, Power, verdict
+from fqt.stats.certification.inputs import COLUMNS, Input, adversarial_inputs
+from fqt.stats.certification.sample import Function, Refused, Sample, draw
+from fqt.stats.certification.statistic import Level
+from fqt.stats.seeds import derive_seed
+
+DRAWS = 1024
+RATE = 1e-3
+_KINDS = 10  # kinds of tests that share the false-alarm rate equally
+_DENSE = COLUMNS / 4
+_SEEDS = 2**31
+
+Progress = Callable[[str, int, int], None]
+
+
+def certify(
+    subject: Quantizer | str | Function,
+    *,
+    draws: int = DRAWS,
+    rate: float = RATE,
+    seed: int = 0,
+    mixes: int | None = 0,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Tests whether an estimate of x is unbiased, and its noise independent, on inputs chosen to break it.
+
+    Every test is of a mean of independent draws, at a level that Bonferroni's correction takes from `rate`; see
+    docs/certify.md for the list, and `Power` for what is found. Nothing is random but the draws: the same
+    arguments give the same certificate.
+
+    Args:
+        subject: a `Quantizer`, a quantizer's name, "package.module:function", or any f(x, seed) → x̂ with x an
+            (N, D) float32 tensor on the CPU, seed an int below 2³¹, x̂ a float tensor of x's shape. torch's global
+            generator may be used and seeded by f; it is left as it was.
+        draws: estimates per input, 64 or more.
+        rate: probability at most, of convicting an exact quantizer, over all tests and inputs.
+        seed: what the inputs and the seeds of the draws derive from; below 2³¹ − draws.
+        mixes: of a function: the axis along which it may mix entries, so that errors there are rightly
+            correlated: 0 (a transform over rows; the default), 1 (over features) or None (none). Correlation
+            along it is reported and not judged. A `Quantizer` is judged before its transform is undone.
+        progress: called with (input's name, inputs done, inputs in all).
+
+    Raises:
+        FqtError: the subject cannot be found or called; it fails on plain Gaussian data; it returns what is no
+            estimate of x; or an option is out of range.
+    """
+    _check(draws, rate, seed, mixes)
+    name, target = _resolve(subject)
+    with torch.random.fork_rng(devices=[]):
+        return _certify(name, target, draws, rate, seed, mixes, progress or (lambda *_: None))
+
+
+def _certify(
+    name: str, target: Quantizer | Function, draws: int, rate: float, seed: int, mixes: int | None, tell: Progress
+) -> Certificate:
+    inputs = adversarial_inputs(seed)
+    levels = _levels(inputs, rate, isinstance(target, Quantizer))
+    axis = None if isinstance(target, Quantizer) else mixes
+    findings, notes, deterministic = _between_seeds(target, inputs[0], range(seed, seed + draws), levels)
+    spread_seeds, distinct = _spread_seeds(seed, draws), float(draws)
+    tested: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for done, given in enumerate(inputs):
+        tell(given.name, done, len(inputs))
+        try:
+            sample = draw(target, given, spread_seeds, deterministic)
+        except Refused as reason:
+            refused[given.name] = str(reason)
+            continue
+        tested[given.name] = given.carriers
+        if done == 0:
+            found, distinct = independence.repeats(sample, levels["repeats"])
+            findings.append(found)
+        findings += _judge(replace(sample, distinct=distinct), levels, axis)
+    if distinct < 0.5 * draws:
+        notes.append(f"seeds repeat draws: bias is tested with the force of {distinct:.0f} draws only")
+    tell("", len(inputs), len(inputs))
+    if refused:
+        text = " ".join(next(iter(refused.values())).split())[:120]
+        notes.append(f"not tested, the function raised, on: {', '.join(refused)} ({text})")
+    result = verdict(findings, tested, _DENSE)
+    notes += _more_notes(target, findings, result, mixes)
+    power = Power(
+        entry=smallest_bias(levels["entry"], draws, variance=1 / 4, jump=1.0),
+        row=smallest_bias(levels["row"], draws, *row_noise(COLUMNS)),
+    )
+    return Certificate(name, result, rate, draws, seed, tuple(findings), tuple(notes), power)
+
+
+def smallest_bias(level: Level, draws: int, variance: float, jump: float, slack: float = 1e-4) -> float:
+    """The bias of a mean of `draws` that scores above 1 with probability 0.99, by the normal approximation."""
+    error = level.error(torch.tensor(variance, dtype=torch.float64), jump, 0.0, draws)
+    return slack + float(level.z * error) + 2.3263 * math.sqrt(variance / draws)
+
+
+def row_noise(columns: int) -> tuple[float, float]:
+    """Variance, and typical jump, of the mean of `columns` stochastic errors: near Gaussian, 1/6 each."""
+    variance = 1 / (6 * columns)
+    return variance, math.sqrt(3 * variance)
+
+
+def _levels(inputs: Sequence[Input], rate: float, of_quantizer: bool) -> dict[str, Level]:
+    """Each kind's share of the rate and number of tests, counted before anything is drawn."""
+    entries = sum(i.x.numel() for i in inputs)
+    rows, columns = (sum(i.x.shape[axis] for i in inputs) for axis in (0, 1))
+    counts = {
+        "entry": entries,
+        "row": 2 * rows,
+        "all": len(inputs),
+        "magnitude": len(inputs),
+        "clipping": 3 * len(inputs),
+        "law": entries + len(inputs) if of_quantizer else 0,
+        "pairs": sum(i.x.numel() * (i.x.numel() - 1) // 2 for i in inputs),
+        "sums": rows + columns + len(inputs),
+        "seeds": len(independence.LAGS) * len(independence.SHIFTS),
+        "repeats": 2,
+    }
+    assert len(counts) == _KINDS
+    return {kind: Level(rate / _KINDS, max(count, 1)) for kind, count in counts.items()}
+
+
+def _judge(sample: Sample, levels: dict[str, Level], mixes: int | None) -> list[Finding]:
+    """All tests of one input."""
+    name = sample.input.name
+    if not torch.isfinite(sample.error).all():
+        share = float((~torch.isfinite(sample.error)).double().mean())
+        return [Finding("finite", name, math.inf, share, "NaN or Inf in the estimate")]
+    found = [
+        Finding("finite", name, 0.0, 0.0),
+        bias.entry_mean(sample, levels["entry"]),
+        bias.row_mean(sample, levels["row"]),
+        bias.squared_bias(sample, levels["all"]),
+        bias.magnitude(sample, levels["magnitude"]),
+        bias.clipping(sample, levels["clipping"]),
+        independence.pairs(sample, levels["pairs"], mixes),
+        *independence.sums(sample, levels["sums"], mixes),
+        independence.energy_spread(sample),
+    ]
+    law = bias.variance_law(sample, levels["law"])
+    return found if law is None else [*found, law]
+
+
+def _between_seeds(
+    target: Quantizer | Function, given: Input, seeds: range, levels: dict[str, Level]
+) -> tuple[list[Finding], list[str], bool]:
+    """On plain data, with consecutive seeds as a user would: are draws new, unrelated, and of one kind?
+
+    Returns:
+        Findings, notes, and whether nothing is drawn at all.
+    """
+    try:
+        sample = draw(target, given, seeds)
+        again = draw(target, given, seeds[:1])
+    except Refused as reason:
+        shape, why = tuple(given.x.shape), " ".join(str(reason).split())
+        raise FqtError(f"f(x, seed) failed on a plain {shape} float32 tensor: {why}") from reason
+    if not torch.isfinite(sample.error).all():
+        raise FqtError("f(x, seed) returned NaN or Inf for plain Gaussian data: there is nothing to certify")
+    repeated, distinct = independence.repeats(sample, levels["repeats"])
+    sample = replace(sample, distinct=distinct)
+    findings = [
+        repeated,
+        independence.seeds(sample, levels["seeds"]),
+        independence.odd_draw(sample, seeds[0]),
+    ]
+    if bool((sample.error == sample.error[0]).all()):
+        return findings, ["deterministic: every seed gives the same estimate"], True
+    if not torch.equal(again.error[0], sample.error[0]):
+        return findings, ["not repeatable: the same seed gives another estimate each time"], False
+    return findings, [], False
+
+
+def _spread_seeds(seed: int, draws: int) -> list[int]:
+    """Seeds below 2³¹ without pattern, so that a relation between neighbours does not pass for a bias."""
+    g = torch.Generator().manual_seed(derive_seed(seed, "certify"))
+    return [int(s) for s in torch.randint(0, _SEEDS, (draws,), generator=g)]
+
+
+def _more_notes(
+    target: Quantizer | Function, findings: Sequence[Finding], result: str, mixes: int | None
+) -> list[str]:
+    notes = []
+    if isinstance(target, Quantizer) and target.rounding in ("dithered", "best"):
+        widest = max((f for f in findings if f.test == "spread of ‖error‖²"), key=lambda f: f.effect)
+        which = "dithered" if target.rounding == "dithered" else "dithered (where 'best' takes it)"
+        notes.append(
+            f"{which} errors are independent in threes, not jointly: linear functionals vary as with independent "
+            f"errors, ‖error‖² up to {widest.effect:.1f} times as much (variance, on {widest.input})"
+        )
+    if not isinstance(target, Quantizer) and mixes is not None:
+        axis = ("rows", "features")[mixes]
+        notes.append(f"correlation across {axis} is reported, not judged: mixes={mixes}")
+    if result == "asymptotic":
+        notes.append("biased only where few entries carry a row's energy; no bias was found on dense inputs")
+    return notes
+
+
+def _check(draws: int, rate: float, seed: int, mixes: int | None) -> None:
+    if type(draws) is not int or draws < 64:
+        raise FqtError(f"draws must be an integer of at least 64, not {draws!r}")
+    if not isinstance(rate, float) or not 0 < rate < 0.5:
+        raise FqtError(f"the false-alarm rate must lie between 0 and 0.5, not {rate!r}")
+    if type(seed) is not int or not 0 <= seed < _SEEDS - draws:
+        raise FqtError(f"the seed must be an integer from 0 up to 2³¹ less the draws, not {seed!r}")
+    if mixes not in (0, 1, None) or isinstance(mixes, bool):
+        raise FqtError(f"mixes must be 0 (rows), 1 (features) or None, not {mixes!r}")
+
+
+def _resolve(subject: object) -> tuple[str, Quantizer | Function]:
+    """The subject's name, and the `Quantizer` or function it stands for."""
+    if isinstance(subject, Quantizer):
+        return quantizer_name(subject) or str(subject), subject
+    if isinstance(subject, str):
+        return subject, load_function(subject) if ":" in subject else quantizer(subject)
+    if isinstance(subject, type) or not callable(subject):
+        raise FqtError(f"cannot certify {subject!r}: give a quantizer, its name, or a function f(x, seed)")
+    return getattr(subject, "__qualname__", type(subject).__name__), subject
+
+
+def load_function(path: str) -> Function:
+    """The function that "package.module:function" names.
+
+    Raises:
+        FqtError: it cannot be imported, or is none.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: object = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # a module may raise anything while it is imported
+        raise FqtError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from error
+    if isinstance(found, Quantizer):
+        q = found
+        return lambda x, seed: q.quantize(x, seed).dequantize()
+    if isinstance(found, type) or not callable(found):
+        raise FqtError(f"{path}: is not a function f(x, seed)")
+    return found

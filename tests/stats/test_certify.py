@@ -1,0 +1,299 @@
+"""Certificates: sound estimates pass, each defect gets the verdict that fits it, and the arithmetic is right.
+
+Seeds are fixed. A certificate convicts a sound estimate with probability at most 1e-3, whatever its draws.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+import fqt
+from fqt.errors import FqtError
+from fqt.kernels import native, ops, reference
+from fqt.stats.certification.bias import row_mean
+from fqt.stats.certification.inputs import Input, adversarial_inputs
+from fqt.stats.certification.run import _levels, row_noise, smallest_bias
+from fqt.stats.certification.sample import Sample
+from fqt.stats.certification.statistic import Level, Moments
+from tests.quant import mutants
+
+from .defects import DEFECTS, SOUND, Case, row_stochastic, stochastic, uniform
+
+CASES = {**DEFECTS, **SOUND}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_defect_gets_its_verdict_and_sound_estimates_pass(name: str) -> None:
+    case: Case = CASES[name]
+    certificate = fqt.certify(case.function, draws=case.draws, mixes=case.mixes)
+    assert certificate.verdict == case.verdict, str(certificate)
+    assert bool(certificate.convicted) == (case.verdict != "exact")
+
+
+# Every method at three widths and with every rounding.
+QUANTIZERS = "ptq2 psq2d bhq2x shq2 ptq4d psq4x bhq4 shq4d ptq8x psq8 bhq8d shq8x"
+
+
+@pytest.mark.parametrize("name", QUANTIZERS.split())
+def test_quantizers_are_exact(name: str) -> None:
+    certificate = fqt.certify(name, draws=64)
+    assert certificate.verdict == "exact", str(certificate)
+    said = any("independent in threes, not jointly" in note for note in certificate.notes)
+    assert said == (name[-1] in "dx")
+
+
+@pytest.mark.parametrize("name", ["ptq8n", "psq4n"])
+def test_nearest_is_biased(name: str) -> None:
+    certificate = fqt.certify(name, draws=64)
+    assert certificate.verdict == "biased"
+    assert {"gaussian", "heavy tail"} <= set(certificate.convicted)
+    assert any(note.startswith("deterministic") for note in certificate.notes)
+
+
+def _dither_shared_by_rows(patch: pytest.MonkeyPatch) -> None:
+    """In encoding as well as in decoding: every entry right, a column's errors all equal."""
+    right = reference.dither_noise
+
+    def dither_noise(seed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        row, column = right(seed, rows, columns)
+        return row[:1].expand(rows, 1), column
+
+    patch.setattr(native, "takes", lambda *tensors, integers=None: False)
+    patch.setattr(reference, "dither_noise", dither_noise)
+    patch.setattr(ops, "dither_noise", dither_noise)
+
+
+PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str, str]] = {
+    "biased up": (mutants.biased_up, "psq4", "biased", "mean, each row"),
+    "clips": (mutants.step_too_small, "ptq4", "biased", "no clipping"),
+    "decodes off": (mutants.decode_scale_off, "psq4", "biased", "mean, each row"),
+    "transform not undone": (mutants.transform_not_undone, "bhq4", "biased", "mean, each entry"),
+    "dither not subtracted": (mutants.dither_not_subtracted, "psq4d", "biased", "mean, each row"),
+    "dither shared by rows": (_dither_shared_by_rows, "psq4d", "dependent", "sums of errors"),
+    "another row's dither subtracted": (mutants.dither_shared_by_rows, "psq4d", "dependent", "variance law"),
+    "noise shared in a row": (mutants.noise_per_row, "psq4", "dependent", "sums of errors"),
+    "noise too narrow": (mutants.noise_too_narrow, "psq4", "biased", "variance law"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_quantizer_with_a_planted_defect_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant, quantizer, verdict, test = PLANTED[name]
+    mutant(monkeypatch)
+    certificate = fqt.certify(quantizer, draws=64)
+    assert certificate.verdict == verdict, str(certificate)
+    assert test in {f.test for found in certificate.convicted.values() for f in found}
+
+
+def test_the_declared_variance_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unbiased and independent, but with two points twice as far apart as p(1 − p) says."""
+
+    def wide(patch: pytest.MonkeyPatch) -> None:
+        def rule(t: Tensor, u: Tensor) -> Tensor:
+            inner = (t >= 1) & (t <= 14)  # stays in the codes' range
+            far = t.floor() - 1 + 3 * (u < (t - t.floor() + 1) / 3)
+            return torch.where(inner, far, stochastic(t, u))
+
+        mutants._rounding(rule)(patch)
+
+    wide(monkeypatch)
+    found = fqt.certify("psq4", draws=64).convicted
+    assert "variance law" in {f.test for f in found["gaussian"]}
+
+
+@pytest.mark.parametrize("draws", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("level", [1e-2, 1e-5, 1e-8, 1e-11])
+def test_the_level_is_kept_for_every_two_valued_error(draws: int, level: float) -> None:
+    """Exact: the probability that k ~ Binomial(M, p) is rejected is at most the level, for p from 1e-6 to ½."""
+    k = torch.arange(draws + 1, dtype=torch.float64)
+    q = k / draws
+    one = Level(level, 1)
+    for p in torch.logspace(-6, math.log10(0.5), 60, dtype=torch.float64).tolist():
+        of = Moments(q - p, q * (1 - q) * draws / (draws - 1), (1 - 2 * q).abs() * (q * (1 - q) > 0), q)
+        rejected = (one.score(of, 1.0, draws) > 1).numpy()
+        assert binom.pmf(k.numpy(), draws, p)[rejected].sum() <= 1.01 * level, p
+
+
+def test_without_the_extra_terms_it_would_not_be() -> None:
+    """The plain z-test at 1e-8 rejects rare events far too often: what the terms are for."""
+    k = torch.arange(1025, dtype=torch.float64)
+    q, p = k / 1024, 0.003
+    z = (q - p).abs() / (q * (1 - q) / 1023).sqrt()
+    assert binom.pmf(k.numpy(), 1024, p)[(z > Level(1e-8, 1).z).numpy()].sum() > 1e-3
+
+
+def test_power_of_one_entry_is_as_stated() -> None:
+    """Exact: a bias of `power.entry` at p = ½ is rejected with probability 0.99, to 0.5 %."""
+    level, m = _levels(adversarial_inputs(0), 1e-3, True)["entry"], 1024
+    bias = smallest_bias(level, m, 1 / 4, 1.0)
+    k = torch.arange(m + 1, dtype=torch.float64)
+    q = k / m
+    of = Moments(q - 0.5, q * (1 - q) * m / (m - 1), (1 - 2 * q).abs(), q)
+    rejected = (level.score(of, 1.0, m) > 1).numpy()
+    found = binom.pmf(k.numpy(), m, 0.5 + bias)[rejected].sum()
+    assert 0.985 < found < 0.997
+    assert bias < 0.14
+
+
+def test_power_of_a_row_is_as_stated() -> None:
+    """Stochastic rounding, biased by `power.row` steps in each of 128 entries: found in 291 of 300 or more.
+
+    At a power of 0.99 that fails with probability 0.03 %, at 0.95 it would fail with 96 %.
+    """
+    level, m = _levels(adversarial_inputs(0), 1e-3, False)["row"], 1024
+    bias = smallest_bias(level, m, *row_noise(128))
+    fraction = (torch.arange(128, dtype=torch.float64) + 0.5) / 128
+    given = Input("row", (torch.arange(128) % 13 + fraction).float()[None])
+    found = 0
+    for trial in range(300):
+        error = (uniform((m, 128), trial) < fraction).double() - fraction + bias
+        found += row_mean(Sample(given, error, torch.ones(128), error, None, None, None, m), level).score > 1
+    assert found >= 291, found
+
+
+def test_same_arguments_same_certificate_and_the_global_generator_is_untouched() -> None:
+    def with_global_noise(x: Tensor, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return row_stochastic(x, 0, lambda t: torch.rand_like(t))
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, second = (fqt.certify(with_global_noise, draws=64) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == second
+    assert first.verdict == "exact"
+
+
+def test_noise_that_ignores_the_seed_is_exact_and_said_so() -> None:
+    def fresh(x: Tensor, seed: int) -> Tensor:
+        return row_stochastic(x, 0, lambda t: torch.rand_like(t))
+
+    certificate = fqt.certify(fresh, draws=64)
+    assert certificate.verdict == "exact"
+    assert any(note.startswith("not repeatable") for note in certificate.notes)
+
+
+def test_what_mixes_is_reported_and_not_judged() -> None:
+    """A left transform rightly correlates rows: judged if none is admitted, reported otherwise."""
+    q = fqt.quantizer("bhq4")
+
+    def mixed(x: Tensor, seed: int) -> Tensor:
+        return q.quantize(x, seed).dequantize()
+
+    assert fqt.certify(mixed, draws=64).verdict == "exact"
+    certificate = fqt.certify(mixed, draws=64, mixes=None)
+    assert certificate.verdict == "dependent"
+    assert any(f.test == "sums of errors" for f in certificate.convicted["one large row"])
+
+
+def test_a_function_that_refuses_an_input_is_not_convicted_for_it() -> None:
+    def whole_groups(x: Tensor, seed: int) -> Tensor:
+        if x.shape[1] % 16:
+            raise ValueError("the last axis must be divisible by 16")
+        return row_stochastic(x, seed)
+
+    certificate = fqt.certify(whole_groups, draws=64)
+    assert certificate.verdict == "exact"
+    assert any("not tested" in n and "odd size 7×19" in n and "divisible by 16" in n for n in certificate.notes)
+
+
+def test_nan_on_an_odd_input_convicts() -> None:
+    def nan_at_zero(x: Tensor, seed: int) -> Tensor:
+        return row_stochastic(x, seed) * (x.abs().max() / x.abs().max())
+
+    certificate = fqt.certify(nan_at_zero, draws=64)
+    assert certificate.verdict == "biased"
+    assert set(certificate.convicted) == {"all zero"}
+
+
+def test_table_and_json() -> None:
+    certificate = fqt.certify(DEFECTS["one random number per row"].function, draws=64, mixes=None)
+    text = str(certificate)
+    assert "verdict: dependent" in text
+    assert "convicted on gaussian: " in text
+    assert max(len(line) for line in text.splitlines() if "FAIL" in line or "pass" in line) < 160
+    record = json.loads(json.dumps(certificate.to_dict(), allow_nan=False))
+    assert record["verdict"] == "dependent"
+    assert "gaussian" in record["convicted"]
+    assert len(record["findings"]) == len(certificate.findings)
+
+
+def test_inputs_are_what_their_names_say() -> None:
+    inputs = {i.name: i for i in adversarial_inputs(0)}
+    assert 0 < float(inputs["denormal"].x.abs().max()) < 2.0**-126
+    assert inputs["one-hot rows"].carriers == 1
+    assert inputs["gaussian"].carriers > 32
+    assert inputs["sparse rows"].carriers <= 3
+    assert float(inputs["non-negative"].x.min()) > 0
+    assert all(torch.equal(i.x, inputs[i.name].x) for i in adversarial_inputs(0))
+    assert not torch.equal(adversarial_inputs(1)[0].x, inputs["gaussian"].x)
+
+
+BAD: dict[str, tuple[object, str]] = {
+    "unknown name": ("bhq", "needs its bits"),
+    "no such module": ("no_such_module:f", "cannot be imported"),
+    "no such function": ("math:no_such", "cannot be imported"),
+    "no function": ("math:pi", "is not a function"),
+    "not callable": (3.0, "cannot certify 3.0"),
+    "a class": (dict, "cannot certify"),
+    "wrong shape": (lambda x, seed: x.flatten(), "must keep the shape"),
+    "codes": (lambda x, seed: x.round().to(torch.int8), "float estimate, not torch.int8"),
+    "no tensor": (lambda x, seed: x.numpy(), "must return a tensor, not ndarray"),
+    "NaN": (lambda x, seed: x * math.nan, "returned NaN or Inf"),
+    "raises": (lambda x, seed: x @ x, "failed on a plain"),
+    "no seed": (lambda x: x, "failed on a plain"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_subjects_get_one_clear_line(name: str) -> None:
+    subject, message = BAD[name]
+    with pytest.raises(FqtError, match=message) as error:
+        fqt.certify(subject, draws=64)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option", [{"draws": 10}, {"draws": 99.5}, {"rate": 0.0}, {"rate": 1}, {"seed": -1}, {"mixes": 2}], ids=str
+)
+def test_bad_options(option: dict[str, object]) -> None:
+    with pytest.raises(FqtError):
+        fqt.certify("psq4", **option)  # type: ignore[arg-type]
+
+
+def test_command_line(capsys, tmp_path) -> None:
+    import fqt.cli
+
+    def run(*arguments: str) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            fqt.cli.main(["certify", *arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    file = tmp_path / "c.json"
+    status, out, err = run("psq4", "--draws", "64", "--json", str(file))
+    assert (status, err) == (0, "")
+    assert "verdict: exact" in out
+    assert json.loads(file.read_text())["verdict"] == "exact"
+    path = "tests.stats.defects:noise_per_row"
+    assert run(path, "--draws", "64", "--mixes", "none")[0] == 1
+    for arguments, message in ((("bhq",), "needs its bits"), (("psq4", "--mixes", "2"), "--mixes must be")):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
