@@ -1,16 +1,24 @@
-"""Reports: from records to tables and figures. Reads records and nothing else; nothing but the CLI imports it."""
+"""Reports: from records to tables, figures and one web page.
 
+Reads records and nothing else; nothing but the CLI imports it.
+"""
+
+from fqt.report.collect import collect
 from fqt.report.figures import comparison_figure, save_figure
+from fqt.report.page import render, write_page
 from fqt.report.summary import Row, Spread, read_comparison, summarize
 from fqt.report.tables import markdown, terminal_table
 
 __all__ = [
     "Row",
     "Spread",
+    "collect",
     "comparison_figure",
     "markdown",
     "read_comparison",
+    "render",
     "save_figure",
     "summarize",
     "terminal_table",
+    "write_page",
 ]
