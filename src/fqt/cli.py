@@ -16,6 +16,7 @@ import click
 from rich.console import Console
 
 import fqt
+from fqt.cli_reproduce import reproduce_command
 from fqt.errors import FqtError
 from fqt.records import write_bytes
 from fqt.report import (
@@ -196,6 +197,9 @@ def _write_report(folder: Path) -> None:
         save_figure(figure, folder / f"compare.{ending}")
     Console().print(terminal_table(record, rows))
     click.echo(f"table and plot: {folder}/compare.md, compare.png, compare.svg")
+
+
+cli.add_command(reproduce_command)
 
 
 @cli.command("explain")

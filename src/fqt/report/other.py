@@ -1,39 +1,33 @@
-"""Records of any other kind: lists of rows become tables, layer × layer tables a chart, the rest a list of facts.
-
-A layer × layer table is any record with
-
-    {"layers": [name, …], "parts": [[number, …], …], "errors": [[number, …], …]}
-
-where ``parts[k][l]`` is what the quantizers of layer l add to the variance of layer k's parameter gradient, and
-``errors`` (which may be left out) its standard error; ``null`` stands for a value that was not measured.
-"""
+"""Records of any other kind: lists of rows become tables, layer × layer tables a chart, the rest facts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-
-from fqt.errors import FqtError
-from fqt.report.chart import Chart, Point, make_chart, plain
+from fqt.report.chart import make_chart
+from fqt.report.matrix import is_matrix, matrix_panel
+from fqt.report.paper import FORMAT, paper_section
 from fqt.report.section import Facts, Section, Table, facts, flatten, show
-from fqt.report.summary import check_shape, number
 
-__all__ = ["is_matrix", "matrix_chart", "other_section"]
+__all__ = ["other_section"]
 
 ROWS = 500  # of a table; the record has them all
-DECADES = 6  # below the largest part; what is smaller is drawn as the smallest
 
 
 def other_section(name: str, record: Mapping[str, Any]) -> Section:
-    """A section for a record of which only the form is known."""
+    """A section for a record; of one that is no figure of the paper only the form is known.
+
+    Raises:
+        FqtError: it is damaged.
+    """
+    if record.get("format") == FORMAT:
+        return paper_section(name, record)
     rest = {key: value for key, value in record.items() if key not in ("format", "environment")}
     charts = []
     if is_matrix(record):
-        charts.append(matrix_chart(record))
+        title, columns, draw, note, size = matrix_panel(record)
+        charts.append(make_chart(title, columns, draw, note=note, size=size))
         rest = {key: value for key, value in rest.items() if key not in ("layers", "parts", "errors")}
     tables = []
     for key in [key for key, value in rest.items() if _is_rows(value)]:
@@ -47,56 +41,6 @@ def other_section(name: str, record: Mapping[str, Any]) -> Section:
         charts=charts,
         details=[detail for detail in details if detail.rows],
     )
-
-
-def is_matrix(record: Mapping[str, Any]) -> bool:
-    """Whether a record holds a layer × layer table."""
-    return isinstance(record.get("layers"), list) and isinstance(record.get("parts"), list)
-
-
-def matrix_chart(record: Mapping[str, Any]) -> Chart:
-    """The layer × layer table: receiving layer down, quantized layer across, colour by size.
-
-    Raises:
-        FqtError: the table is not square.
-    """
-    check_shape(record, {"layers": [(str,)], "parts": [[(int, float, type(None))]]}, "the layer × layer table")
-    layers, parts = record["layers"], record["parts"]
-    if len(parts) != len(layers) or any(len(row) != len(layers) for row in parts):
-        raise FqtError(f"the layer × layer table is not {len(layers)} × {len(layers)}")
-    errors = record.get("errors") or [[None] * len(layers) for _ in layers]
-    side = min(7.0, 3.2 + 0.12 * len(layers))
-    return make_chart(
-        "Gradient variance of each layer (down) by the layer whose quantizer causes it (across)",
-        ("gradient of", "quantizer of", "variance"),
-        lambda axes: _matrix(axes, layers, parts, errors),
-        note=f"Logarithmic, {DECADES} decades; empty where there is none.",
-        size=(side + 0.8, side),
-    )
-
-
-def _matrix(axes: Axes, layers: Sequence[str], parts: Sequence[Any], errors: Sequence[Any]) -> list[Point]:
-    values = [[number(value) for value in row] for row in parts]
-    top = max((v for row in values for v in row if v > 0 and math.isfinite(v)), default=1.0)
-    norm = LogNorm(top * 10.0**-DECADES, top)
-    floor = top * 10.0**-DECADES
-    shown = [[max(v, floor) if v > 0 else math.nan for v in row] for row in values]
-    image = axes.imshow(shown, norm=norm, cmap="viridis", aspect="equal", interpolation="nearest")
-    figure = axes.figure
-    figure.colorbar(image, ax=axes, shrink=0.8)
-    every = max(1, len(layers) // 24)
-    places = range(0, len(layers), every)
-    names = [plain(layers[i], 16) for i in places]
-    axes.set_xticks(places, names, rotation=90, fontsize=7)
-    axes.set_yticks(places, names, fontsize=7)
-    points = []
-    for k, row in enumerate(values):
-        for i, value in enumerate(row):
-            if value != 0 and math.isfinite(value):
-                error = number(errors[k][i])
-                text = f"{value:.3g}" + (f" ± {error:.1g}" if math.isfinite(error) else "")
-                points.append(Point(i, k, (layers[k], layers[i], text)))
-    return points
 
 
 def _is_rows(value: Any) -> bool:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from fqt.report.summary import Row, Spread
 
-__all__ = ["caption", "cells", "header", "markdown", "provenance", "terminal_table", "title"]
+__all__ = ["caption", "cells", "header", "markdown", "provenance", "rich_table", "terminal_table", "title"]
 
 
 def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> Table:
@@ -20,6 +21,16 @@ def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> Table:
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row))
+    return table
+
+
+def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> Table:
+    """Any table for a console; the first columns are words, the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if i < text_columns else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
