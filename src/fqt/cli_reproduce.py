@@ -144,9 +144,7 @@ def _show(path: Path) -> None:
     """The figure as a file, and its tables on the terminal."""
     record = read_json(path)
     check_paper(record, str(path))
-    figure = paper_figure(record)
-    for ending in ("png", "svg"):
-        save_figure(figure, path.with_suffix(f".{ending}"))
+    save_figure(paper_figure(record), path.with_suffix(".png"))  # the page has it as SVG
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # into a file or a pipe nothing needs to be cut

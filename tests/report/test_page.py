@@ -1,5 +1,6 @@
 """The page of `fqt report`, read back by a parser that refuses what a browser would have to guess at."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -137,6 +138,18 @@ def _labelled(axes, name):
     axes.legend()
     axes.set_xticks([0], [name])
     return [Point(0, 0, (name,))]
+
+
+def test_many_layers_have_no_legend(run_folder):
+    folder = run_folder("a")
+    for count, shown in ((8, True), (60, False)):
+        line = {"kind": "monitor", "step": 20, "rho": {f"layer{i}": 0.5**i for i in range(count)}}
+        (folder / "metrics.jsonl").write_text("\n".join(json.dumps({**line, "step": s}) for s in (10, 20)))
+        text, _ = render(collect([folder]))
+        page = Page(text)
+        assert len(page.values) == 2 * count
+        assert ("legend_1" in text) == shown
+        assert ("60 lines: point at one" in page.text) != shown
 
 
 def test_colours_become_the_pages():

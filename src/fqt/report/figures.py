@@ -26,6 +26,7 @@ from fqt.report.tables import caption
 __all__ = ["comparison_charts", "comparison_figure", "figure_of", "lines", "log_axis", "run_charts", "save_figure"]
 
 Panel = Callable[[Axes], list[Point]]
+NAMED = 16
 
 
 def comparison_figure(record: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
@@ -120,7 +121,12 @@ def run_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         ("ρ: quantization variance over mini-batch variance", "ρ", rho, True, ".2g"),
     ]
     return [
-        make_chart(title, ("run", "step", unit), _panel(series, unit, log, form))
+        make_chart(
+            title,
+            ("run", "step", unit),
+            _panel(series, unit, log, form),
+            note="" if len(series) <= NAMED else f"{len(series)} lines: point at one to read its name.",
+        )
         for title, unit, series, log, form in wanted
         if any(math.isfinite(value) for curve in series.values() for _, value in curve)
     ]
@@ -134,9 +140,11 @@ def lines(
     *,
     log: bool = False,
     form: str = ".4g",
-    legend: bool = True,
 ) -> list[Point]:
-    """One line per series; values that are not finite leave a gap. Returns the points drawn."""
+    """One line per series; values that are not finite leave a gap. Returns the points drawn.
+
+    More than `NAMED` series get no legend, which would cover them: their values say whose they are.
+    """
     points = []
     for i, (name, curve) in enumerate(series.items()):
         if not curve:
@@ -149,7 +157,7 @@ def lines(
         log_axis(axes)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    if points and legend:
+    if points and len(series) <= NAMED:
         axes.legend(fontsize=8, ncols=1 + (len(series) > 8))
     return points
 

@@ -9,7 +9,7 @@ where ``parts[k][l]`` is what the quantizers of layer l add to the variance of l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,12 +17,12 @@ from matplotlib.colors import LogNorm
 
 from fqt.errors import FqtError
 from fqt.report.chart import Point, plain
+from fqt.report.panel import Panel
 from fqt.report.summary import check_shape, number
 
 __all__ = ["is_matrix", "matrix_panel"]
 
 DECADES = 6  # below the largest part; what is smaller is drawn as the smallest
-MatrixPanel = tuple[str, tuple[str, ...], Callable[[Axes], list[Point]], str, tuple[float, float]]
 
 
 def is_matrix(record: Mapping[str, Any]) -> bool:
@@ -30,8 +30,8 @@ def is_matrix(record: Mapping[str, Any]) -> bool:
     return isinstance(record.get("layers"), list) and isinstance(record.get("parts"), list)
 
 
-def matrix_panel(record: Mapping[str, Any]) -> MatrixPanel:
-    """The layer × layer table, receiving layer down, quantized layer across: title, columns, draw, note, size.
+def matrix_panel(record: Mapping[str, Any]) -> Panel:
+    """The layer × layer table: receiving layer down, quantized layer across, colour by size.
 
     Raises:
         FqtError: the table is not square.
@@ -42,12 +42,12 @@ def matrix_panel(record: Mapping[str, Any]) -> MatrixPanel:
         raise FqtError(f"the layer × layer table is not {len(layers)} × {len(layers)}")
     errors = record.get("errors") or [[None] * len(layers) for _ in layers]
     side = min(7.0, 3.2 + 0.12 * len(layers))
-    return (
-        "Gradient variance of each layer (down) by the layer whose quantizer causes it (across)",
-        ("gradient of", "quantizer of", "variance"),
-        lambda axes: _matrix(axes, layers, parts, errors),
-        f"Logarithmic, {DECADES} decades; empty where there is none.",
-        (side + 0.8, side),
+    return Panel(
+        title="Gradient variance of each layer (down) by the layer whose quantizer causes it (across)",
+        columns=("gradient of", "quantizer of", "variance"),
+        draw=lambda axes: _matrix(axes, layers, parts, errors),
+        note=f"Logarithmic, {DECADES} decades; empty where there is none.",
+        size=(side + 0.8, side),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fqt.report.chart import make_chart
 from fqt.report.matrix import is_matrix, matrix_panel
 from fqt.report.paper import FORMAT, paper_section
 from fqt.report.section import Facts, Section, Table, facts, flatten, show
@@ -26,8 +25,7 @@ def other_section(name: str, record: Mapping[str, Any]) -> Section:
     rest = {key: value for key, value in record.items() if key not in ("format", "environment")}
     charts = []
     if is_matrix(record):
-        title, columns, draw, note, size = matrix_panel(record)
-        charts.append(make_chart(title, columns, draw, note=note, size=size))
+        charts.append(matrix_panel(record).chart())
         rest = {key: value for key, value in rest.items() if key not in ("layers", "parts", "errors")}
     tables = []
     for key in [key for key, value in rest.items() if _is_rows(value)]:

@@ -83,8 +83,8 @@ def check_overhead(shape: Convolution, quantizers: Mapping[str, Quantizer], seed
     for name, q in quantizers.items():
         error = float((q.quantize(x, seed).dequantize() - x).double().square().sum())
         variance = float(q.variance(x, seed))
-        if not 0.9 < error / variance < 1.1:
-            raise FqtError(f"{name} is wrong here: its squared error is {error / variance:.3f} of its variance")
+        if not 0.9 * variance < error < 1.1 * variance:
+            raise FqtError(f"{name} is wrong here: its squared error is {error:.3g}, its variance {variance:.3g}")
     codes = _codes(x, seed)[:2]
     weight = shape.weight(seed)
     sums, exact = shape.of_codes(codes, weight), shape.of_floats(codes.double(), weight.double())
@@ -136,7 +136,9 @@ def time_quantizer(shape: Convolution, q: Quantizer, repeats: int, seed: int = 0
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """The 20 %, 50 % and 80 % quantiles."""
-    levels = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
+    levels = torch.quantile(
+        torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
     return dict(zip(("q20", "q50", "q80"), levels.tolist(), strict=True))
 
 

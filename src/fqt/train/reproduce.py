@@ -132,11 +132,6 @@ class Reproduction:
         settings = {"bits": effort.bits, "batches": effort.batches, "draws": effort.draws}
         record = self._open("variance", {**settings, "sampling_batches": effort.sampling_batches}, network)
         batches = network.batches(max(effort.batches, effort.sampling_batches))
-        if "sampling" not in record:
-            qat = network.model("qat")
-            found = sampling_variance(qat, network.loss, batches[: effort.sampling_batches], seed).total
-            record["sampling"] = dataclasses.asdict(found)
-            self._save("variance", record)
         cells = sweep(effort.bits)
         done = [
             {name: row[name] for name in ("method", "rounding", "bits", "grad_weight")} for row in record["rows"]
@@ -144,6 +139,11 @@ class Reproduction:
         missing = [cell for cell in cells if dataclasses.asdict(cell) not in done]
         self.observer.begin("variance against bits", len(cells), len(cells) - len(missing))
         try:
+            if "sampling" not in record:
+                qat = network.model("qat")
+                found = sampling_variance(qat, network.loss, batches[: effort.sampling_batches], seed).total
+                record["sampling"] = dataclasses.asdict(found)
+                self._save("variance", record)
             for cell in missing:
                 model = network.model(cell.recipe())
                 found = quantization_variance(
