@@ -32,7 +32,7 @@ def _variance():
             "bits": b,
             "grad_weight": w,
             "value": 2.0 * 4.0 ** -(b + SHIFT[m]),
-            "error": 0.0,
+            "error": 0.2 * 4.0 ** -(b + SHIFT[m]),
         }
         for m in SHIFT
         for r, w in (("stochastic", "exact"), ("dithered", "exact"), ("stochastic", "ptq8"))
@@ -129,7 +129,7 @@ def test_the_gap_in_bits(records):
 
 def test_the_law_stands_beside_what_was_measured(records):
     table = _table(records["variance"], "Growth")
-    assert table["psq", "stochastic"] == ["4.00", "4.00", "4.00"]
+    assert table["psq", "stochastic"] == ["4.00 ± 0.57"] * 3  # two errors of a tenth: 4·0.1·√2
     assert table["law", "stochastic"] == [f"{variance_law(b):.2f}" for b in (6, 5, 4)]
     assert table["law", "dithered"] == [f"{variance_law(b, dithered=True):.2f}" for b in (6, 5, 4)]
 
@@ -145,6 +145,20 @@ def test_variances_are_in_units_of_the_mini_batchs(records):
 def test_the_profile_is_relative_to_the_gradient(records):
     row = _table(records["profile"], "Exact variance over squared norm, 4 bits")["layer1",]
     assert row == ["8 × 16", "1.00e+00", "5.00e-01", "3.33e-01", "2.50e-01", "2.0", "3.0", "4.0", "2.50e-01"]
+
+
+def test_growth_and_gaps_by_layer(records):
+    record = records["profile"]
+    record["rows"][2]["variance"]["ptq"]["stochastic"] = [8.0, 4.0]
+    growth = _table(record, "Growth of the exact variance")
+    assert growth["ptq", "stochastic"] == ["4.00 (2.00, 4.00)"]
+    assert growth["law", "stochastic"] == [f"{variance_law(4):.2f}"]
+    gaps = _table(record, "Bits that stochastic PTQ must add at a layer")
+    assert gaps["ptq", "dithered"] == ["–", "0.00 (0.00, 0.00)"]  # 16 is beyond what one layer's PTQ has
+    record["rows"][2]["variance"]["psq"]["stochastic"] = [8.0, 4.0]
+    record["rows"][1]["variance"]["psq"]["stochastic"] = [8.0, 4.0]
+    record["rows"][0]["variance"]["psq"]["stochastic"] = [8.0, 4.0]
+    assert _table(record, "Bits")["psq", "stochastic"] == ["0.50 (0.00, 0.50)", "0.00 (0.00, 0.00)"]
 
 
 def test_the_histograms_table(records):

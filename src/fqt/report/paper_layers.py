@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from fqt.report.chart import Point, colour, plain, style
 from fqt.report.figures import log_axis
 from fqt.report.panel import METHODS, Built, Panel
 from fqt.report.section import Table
+from fqt.stats.bits import extra_bits, variance_law
 
 __all__ = ["histogram", "profile"]
 
@@ -50,7 +52,52 @@ def profile(record: Mapping[str, Any]) -> Built:
         table.append((row["layer"], f"{row['rows']} × {row['columns']}", *cells, *ratios, dithered))
     title = f"Exact variance over squared norm, {at} bits"
     panel = Panel(title=title, columns=("layer", "quantizer", "variance / ‖g‖²"), draw=draw, size=(6.0, 3.8))
-    return [panel], [Table(title, header, table)]
+    return [panel], [Table(title, header, table), _growth(bits, rows), _gaps(bits, rows)]
+
+
+def _by_bits(bits: Sequence[int], row: Mapping[str, Any], method: str, rounding: str) -> dict[int, float]:
+    return dict(zip(bits, row["variance"][method][rounding], strict=True))
+
+
+def _growth(bits: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How the exact variance grows with one bit fewer: median over layers, lowest and highest."""
+    pairs = [b for b in sorted(bits, reverse=True) if b - 1 in bits]
+    body = []
+    for rounding in ("stochastic", "dithered"):
+        for method in METHODS:
+            curves = [_by_bits(bits, row, method, rounding) for row in rows]
+            cells = [_spread([c[b - 1] / c[b] for c in curves if c[b] > 0]) for b in pairs]
+            body.append((method, rounding, *cells))
+        law = (f"{variance_law(b, dithered=rounding == 'dithered'):.2f}" for b in pairs)
+        body.append(("law", rounding, *law))
+    header = ("method", "rounding", *(f"{b} → {b - 1}" for b in pairs))
+    title = "Growth of the exact variance with one bit fewer: median over layers (lowest, highest)"
+    return Table(title, header, body if pairs else [], text_columns=2)
+
+
+def _gaps(bits: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The bits PTQ must add at each layer to reach the exact variance of the others."""
+    body = []
+    for rounding in ("stochastic", "dithered"):
+        for method in METHODS:
+            if (method, rounding) == ("ptq", "stochastic"):
+                continue
+            gaps = [
+                extra_bits(_by_bits(bits, row, "ptq", "stochastic"), _by_bits(bits, row, method, rounding))
+                for row in rows
+            ]
+            cells = [_spread([gap[b] for gap in gaps if b in gap], len(rows)) for b in sorted(bits)]
+            body.append((method, rounding, *cells))
+    header = ("method", "rounding", *(f"at {b}" for b in sorted(bits)))
+    title = "Bits that stochastic PTQ must add at a layer: median over layers (lowest, highest)"
+    return Table(title, header, body, text_columns=2)
+
+
+def _spread(values: Sequence[float], wanted: int = 0) -> str:
+    """Median, lowest and highest; nothing where some layers have no value, whose median would mislead."""
+    if not values or len(values) < wanted:
+        return "–"
+    return f"{statistics.median(values):.2f} ({min(values):.2f}, {max(values):.2f})"
 
 
 def histogram(record: Mapping[str, Any]) -> Built:

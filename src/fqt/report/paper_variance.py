@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from fqt.report.chart import Point, colour
 from fqt.report.figures import log_axis
 from fqt.report.panel import METHODS, Built, Panel
 from fqt.report.section import Table
+from fqt.report.summary import number
 from fqt.stats.bits import extra_bits, variance_law
 
 __all__ = ["variance"]
@@ -26,7 +28,7 @@ def variance(record: Mapping[str, Any]) -> Built:
     ]
     return [panel for panel in panels if panel is not None], [
         _variance_table(curves, unit),
-        _law_table(curves),
+        _law_table(record["rows"]),
         _gap_table(curves),
         _weight_table(record["rows"], unit),
     ]
@@ -87,22 +89,35 @@ def _variance_table(curves: Mapping[Key, dict[int, float]], unit: float) -> Tabl
     return Table("ρ: variance over mini-batch variance", header, rows, text_columns=3)
 
 
-def _law_table(curves: Mapping[Key, dict[int, float]]) -> Table:
-    """Measured growth per bit over the law's."""
-    exact = {key: curve for key, curve in curves.items() if key[2] == "exact"}
-    pairs = sorted({b for curve in exact.values() for b in curve if b - 1 in curve}, reverse=True)
-    if not pairs:
-        return Table("", (), [])
-    rows = [
-        (method, rounding, *(f"{curve[b - 1] / curve[b]:.2f}" for b in pairs))
-        for (method, rounding, _), curve in exact.items()
-        if all(b in curve and b - 1 in curve for b in pairs)
-    ]
-    for dithered in (False, True) if rows else ():
+def _law_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Measured growth with one bit fewer, over the law's; errors as if independent, which is too careful.
+
+    The cells share their batches, so that what differs between batches cancels in a ratio in part.
+    """
+    found = {
+        (row["method"], str(row.get("rounding")), int(row["bits"])): (float(row["value"]), number(row.get("error")))
+        for row in rows
+        if row["method"] is not None and row["grad_weight"] == "exact"
+    }
+    bits = sorted({b for _, _, b in found if any(b2 == b - 1 for _, _, b2 in found)}, reverse=True)
+    body: list[tuple[str, ...]] = []
+    for method, rounding in dict.fromkeys((m, r) for m, r, _ in found):
+        cells = [_ratio(found.get((method, rounding, b - 1)), found.get((method, rounding, b))) for b in bits]
+        body.append((method, rounding, *cells))
+    for dithered in (False, True):
         rounding = "dithered" if dithered else "stochastic"
-        rows.append(("law", rounding, *(f"{variance_law(b, dithered=dithered):.2f}" for b in pairs)))
-    header = ("method", "rounding", *(f"{b} → {b - 1}" for b in pairs))
-    return Table("Growth of the variance with one bit fewer (grad_weight exact)", header, rows, text_columns=2)
+        body.append(("law", rounding, *(f"{variance_law(b, dithered=dithered):.2f}" for b in bits)))
+    header = ("method", "rounding", *(f"{b} → {b - 1}" for b in bits))
+    title = "Growth of the variance with one bit fewer (grad_weight exact), ± standard error"
+    return Table(title, header, body if bits else [], text_columns=2)
+
+
+def _ratio(above: tuple[float, float] | None, below: tuple[float, float] | None) -> str:
+    if above is None or below is None or above[0] <= 0 or below[0] <= 0:
+        return "–"
+    value = above[0] / below[0]
+    error = value * math.hypot(above[1] / above[0], below[1] / below[0])
+    return f"{value:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
 
 
 def _gap_table(curves: Mapping[Key, dict[int, float]]) -> Table:
