@@ -36,15 +36,16 @@ def accuracy(record: Mapping[str, Any]) -> Built:
 
     def against_bits(axes: Axes) -> list[Point]:
         points = []
-        for i, (label, curve) in enumerate(quantized.items()):
+        for label, curve in quantized.items():
+            method, _, rounding = label.partition(", ")
+            shade = colour(METHODS.index(method) if method in METHODS else len(METHODS))
             curve = sorted(curve)
-            axes.plot(
-                *zip(*curve, strict=True), "-o", color=colour(i + 1), label=plain(label), markersize=5, lw=1.2
-            )
+            line = "--s" if rounding else "-o"
+            axes.plot(*zip(*curve, strict=True), line, color=shade, label=plain(label), markersize=5, lw=1.2)
             points += [Point(b, v, (label, format(b, "g"), f"{v:.2f}")) for b, v in curve]
         bits = sorted({b for curve in quantized.values() for b, _ in curve}) or [0.0]
         for i, (label, value) in enumerate(flat):
-            axes.axhline(value, color=colour(0), linestyle=style(8 * i), linewidth=1, label=plain(label))
+            axes.axhline(value, color=colour(7), linestyle=style(8 * i), linewidth=1, label=plain(label))
             points.append(Point(bits[0], value, (label, "–", f"{value:.2f}")))
         axes.set_xticks(bits)
         axes.set_xlabel("bits of grad_input")

@@ -64,13 +64,12 @@ def _bits_panel(title: str, curves: Mapping[tuple[str, str], dict[int, float]], 
             values = [curve[b] / unit for b in bits]
             axes.plot(bits, values, line + "o", color=colour(i), markersize=3, linewidth=1.2, label=label)
             points += [Point(b, v, (label, str(b), f"{v:.3g}")) for b, v in zip(bits, values, strict=True)]
-        first = next(iter(curves.values()))
-        top, start = max(max(curve.values()) for curve in curves.values()) / unit, min(first)
-        axes.plot(
-            [start, max(first)], [top, top / 4 ** (max(first) - start)], ":", color=colour(7), label="÷4 per bit"
-        )
+        worst = max(curves.values(), key=lambda curve: curve[max(curve)])
+        few, many = min(worst), max(worst)
+        least = worst[many] / unit
+        axes.plot([few, many], [least * 4 ** (many - few), least], ":", color=colour(7), label="×4 per bit less")
         log_axis(axes)
-        axes.set_xticks(sorted(first))
+        axes.set_xticks(sorted(worst))
         axes.set_xlabel("bits of grad_input")
         axes.set_ylabel("variance / mini-batch variance")
         axes.legend(fontsize=7, ncols=2)
