@@ -73,7 +73,7 @@ def _overhead():
     rows += [
         {
             "samples": n, "method": m, "rounding": r,
-            "seconds": _times(range=0.01, quantize=0.25 * n / 32, total=0.25 * n / 32),
+            "seconds": _times(range=0.01, quantize=0.25 * n / 32, total=0.25 * n / 32, integer=0.5 * n / 32),
         }
         for n in (16, 32) for m in SHIFT for r in ROUNDINGS
     ]  # fmt: skip
@@ -168,7 +168,7 @@ def test_the_histograms_table(records):
 
 def test_overhead_is_a_share_of_the_convolution(records):
     rows = _table(records["overhead"], "Time of")
-    assert rows["psqd",] == ["10", "–", "250", "–", "250", "0.50", "0.12"]
+    assert rows["psqd",] == ["10", "–", "250", "–", "250", "500", "0.50", "0.12"]
     assert rows["convolution, float32",][-2:] == ["4.00", "1"]
     assert _table(records["overhead"], "Growth of the time")["shq",] == ["2.00"]
 

@@ -68,10 +68,10 @@ def test_times():
     convolution = time_convolution(SMALL, 3)
     assert set(convolution) == {"integer", "float32"}
     plain = time_quantizer(SMALL, fqt.quantizer("psq8"), 3)
-    assert set(plain) == {"range", "quantize", "total"}
+    assert set(plain) == {"range", "quantize", "integer", "total"}
     assert plain["total"] == plain["quantize"]
     mixed = time_quantizer(SMALL, fqt.Quantizer(transform=ScaledHadamard()), 3)
-    assert set(mixed) == {"range", "transform", "quantize", "undo", "total"}
+    assert set(mixed) == {"range", "transform", "quantize", "undo", "integer", "total"}
     assert mixed["total"]["q50"] == pytest.approx(mixed["quantize"]["q50"] + mixed["undo"]["q50"])
     for times in (*convolution.values(), *mixed.values()):
         assert 0 < times["q20"] <= times["q50"] <= times["q80"]

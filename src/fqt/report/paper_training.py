@@ -84,7 +84,7 @@ def accuracy(record: Mapping[str, Any]) -> Built:
 
 
 def overhead(record: Mapping[str, Any]) -> Built:
-    """Time of each quantizer over that of the convolution of its codes."""
+    """Time of each quantizer over that of the convolution of its codes, which was timed in turn with it."""
     samples = record["settings"]["convolution"]["samples"]
     full = [row for row in record["rows"] if row["samples"] == samples]
     convolution = next((row["seconds"] for row in full if row["method"] is None), None)
@@ -97,12 +97,12 @@ def overhead(record: Mapping[str, Any]) -> Built:
     def draw(axes: Axes) -> list[Point]:
         points = []
         for i, row in enumerate(quantizers):
-            total = row["seconds"]["total"]
-            value = total["q50"] / integer
-            low, high = value - total["q20"] / integer, total["q80"] / integer - value
+            total, beside = row["seconds"]["total"], row["seconds"]["integer"]["q50"]
+            value = _share(row)
+            low, high = value - total["q20"] / beside, total["q80"] / beside - value
             axes.bar(i, value, color=colour(METHODS.index(row["method"])), alpha=0.8)
             axes.errorbar(i, value, [[max(0.0, low)], [max(0.0, high)]], color=colour(0), capsize=3, linewidth=1)
-            points.append(Point(i, value, (names[i], f"{value:.2f}", f"{total['q50'] / floats:.2f}")))
+            points.append(Point(i, value, (names[i], f"{value:.2f}", f"{value * integer / floats:.2f}")))
         axes.set_xticks(range(len(names)), [plain(name) for name in names])
         axes.set_ylabel("time / time of the integer convolution")
         return points
@@ -111,26 +111,27 @@ def overhead(record: Mapping[str, Any]) -> Built:
     panel = Panel(
         title="Quantizer over the convolution of its codes (median; 20 to 80 %)", columns=columns, draw=draw
     )
-    parts = ("range", "transform", "quantize", "undo", "total")
+    parts = ("range", "transform", "quantize", "undo", "total", "integer")
     table = [
         (
             names[i],
             *(f"{1e3 * row['seconds'][part]['q50']:.3g}" if part in row["seconds"] else "–" for part in parts),
-            f"{row['seconds']['total']['q50'] / integer:.2f}",
-            f"{row['seconds']['total']['q50'] / floats:.2f}",
+            f"{_share(row):.2f}",
+            f"{_share(row) * integer / floats:.2f}",
         )
         for i, row in enumerate(quantizers)
     ]
-    table.append(
-        ("convolution, integer", "–", "–", "–", "–", f"{1e3 * integer:.3g}", "1", f"{integer / floats:.2f}")
-    )
-    table.append(
-        ("convolution, float32", "–", "–", "–", "–", f"{1e3 * floats:.3g}", f"{floats / integer:.2f}", "1")
-    )
-    header = ("milliseconds", *parts, "over integer", "over float32")
+    nothing = ["–"] * 4
+    table.append(("convolution, integer", *nothing, f"{1e3 * integer:.3g}", "–", "1", f"{integer / floats:.2f}"))
+    table.append(("convolution, float32", *nothing, f"{1e3 * floats:.3g}", "–", f"{floats / integer:.2f}", "1"))
+    header = ("milliseconds", *parts[:-1], "convolution beside", "over integer", "over float32")
     tables = [Table("Time of grad_input's parts", header, table)]
     scaling = _scaling(record["rows"])
     return [panel], tables + ([scaling] if scaling.rows else [])
+
+
+def _share(row: Mapping[str, Any]) -> float:
+    return float(row["seconds"]["total"]["q50"] / row["seconds"]["integer"]["q50"])
 
 
 def _scaling(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -111,17 +111,22 @@ def time_convolution(shape: Convolution, repeats: int, seed: int = 0) -> dict[st
 
 
 def time_quantizer(shape: Convolution, q: Quantizer, repeats: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Seconds of a quantizer's parts and of all it adds to a layer.
+    """Seconds of a quantizer's parts, of all it adds to a layer, and of the convolution of codes beside it.
+
+    They take turns, so that a machine that slows down slows all of them and their ratio stays.
 
     Returns:
         "range" (of the scale's groups), "transform" and "undo" (absent without one; the transform without its
-        guard), "quantize" (everything up to the codes) and "total" (quantize and undo), each as quantiles.
+        guard), "quantize" (everything up to the codes), "total" (quantize and undo) and "integer" (the
+        convolution), each as quantiles.
     """
-    x = shape.gradient(seed).flatten(1)
+    gradient, weight = shape.gradient(seed), shape.weight(seed)
+    codes, x = _codes(gradient, seed), gradient.flatten(1)
     quantized = q.quantize(x, seed, nonfinite="propagate")
     work: dict[str, Work] = {
         "range": lambda: ops.value_range(x, q.scale.group),
         "quantize": lambda: q.quantize(x, seed, nonfinite="propagate"),
+        "integer": lambda: shape.of_codes(codes, weight),
     }
     mixing = quantized.mixing
     if mixing is not None and not isinstance(q.transform, Identity):
