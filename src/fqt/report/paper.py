@@ -78,7 +78,7 @@ def paper_section(name: str, record: Mapping[str, Any]) -> Section:
     panels, tables = _BUILDERS[record["figure"]](record)
     details = [facts("Settings", record.get("settings", {})), facts("Environment", record["environment"])]
     return Section(
-        title=f"Paper: {_title(record)}",
+        title=f"Paper: {_title(record)}{_task(record)}",
         note=_note(record),
         tables=[table for table in tables if table.rows],
         charts=[panel.chart() for panel in panels],
@@ -131,6 +131,11 @@ def _title(record: Mapping[str, Any]) -> str:
         "overhead": "quantizer overhead against the convolution",
         "layers": "layer × layer variance",
     }[record["figure"]]
+
+
+def _task(record: Mapping[str, Any]) -> str:
+    network = record.get("network")
+    return f" ({network.get('task')}, {network.get('model')})" if isinstance(network, dict) else ""
 
 
 def _note(record: Mapping[str, Any]) -> str:
