@@ -64,13 +64,34 @@ def test_compare_and_report(run, tmp_path):
     assert status == 0
     assert "psq4" in out
     assert "noise" in out
-    for name in ("compare.json", "compare.md", "compare.png", "compare.svg", "psq4-seed1/metrics.jsonl"):
+    for name in (
+        "compare.json", "compare.md", "compare.png", "compare.svg", "report.html", "psq4-seed1/metrics.jsonl"
+    ):  # fmt: skip
         assert (tmp_path / "c" / name).exists()
     (tmp_path / "c" / "compare.md").unlink()
     assert run("report", "c")[1] == out
     assert (tmp_path / "c" / "compare.md").exists()
     status, again, err = run(*command)
     assert (status, again, err) == (0, out, "")  # nothing was trained again
+
+
+def test_report_of_runs(run, tmp_path):
+    for recipe in ("qat", "psq4"):
+        assert run("train", "digits", "--recipe", recipe, "--out", f"r/{recipe}", *FAST)[0] == 0
+    assert run("report", "r/qat")[:2] == (0, "page: r/qat/report.html\n")
+    assert run("report", "r/qat", "r/psq4")[:2] == (0, "page: report.html\n")
+    assert run("report", "r", "--html", "pages/p.html")[:2] == (0, "page: pages/p.html\n")
+    pages = {path: (tmp_path / path).read_text() for path in ("r/qat/report.html", "report.html", "pages/p.html")}
+    assert "Run: psq4" in pages["pages/p.html"]
+    assert "psq4" in pages["report.html"]
+    assert "psq4" not in pages["r/qat/report.html"]
+    (tmp_path / "r" / "psq4" / "metrics.jsonl").write_text("")
+    (tmp_path / "r" / "psq4" / "config.toml").write_text("=")
+    status, out, err = run("report", "r")
+    assert (status, out) == (0, "page: r/report.html\n")
+    assert err.startswith("fqt: r/psq4 holds no readable run")
+    assert err.count("\n") == 1
+    assert run("report", "r/psq4")[:2] == (2, "")
 
 
 def test_explain(run):
@@ -110,6 +131,8 @@ ERRORS = [
     (["compare", "sudoku"], "unknown task 'sudoku'"),
     (["explain", "sudoku"], "unknown task 'sudoku'"),
     (["report", "nowhere"], "cannot read nowhere"),
+    (["report", "."], "holds no record of fqt"),
+    (["report"], "Missing argument 'RUN...'"),
     (["dance"], "No such command"),
 ]
 

@@ -19,10 +19,12 @@ from rich.progress import Progress, TextColumn
 
 import fqt
 from fqt import bench
+from fqt.cli_reproduce import reproduce_command
 from fqt.errors import FqtError
 from fqt.records import environment, read_json, write_bytes, write_json
 from fqt.report import (
     certificate_table,
+    collect,
     comparison_figure,
     diagnosis_tables,
     markdown,
@@ -31,6 +33,7 @@ from fqt.report import (
     save_figure,
     summarize,
     terminal_table,
+    write_page,
 )
 from fqt.stats import diagnosis_from, diagnosis_record, quantization_variance
 from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
@@ -166,14 +169,34 @@ def compare_command(
     comparison = Comparison(base=config, recipes=recipes, seeds=tuple(range(first, first + seeds)), **measure)
     console = Console(stderr=True)
     compare(comparison, folder, force=force, command=sys.argv, observer=ConsoleObserver(console))
-    _write_report(folder)
+    _write_reports((folder,), None)
 
 
 @cli.command("report")
-@click.argument("folder", type=click.Path(path_type=Path))
-def report_command(folder: Path) -> None:
-    """Make the table and the plot of a comparison again from its record."""
-    _write_report(folder)
+@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="File of the page [default: report.html in the folder; with several, in the current one].",
+)
+def report_command(paths: tuple[Path, ...], html: Path | None) -> None:
+    """Make one web page, complete in itself, of records: folders of runs or comparisons, or folders above them.
+
+    Of a comparison that is named itself, the table and the plot are made again too.
+    """
+    _write_reports(paths, html)
+
+
+def _write_reports(paths: Sequence[Path], html: Path | None) -> None:
+    found = collect(paths)
+    for folder in paths:
+        if (folder / "compare.json").is_file() and any(c.name == str(folder) for c in found.comparisons):
+            _write_report(folder)
+    page = html or (paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()) / "report.html"
+    problems = write_page(found, page)
+    click.echo(f"page: {page}")
+    for problem in problems:
+        print(f"fqt: {problem}", file=sys.stderr)
 
 
 def _write_report(folder: Path) -> None:
@@ -246,6 +269,9 @@ def plan_command(
         click.echo(
             f"quantization variance: predicted {made.variance:.3g}, measured {noise.value:.3g} ± {noise.error:.2g}"
         )
+
+
+cli.add_command(reproduce_command)
 
 
 @cli.command("explain")

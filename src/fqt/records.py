@@ -28,12 +28,18 @@ import torch
 
 from fqt.errors import FqtError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same parser under its earlier name
+    import tomli as tomllib
+
 __all__ = [
     "append_record",
     "environment",
     "read_document",
     "read_json",
     "read_records",
+    "read_toml",
     "write_bytes",
     "write_json",
 ]
@@ -75,6 +81,15 @@ def read_json(path: Path) -> Any:
         FqtError: the file is missing or is not JSON.
     """
     return read_document(path, json.loads, "JSON")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Raises:
+        FqtError: the file is missing or is not TOML.
+    """
+    return read_document(path, tomllib.loads, "TOML")
 
 
 def read_document(path: Path, parse: Callable[[str], Any], kind: str) -> Any:

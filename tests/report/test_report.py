@@ -9,41 +9,7 @@ from fqt.errors import FqtError
 from fqt.records import write_json
 from fqt.report import Spread, comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
 
-ACCURACY = {"qat": [0.90, 0.80, 0.85], "ptq4": [0.85, 0.79, 0.81], "bhq4": [0.91, 0.80, 0.84]}
-RATIO = {"qat": [0.0, 0.0, 0.0], "ptq4": [0.31, 0.29, 0.33], "bhq4": [0.021, 0.018, 0.024]}
-
-
-def _run(recipe, seed):
-    return {
-        "recipe": recipe, "seed": seed, "accuracy": ACCURACY[recipe][seed], "best_accuracy": 0.95, "eval_loss": 0.3,
-        "train_loss": 0.2 + 0.01 * seed, "steps": 20, "seconds": 1.0, "diverged": False,
-        "loss_curve": [[10, 2.0 + seed], [20, 0.3]], "accuracy_curve": [[20, ACCURACY[recipe][seed]]],
-    }  # fmt: skip
-
-
-@pytest.fixture
-def record():
-    estimate = {"value": 1.0, "error": 0.1}
-    return {
-        "format": "fqt compare 1",
-        "environment": {
-            "time": "2025-01-01T00:00:00+00:00", "commit": "0123456789abcdef", "dirty": False, "fqt": "0.1.0",
-            "torch": "2.13", "processor": "P", "threads": 2, "accelerators": [],
-        },
-        "config": {"task": "digits", "model": "convnet", "epochs": 2},
-        "baseline": "qat",
-        "recipes": ["qat", "ptq4", "bhq4"],
-        "seeds": [0, 1, 2],
-        "measurement": {"reference": "qat", "baseline": "qat", "batches": 4, "draws": 8, "sampling_batches": 16},
-        "runs": [_run(recipe, seed) for seed in range(3) for recipe in ACCURACY],
-        "gradient": [
-            {
-                "recipe": recipe, "seed": seed, "step": 10, "quantization": estimate, "sampling": estimate,
-                "ratio": {"value": RATIO[recipe][seed], "error": 0.01},
-            }
-            for seed in range(3) for recipe in RATIO
-        ],
-    }  # fmt: skip
+from .conftest import ACCURACY
 
 
 def test_rows(record):

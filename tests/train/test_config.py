@@ -1,8 +1,9 @@
 import pytest
 
 from fqt.errors import FqtError
+from fqt.records import read_toml
 from fqt.train import TrainConfig, preset_names, resolve
-from fqt.train.config import read_toml, to_toml
+from fqt.train.config import to_toml
 
 PAPER_CIFAR = {
     "task": "cifar10", "model": "preact-resnet56", "batch_size": 128, "epochs": 200, "lr": 0.1, "momentum": 0.9,

@@ -1,8 +1,13 @@
-"""Reports: from records to tables and figures. Reads records and nothing else; nothing but the CLI imports it."""
+"""Reports: from records to tables, figures and one web page.
+
+Reads records and nothing else; nothing but the CLI imports it.
+"""
 
 from fqt.report.certificate import certificate_table
+from fqt.report.collect import collect
 from fqt.report.diagnosis import diagnosis_tables, plan_table
 from fqt.report.figures import comparison_figure, save_figure
+from fqt.report.page import render, write_page
 from fqt.report.summary import Row, Spread, read_comparison, summarize
 from fqt.report.tables import markdown, terminal_table
 
@@ -10,12 +15,15 @@ __all__ = [
     "Row",
     "Spread",
     "certificate_table",
+    "collect",
     "comparison_figure",
     "diagnosis_tables",
     "markdown",
     "plan_table",
     "read_comparison",
+    "render",
     "save_figure",
     "summarize",
     "terminal_table",
+    "write_page",
 ]

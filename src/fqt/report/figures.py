@@ -1,4 +1,4 @@
-"""The plot of a comparison: accuracy by recipe, loss curves, gradient noise.
+"""The figures of a comparison and of single runs: accuracy by recipe, curves, gradient noise.
 
 Uses matplotlib's objects without pyplot, so that no global figure or backend is touched.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,43 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from fqt.records import write_bytes
+from fqt.report.chart import Chart, Point, colour, make_chart, plain, style
+from fqt.report.runs import Curve, RunRecord
 from fqt.report.summary import Row, number, ratios_of, runs_of
 from fqt.report.tables import caption
 
-__all__ = ["comparison_figure", "save_figure"]
+__all__ = ["comparison_charts", "comparison_figure", "figure_of", "lines", "log_axis", "run_charts", "save_figure"]
 
-# Okabe and Ito's palette, told apart by readers with any colour vision; further recipes repeat it dashed
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999")
+Panel = Callable[[Axes], list[Point]]
+NAMED = 16
 
 
 def comparison_figure(record: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     """Three panels, one colour per recipe; panels without data are left out."""
-    panels = [_accuracy, _losses] + ([_noise] if any(row.ratio.mean > 0 for row in rows) else [])
+    panels = [
+        ("Accuracy at the end: each seed, mean ± std", lambda axes: _accuracy(axes, record, rows)),
+        ("Training loss: mean and range over seeds", lambda axes: _losses(axes, record, rows)),
+    ]
+    if _has_noise(rows):
+        title = "Noise of the gradient (exact gradients have no bar)"
+        panels.append((title, lambda axes: _noise(axes, record, rows)))
+    config = record["config"]
+    return figure_of(panels, title=f"{config['task']}, {config['model']}", note=caption(record))
+
+
+def figure_of(panels: Sequence[tuple[str, Panel]], *, title: str, note: str) -> Figure:
+    """Titled panels side by side in one figure, for a file."""
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes, record, rows)
+    for axes, (name, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    config = record["config"]
-    figure.suptitle(f"{config['task']}, {config['model']}")
-    figure.supxlabel(caption(record), fontsize=7, wrap=True)
+        axes.set_title(name, fontsize=9)
+    figure.suptitle(plain(title, 80))
+    figure.supxlabel(plain(note, 500), fontsize=7, wrap=True)
     return figure
 
 
@@ -53,51 +68,186 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _accuracy(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def comparison_charts(record: Mapping[str, Any], rows: Sequence[Row]) -> list[Chart]:
+    """The panels one by one, and the accuracy while training."""
+    charts = [
+        make_chart(
+            "Accuracy at the end: each seed, mean ± standard deviation",
+            ("recipe", "seed", "accuracy %"),
+            lambda axes: _accuracy(axes, record, rows),
+        ),
+        make_chart(
+            "Training loss: mean and range over seeds",
+            ("recipe", "step", "loss"),
+            lambda axes: _losses(axes, record, rows),
+        ),
+    ]
+    accuracies = {row.recipe: _mean_curve(record, row.recipe, "accuracy_curve", 100)[0] for row in rows}
+    if any(len(curve) > 1 for curve in accuracies.values()):
+        charts.append(
+            make_chart(
+                "Accuracy on the evaluation data: mean over seeds",
+                ("recipe", "step", "accuracy %"),
+                lambda axes: lines(axes, accuracies, "step", "accuracy, %", form=".2f"),
+            )
+        )
+    if _has_noise(rows):
+        charts.append(
+            make_chart(
+                "Noise of the gradient: quantization variance over mini-batch variance",
+                ("recipe", "seed", "ρ"),
+                lambda axes: _noise(axes, record, rows),
+                note="Exact gradients have no bar.",
+            )
+        )
+    return charts
+
+
+def run_charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    """Loss, accuracy and ρ of single runs over their steps; a chart without any value is left out."""
+    names = _distinct(runs)
+    loss = {name: run.loss for name, run in names.items()}
+    accuracy = {name: _percent(run.accuracy) for name, run in names.items()}
+    training = {name: _percent(run.train_accuracy) for name, run in names.items()}
+    rho = {
+        f"{name}{', ' * bool(layer)}{layer}": curve
+        for name, run in names.items()
+        for layer, curve in run.rho.items()
+    }
+    wanted = [
+        ("Training loss, mean of each window", "loss", loss, True, ".4g"),
+        ("Accuracy on the evaluation data", "accuracy, %", accuracy, False, ".2f"),
+        ("Accuracy on the training batches, mean of each window", "accuracy, %", training, False, ".2f"),
+        ("ρ: quantization variance over mini-batch variance", "ρ", rho, True, ".2g"),
+    ]
+    return [
+        make_chart(
+            title,
+            ("run", "step", unit),
+            _panel(series, unit, log, form),
+            note="" if len(series) <= NAMED else f"{len(series)} lines: point at one to read its name.",
+        )
+        for title, unit, series, log, form in wanted
+        if any(math.isfinite(value) for curve in series.values() for _, value in curve)
+    ]
+
+
+def lines(
+    axes: Axes,
+    series: Mapping[str, Curve],
+    xlabel: str,
+    ylabel: str,
+    *,
+    log: bool = False,
+    form: str = ".4g",
+) -> list[Point]:
+    """One line per series; values that are not finite leave a gap. Returns the points drawn.
+
+    More than `NAMED` series get no legend, which would cover them: their values say whose they are.
+    """
+    points = []
+    for i, (name, curve) in enumerate(series.items()):
+        if not curve:
+            continue
+        mark = "o" if len(curve) <= 12 else ""
+        xs, ys = [x for x, _ in curve], [y for _, y in curve]
+        axes.plot(xs, ys, style(i) + mark, color=colour(i), label=plain(name), linewidth=1.2, markersize=3.5)
+        points += [Point(x, y, (name, format(x, "g"), format(y, form))) for x, y in curve if math.isfinite(y)]
+    if log and any(point.y > 0 for point in points):
+        log_axis(axes)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if points and len(series) <= NAMED:
+        axes.legend(fontsize=8, ncols=1 + (len(series) > 8))
+    return points
+
+
+def log_axis(axes: Axes) -> None:
+    """A logarithmic y axis; over less than three decades with 1, 2 and 5 labelled in plain figures."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 1000 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _panel(series: Mapping[str, Curve], unit: str, log: bool, form: str) -> Panel:
+    return lambda axes: lines(axes, series, "step", unit, log=log, form=form)
+
+
+def _percent(curve: Curve) -> Curve:
+    return [(step, 100 * value) for step, value in curve]
+
+
+def _distinct(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
+    """Runs by label, or by folder where two would share one."""
+    labels = [run.label for run in runs]
+    return {run.label if labels.count(run.label) == 1 else run.name: run for run in runs}
+
+
+def _has_noise(rows: Sequence[Row]) -> bool:
+    return any(row.ratio.mean > 0 for row in rows)
+
+
+def _accuracy(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row]) -> list[Point]:
+    points = []
     for i, row in enumerate(rows):
-        values = [100 * run["accuracy"] for run in runs_of(record, row.recipe)]
-        axes.plot([i] * len(values), values, "o", color=_colour(i), alpha=0.4, markersize=5)
+        runs = runs_of(record, row.recipe)
+        values = [100 * run["accuracy"] for run in runs]
+        axes.plot([i] * len(values), values, "o", color=colour(i), alpha=0.4, markersize=5)
         spread = 0.0 if math.isnan(row.accuracy.std) else 100 * row.accuracy.std
-        axes.errorbar(i, 100 * row.accuracy.mean, spread, fmt="_", color=_colour(i), markersize=18, capsize=4)
+        axes.errorbar(i, 100 * row.accuracy.mean, spread, fmt="_", color=colour(i), markersize=18, capsize=4)
+        for run, value in zip(runs, values, strict=True):
+            points.append(Point(i, value, (row.recipe, str(run["seed"]), f"{value:.2f}")))
     _name_recipes(axes, rows)
     axes.set_ylabel("accuracy, %")
-    axes.set_title("Accuracy at the end: each seed, mean ± std", fontsize=9)
+    return points
 
 
-def _losses(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def _mean_curve(
+    record: Mapping[str, Any], recipe: str, which: str, factor: float = 1.0
+) -> tuple[Curve, Curve, Curve]:
+    """Mean, lowest and highest over a recipe's seeds, as far as all of them go."""
+    curves = [run[which] for run in runs_of(record, recipe)]
+    shared = min(len(curve) for curve in curves)
+    steps = [step for step, _ in curves[0][:shared]]
+    columns = [[factor * number(curve[k][1]) for curve in curves] for k in range(shared)]
+    mean = [math.fsum(column) / len(column) for column in columns]
+    return (
+        list(zip(steps, mean, strict=True)),
+        list(zip(steps, map(min, columns), strict=True)),
+        list(zip(steps, map(max, columns), strict=True)),
+    )
+
+
+def _losses(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row]) -> list[Point]:
+    series = {}
     for i, row in enumerate(rows):
-        curves = [run["loss_curve"] for run in runs_of(record, row.recipe)]
-        shared = min(len(curve) for curve in curves)
-        steps = [step for step, _ in curves[0][:shared]]
-        columns = [[number(curve[k][1]) for curve in curves] for k in range(shared)]
-        mean = [math.fsum(column) / len(column) for column in columns]
-        style = "-" if i < len(COLOURS) else "--"
-        axes.plot(steps, mean, style, color=_colour(i), label=row.recipe, linewidth=1.2)
-        if len(curves) > 1:
-            low, high = [min(c) for c in columns], [max(c) for c in columns]
-            axes.fill_between(steps, low, high, color=_colour(i), alpha=0.12, linewidth=0)
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    axes.set_title("Training loss: mean and range over seeds", fontsize=9)
-    axes.legend(fontsize=7)
+        series[row.recipe], low, high = _mean_curve(record, row.recipe, "loss_curve")
+        if len(runs_of(record, row.recipe)) > 1:
+            steps, lows, highs = [x for x, _ in low], [y for _, y in low], [y for _, y in high]
+            axes.fill_between(steps, lows, highs, color=colour(i), alpha=0.12, linewidth=0)
+    return lines(axes, series, "step", "training loss", log=True)
 
 
-def _noise(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def _noise(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row]) -> list[Point]:
+    points = []
     for i, row in enumerate(rows):
         values = [value for value in ratios_of(record, row.recipe) if value > 0]
         if values:
-            axes.bar(i, row.ratio.mean, color=_colour(i), alpha=0.7)
+            axes.bar(i, row.ratio.mean, color=colour(i), alpha=0.7)
             axes.plot([i] * len(values), values, "o", color="black", markersize=3)
+            points.append(Point(i, row.ratio.mean, (row.recipe, "mean", f"{row.ratio.mean:.2g}")))
+        for entry in record["gradient"]:
+            value = number(entry["ratio"]["value"])
+            if entry["recipe"] == row.recipe and entry["seed"] in record["seeds"] and value > 0:
+                points.append(Point(i, value, (row.recipe, str(entry["seed"]), f"{value:.2g}")))
     _name_recipes(axes, rows)
-    axes.set_yscale("log")
-    axes.set_ylabel("quantization variance / mini-batch variance")
-    axes.set_title("Noise of the gradient (exact gradients have no bar)", fontsize=9)
+    log_axis(axes)
+    axes.set_ylabel("ρ: quantization / mini-batch variance")
+    return points
 
 
 def _name_recipes(axes: Axes, rows: Sequence[Row]) -> None:
-    axes.set_xticks(range(len(rows)), [row.recipe for row in rows], rotation=30, ha="right")
-
-
-def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
+    axes.set_xticks(range(len(rows)), [plain(row.recipe) for row in rows], rotation=30, ha="right")

@@ -7,35 +7,46 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from fqt.report.summary import Row, Spread
 
-__all__ = ["caption", "markdown", "terminal_table"]
+__all__ = ["caption", "cells", "header", "markdown", "provenance", "rich_table", "terminal_table", "title"]
 
 
 def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> Table:
     """A table for a `rich.console.Console`."""
-    table = Table(title=_title(record), caption=caption(record), caption_justify="left")
-    for i, name in enumerate(_header(record)):
+    table = Table(title=title(record), caption=caption(record), caption_justify="left")
+    for i, name in enumerate(header(record)):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*cells(row))
+    return table
+
+
+def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> Table:
+    """Any table for a console; the first columns are words, the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if i < text_columns else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
 def markdown(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The same table as Markdown, with what it was measured on below it."""
-    header = _header(record)
+    names = header(record)
     lines = [
-        f"# {_title(record)}",
+        f"# {title(record)}",
         "",
-        "| " + " | ".join(header) + " |",
-        "|---" + "|---:" * (len(header) - 1) + "|",
-        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
+        "| " + " | ".join(names) + " |",
+        "|---" + "|---:" * (len(names) - 1) + "|",
+        *("| " + " | ".join(cells(row)) + " |" for row in rows),
         "",
         caption(record),
         "",
-        _provenance(record),
+        provenance(record),
         "",
     ]
     return "\n".join(lines)
@@ -56,17 +67,20 @@ def caption(record: Mapping[str, Any]) -> str:
     return text
 
 
-def _title(record: Mapping[str, Any]) -> str:
+def title(record: Mapping[str, Any]) -> str:
+    """What was trained, and for how long."""
     config = record["config"]
     length = f"{config['steps']} steps" if "steps" in config else f"{config['epochs']} epochs"
     return f"{config['task']}, {config['model']}, {length}"
 
 
-def _header(record: Mapping[str, Any]) -> list[str]:
+def header(record: Mapping[str, Any]) -> list[str]:
+    """Names of the columns."""
     return ["recipe", "accuracy %", f"against {record['baseline']}", "final loss", "noise ρ"]
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
+    """One recipe under these columns."""
     name = row.recipe + (f" ({row.diverged} diverged)" if row.diverged else "")
     difference = "–"
     if row.difference is not None:
@@ -97,7 +111,8 @@ def _significant(spread: Spread) -> str:
     return _plus_minus(spread.mean, spread.std, f".{digits}f")
 
 
-def _provenance(record: Mapping[str, Any]) -> str:
+def provenance(record: Mapping[str, Any]) -> str:
+    """When, with what and where the record was made, in one line."""
     stamp = record["environment"]
     commit = (stamp["commit"] or "unknown")[:12] + (" with local changes" if stamp["dirty"] else "")
     return (

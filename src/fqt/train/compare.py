@@ -26,24 +26,19 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fqt.errors import FqtError
 from fqt.nn import load_recipe
 from fqt.records import environment, read_json, write_json
 from fqt.stats import Estimate, quantization_variance, sampling_variance
-from fqt.train.checkpoint import load_checkpoint
 from fqt.train.config import MACHINE_FIELDS, TrainConfig
-from fqt.train.loaders import Batch, Loader
 from fqt.train.results import RunResult
 from fqt.train.run import Observer, Silent, discard, train
+from fqt.train.snapshot import Snapshot
 from fqt.train.tasks import load_task
-from fqt.train.trainer import forward, load_weights, make_model, pick_device
+from fqt.train.trainer import make_model, pick_device
 
 __all__ = ["Comparison", "compare"]
 
@@ -223,49 +218,28 @@ def _measurements(
     diverged = any(r["diverged"] for r in record["runs"] if (r["recipe"], r["seed"]) == (reference, seed))
     if not missing or diverged:
         return
-    config = comparison.base.replace(seed=seed)
-    device = pick_device(config.device)
-    data = load_task(config, device)
-    batches = list(islice(_fresh_batches(data, config), max(comparison.batches, comparison.sampling_batches)))
-    halfway = load_checkpoint(_home(folder, comparison.reference, seed) / "halfway.pt", ("model", "step"))
-
-    def model_with(recipe: str) -> nn.Module:
-        model = make_model(config, data, recipe)
-        load_weights(model, halfway["model"])
-        model = model.to(device).train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()  # its noise is not quantization's, and would hide it
-        return model
-
-    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        logits = forward(model, batch[0], amp=config.amp)
-        return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
-
+    snapshot = Snapshot.of_config(
+        comparison.base.replace(seed=seed), _home(folder, comparison.reference, seed) / "halfway.pt"
+    )
+    batches = snapshot.batches(max(comparison.batches, comparison.sampling_batches))
     observer.begin(f"gradient noise seed {seed}", len(missing), 0)
     fixed, draws = batches[: comparison.batches], comparison.draws
     try:
-        baseline = model_with(comparison.baseline)
-        sampling = sampling_variance(baseline, loss_fn, batches[: comparison.sampling_batches], seed).total
+        baseline = snapshot.model(comparison.baseline)
+        sampling = sampling_variance(baseline, snapshot.loss, batches[: comparison.sampling_batches], seed).total
         for recipe in missing:
-            noise = quantization_variance(model_with(recipe), loss_fn, fixed, draws, seed).total
+            noise = quantization_variance(snapshot.model(recipe), snapshot.loss, fixed, draws, seed).total
             observer.step()
             yield {
                 "recipe": recipe_label(recipe),
                 "seed": seed,
-                "step": halfway["step"],
+                "step": snapshot.step,
                 "quantization": dataclasses.asdict(noise),
                 "sampling": dataclasses.asdict(sampling),
                 "ratio": dataclasses.asdict(_ratio(noise, sampling)),
             }
     finally:
         observer.end()
-
-
-def _fresh_batches(data: Loader, config: TrainConfig) -> Iterator[Batch]:
-    """Training batches in an order that training did not use: from the epochs after its last."""
-    for epoch in count(config.epochs):
-        yield from data.train(epoch)
 
 
 def _ratio(noise: Estimate, sampling: Estimate) -> Estimate:

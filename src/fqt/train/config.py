@@ -20,7 +20,7 @@ from typing import Any
 import tomli_w
 
 from fqt.errors import FqtError
-from fqt.records import read_document
+from fqt.records import read_toml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -175,15 +175,6 @@ def load_preset(name: str) -> dict[str, Any]:
     if name.endswith(".toml"):
         return read_toml(Path(name))
     raise FqtError(f"unknown preset {name!r}; known: {', '.join(preset_names())}, or the path of a .toml file")
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Reads a TOML file.
-
-    Raises:
-        FqtError: the file is missing or is not TOML.
-    """
-    return read_document(path, tomllib.loads, "TOML")
 
 
 def to_toml(values: Mapping[str, Any]) -> bytes:

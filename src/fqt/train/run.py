@@ -31,9 +31,9 @@ from typing import Any, Protocol
 
 from fqt.errors import FqtError
 from fqt.nn import load_recipe
-from fqt.records import append_record, environment, read_json, write_bytes, write_json
+from fqt.records import append_record, environment, read_json, read_toml, write_bytes, write_json
 from fqt.train.checkpoint import load_checkpoint, save_checkpoint
-from fqt.train.config import MACHINE_FIELDS, TrainConfig, read_toml, to_toml
+from fqt.train.config import MACHINE_FIELDS, TrainConfig, to_toml
 from fqt.train.results import RunResult, is_finished, read_result
 from fqt.train.trainer import Trainer
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fqt.errors import FqtError
-from fqt.nn import dump_recipe, load_recipe, quantize_
+from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
 from fqt.stats import derive_seed
 from fqt.stats.passes import LossFn
 from fqt.train.adapt import Adapter
@@ -177,7 +177,7 @@ class Trainer:
         return torch.zeros(3, dtype=torch.float64, device=self.device)  # loss · samples, hits, samples
 
 
-def make_model(config: TrainConfig, data: Loader, recipe: str) -> nn.Module:
+def make_model(config: TrainConfig, data: Loader, recipe: str | Recipe) -> nn.Module:
     """The configuration's model for this data with its initial weights, converted to ``recipe``; on the CPU.
 
     Seeds the global generators: the weights depend on ``config.seed`` only.

@@ -1,0 +1,196 @@
+"""One web page of any number of records: self-contained, so that it can be mailed, printed and kept.
+
+Everything is in the file: style, script, drawings. Nothing is fetched. What comes from a record is text to the
+template, which escapes it; the only markup that is taken as it is are matplotlib's drawings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fqt.errors import FqtError
+from fqt.records import write_bytes
+from fqt.report.chart import Chart, Drawing, drawing
+from fqt.report.collect import Collection, ComparisonRecord
+from fqt.report.figures import comparison_charts, run_charts
+from fqt.report.other import other_section
+from fqt.report.runs import RunRecord
+from fqt.report.section import Facts, Section, Table, facts, show
+from fqt.report.tables import caption, cells, header, provenance, title
+
+__all__ = ["render", "write_page"]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A section with its charts drawn."""
+
+    section: Section
+    key: str
+    drawings: list[tuple[Chart, Drawing]] = field(default_factory=list)
+
+
+def write_page(found: Collection, path: Path) -> list[str]:
+    """Writes the page of a collection; returns what it could not show, one line each.
+
+    Raises:
+        FqtError: the disk is full, or the folder cannot be written.
+    """
+    page, problems = render(found)
+    write_bytes(path, page.encode())
+    return problems
+
+
+def render(found: Collection) -> tuple[str, list[str]]:
+    """The page: an overview of what ran, then curves, comparisons, other records, and each run in full.
+
+    A record that turns out not to have the form it claims becomes a problem, on the page and in the list returned.
+    """
+    problems = list(found.problems)
+    keys = (f"s{i}" for i in count(1))
+    shown = []
+    for name, build in _builders(found):
+        try:
+            section = build()
+            key = next(keys)
+            drawings = [(chart, drawing(chart, f"{key}c{i}")) for i, chart in enumerate(section.charts)]
+        except (FqtError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            # Records come from anywhere: whatever a wrong shape raises, it is this record that is wrong.
+            problems.append(f"{name} cannot be shown: it is no complete record ({type(error).__name__}: {error})")
+            continue
+        shown.append(_Shown(section, key, drawings))
+    environment = Environment(
+        loader=PackageLoader("fqt.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template("page.html").render(
+        title=_page_title(found), overview=_overview(found), problems=problems, sections=shown
+    )
+    return text, problems
+
+
+def _builders(found: Collection) -> list[tuple[str, Any]]:
+    """(name, function that makes the section), in the order of the page."""
+    builders: list[tuple[str, Any]] = []
+    for (task, model), runs in _groups(found.runs).items():
+        builders.append((f"{task}, {model}", lambda t=task, m=model, r=runs: _curves(t, m, r)))
+    builders += [(c.name, lambda c=c: _comparison(c)) for c in found.comparisons]
+    builders += [(name, lambda n=name, r=record: other_section(n, r)) for name, record in found.others]
+    builders += [(run.name, lambda r=run: _run(r)) for run in found.runs]
+    return builders
+
+
+def _page_title(found: Collection) -> str:
+    tasks = [str(run.config.get("task", "")) for run in found.runs]
+    tasks += [str(c.record.get("config", {}).get("task", "")) for c in found.comparisons]
+    names = ", ".join(dict.fromkeys(task for task in tasks if task))
+    return f"fqt report: {names}" if names else "fqt report"
+
+
+def _groups(runs: Sequence[RunRecord]) -> dict[tuple[str, str], list[RunRecord]]:
+    groups: dict[tuple[str, str], list[RunRecord]] = {}
+    for run in runs:
+        key = (str(run.config.get("task", "unknown task")), str(run.config.get("model", "unknown model")))
+        groups.setdefault(key, []).append(run)
+    return groups
+
+
+def _overview(found: Collection) -> Table | None:
+    """Every run in one line, those inside comparisons too."""
+    rows = [
+        (
+            run.name,
+            show(run.config.get("task")),
+            show(run.config.get("model")),
+            show(run.config.get("recipe")),
+            show(run.config.get("seed")),
+            _progress(run),
+            _last(run.accuracy, 100, ".2f"),
+            _last(run.loss, 1, ".4f"),
+            run.state,
+        )
+        for run in found.runs
+    ]
+    for comparison in found.comparisons:
+        config = comparison.record.get("config", {})
+        for entry in comparison.record["runs"]:
+            rows.append(
+                (
+                    f"{comparison.name}/{entry['recipe']}-seed{entry['seed']}",
+                    show(config.get("task")),
+                    show(config.get("model")),
+                    show(entry["recipe"]),
+                    show(entry["seed"]),
+                    show(entry.get("steps")),
+                    _number(entry["accuracy"], 100, ".2f"),
+                    _number(entry["train_loss"], 1, ".4f"),
+                    "diverged" if entry["diverged"] else "finished",
+                )
+            )
+    columns = ("run", "task", "model", "recipe", "seed", "steps", "accuracy %", "training loss", "state")
+    return Table("What ran", columns, rows, text_columns=4) if rows else None
+
+
+def _progress(run: RunRecord) -> str:
+    planned = run.planned
+    return f"{run.steps}/{planned}" if run.state == "incomplete" and planned else str(run.steps)
+
+
+def _last(curve: Sequence[tuple[float, float]], factor: float, form: str) -> str:
+    return _number(curve[-1][1] if curve else None, factor, form)
+
+
+def _number(value: Any, factor: float, form: str) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(factor * value, form)
+
+
+def _curves(task: str, model: str, runs: Sequence[RunRecord]) -> Section:
+    charts = run_charts(runs)
+    note = "" if charts else "None of these runs has written a line of metrics yet."
+    return Section(title=f"{task}, {model}: curves", note=note, charts=charts)
+
+
+def _comparison(comparison: ComparisonRecord) -> Section:
+    record, rows = comparison.record, comparison.rows
+    return Section(
+        title=f"Comparison: {title(record)}",
+        note=caption(record),
+        tables=[Table("", header(record), [tuple(cells(row)) for row in rows])],
+        charts=comparison_charts(record, rows) if rows else [],
+        details=[
+            facts("Configuration", record["config"]),
+            facts("Measurement", record["measurement"]),
+            _environment(record["environment"]),
+        ],
+        footer=f"{comparison.name}. {provenance(record)}",
+    )
+
+
+def _run(run: RunRecord) -> Section:
+    end = {"incomplete": f"incomplete, {_progress(run)} steps", "finished": "finished", "diverged": "diverged"}
+    evaluations = [(format(step, "g"), _number(value, 100, ".2f")) for step, value in run.accuracy]
+    tables = [Table("Evaluations", ("step", "accuracy %"), evaluations)] if evaluations else []
+    details = [facts("Configuration", run.config), facts("Recipe in full", run.recipe)]
+    details += [_environment(stamp) for stamp in run.stamps]
+    return Section(
+        title=f"Run: {run.label}",
+        note=f"{run.name}: {end[run.state]}.",
+        warnings=list(run.problems),
+        tables=tables,
+        details=[detail for detail in details if detail.rows],
+    )
+
+
+def _environment(stamp: Mapping[str, Any]) -> Facts:
+    step = f", continued after step {stamp['step']}" if "step" in stamp else ""
+    return facts(f"Environment{step}", stamp)
