@@ -26,24 +26,23 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from fqt.errors import FqtError
 from fqt.nn import load_recipe
 from fqt.records import environment, read_json, write_json
 from fqt.stats import Estimate, quantization_variance, sampling_variance
 from fqt.train.checkpoint import load_checkpoint
+from fqt.train.checkup import fresh_batches
 from fqt.train.config import MACHINE_FIELDS, TrainConfig
-from fqt.train.loaders import Batch, Loader
 from fqt.train.results import RunResult
 from fqt.train.run import Observer, Silent, discard, train
 from fqt.train.tasks import load_task
-from fqt.train.trainer import forward, load_weights, make_model, pick_device
+from fqt.train.trainer import load_weights, make_model, pick_device, training_loss
 
 __all__ = ["Comparison", "compare"]
 
@@ -226,7 +225,7 @@ def _measurements(
     config = comparison.base.replace(seed=seed)
     device = pick_device(config.device)
     data = load_task(config, device)
-    batches = list(islice(_fresh_batches(data, config), max(comparison.batches, comparison.sampling_batches)))
+    batches = list(islice(fresh_batches(data, config), max(comparison.batches, comparison.sampling_batches)))
     halfway = load_checkpoint(_home(folder, comparison.reference, seed) / "halfway.pt", ("model", "step"))
 
     def model_with(recipe: str) -> nn.Module:
@@ -238,10 +237,7 @@ def _measurements(
                 module.eval()  # its noise is not quantization's, and would hide it
         return model
 
-    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        logits = forward(model, batch[0], amp=config.amp)
-        return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
-
+    loss_fn = training_loss(config)
     observer.begin(f"gradient noise seed {seed}", len(missing), 0)
     fixed, draws = batches[: comparison.batches], comparison.draws
     try:
@@ -260,12 +256,6 @@ def _measurements(
             }
     finally:
         observer.end()
-
-
-def _fresh_batches(data: Loader, config: TrainConfig) -> Iterator[Batch]:
-    """Training batches in an order that training did not use: from the epochs after its last."""
-    for epoch in count(config.epochs):
-        yield from data.train(epoch)
 
 
 def _ratio(noise: Estimate, sampling: Estimate) -> Estimate:
