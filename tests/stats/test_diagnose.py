@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 
@@ -29,17 +30,6 @@ def test_sampling_variance_is_that_of_the_qat_model() -> None:
     assert 0.2 < found.total.sampling.error / slow.total.error < 5
     assert set(found.layers) == {"0", "1", "3", "5"}
     assert found.total.sampling.value == pytest.approx(sum(n.sampling.value for n in found.layers.values()))
-
-
-def test_sampling_error_is_the_spread_of_the_estimate() -> None:
-    """Over 40 sets of 5 batches the mean squared error reported is the estimates' variance, to a factor 2.5."""
-    model, values, errors = make(recipe="psq8"), [], []
-    for seed in range(40):
-        noise = fqt.diagnose(model, loss, batches(5, seed=seed), table=0).total.sampling
-        values.append(noise.value)
-        errors.append(noise.error)
-    spread, reported = torch.tensor(values).var().item(), torch.tensor(errors).square().mean().item()
-    assert 0.4 < reported / spread < 2.5
 
 
 def test_quantization_variance_agrees_with_the_slow_estimator() -> None:
@@ -255,21 +245,22 @@ MEMORY = """
 import resource, torch, fqt
 from torch import nn
 torch.set_num_threads(1)
-model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))  # 96 MiB of gradient
+model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16)))  # 64 MiB of gradient
 model = fqt.quantize_(model, "psq4")
 data = [torch.randn(4, 1024) for _ in range(2)]
 loss = lambda m, b: m(b).square().mean()
 torch.autograd.grad(loss(model, data[0]), model[0].weight)  # what the backward itself needs
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 fqt.diagnose(model, loss, data, table=0)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 / (24 * 4))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 / (16 * 4))
 """
 
 
 def test_it_holds_the_gradient_less_than_twice() -> None:
     """Peak memory beyond a backward's own, in gradients: the mean, and one layer's figures at a time."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert 0.5 < float(done.stdout) < 2
+    exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}  # glibc: what is freed goes back at once
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=exact)
+    assert 0.5 < float(done.stdout) < 1.7
 
 
 def test_it_prints_as_a_table() -> None:

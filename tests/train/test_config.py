@@ -3,7 +3,7 @@ import pytest
 from fqt.errors import FqtError
 from fqt.records import read_toml
 from fqt.train import TrainConfig, preset_names, resolve
-from fqt.train.config import to_toml
+from fqt.train.config import differing, to_toml
 
 PAPER_CIFAR = {
     "task": "cifar10", "model": "preact-resnet56", "batch_size": 128, "epochs": 200, "lr": 0.1, "momentum": 0.9,
@@ -81,3 +81,11 @@ def test_unknown_names_list_the_known_ones(tmp_path):
     (tmp_path / "p.toml").write_text("lr = = 0.5\n")
     with pytest.raises(FqtError, match="not a TOML file"):
         resolve("digits", str(tmp_path / "p.toml"), {})
+
+
+def test_a_configuration_saved_before_a_field_existed_is_of_the_same_run():
+    now = resolve("digits", None, {}).to_dict()
+    before = {name: value for name, value in now.items() if name not in ("adapt", "rho", "adapt_every")}
+    assert differing(before, now) == []
+    assert differing(before, {**now, "adapt": True, "data": "elsewhere"}) == ["adapt"]
+    assert differing({**now, "steps": 5}, before) == ["steps"]

@@ -18,7 +18,7 @@ from fqt.errors import FqtError
 from fqt.nn.function import GradientOperand
 from fqt.nn.observe import observe
 from fqt.quant import Quantizer
-from fqt.stats.gradient import _undisturbed
+from fqt.stats.gradient import undisturbed
 from fqt.stats.seeds import derive_seed
 
 __all__ = ["CodeHistogram", "LayerProfile", "code_histogram", "gradient_of_layer", "layer_profile"]
@@ -170,7 +170,7 @@ def _backward(
     note: Callable[[str, GradientOperand], None],
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with _undisturbed(model), observe(model, note), torch.enable_grad():
+    with undisturbed(model), observe(model, note), torch.enable_grad():
         for b, batch in enumerate(batches):
             torch.manual_seed(derive_seed(seed, "profile", b))
             loss = loss_fn(model, batch)

@@ -33,7 +33,7 @@ from fqt.errors import FqtError
 from fqt.nn import load_recipe
 from fqt.records import environment, read_json, write_json
 from fqt.stats import Estimate, quantization_variance, sampling_variance
-from fqt.train.config import MACHINE_FIELDS, TrainConfig
+from fqt.train.config import TrainConfig, differing
 from fqt.train.results import RunResult
 from fqt.train.run import Observer, Silent, discard, train
 from fqt.train.snapshot import Snapshot
@@ -186,9 +186,7 @@ def _check_old(old: Any, shared: dict[str, Any], path: Path) -> None:
         return
     if not isinstance(old, dict) or old.get("format") != FORMAT:
         raise FqtError(f"{path} is no record of a comparison; name another --out, or discard it with --force")
-    was = {name: value for name, value in old["config"].items() if name not in MACHINE_FIELDS}
-    now = {name: value for name, value in shared.items() if name not in MACHINE_FIELDS}
-    changed = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    changed = differing(old["config"], shared)
     if changed:
         raise FqtError(
             f"{path.parent} holds a comparison with another {', '.join(changed)}: name another --out, "

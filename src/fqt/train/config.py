@@ -27,7 +27,7 @@ if sys.version_info >= (3, 11):
 else:  # the same parser under its earlier name
     import tomli as tomllib
 
-__all__ = ["MACHINE_FIELDS", "TrainConfig", "preset_names", "resolve"]
+__all__ = ["MACHINE_FIELDS", "TrainConfig", "differing", "preset_names", "resolve"]
 
 SCHEDULES = ("cosine", "onecycle", "constant")
 UNITS = ("step", "epoch")
@@ -137,6 +137,16 @@ class TrainConfig:
         _require(not unknown, f"{source} has unknown keys {', '.join(unknown)}; known: {', '.join(known)}")
         _require("task" in values, f"{source} names no task")
         return TrainConfig(**values)
+
+
+def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields in which two saved configurations make different runs.
+
+    A field that one of them lacks, because it was saved before the field existed, has its default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    names = {*was, *now} - set(MACHINE_FIELDS)
+    return sorted(n for n in names if was.get(n, defaults.get(n)) != now.get(n, defaults.get(n)))
 
 
 def resolve(task: str | None, preset: str | None, overrides: Mapping[str, Any]) -> TrainConfig:

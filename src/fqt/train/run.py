@@ -33,7 +33,7 @@ from fqt.errors import FqtError
 from fqt.nn import load_recipe
 from fqt.records import append_record, environment, read_json, read_toml, write_bytes, write_json
 from fqt.train.checkpoint import load_checkpoint, save_checkpoint
-from fqt.train.config import MACHINE_FIELDS, TrainConfig, to_toml
+from fqt.train.config import MACHINE_FIELDS, TrainConfig, differing, to_toml
 from fqt.train.results import RunResult, is_finished, read_result
 from fqt.train.trainer import Trainer
 
@@ -269,8 +269,7 @@ def _open_folder(trainer: Trainer, folder: Path, command: Sequence[str]) -> None
 
 def _take_up(trainer: Trainer, folder: Path, command: Sequence[str]) -> None:
     state = load_checkpoint(folder / "checkpoint.pt", STATE)
-    saved, now = dict(state["config"]), trainer.config.to_dict()
-    changed = [name for name in now if name not in MACHINE_FIELDS and saved.get(name) != now[name]]
+    changed = differing(state["config"], trainer.config.to_dict())
     if changed:
         raise FqtError(f"the checkpoint in {folder} is of another run ({', '.join(changed)} differ)")
     trainer.restore(state)
