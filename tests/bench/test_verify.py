@@ -136,7 +136,7 @@ def test_the_quantizer(monkeypatch):
     assert "biased" in quantization.verify(4).problem  # the same noise each time does not average out
     wrong = Quantization.of(MATRIX.workload, "psq8")
     monkeypatch.setattr(
-        wrong, "quantize", lambda seed: replace(right(seed), matrix_offset=right(0).step), raising=False
+        wrong, "quantize", lambda seed: replace(right(seed), group_offset=right(0).step), raising=False
     )
     assert "squared error" in wrong.verify(4).problem
     copy = Copy(MATRIX.workload)

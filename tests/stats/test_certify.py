@@ -69,8 +69,8 @@ def _dither_shared_by_rows(patch: pytest.MonkeyPatch) -> None:
     """In encoding as well as in decoding: every entry right, a column's errors all equal."""
     right = reference.dither_noise
 
-    def dither_noise(seed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        row, column = right(seed, rows, columns)
+    def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        row, column = right(seed, rows, columns, transposed)
         return row[:1].expand(rows, 1), column
 
     patch.setattr(native, "takes", lambda *tensors, integers=None: False)

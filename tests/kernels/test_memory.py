@@ -1,0 +1,93 @@
+"""Memory that is used again: never while somebody holds it, and never more than once was needed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+
+from fqt.kernels import memory
+
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch: pytest.MonkeyPatch) -> memory._Blocks:
+    """A store of its own for every test."""
+    fresh = memory._Blocks()
+    monkeypatch.setattr(memory, "_blocks", fresh)
+    return fresh
+
+
+def test_a_block_is_used_again_when_its_tensor_is_gone(blocks: memory._Blocks) -> None:
+    first = memory.empty((2 * MB,), torch.uint8)
+    address = first.data_ptr()
+    assert memory.empty((2 * MB,), torch.uint8).data_ptr() != address
+    view = first.view(torch.float32)[5:]
+    del first
+    assert memory.empty((2 * MB,), torch.uint8).data_ptr() != address, "a view still holds it"
+    del view
+    gc.collect()
+    assert address in {memory.empty((MB // 2,), torch.float32).data_ptr() for _ in range(3)}
+    assert blocks.used == 0
+
+
+def test_saved_for_backward_is_held() -> None:
+    x = memory.empty((MB,), torch.float32).fill_(3.0).requires_grad_()
+    y = (x * x).sum()
+    address = x.data_ptr()
+    held = x.grad_fn, y
+    del x
+    others = [memory.empty((MB,), torch.float32).fill_(7.0) for _ in range(3)]
+    assert address not in {t.data_ptr() for t in others}
+    del held
+
+
+def test_small_tensors_are_torchs() -> None:
+    assert memory.empty((3, 5), torch.bfloat16).shape == (3, 5)
+    assert memory.empty((0, 5), torch.float32).numel() == 0
+    assert memory._blocks.used == 0
+
+
+def test_never_more_is_kept_than_was_in_use(blocks: memory._Blocks) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        held = [memory.empty((int(n),), torch.uint8) for n in torch.randint(MB, 9 * MB, (3,), generator=generator)]
+        assert blocks.held <= blocks.peak
+        del held
+    assert blocks.held <= blocks.peak <= 3 * 10 * MB
+    memory.release()
+    assert (blocks.held, blocks.peak, blocks.used) == (0, 0, 0)
+
+
+def test_threads() -> None:
+    wrong: list[int] = []
+
+    def work(value: int) -> None:
+        for _ in range(100):
+            x = memory.empty((MB,), torch.uint8).fill_(value)
+            y = x.clone()
+            if not bool((x == value).all()) or not torch.equal(x, y):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_fork_and_a_pickle() -> None:
+    x = memory.empty((MB,), torch.uint8).fill_(5)
+    assert torch.equal(pickle.loads(pickle.dumps(x)), x)
+    child = os.fork()
+    if child == 0:
+        memoryview(x.numpy())[:] = b"\1" * MB
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert int(x.max()) == 5, "a child wrote to its parent's memory"
