@@ -4,11 +4,13 @@
 // noise is made once, into a buffer that stays in the first-level cache, whatever the length of a row.
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "grid.h"
 #include "parallel.h"
 #include "philox.h"
 #include "platform.h"
+#include "range.h"
 #include "source.h"
 
 using namespace fqt;
@@ -100,6 +102,39 @@ void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
   });
 }
 
+// The entries start … end − 1 of one group.
+template <int Rounding>
+void encode_group(const Task& task, const Philox& philox, Group group, int64_t row, int64_t start, int64_t end) {
+  uint32_t noise[kChunk + 2 * W];
+  float buffer[kChunk + W];
+  Run run{start - row * task.columns, Groups::of(group), nullptr, 0};
+  if (is_dithered(Rounding)) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
+  for (int64_t i = start; i < end; i += kChunk) {
+    const int64_t n = end - i < kChunk ? end - i : kChunk, skipped = i % 4;  // noise comes in blocks of four
+    if (is_stochastic(Rounding)) philox.fill_u24(i - skipped, n + skipped, noise);
+    run.noise = noise + skipped;
+    encode_run<Rounding, false>(task, run, values(task.source, i, n, buffer), task.codes + i, n);
+    run.column += n;
+  }
+}
+
+// Rows as groups: range, step and codes of a row while it is in the cache. step and offset are written.
+template <int Rounding>
+void quantize_rows(const Task& task, int64_t rows, int symmetric, int steps, uint64_t seed, float* step,
+                   float* offset, int threads) {
+  const Philox philox(seed, kRounding);
+  const int64_t per_item = 1 + 8 * kChunk / task.columns;
+  parallel_for(ceil_div(rows, per_item), rows * task.columns, threads, [&](int64_t item) {
+    for (int64_t r = item * per_item; r < rows && r < (item + 1) * per_item; ++r) {
+      const int64_t start = r * task.columns;
+      float lo, hi;
+      range_of_entries(task.source, start, task.columns, &lo, &hi);
+      group_parameters(lo, hi, symmetric, steps, step + r, offset + r);
+      encode_group<Rounding>(task, philox, Group::of(step[r], offset[r]), r, start, start + task.columns);
+    }
+  });
+}
+
 template <int Rounding>
 void encode_groups(const Task& task, int64_t rows, bool by_row, bool by_column, uint64_t seed, int threads) {
   if (by_column) {
@@ -149,6 +184,49 @@ FQT_API int fqt_encode(const Source* source, int64_t rows, int64_t columns, cons
     }
   }
   return kDone;
+}
+
+// Range, parameters and codes in one: group 0 the tensor, 1 rows, 2 columns; as fqt_range_*, fqt_parameters with
+// `steps`, fqt_encode. step and offset are results here.
+FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, int group, int symmetric, int steps,
+                         int low, int high, int rounding, const int64_t* seed, int transposed, float* step,
+                         float* offset, uint8_t* codes, int threads) {
+  if (group == 1 && rows * columns > 0) {
+    std::unique_ptr<uint32_t[]> noise;
+    Task task{*source, step, offset, columns, static_cast<float>(low), static_cast<float>(high), codes, nullptr, nullptr};
+    const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
+    if (rounding == kDithered) {
+      noise.reset(new (std::nothrow) uint32_t[rows + columns + 2 * kNoiseWords]);
+      if (!noise) return kNoMemory;
+      task.row_noise = noise.get();
+      task.column_noise = noise.get() + rows + kNoiseWords;
+      Philox(key, transposed ? kDitherColumn : kDitherRow).fill_u24(0, rows, noise.get());
+      Philox(key, transposed ? kDitherRow : kDitherColumn).fill_u24(0, columns, noise.get() + rows + kNoiseWords);
+    }
+    const bool fixed = kFixedPoint && low == 0;
+    const auto run = [&](auto kind) {
+      quantize_rows<decltype(kind)::value>(task, rows, symmetric, steps, key, step, offset, threads);
+    };
+    if (rounding == kNearest) {
+      run(std::integral_constant<int, kNearest>{});
+    } else if (rounding == kStochastic) {
+      fixed ? run(std::integral_constant<int, kStochasticFixed>{}) : run(std::integral_constant<int, kStochastic>{});
+    } else {
+      fixed ? run(std::integral_constant<int, kDitheredFixed>{}) : run(std::integral_constant<int, kDithered>{});
+    }
+    return kDone;
+  }
+  const int64_t groups = group == 0 ? 1 : group == 1 ? rows : columns;
+  std::unique_ptr<float[]> range(new (std::nothrow) float[2 * groups]);
+  if (!range) return kNoMemory;
+  float *lo = range.get(), *hi = lo + groups;
+  const int status = group == 0   ? fqt_range_tensor(source, rows * columns, lo, hi, threads)
+                     : group == 1 ? fqt_range_rows(source, rows, columns, lo, hi, threads)
+                                  : fqt_range_columns(source, rows, columns, lo, hi, threads);
+  if (status != kDone) return status;
+  for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], symmetric, steps, step + g, offset + g);
+  return fqt_encode(source, rows, columns, step, offset, group == 1, group == 2, low, high, rounding, seed, transposed,
+                    codes, threads);
 }
 
 namespace {

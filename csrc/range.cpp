@@ -6,6 +6,7 @@
 
 #include "parallel.h"
 #include "platform.h"
+#include "range.h"
 #include "simd.h"
 #include "source.h"
 
@@ -150,25 +151,36 @@ FQT_API int fqt_range_columns(const Source* source, int64_t rows, int64_t column
   return kDone;
 }
 
+namespace fqt {
+
+void range_of_entries(const Source& source, int64_t start, int64_t n, float* lo, float* hi) {
+  const Range range = range_of(source, start, n);
+  *lo = range.least();
+  *hi = range.greatest();
+}
+
+void group_parameters(float lo, float hi, int symmetric, int steps, float* step, float* offset) {
+  constexpr float kMax = std::numeric_limits<float>::max(), kLeast = 0x1p-126f;
+  const float count = static_cast<float>(steps);
+  if (!std::isfinite(lo) || !std::isfinite(hi)) {
+    *step = NAN;
+    *offset = 0.0f;
+  } else if (symmetric) {
+    const float magnitude = std::fabs(lo) > std::fabs(hi) ? std::fabs(lo) : std::fabs(hi), s = magnitude / count;
+    *step = lo == hi ? magnitude : s < kLeast ? kLeast : s;
+    *offset = 0.0f;
+  } else {
+    const float half = hi * 0.5f - lo * 0.5f > kMax / 4 ? 0.5f : 1.0f, s = (hi * half - lo * half) / count / half;
+    *step = lo == hi ? 0.0f : s < kLeast ? kLeast : s;
+    *offset = lo;
+  }
+}
+
+}  // namespace fqt
+
 // step and offset (n,) of groups with ranges lo … hi: as reference.parameters, modes "affine" and "symmetric".
 FQT_API int fqt_parameters(const float* lo, const float* hi, int64_t n, int symmetric, int steps, float* step,
                            float* offset, int) {
-  constexpr float kMax = std::numeric_limits<float>::max(), kLeast = 0x1p-126f;
-  const float count = static_cast<float>(steps);
-  for (int64_t i = 0; i < n; ++i) {
-    const float a = lo[i], b = hi[i];
-    if (!std::isfinite(a) || !std::isfinite(b)) {
-      step[i] = NAN;
-      offset[i] = 0.0f;
-    } else if (symmetric) {
-      const float magnitude = std::fabs(a) > std::fabs(b) ? std::fabs(a) : std::fabs(b), s = magnitude / count;
-      step[i] = a == b ? magnitude : s < kLeast ? kLeast : s;
-      offset[i] = 0.0f;
-    } else {
-      const float half = b * 0.5f - a * 0.5f > kMax / 4 ? 0.5f : 1.0f, s = (b * half - a * half) / count / half;
-      step[i] = a == b ? 0.0f : s < kLeast ? kLeast : s;
-      offset[i] = a;
-    }
-  }
+  for (int64_t i = 0; i < n; ++i) group_parameters(lo[i], hi[i], symmetric, steps, step + i, offset + i);
   return kDone;
 }

@@ -210,6 +210,24 @@ def test_bfloat16_and_factors_plain_and_on_its_side(kind: str, group: str) -> No
             assert same(native.variance_sums(x, *rest), reference.variance_sums(x, *rest)), (shape, x.dtype)
 
 
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantize_is_its_three_steps(kind: str, group: str) -> None:
+    """Codes, steps and offsets; every start of a row against the blocks of noise."""
+    for shape in [s for s in (*SHAPES, *TAILS[::3], (9, 4099), (3, 9001)) if s[0] and s[1]]:
+        for x, factor in sources(matrix(shape, kind))[:: 1 if kind == "plain" else 3]:
+            for mode, low, high in (("affine", 0, 255), ("affine", 0, 254), ("symmetric", -127, 127)):
+                for rounding in RANGES:
+                    if rounding == "dithered" and high != 254:
+                        continue
+                    how = (x, group, mode, low, high, rounding, SEED, factor, kind == "zeros")
+                    lo, hi = reference.value_range(x, group, factor)
+                    step, offset = reference.parameters(lo, hi, mode, high)
+                    codes = reference.encode(x, step, offset, *how[3:])
+                    for a, b in zip(ops.quantize(*how), (codes, step, offset), strict=True):
+                        assert same(a, b), (shape, mode, rounding, x.dtype)
+
+
 def test_transposed_swaps_the_streams_of_dither() -> None:
     (row, column), (other_row, other_column) = (ops.dither_noise(SEED, 5, 7, t) for t in (False, True))
     assert torch.equal(other_row.flatten(), ops.dither_noise(SEED, 7, 5)[1].flatten())
@@ -364,7 +382,9 @@ def test_every_level_gives_the_same_bits(level: str) -> None:
     if native.LEVELS.index(level) >= native.LEVELS.index(have):
         pytest.skip(f"this machine runs {have} anyway")
     files = [__file__, str(Path(__file__).with_name("test_products.py"))]
-    chosen = "plain or sums or parameters or nan or noise or large or matmul or exact or epilogues or longest"
+    chosen = (
+        "plain or sums or steps or parameters or nan or noise or large or matmul or exact or epilogues or longest"
+    )
     chosen += " or long_weight"
     arguments = [*files, "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not opcheck"]
     code = f"""

@@ -34,6 +34,7 @@ def _rounding(rule: Rounding, noise_shape: Callable[[Tensor], tuple[int, ...]] =
             return rule(t, u.to(t.dtype).expand(t.shape)).clamp(low, high).to(torch.uint8)
 
         patch.setattr(ops, "encode", encode)
+        patch.setattr(ops, "quantize", ops.quantize_in_steps)
 
     return mutant
 
@@ -56,6 +57,7 @@ def _steps(factor: float) -> Callable[[Patch], None]:
             return step * factor, offset
 
         patch.setattr(ops, "parameters", parameters)
+        patch.setattr(ops, "quantize", ops.quantize_in_steps)
 
     return mutant
 
@@ -127,6 +129,7 @@ def column_steps_shared(patch: Patch) -> None:
         return (lo.expand(1, x.shape[1]), hi.expand(1, x.shape[1])) if group == "column" else (lo, hi)
 
     patch.setattr(ops, "value_range", value_range)
+    patch.setattr(ops, "quantize", ops.quantize_in_steps)
 
 
 def dither_not_subtracted(patch: Patch) -> None:

@@ -25,7 +25,7 @@ from fqt.kernels.memory import empty
 from fqt.kernels.reference import Scaling, Unscaling
 
 LEVELS = ("portable", "avx2", "avx512")
-_ABI = 6  # FQT_ABI of csrc/platform.h
+_ABI = 7  # FQT_ABI of csrc/platform.h
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
@@ -37,6 +37,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_parameters": (_P, _P, _L, _I, _I, _P, _P, _I),
     "fqt_value_sums": (_P, _L, _L, _P, _I),
     "fqt_encode": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _I, _P, _I, _P, _I),
+    "fqt_quantize": (_P, _L, _L, _I, _I, _I, _I, _I, _I, _P, _I, _P, _P, _P, _I),
     "fqt_variance_sums": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
     "fqt_column_sums": (_P, _I, _L, _L, _P, _P, _P, _I),
     "fqt_row_sums": (_P, _I, _L, _L, _P, _I),
@@ -243,6 +244,33 @@ def encode(
     rest = (_ROUNDINGS[rounding], key, int(transposed), codes.data_ptr())
     _call("fqt_encode", *pointers, *groups, low, high, *rest)
     return codes
+
+
+_GROUPS = {"tensor": 0, "row": 1, "column": 2}
+
+
+def quantize(
+    x: Tensor,
+    group: str,
+    mode: str,
+    low: int,
+    high: int,
+    rounding: str,
+    seed: Tensor | None,
+    factor: Tensor | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.quantize` for the modes "affine" and "symmetric"; no axis that is reduced may be empty."""
+    source, _alive = _source(x, factor)
+    rows, columns = x.shape
+    shape = (rows if group == "row" else 1, columns if group == "column" else 1)
+    step, offset = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
+    codes = empty(x.shape, torch.uint8 if low == 0 else torch.int8)
+    key = None if seed is None else seed.data_ptr()
+    how = (_GROUPS[group], int(mode == "symmetric"), high, low, high, _ROUNDINGS[rounding], key, int(transposed))
+    results = (step.data_ptr(), offset.data_ptr(), codes.data_ptr())
+    _call("fqt_quantize", ctypes.addressof(source), rows, columns, *how, *results)
+    return codes, step, offset
 
 
 def variance_sums(

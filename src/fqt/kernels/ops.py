@@ -82,6 +82,43 @@ def encode(
     return reference.encode(x, step, offset, low, high, rounding, seed, factor, transposed)
 
 
+def quantize(
+    x: Tensor,
+    group: str,
+    mode: str,
+    low: int,
+    high: int,
+    rounding: str,
+    seed: Tensor | None,
+    factor: Tensor | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, step and offset of a matrix: `value_range`, `parameters` with `high` steps, `encode`, in one.
+
+    Arguments and errors are theirs.
+    """
+    plain = mode != "zero" and rounding in ROUNDINGS and (seed is not None or rounding == "nearest")
+    if plain and x.numel() and native.takes_source(x, factor) and native.takes(integers=seed):
+        return native.quantize(x.detach(), group, mode, low, high, rounding, seed, factor, transposed)
+    return quantize_in_steps(x, group, mode, low, high, rounding, seed, factor, transposed)
+
+
+def quantize_in_steps(
+    x: Tensor,
+    group: str,
+    mode: str,
+    low: int,
+    high: int,
+    rounding: str,
+    seed: Tensor | None,
+    factor: Tensor | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, step by step."""
+    step, offset = parameters(*value_range(x, group, factor), mode, high)
+    return encode(x, step, offset, low, high, rounding, seed, factor, transposed), step, offset
+
+
 def _native_groups(x: Tensor, step: Tensor, offset: Tensor, factor: Tensor | None) -> bool:
     return native.takes_source(x, factor) and native.takes(step, offset) and step.shape == offset.shape
 

@@ -104,6 +104,12 @@ class Quantizer:
         if nonfinite == "raise" and not torch.isfinite(matrix).all():
             raise FqtError("cannot quantize NaN or Inf; pass nonfinite='propagate' to get NaN back instead")
         key = self._key(seed, x.device)
+        if self.rounding != "best" and isinstance(self.transform, Identity):
+            low, high = Plan.codes(self.scale.mode, self.grid, self.rounding)
+            how = (self._group(view.transposed), self.scale.mode, low, high, self.rounding, key)
+            codes, step, offset = ops.quantize(matrix, *how, factor, view.transposed)
+            decoding = Plan(step, offset, low, high, self.rounding).decoding(matrix.shape, view.transposed, key)
+            return matrix, QuantizedTensor(view, x.dtype, codes, *decoding)
         y, factor, mixing, plan = self._plan(matrix, factor, view.transposed, key)
         codes = plan.encode(_Entries(y, factor, view.transposed), key)
         decoding = plan.decoding(y.shape, view.transposed, key)
@@ -212,10 +218,12 @@ class Quantizer:
 
     def _ranges(self, y: Tensor, factor: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
         """Least and greatest values of the groups; rows of a matrix on its side are its columns."""
+        return ops.value_range(y, self._group(transposed), factor)
+
+    def _group(self, transposed: bool) -> str:
+        """Who shares a step in the matrix: its columns are the rows if it lies on its side."""
         group = self.scale.group
-        if transposed:
-            group = {"row": "column", "column": "row"}.get(group, group)
-        return ops.value_range(y, group, factor)
+        return {"row": "column", "column": "row"}.get(group, group) if transposed else group
 
     def _mix(self, x: Tensor, key: Tensor | None) -> tuple[Tensor, Mixing | None]:
         """The transformed matrix, and how to undo the transform."""
@@ -264,12 +272,16 @@ class Plan:
     @staticmethod
     def of(lo: Tensor, hi: Tensor, mode: str, grid: Integers, rounding: str) -> Plan:
         """The plan for groups with ranges [lo, hi]."""
+        low, high = Plan.codes(mode, grid, rounding)
+        return Plan(*ops.parameters(lo, hi, mode, high), low, high, rounding)
+
+    @staticmethod
+    def codes(mode: str, grid: Integers, rounding: str) -> tuple[int, int]:
+        """The range that positions are clamped to; its end is also the number of steps."""
         if mode == "symmetric":
-            high = grid.symmetric_steps
-            return Plan(*ops.parameters(lo, hi, mode, high), -high, high, rounding)
+            return -grid.symmetric_steps, grid.symmetric_steps
         # Dithered codes may round up by almost two steps' worth: one step of head-room keeps them in 0 … B.
-        high = grid.affine_steps - (rounding == "dithered")
-        return Plan(*ops.parameters(lo, hi, mode, high), 0, high, rounding)
+        return 0, grid.affine_steps - (rounding == "dithered")
 
     def encode(self, x: _Entries, key: Tensor | None) -> Tensor:
         """(N, D) codes."""

@@ -1,0 +1,20 @@
+// Ranges and parameters of groups, for quantizing in one pass.
+#pragma once
+
+#include "platform.h"
+#include "source.h"
+
+namespace fqt {
+
+// Least and greatest of n ≥ 1 entries from the flat index `start`; NaN if there is one.
+void range_of_entries(const Source& source, int64_t start, int64_t n, float* lo, float* hi);
+
+// Step and offset of one group, as reference.parameters for the modes "affine" and "symmetric".
+void group_parameters(float lo, float hi, int symmetric, int steps, float* step, float* offset);
+
+}  // namespace fqt
+
+FQT_API int fqt_range_rows(const fqt::Source* source, int64_t rows, int64_t columns, float* lo, float* hi, int threads);
+FQT_API int fqt_range_tensor(const fqt::Source* source, int64_t n, float* lo, float* hi, int threads);
+FQT_API int fqt_range_columns(const fqt::Source* source, int64_t rows, int64_t columns, float* lo, float* hi,
+                              int threads);
