@@ -22,7 +22,7 @@ import torch
 
 import fqt
 from fqt.records import environment, write_json
-from fqt.train.checkup import Checkup
+from fqt.train.snapshot import Snapshot
 
 BATCHES, ROUNDS, READINGS = 4, 3, 12
 
@@ -37,10 +37,10 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 def main(folder: Path, output: Path) -> None:
     """Measures and writes the record."""
     torch.set_num_threads(1)
-    checkup = Checkup.of(folder, at="halfway")
-    batches, loss_fn, rows = checkup.batches(READINGS), checkup.loss_fn, []
+    snapshot = Snapshot.of_run(folder)
+    batches, loss_fn, rows = snapshot.batches(READINGS), snapshot.loss, []
     for recipe in ("shq8", "default"):
-        model = checkup.model(recipe)
+        model = snapshot.model(recipe)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
         def step(model: Any = model, optimizer: Any = optimizer) -> None:
@@ -69,7 +69,7 @@ def main(folder: Path, output: Path) -> None:
         )
         print(rows[-1], flush=True)
 
-    model = checkup.model("shq4")
+    model = snapshot.model("shq4")
     exact = fqt.diagnose(model, loss_fn, batches, table=0).total.sampling
     monitor, halves = fqt.Monitor(model, loss_fn, every=1, memory=0.0), []
     for batch in batches:

@@ -22,7 +22,7 @@ import fqt
 from fqt import Recipe
 from fqt.records import environment, write_json
 from fqt.stats import quantization_variance
-from fqt.train.checkup import Checkup
+from fqt.train.snapshot import Snapshot
 
 RECIPES = ("shq3", "psq3d")
 DIAGNOSE, MEASURE, DRAWS = 2, 6, 2
@@ -113,13 +113,13 @@ def measure(name: str, make: Make, loss_fn: Any, diagnose: list[Any], fresh: lis
 
 def main(folder: Path, output: Path, text: Path | None) -> None:
     """Measures and writes the record."""
-    checkup = Checkup.of(folder, at="halfway")
+    snapshot = Snapshot.of_run(folder)
 
     def resnet(recipe: str | Recipe) -> nn.Module:
-        return checkup.model(recipe)
+        return snapshot.model(recipe)
 
-    fresh = checkup.batches(MEASURE, start=DIAGNOSE)
-    rows = measure("preact-resnet20", resnet, checkup.loss_fn, checkup.batches(DIAGNOSE), fresh)
+    fresh = snapshot.batches(MEASURE, start=DIAGNOSE)
+    rows = measure("preact-resnet20", resnet, snapshot.loss, snapshot.batches(DIAGNOSE), fresh)
     if text is not None:
         weights = trained_transformer(text)
 
@@ -130,7 +130,7 @@ def main(folder: Path, output: Path, text: Path | None) -> None:
 
         rows += measure("transformer", transformer, text_loss, text_batches(text, 8, 1), text_batches(text, 16, 2))
     command = ["python", "results/plan.py", "RUN_FOLDER", output.name, *(["TINYSHAKESPEARE"] if text else [])]
-    write_json(output, {"environment": environment(command), "step": checkup.step, "rows": rows})
+    write_json(output, {"environment": environment(command), "step": snapshot.step, "rows": rows})
 
 
 if __name__ == "__main__":

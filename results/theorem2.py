@@ -19,18 +19,18 @@ from fqt.stats import quantization_variance
 from fqt.stats.decomposition import decompose
 from fqt.stats.passes import undisturbed
 from fqt.stats.record import table_record
-from fqt.train.checkup import Checkup
+from fqt.train.snapshot import Snapshot
 
 BATCHES, DRAWS = 2, 8
 
 
 def main(folder: Path, output: Path, recipe: str) -> None:
     """Measures and writes the record."""
-    checkup = Checkup.of(folder, at="halfway")
-    model, batches = checkup.model(recipe), checkup.batches(BATCHES)
+    snapshot = Snapshot.of_run(folder)
+    model, batches = snapshot.model(recipe), snapshot.batches(BATCHES)
     with undisturbed(model):
-        table = decompose(model, checkup.loss_fn, batches, DRAWS)
-    fresh = quantization_variance(model, checkup.loss_fn, batches, DRAWS, seed=1).total
+        table = decompose(model, snapshot.loss, batches, DRAWS)
+    fresh = quantization_variance(model, snapshot.loss, batches, DRAWS, seed=1).total
     for name, gap in table.gap.items():
         print(f"{name or 'whole gradient':16} total {table.total[name].value:.3e}", end="  ")
         print(f"total − parts {gap.value:+.1e}, within ±{table.interval[name]:.1e}")
@@ -40,8 +40,8 @@ def main(folder: Path, output: Path, recipe: str) -> None:
         {
             "environment": environment(["python", "results/theorem2.py", "RUN_FOLDER", output.name, recipe]),
             "recipe": recipe,
-            "step": checkup.step,
-            "batch_size": checkup.config.batch_size,
+            "step": snapshot.step,
+            "batch_size": snapshot.config.batch_size,
             "unrelated_draws": asdict(fresh),
             "table": table_record(table),
         },

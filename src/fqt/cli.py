@@ -37,11 +37,11 @@ from fqt.report import (
 )
 from fqt.stats import diagnosis_from, diagnosis_record, quantization_variance
 from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
-from fqt.train.checkup import Checkup
 from fqt.train.compare import recipe_label
 from fqt.train.config import SCHEDULES, UNITS
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
+from fqt.train.snapshot import Snapshot
 from fqt.train.trainer import make_model, pick_device
 
 __all__ = ["cli", "main"]
@@ -225,13 +225,13 @@ def diagnose_command(
     folder: Path, recipe: str | None, at: str, batches: int, out: Path | None, **given: Any
 ) -> None:
     """Measure where the gradient noise of the run in FOLDER comes from, at its latest weights."""
-    checkup = Checkup.of(folder, at=at, given={"data": given.pop("data"), "device": given.pop("device")})
+    snapshot = Snapshot.of_run(folder, at=at, data=given.pop("data"), device=given.pop("device"))
     console = Console(stderr=True)
     with console.status("measuring gradients", spinner="line"):
-        found = fqt.diagnose(checkup.model(recipe), checkup.loss_fn, checkup.batches(batches), **given)
+        found = fqt.diagnose(snapshot.model(recipe), snapshot.loss, snapshot.batches(batches), **given)
     record = {
         "run": str(folder),
-        "step": checkup.step,
+        "step": snapshot.step,
         "at": at,
         **diagnosis_record(found),
         "environment": environment(sys.argv),
@@ -263,9 +263,9 @@ def plan_command(
     Console().print(plan_table(made.widths, made.costs.weight))
     click.echo(f"mean width {made.mean_width:.2f} bits, predicted ρ {made.rho:.3g}; recipe: {target}")
     if check:
-        checkup = Checkup.of(Path(record["run"]), at=record["at"], given=given)
-        fresh = checkup.batches(check, start=record["batches"])
-        noise = quantization_variance(checkup.model(made.recipe), checkup.loss_fn, fresh, draws=2).total
+        snapshot = Snapshot.of_run(Path(record["run"]), at=record["at"], **given)
+        fresh = snapshot.batches(check, start=record["batches"])
+        noise = quantization_variance(snapshot.model(made.recipe), snapshot.loss, fresh, draws=2).total
         click.echo(
             f"quantization variance: predicted {made.variance:.3g}, measured {noise.value:.3g} ± {noise.error:.2g}"
         )

@@ -79,7 +79,7 @@ def reproduce_command(
     try:
         if {"variance", "profile", "histogram"} & set(wanted):
             if run is not None:
-                network = Snapshot.of_run(run, **({"data": data} if data else {}))
+                network = Snapshot.of_run(run, data=data)
             else:
                 network = trained_network(
                     out / "network",

@@ -6,12 +6,15 @@ import shutil
 import pytest
 import torch
 
+import fqt
 from fqt.errors import FqtError
+from fqt.nn import dump_recipe, load_recipe
 from fqt.records import read_json, write_json
 from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.overhead import Convolution
 from fqt.stats.paper import sweep
 from fqt.train import reproduce
+from fqt.train.checkpoint import load_checkpoint, save_checkpoint
 from fqt.train.reproduce import Effort, Reproduction, trained_network
 from fqt.train.run import Silent
 from fqt.train.snapshot import Snapshot
@@ -63,10 +66,29 @@ def test_a_snapshot_is_that_of_the_run(network):
     unseen = next(network.data.train(network.config.epochs))[1]
     assert torch.equal(network.batches(1)[0][1], unseen)
     assert len(network.batches(40)) == 40  # more than an epoch has
+    assert torch.equal(network.batches(1, start=2)[0][1], network.batches(3)[2][1])
     model = network.model("psq4")
     assert model.training
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in network.weights.items())
+
+
+def test_a_snapshot_at_the_latest_checkpoint(run_folder):
+    latest = Snapshot.of_run(run_folder, at="checkpoint", data=None)
+    assert (latest.step, latest.recipe) == (4, "qat")
+    halfway = Snapshot.of_run(run_folder).weights
+    assert any(not torch.equal(value, halfway[name]) for name, value in latest.weights.items())
+
+
+def test_a_snapshot_has_the_recipe_that_adapting_made(run_folder, tmp_path):
+    saved = load_checkpoint(run_folder / "checkpoint.pt", ())
+    adapted = dump_recipe(load_recipe("psq3"))
+    save_checkpoint(tmp_path / "checkpoint.pt", {**saved, "adapter": {"recipe": adapted}})
+    shutil.copy(run_folder / "config.toml", tmp_path)
+    snapshot = Snapshot.of_run(tmp_path, at="checkpoint")
+    assert snapshot.recipe == adapted
+    assert "psq3" in str(fqt.explain(snapshot.model()))
+    assert "psq3" not in str(fqt.explain(snapshot.model("psq5")))
 
 
 def test_variance_is_what_the_estimators_say(network, tmp_path, monkeypatch):
@@ -166,5 +188,5 @@ def test_a_network_that_moved(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "copy")
     assert Snapshot.of_run(tmp_path / "copy", data="").step == 2
     (tmp_path / "copy" / "halfway.pt").unlink()
-    with pytest.raises(FqtError, match="there is no checkpoint"):
+    with pytest.raises(FqtError, match=r"has no halfway\.pt yet: let the run come further"):
         Snapshot.of_run(tmp_path / "copy")

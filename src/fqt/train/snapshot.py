@@ -1,4 +1,4 @@
-"""A network in the middle of its training: what measurements of its gradient need, and no more."""
+"""A network at one step of its training: what measurements of its gradient need, and no more."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fqt.nn import Recipe
+from fqt.errors import FqtError
+from fqt.nn import Recipe, load_recipe
 from fqt.train.checkpoint import load_checkpoint
 from fqt.train.config import TrainConfig
 from fqt.train.loaders import Batch, Loader
 from fqt.train.run import continue_config
 from fqt.train.tasks import load_task
-from fqt.train.trainer import forward, load_weights, make_model, pick_device
+from fqt.train.trainer import load_weights, make_model, pick_device, training_loss
 
 __all__ = ["Snapshot"]
 
@@ -33,14 +32,14 @@ class Snapshot:
         data: its loader.
         weights: its state dict at that step.
         step: optimizer steps made until then.
-        device: where models and batches go.
+        recipe: the run's, or what `--adapt` had made of it where the checkpoint says so; a name or a mapping.
     """
 
     config: TrainConfig
     data: Loader
     weights: dict[str, Tensor]
     step: int
-    device: torch.device
+    recipe: Any
 
     @staticmethod
     def of_config(config: TrainConfig, checkpoint: Path) -> Snapshot:
@@ -49,24 +48,35 @@ class Snapshot:
         Raises:
             FqtError: the data or the checkpoint is missing or damaged.
         """
-        device = pick_device(config.device)
         saved = load_checkpoint(checkpoint, ("model", "step"))
-        return Snapshot(config, load_task(config, device), saved["model"], saved["step"], device)
+        adapted = (saved.get("adapter") or {}).get("recipe")
+        data = load_task(config, pick_device(config.device))
+        return Snapshot(config, data, saved["model"], saved["step"], adapted or config.recipe)
 
     @staticmethod
-    def of_run(folder: Path, **machine: Any) -> Snapshot:
-        """Half-way through the run in ``folder``; ``machine`` is its data, device or workers here, if they moved.
+    def of_run(folder: Path, *, at: str = "halfway", **machine: Any) -> Snapshot:
+        """A run as its folder holds it.
+
+        Args:
+            folder: of the run.
+            at: "halfway" for the state after half of the steps, "checkpoint" for the latest.
+            machine: its data, device or workers here, if they moved; None is as the run had it.
 
         Raises:
-            FqtError: there is no such run, it has not come half-way, or its data is missing.
+            FqtError: there is no such run, it has not come that far, or its data is missing.
         """
-        return Snapshot.of_config(continue_config(folder, machine), folder / "halfway.pt")
+        config = continue_config(folder, machine)
+        path = folder / f"{at}.pt"
+        if not path.is_file():
+            raise FqtError(f"{folder} has no {path.name} yet: let the run come further, or name another one")
+        return Snapshot.of_config(config, path)
 
-    def model(self, recipe: str | Recipe) -> nn.Module:
-        """The network converted to a recipe, in training mode but for dropout: its noise is not quantization's."""
-        model = make_model(self.config, self.data, recipe)
+    def model(self, recipe: str | Path | Recipe | None = None) -> nn.Module:
+        """The network under a recipe [default: its own], in training mode but for dropout, whose noise is not
+        quantization's."""
+        model = make_model(self.config, self.data, load_recipe(self.recipe if recipe is None else recipe))
         load_weights(model, self.weights)
-        model = model.to(self.device).train()
+        model = model.to(pick_device(self.config.device)).train()
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
@@ -74,12 +84,16 @@ class Snapshot:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss that training minimizes; a scalar."""
-        logits = forward(model, batch[0], amp=self.config.amp)
-        return F.cross_entropy(logits, batch[1], label_smoothing=self.config.label_smoothing)
+        return training_loss(self.config)(model, batch)
 
-    def batches(self, number: int) -> list[Batch]:
-        """Training batches in an order that training did not use: from the epochs after its last."""
-        return list(islice(self._fresh(), number))
+    def batches(self, number: int, start: int = 0) -> list[Batch]:
+        """Training batches in an order that training did not use, from the epochs after its last.
+
+        Args:
+            number: of batches.
+            start: how many to leave out first.
+        """
+        return list(islice(self._fresh(), start, start + number))
 
     def _fresh(self) -> Iterator[Batch]:
         for epoch in count(self.config.epochs):
