@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
+SANITIZED = build/sanitized
 .PHONY: help demo bench test lint format clean
 .DEFAULT_GOAL := help
 
@@ -36,6 +37,12 @@ lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check src tests results
 	$(BIN)/ruff format --check src tests results
 	$(BIN)/mypy
+
+sanitize: $(VENV)/.installed-dev ## Test the native kernels under the address and undefined-behaviour sanitizers
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r src csrc setup.py pyproject.toml tests $(SANITIZED)
+	cd $(SANITIZED) && rm -f src/fqt/kernels/*.so && FQT_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src $(CURDIR)/$(BIN)/python -m pytest tests/kernels -p no:cacheprovider
 
 format: $(VENV)/.installed-dev ## Lay the code out
 	$(BIN)/ruff check --fix src tests results

@@ -9,6 +9,8 @@ from setuptools.command.build_ext import build_ext
 
 # No multiply-add may be contracted and no division approximated: codes must equal the reference's bit for bit.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+if os.environ.get("FQT_SANITIZE"):  # `make sanitize`
+    FLAGS += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 LEVELS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2"]
@@ -42,7 +44,7 @@ setup(
             sources,
             depends=headers,
             extra_compile_args=[*FLAGS, *flags, "-fopenmp"],
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-fopenmp", *(["-fsanitize=address,undefined"] if os.environ.get("FQT_SANITIZE") else [])],
             language="c++",
             optional=True,  # the plain-torch reference runs where this cannot be built
         )
