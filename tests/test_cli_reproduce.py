@@ -76,13 +76,15 @@ def test_figures_from_nothing(run, tmp_path):
 def test_figures_from_other_records(run, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "compare.json").write_text(json.dumps(ACCURACY))
-    (tmp_path / "t.json").write_text('{"layers": ["a"], "parts": [[2.0]], "errors": [[0.1]]}')
+    parts = {"a": {"a": {"value": 2.0, "error": 0.1}}}
+    (tmp_path / "t.json").write_text(json.dumps({"table": {"sources": ["a"], "targets": ["a"], "parts": parts}}))
     status, out, _ = run("reproduce", "layers", "accuracy", "--comparison", "c", "--table", "t.json", "--out", "p")
     assert status == 0
     assert "62.50" in out
-    assert read_json(tmp_path / "p" / "layers.json")["parts"] == [[2.0]]
+    assert read_json(tmp_path / "p" / "layers.json")["table"]["parts"] == parts
     assert (tmp_path / "p" / "accuracy.png").exists()
-    assert run("reproduce", "layers", "--out", "p")[0] == 0  # from the record that is there
+    assert not (tmp_path / "p" / "network").exists()
+    assert run("reproduce", "accuracy", "--out", "p")[0] == 0  # from the record that is there
 
 
 def test_what_is_missing_is_left_out_unless_asked_for(run, monkeypatch):
@@ -91,7 +93,6 @@ def test_what_is_missing_is_left_out_unless_asked_for(run, monkeypatch):
     monkeypatch.setattr(fqt.cli_reproduce, "_measure", lambda *arguments: None)
     status, _, err = run("reproduce", "--quick", "--steps", 4, "--out", "p")
     assert status == 0
-    assert "layers is left out: it needs --table" in err
     assert "accuracy is left out: it needs --comparison" in err
 
 
@@ -109,7 +110,6 @@ def test_an_interruption_says_what_is_kept(run, monkeypatch):
     ("arguments", "message"),
     [
         (["dance"], "unknown figure 'dance'; known: variance, layers, profile, histogram, accuracy, overhead"),
-        (["layers"], "layers needs --table"),
         (["accuracy"], "accuracy needs --comparison"),
         (["accuracy", "--comparison", "nowhere"], "cannot read nowhere"),
         (["layers", "--table", "nowhere.json"], "cannot read nowhere.json"),

@@ -8,6 +8,7 @@ import torch
 import fqt.cli
 from fqt.nn import load_recipe
 from fqt.records import read_json, read_records
+from fqt.report.runs import read_run
 from fqt.train import resolve, train
 
 FAST = ["--batch-size", "256", "--epochs", "1", "--device", "cpu"]
@@ -81,6 +82,12 @@ def test_a_run_that_adapted_is_diagnosed_with_the_recipe_in_force(run, tmp_path)
         if o["role"] == "grad_input"
     }
     assert found == changes[-1]["widths"]
+    shown = read_run(tmp_path / "a")  # what the page of the run draws
+    readings = [r for r in read_records(tmp_path / "a" / "metrics.jsonl") if r["kind"] == "monitor"]
+    assert shown.rho[""] == [(r["step"], r["rho"]) for r in readings]
+    assert shown.rho["classifier"] == [(r["step"], r["layers"]["classifier"]) for r in readings]
+    assert shown.width[0] == (2, 8)
+    assert (changes[-1]["step"], changes[-1]["mean_width"]) in shown.width
 
 
 ERRORS = [

@@ -20,7 +20,6 @@ from fqt.train.snapshot import Snapshot
 
 __all__ = ["reproduce_command"]
 
-READ = ("layers", "accuracy")
 FIGURES = ("variance", "layers", "profile", "histogram", "accuracy", "overhead")
 RECORD = Path("results/cifar10-resnet20")
 
@@ -39,7 +38,11 @@ RECORD = Path("results/cifar10-resnet20")
     type=click.Path(path_type=Path),
     help=f"A record of `fqt compare`, for accuracy [default: {RECORD}].",
 )
-@click.option("--table", type=click.Path(path_type=Path), help="JSON with a layer × layer table, for layers.")
+@click.option(
+    "--table",
+    type=click.Path(path_type=Path),
+    help="Draw layers from this record of `fqt diagnose` instead of measuring it.",
+)
 @click.option("--out", default=Path("runs/paper"), show_default=True, type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Of the network and of all noise.")
 @click.option("--quick", is_flag=True, help="Fewer bits, batches and repeats: to see that it works.")
@@ -62,8 +65,8 @@ def reproduce_command(
 ) -> None:
     """Make the paper's figures: variance, layers, profile, histogram, accuracy, overhead [default: all].
 
-    What is in the folder is not measured again: repeat the command after an interruption. `accuracy` and `layers`
-    are drawn from records that other commands leave; without one they are left out, unless asked for by name.
+    What is in the folder is not measured again: repeat the command after an interruption. `accuracy` is drawn
+    from the record of a comparison; without one it is left out, unless asked for by name.
     """
     unknown = [name for name in figures if name not in FIGURES]
     if unknown:
@@ -77,7 +80,8 @@ def reproduce_command(
     effort = QUICK if quick else FULL
     work = Reproduction(out, effort=effort, seed=seed, force=force, command=sys.argv, observer=observer)
     try:
-        if {"variance", "profile", "histogram"} & set(wanted):
+        measured = [name for name in wanted if name in MEASURED and not (name == "layers" and table)]
+        if set(measured) - {"overhead"}:
             if run is not None:
                 network = Snapshot.of_run(run, data=data)
             else:
@@ -91,7 +95,7 @@ def reproduce_command(
                     observer=observer,
                 )
         for name in wanted:
-            if name in MEASURED:
+            if name in measured:
                 _measure(name, work, network, layer)
             elif not _read(name, out, comparison if name == "accuracy" else table, asked=name in figures):
                 continue
@@ -112,6 +116,7 @@ def _measure(name: str, work: Reproduction, network: Snapshot | None, layer: str
     assert network is not None
     measures: dict[str, Callable[[], None]] = {
         "variance": lambda: work.variance(network),
+        "layers": lambda: work.layers(network),
         "profile": lambda: work.profile(network),
         "histogram": lambda: work.histogram(network, layer),
     }
@@ -126,7 +131,7 @@ def _read(name: str, out: Path, source: Path | None, *, asked: bool) -> bool:
     if source is None:
         if path.exists():
             return True
-        hint = "--comparison, a folder of `fqt compare`" if name == "accuracy" else "--table, a JSON file"
+        hint = "--comparison, a folder of `fqt compare`"
         if asked:
             raise FqtError(f"{name} needs {hint}")
         print(f"fqt: {name} is left out: it needs {hint}", file=sys.stderr)

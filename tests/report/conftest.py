@@ -60,9 +60,26 @@ def run_folder(tmp_path):
             {"kind": "train", "epoch": 0, "step": 20, "samples": 5, "loss": 0.75, "accuracy": 0.6, "seconds": 1.0},
             {"kind": "eval", "epoch": 0, "step": 20, "samples": 9, "loss": 0.5, "accuracy": 0.7777, "seconds": 1.0},
         ]
-        lines += [{"kind": "monitor", "step": 20, "rho": {"conv1": 0.0625}}] * rho
-        lines += [{"kind": "end", "step": 20, "diverged": False}] * finished
+        if rho:
+            reading = {"quantization": 0.5, "sampling": 4.0, "layers": {"conv1": 0.0625, "fc": None}}
+            lines += [{"kind": "monitor", "step": 10, "mean_width": 8.0, "rho": 0.25, **reading}]
+            lines += [{"kind": "adapt", "step": 10, "rho": 0.25, "mean_width": 3.5, "widths": {"conv1": 3}}]
+            lines += [{"kind": "monitor", "step": 20, "mean_width": 3.5, "rho": 0.125, **reading}]
+        lines += [{"kind": "end", "step": 20, "diverged": False, "mean_width": 5.75}] * finished
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return folder
 
     return make
+
+
+@pytest.fixture
+def layer_table():
+    """Theorem 2's table of two layers, as `fqt.stats.table_record` writes it."""
+    return {
+        "sources": ["b", "a"],
+        "targets": ["a", "b"],
+        "parts": {
+            "a": {"a": {"value": 4.0, "error": 0.25}, "b": {"value": 0.0, "error": 0.0}},
+            "b": {"a": {"value": 0.5, "error": 0.125}, "b": {"value": 3.5, "error": None}},
+        },
+    }

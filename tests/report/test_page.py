@@ -50,11 +50,16 @@ def test_the_reader_refuses(run_folder):
 def test_a_run(run_folder):
     page, problems = read(run_folder("a", rho=True))
     assert problems == []
-    assert page.tags["svg"] == 4  # loss, two accuracies, ρ
+    assert page.tags["svg"] == 5  # loss, two accuracies, ρ, width
     cells = [cells for _, _, cells in page.values]
     assert ["bhq4, seed 3", "10", "1.25"] in cells
     assert ["bhq4, seed 3", "20", "77.77"] in cells
     assert ["bhq4, seed 3, conv1", "20", "0.062"] in cells
+    assert ["bhq4, seed 3", "10", "0.25"] in cells
+    assert [cell for cell in cells if cell[0].endswith(", fc")] == []  # not measured
+    widths = [("10", "8"), ("10", "3.5"), ("20", "3.5")]
+    assert [tuple(cell[1:]) for cell in cells if tuple(cell[1:]) in widths] == widths
+    assert not any(cell[2] == "5.75" for cell in cells)  # the end's is a mean over the run
     for text in ("Run: bhq4, seed 3", "finished", "2.13", "77.77", "Recipe in full", "ptq8"):
         assert text in page.text
 
@@ -114,7 +119,9 @@ def test_hostile_names(run_folder, record, tmp_path):
     for entry in record["runs"] + record["gradient"]:
         entry["recipe"] = HOSTILE if entry["recipe"] == "ptq4" else entry["recipe"]
     write_json(tmp_path / "c" / "compare.json", record)
-    write_json(tmp_path / "m.json", {"environment": {HOSTILE: HOSTILE}, "layers": [HOSTILE], "parts": [[1.0]]})
+    part = {"value": 1.0, "error": None}
+    hostile = {"sources": [HOSTILE], "targets": [HOSTILE], "parts": {HOSTILE: {HOSTILE: part}}}
+    write_json(tmp_path / "m.json", {"environment": {HOSTILE: HOSTILE}, "table": hostile})
     page, problems = read(run, tmp_path / "c", tmp_path / "m.json")
     assert problems == []
     assert page.tags["script"] == 1
@@ -144,7 +151,7 @@ def _labelled(axes, name):
 def test_many_layers_have_no_legend(run_folder):
     folder = run_folder("a")
     for count, shown in ((8, True), (60, False)):
-        line = {"kind": "monitor", "step": 20, "rho": {f"layer{i}": 0.5**i for i in range(count)}}
+        line = {"kind": "monitor", "step": 20, "layers": {f"layer{i}": 0.5**i for i in range(count)}}
         (folder / "metrics.jsonl").write_text("\n".join(json.dumps({**line, "step": s}) for s in (10, 20)))
         text, _ = render(collect([folder]))
         page = Page(text)
@@ -196,7 +203,12 @@ DAMAGES = [
     (_write("metrics.jsonl", "5\n[1]\n{}\n"), 0, "incomplete"),
     (_write("metrics.jsonl", '{"kind": "train", "step": "x", "loss": []}\n'), 0, "incomplete"),
     (_write("metrics.jsonl", '{"kind": "train", "step": 3, "loss": null}\n'), 0, "incomplete"),
-    (_write("metrics.jsonl", '{"kind": "train", "step": 3, "loss": "<b>", "rho": [1]}\n'), 0, "incomplete"),
+    (_write("metrics.jsonl", '{"kind": "train", "step": 3, "loss": "<b>"}\n'), 0, "incomplete"),
+    (
+        _write("metrics.jsonl", '{"kind": "monitor", "step": 3, "rho": [1], "layers": [2], "mean_width": "x"}\n'),
+        0,
+        "incomplete",
+    ),
     (_write("metrics.jsonl", "{nonsense\n{}\n"), 1, "line 1 of"),
     (_write("metrics.jsonl", '{"kind": "end", "step": 3, "diverged": true}\n'), 0, "diverged"),
     (_write("config.toml", "= nonsense"), 1, "is not a TOML file"),
@@ -240,26 +252,22 @@ def test_a_comparison_that_lacks_something(record, comparison, name):
             collect([comparison])
 
 
-def test_a_record_of_the_wrong_form_becomes_a_problem(run_folder, tmp_path):
-    write_json(tmp_path / "m.json", {"format": "fqt x", "layers": ["a", "b"], "parts": [[1.0]]})
+def test_a_record_of_the_wrong_form_becomes_a_problem(run_folder, layer_table, tmp_path):
+    del layer_table["parts"]["b"]["a"]
+    write_json(tmp_path / "m.json", {"format": "fqt x", "table": layer_table})
     page, problems = read(run_folder("a"), tmp_path / "m.json")
     assert len(problems) == 1
-    assert "not 2 × 2" in problems[0]
-    assert "not 2 × 2" in page.text
+    assert "it has no 'a'" in problems[0]
+    assert "it has no 'a'" in page.text
 
 
-def test_a_layer_by_layer_table(tmp_path):
-    table = {
-        "format": "fqt table",
-        "layers": ["a", "b"],
-        "parts": [[4.0, 0.5], [0.0, None]],
-        "errors": [[0.25, 0.125], [0, 0]],
-    }
-    write_json(tmp_path / "m.json", table)
+def test_a_layer_by_layer_table(layer_table, tmp_path):
+    write_json(tmp_path / "m.json", {"format": "fqt diagnosis 1", "table": layer_table})
     page, problems = read(tmp_path / "m.json")
     assert problems == []
     values = {tuple(cells[:2]): (x, y, cells[2]) for x, y, cells in page.values}
-    assert set(values) == {("a", "a"), ("a", "b")}
+    assert set(values) == {("a", "a"), ("a", "b"), ("b", "b")}
+    assert values["b", "b"][2] == "3.5"
     assert values["a", "b"][2] == "0.5 ± 0.1"
     assert values["a", "a"][1] == values["a", "b"][1]  # one row: the gradient of a
     assert values["a", "a"][0] < values["a", "b"][0]

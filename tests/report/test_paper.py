@@ -81,18 +81,18 @@ def _overhead():
     return _paper("overhead", settings={"convolution": shape}, network=None, rows=rows)
 
 
-def _layers():
-    return layers_record({"layers": ["a", "b"], "parts": [[1.0, 0.5], [0.0, 2.0]]}, "table.json", STAMP)
+def _layers(table):
+    return layers_record({"table": table, "environment": STAMP}, "table.json", STAMP)
 
 
 @pytest.fixture
-def records(record):
+def records(record, layer_table):
     return {
         "variance": _variance(),
         "profile": _profile(),
         "histogram": _histogram(),
         "overhead": _overhead(),
-        "layers": _layers(),
+        "layers": _layers(layer_table),
         "accuracy": accuracy_record(record, "runs/c", STAMP),
     }
 
@@ -198,7 +198,7 @@ def test_an_unfinished_sweep_is_drawn_as_far_as_it_goes(records):
 def test_damaged_records_are_one_line(records, name, tmp_path):
     record = records[name]
     check_paper(record, "f")
-    for key in ("environment", "rows" if "rows" in record else "parts"):
+    for key in ("environment", "rows" if "rows" in record else "table"):
         damaged = {k: v for k, v in record.items() if k != key}
         with pytest.raises(FqtError, match=key):
             check_paper(damaged, "f")
@@ -214,7 +214,12 @@ def test_damaged_records_are_one_line(records, name, tmp_path):
             assert len(problems) <= 1
 
 
-def test_a_table_of_another_form_is_refused():
-    for table in ([], {"layers": ["a"]}, {"layers": [1], "parts": [[1.0]]}, {"layers": ["a"], "parts": [["x"]]}):
+def test_what_the_quantizers_of_each_layer_add(records):
+    assert _table(records["layers"], "What each layer") == {("b",): ["4", "50.0"], ("a",): ["4", "50.0"]}
+
+
+def test_a_table_of_another_form_is_refused(layer_table):
+    short = {**layer_table, "sources": ["a", "b", "c"]}
+    for record in ([], {}, {"table": None}, {"table": {**layer_table, "targets": [1]}}, {"table": short}):
         with pytest.raises(FqtError, match=r"table\.json"):
-            layers_record(table, "table.json", STAMP)
+            layers_record(record, "table.json", STAMP)

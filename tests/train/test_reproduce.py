@@ -8,11 +8,13 @@ import torch
 
 import fqt
 from fqt.errors import FqtError
-from fqt.nn import dump_recipe, load_recipe
+from fqt.nn import Recipe, dump_recipe, load_recipe
 from fqt.records import read_json, write_json
 from fqt.stats import quantization_variance, sampling_variance
+from fqt.stats.decomposition import decompose
 from fqt.stats.overhead import Convolution
-from fqt.stats.paper import sweep
+from fqt.stats.paper import paper_quantizer, sweep
+from fqt.stats.passes import undisturbed
 from fqt.train import reproduce
 from fqt.train.checkpoint import load_checkpoint, save_checkpoint
 from fqt.train.reproduce import Effort, Reproduction, trained_network
@@ -168,6 +170,23 @@ def test_profile_and_histogram(network, tmp_path):
     with pytest.raises(FqtError, match="no layer 'nowhere'"):
         Reproduction(tmp_path / "other", effort=TINY).histogram(network, "nowhere")
     assert not (tmp_path / "other").exists()
+
+
+def test_layers_is_what_the_decomposition_says(network, tmp_path):
+    Reproduction(tmp_path, effort=TINY, seed=3).layers(network)
+    table = read_json(tmp_path / "layers.json")["table"]
+    model = network.model(Recipe(grad_input=paper_quantizer("bhq", 4)))
+    with undisturbed(model):
+        expected = decompose(model, network.loss, network.batches(2), 2, 3)
+    assert tuple(table["sources"]) == expected.sources
+    for source, parts in expected.parts.items():
+        for target, part in parts.items():
+            assert table["parts"][source][target]["value"] == pytest.approx(part.value)
+    text = (tmp_path / "layers.json").read_text()
+    Reproduction(tmp_path, effort=TINY, seed=3).layers(network)  # not measured again
+    assert (tmp_path / "layers.json").read_text() == text
+    with pytest.raises(FqtError, match="measured with other settings"):
+        Reproduction(tmp_path, effort=TINY, seed=4).layers(network)
 
 
 def test_overhead(tmp_path):

@@ -42,9 +42,11 @@ def comparison_figure(record: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     return figure_of(panels, title=f"{config['task']}, {config['model']}", note=caption(record))
 
 
-def figure_of(panels: Sequence[tuple[str, Panel]], *, title: str, note: str) -> Figure:
-    """Titled panels side by side in one figure, for a file."""
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
+def figure_of(
+    panels: Sequence[tuple[str, Panel]], *, title: str, note: str, size: tuple[float, float] | None = None
+) -> Figure:
+    """Titled panels side by side in one figure, for a file; ``size`` in inches."""
+    figure = Figure(figsize=size or (5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes)
@@ -104,7 +106,7 @@ def comparison_charts(record: Mapping[str, Any], rows: Sequence[Row]) -> list[Ch
 
 
 def run_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Loss, accuracy and ρ of single runs over their steps; a chart without any value is left out."""
+    """Loss, accuracy, ρ and width of single runs over their steps; a chart without any value is left out."""
     names = _distinct(runs)
     loss = {name: run.loss for name, run in names.items()}
     accuracy = {name: _percent(run.accuracy) for name, run in names.items()}
@@ -114,11 +116,13 @@ def run_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         for name, run in names.items()
         for layer, curve in run.rho.items()
     }
+    width = {name: run.width for name, run in names.items()}
     wanted = [
         ("Training loss, mean of each window", "loss", loss, True, ".4g"),
         ("Accuracy on the evaluation data", "accuracy, %", accuracy, False, ".2f"),
         ("Accuracy on the training batches, mean of each window", "accuracy, %", training, False, ".2f"),
         ("ρ: quantization variance over mini-batch variance", "ρ", rho, True, ".2g"),
+        ("Width of grad_input, mean by multiplications", "bits", width, False, ".3g"),
     ]
     return [
         make_chart(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fqt.report.matrix import is_matrix, matrix_panel
+from fqt.report.matrix import is_matrix, matrix_panel, matrix_table
 from fqt.report.paper import FORMAT, paper_section
 from fqt.report.section import Facts, Section, Table, facts, flatten, show
 
@@ -23,11 +23,12 @@ def other_section(name: str, record: Mapping[str, Any]) -> Section:
     if record.get("format") == FORMAT:
         return paper_section(name, record)
     rest = {key: value for key, value in record.items() if key not in ("format", "environment")}
-    charts = []
+    charts, tables = [], []
     if is_matrix(record):
         charts.append(matrix_panel(record).chart())
-        rest = {key: value for key, value in rest.items() if key not in ("layers", "parts", "errors")}
-    tables = []
+        tables.append(matrix_table(record))
+        kept = ("batches", "draws", "agrees")
+        rest["table"] = {key: record["table"][key] for key in kept if key in record["table"]}
     for key in [key for key, value in rest.items() if _is_rows(value)]:
         tables.append(_rows_table(key, rest.pop(key)))
     details = [facts("Content", rest), _environment(record)]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fqt.errors import FqtError
 from fqt.report.figures import figure_of
-from fqt.report.matrix import matrix_panel
+from fqt.report.matrix import check_matrix, matrix_panel, matrix_table
 from fqt.report.panel import Built
 from fqt.report.paper_layers import histogram, profile
 from fqt.report.paper_training import accuracy, overhead
@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "accuracy": {"baseline": TEXT, "rows": [{"recipe": TEXT, "accuracy": [NUMBER], "loss_curve": [(list,)]}]},
     "overhead": {"settings": {"convolution": {"samples": (int,)}}, "rows": [{"samples": (int,), "seconds": {}}]},
-    "layers": {"layers": [TEXT], "parts": [[MAYBE]]},
+    "layers": {"table": {}},
 }
 
 
@@ -55,12 +55,16 @@ def check_paper(record: Any, where: str) -> None:
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("figure") not in SHAPES:
         raise FqtError(f"{where} is no record of `fqt reproduce`")
     check_shape(record, {"environment": {}, **SHAPES[record["figure"]]}, where)
+    if record["figure"] == "layers":
+        check_matrix(record, where)
 
 
 def paper_figure(record: Mapping[str, Any]) -> Figure:
     """The figure for a file."""
     panels = _BUILDERS[record["figure"]](record)[0]
-    return figure_of([(panel.title, panel.draw) for panel in panels], title=_title(record), note=_note(record))
+    size = panels[0].size if record["figure"] == "layers" else None  # as large as its names need
+    shown = [(panel.title, panel.draw) for panel in panels]
+    return figure_of(shown, title=_title(record), note=_note(record), size=size)
 
 
 def paper_tables(record: Mapping[str, Any]) -> list[Table]:
@@ -111,14 +115,14 @@ def accuracy_record(comparison: Mapping[str, Any], source: str, stamp: Mapping[s
     }
 
 
-def layers_record(table: Any, source: str, stamp: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of the layer × layer figure, from a table of the form that `fqt.report.matrix` describes.
+def layers_record(record: Any, source: str, stamp: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the layer × layer figure, from another record that has the table, such as a diagnosis.
 
     Raises:
-        FqtError: it has another form.
+        FqtError: it has none.
     """
-    check_shape(table, SHAPES["layers"], source)
-    kept = {name: table[name] for name in ("layers", "parts", "errors", "settings", "network") if name in table}
+    check_matrix(record, source)
+    kept = {name: record[name] for name in ("table", "settings", "network") if name in record}
     return {"format": FORMAT, "figure": "layers", "environment": dict(stamp), "source": source, **kept}
 
 
@@ -169,5 +173,5 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Built]] = {
     "histogram": histogram,
     "accuracy": accuracy,
     "overhead": overhead,
-    "layers": lambda record: ([matrix_panel(record)], []),
+    "layers": lambda record: ([matrix_panel(record)], [matrix_table(record)]),
 }

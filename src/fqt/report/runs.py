@@ -34,6 +34,7 @@ class RunRecord:
         train_accuracy: (step, share of the window's samples classified right).
         accuracy: (step, accuracy on the evaluation data).
         rho: (step, quantization variance over sampling variance of the gradient) by layer, "" for the whole.
+        width: (step, mean width of grad_input by multiplications), where `--adapt` changes it.
         state: "finished", "diverged" or "incomplete".
         problems: what could not be read, one line each.
     """
@@ -46,13 +47,14 @@ class RunRecord:
     train_accuracy: Curve
     accuracy: Curve
     rho: dict[str, Curve]
+    width: Curve
     state: str
     problems: tuple[str, ...]
 
     @property
     def steps(self) -> int:
         """The last step that the metrics tell of."""
-        curves = (self.loss, self.accuracy, *self.rho.values())
+        curves = (self.loss, self.accuracy, self.width, *self.rho.values())
         return int(max((curve[-1][0] for curve in curves if curve), default=0))
 
     @property
@@ -106,6 +108,7 @@ def read_run(folder: Path) -> RunRecord:
         train_accuracy=_curve(records, "train", "accuracy"),
         accuracy=_curve(records, "eval", "accuracy"),
         rho=_ratios(records),
+        width=_widths(records),
         state=state,
         problems=tuple(problems),
     )
@@ -133,11 +136,23 @@ def _curve(records: list[dict[str, Any]], kind: str, name: str) -> Curve:
 
 
 def _ratios(records: list[dict[str, Any]]) -> dict[str, Curve]:
-    """From every line that has a "rho": a number for the whole gradient, or numbers by layer."""
-    curves: dict[str, Curve] = {}
-    for record in records:
-        found = record.get("rho")
-        by_layer = found if isinstance(found, dict) else {} if found is None else {"": found}
-        for layer, value in by_layer.items():
-            curves.setdefault(str(layer), []).append((_step(record) or 0.0, _value(value)))
-    return curves
+    """From lines of kind "monitor": ``rho`` of the whole gradient, ``layers`` by layer."""
+    readings = [record for record in records if record.get("kind") == "monitor"]
+    curves = {"": _curve(readings, "monitor", "rho")}
+    for record in readings:
+        by_layer = record.get("layers")
+        for layer, value in by_layer.items() if isinstance(by_layer, dict) else ():
+            curves.setdefault(str(layer) or "(model)", []).append((_step(record) or 0.0, _value(value)))
+    return {name: curve for name, curve in curves.items() if curve}
+
+
+def _widths(records: list[dict[str, Any]]) -> Curve:
+    """From lines of kind "monitor" and "adapt", both of which say the mean width in force from their step on.
+
+    A change follows the reading of its step, so that the curve has a corner there.
+    """
+    return [
+        (_step(r) or 0.0, _value(r.get("mean_width")))
+        for r in records
+        if r.get("kind") in ("monitor", "adapt") and "mean_width" in r
+    ]
