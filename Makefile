@@ -7,7 +7,7 @@ PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 SANITIZED = build/sanitized
-.PHONY: help demo bench test lint format clean
+.PHONY: help demo bench sanitize test lint format clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
