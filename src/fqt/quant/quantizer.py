@@ -101,19 +101,26 @@ class Quantizer:
         matrix, view, factor = self._matrix(x, axis, factor)
         if nonfinite not in ("raise", "propagate"):
             raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
-        if nonfinite == "raise" and not torch.isfinite(matrix).all():
+        y, quantized = self._rounded(matrix, view, factor, x.dtype, self._key(seed, x.device))
+        # A group's range shows what it holds: no pass over the values is needed.
+        parameters = [quantized.matrix_step, *([] if quantized.mixing is None else [quantized.mixing.offset])]
+        if nonfinite == "raise" and any(bool(torch.isnan(p).any()) for p in parameters):
             raise FqtError("cannot quantize NaN or Inf; pass nonfinite='propagate' to get NaN back instead")
-        key = self._key(seed, x.device)
+        return y, quantized
+
+    def _rounded(
+        self, matrix: Tensor, view: RowView, factor: Tensor | None, dtype: torch.dtype, key: Tensor | None
+    ) -> tuple[Tensor, QuantizedTensor]:
         if self.rounding != "best" and isinstance(self.transform, Identity):
             low, high = Plan.codes(self.scale.mode, self.grid, self.rounding)
             how = (self._group(view.transposed), self.scale.mode, low, high, self.rounding, key)
             codes, step, offset = ops.quantize(matrix, *how, factor, view.transposed)
             decoding = Plan(step, offset, low, high, self.rounding).decoding(matrix.shape, view.transposed, key)
-            return matrix, QuantizedTensor(view, x.dtype, codes, *decoding)
+            return matrix, QuantizedTensor(view, dtype, codes, *decoding)
         y, factor, mixing, plan = self._plan(matrix, factor, view.transposed, key)
         codes = plan.encode(_Entries(y, factor, view.transposed), key)
         decoding = plan.decoding(y.shape, view.transposed, key)
-        return y, QuantizedTensor(view, x.dtype, codes, *decoding, mixing)
+        return y, QuantizedTensor(view, dtype, codes, *decoding, mixing)
 
     def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.
