@@ -135,6 +135,18 @@ void quantize_rows(const Task& task, int64_t rows, int symmetric, int steps, uin
   });
 }
 
+// The dither of a matrix, set in the task; null when there is no memory.
+std::unique_ptr<uint32_t[]> draw_dither(uint64_t seed, int64_t rows, int64_t columns, bool transposed, Task* task) {
+  std::unique_ptr<uint32_t[]> noise(new (std::nothrow) uint32_t[rows + columns + 2 * kNoiseWords]);
+  if (!noise) return noise;
+  uint32_t* column_noise = noise.get() + rows + kNoiseWords;
+  Philox(seed, transposed ? kDitherColumn : kDitherRow).fill_u24(0, rows, noise.get());
+  Philox(seed, transposed ? kDitherRow : kDitherColumn).fill_u24(0, columns, column_noise);
+  task->row_noise = noise.get();
+  task->column_noise = column_noise;
+  return noise;
+}
+
 template <int Rounding>
 void encode_groups(const Task& task, int64_t rows, bool by_row, bool by_column, uint64_t seed, int threads) {
   if (by_column) {
@@ -170,13 +182,8 @@ FQT_API int fqt_encode(const Source* source, int64_t rows, int64_t columns, cons
   } else if (rounding == kStochastic) {
     encode_groups<kStochastic>(task, rows, by_row, by_column, key, threads);
   } else {
-    std::unique_ptr<uint32_t[]> noise(new (std::nothrow) uint32_t[rows + columns + 2 * kNoiseWords]);
+    const std::unique_ptr<uint32_t[]> noise = draw_dither(key, rows, columns, transposed != 0, &task);
     if (!noise) return kNoMemory;
-    Philox(key, transposed ? kDitherColumn : kDitherRow).fill_u24(0, rows, noise.get());
-    uint32_t* column_noise = noise.get() + rows + kNoiseWords;
-    Philox(key, transposed ? kDitherRow : kDitherColumn).fill_u24(0, columns, column_noise);
-    task.row_noise = noise.get();
-    task.column_noise = column_noise;
     if (fixed) {
       encode_groups<kDitheredFixed>(task, rows, by_row, by_column, key, threads);
     } else {
@@ -187,21 +194,17 @@ FQT_API int fqt_encode(const Source* source, int64_t rows, int64_t columns, cons
 }
 
 // Range, parameters and codes in one: group 0 the tensor, 1 rows, 2 columns; as fqt_range_*, fqt_parameters with
-// `steps`, fqt_encode. step and offset are results here.
+// `steps`, fqt_encode. step and offset are results here. At least one entry.
 FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, int group, int symmetric, int steps,
                          int low, int high, int rounding, const int64_t* seed, int transposed, float* step,
                          float* offset, uint8_t* codes, int threads) {
-  if (group == 1 && rows * columns > 0) {
+  if (group == 1) {
     std::unique_ptr<uint32_t[]> noise;
     Task task{*source, step, offset, columns, static_cast<float>(low), static_cast<float>(high), codes, nullptr, nullptr};
     const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
     if (rounding == kDithered) {
-      noise.reset(new (std::nothrow) uint32_t[rows + columns + 2 * kNoiseWords]);
+      noise = draw_dither(key, rows, columns, transposed != 0, &task);
       if (!noise) return kNoMemory;
-      task.row_noise = noise.get();
-      task.column_noise = noise.get() + rows + kNoiseWords;
-      Philox(key, transposed ? kDitherColumn : kDitherRow).fill_u24(0, rows, noise.get());
-      Philox(key, transposed ? kDitherRow : kDitherColumn).fill_u24(0, columns, noise.get() + rows + kNoiseWords);
     }
     const bool fixed = kFixedPoint && low == 0;
     const auto run = [&](auto kind) {
@@ -216,17 +219,16 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
     }
     return kDone;
   }
-  const int64_t groups = group == 0 ? 1 : group == 1 ? rows : columns;
+  const int64_t groups = group == 0 ? 1 : columns;
   std::unique_ptr<float[]> range(new (std::nothrow) float[2 * groups]);
   if (!range) return kNoMemory;
   float *lo = range.get(), *hi = lo + groups;
-  const int status = group == 0   ? fqt_range_tensor(source, rows * columns, lo, hi, threads)
-                     : group == 1 ? fqt_range_rows(source, rows, columns, lo, hi, threads)
-                                  : fqt_range_columns(source, rows, columns, lo, hi, threads);
+  const int status = group == 0 ? fqt_range_tensor(source, rows * columns, lo, hi, threads)
+                                : fqt_range_columns(source, rows, columns, lo, hi, threads);
   if (status != kDone) return status;
   for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], symmetric, steps, step + g, offset + g);
-  return fqt_encode(source, rows, columns, step, offset, group == 1, group == 2, low, high, rounding, seed, transposed,
-                    codes, threads);
+  return fqt_encode(source, rows, columns, step, offset, 0, group == 2, low, high, rounding, seed, transposed, codes,
+                    threads);
 }
 
 namespace {

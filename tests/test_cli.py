@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 import fqt.cli
 from fqt.train.checkpoint import load_checkpoint
@@ -17,27 +16,7 @@ from fqt.train.trainer import Trainer
 FAST = ["--batch-size", "256", "--epochs", "1", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Runs a command in an empty folder; gives status, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            fqt.cli.main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_train_then_resume(run, tmp_path):

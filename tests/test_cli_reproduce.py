@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 import fqt.cli
 import fqt.cli_reproduce
@@ -27,27 +26,7 @@ ACCURACY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Runs a command in an empty folder; gives status, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            fqt.cli.main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_figures_from_nothing(run, tmp_path):

@@ -1,11 +1,7 @@
 """`fqt diagnose`, `fqt plan` and `fqt train --adapt` as a user meets them."""
 
-import sys
-
 import pytest
-import torch
 
-import fqt.cli
 from fqt.nn import load_recipe
 from fqt.records import read_json, read_records
 from fqt.report.runs import read_run
@@ -14,12 +10,14 @@ from fqt.train import resolve, train
 FAST = ["--batch-size", "256", "--epochs", "1", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(run, monkeypatch):
+    """On a screen that is wide enough for the tables."""
+    monkeypatch.setenv("COLUMNS", "160")
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +25,6 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("statistics") / "r"
     train(resolve("digits", None, {"batch_size": 256, "epochs": 1, "device": "cpu", "recipe": "shq4"}), folder)
     return folder
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            fqt.cli.main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
 
 
 def test_diagnose_plan_train(run, trained, tmp_path):

@@ -6,7 +6,6 @@ Exit status: 0 done; 1 the training diverged, a bench found a wrong result, or a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -386,7 +385,7 @@ def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str
             progress=lambda name, done, total: bars.update(task, completed=done, total=total, input=name),
         )
     if file is not None:
-        write_bytes(file, (json.dumps(certificate.to_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(file, certificate.to_dict())
     Console().print(certificate_table(certificate))
     return 0 if certificate.exact else 1
 

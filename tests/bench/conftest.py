@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
 from fqt.bench.cases import Case, Floor
@@ -68,10 +67,6 @@ class Silent:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    """And readings of a single call: what is timed does not matter here."""
+def _quick(one_thread, monkeypatch):
+    """Readings of a single call: what is timed does not matter here."""
     monkeypatch.setattr("fqt.bench.timing.LEAST_SECONDS", 1e-9)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -29,14 +29,6 @@ from .defects import DEFECTS, SOUND, Case, row_stochastic, stochastic, uniform
 CASES = {**DEFECTS, **SOUND}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_each_defect_gets_its_verdict_and_sound_estimates_pass(name: str) -> None:
     case: Case = CASES[name]

@@ -3,19 +3,14 @@ import os
 import signal
 
 import pytest
-import torch
 
 from fqt.train import resolve
 from fqt.train.run import Silent
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small are slower on two threads, far slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    pass
 
 
 class Interruption(Silent):

@@ -12,6 +12,7 @@ import math
 import mmap
 import threading
 import weakref
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -41,7 +42,8 @@ class _Blocks:
         # Private: what a forked child writes stays its own.
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages
+                block.madvise(mmap.MADV_HUGEPAGE)
         return block
 
     def give(self, block: mmap.mmap, size: int) -> None:

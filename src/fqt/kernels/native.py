@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +135,8 @@ def _plain(x: Tensor) -> bool:
     return type(x) in _PLAIN and x.is_cpu and x.layout == torch.strided
 
 
-def _call(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: object) -> None:
+    """Runs a kernel on torch's number of threads."""
     library = _loaded()[0]
     assert library is not None
     code = getattr(library, name)(*arguments, torch.get_num_threads())
@@ -158,7 +158,7 @@ def _group(parameter: Tensor, rows: int, columns: int) -> tuple[int, int]:
 def random_words(seed: Tensor, stream: int, n: int, shift: int) -> Tensor:
     """(n,) int32: the bits of a stream's words, shifted right by `shift`."""
     out = torch.empty(n, dtype=torch.int32, device="cpu")
-    _call("fqt_random", seed.data_ptr(), stream, shift, n, out.data_ptr())
+    call("fqt_random", seed.data_ptr(), stream, shift, n, out.data_ptr())
     return out
 
 
@@ -169,6 +169,7 @@ class _Source(ctypes.Structure):
 
 
 _IN_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+OUT_TYPES = {torch.int32: 0, torch.int64: 1, torch.float32: 2, torch.bfloat16: 3}
 _PERIOD = 1024  # shorter factors are repeated to about this length, so that the kernel's inner loops are long
 
 
@@ -200,9 +201,9 @@ def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Te
     lo, hi = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
     address = ctypes.addressof(source)
     if group == "tensor":
-        _call("fqt_range_tensor", address, x.numel(), lo.data_ptr(), hi.data_ptr())
+        call("fqt_range_tensor", address, x.numel(), lo.data_ptr(), hi.data_ptr())
     else:
-        _call(f"fqt_range_{group}s", address, rows, columns, lo.data_ptr(), hi.data_ptr())
+        call(f"fqt_range_{group}s", address, rows, columns, lo.data_ptr(), hi.data_ptr())
     return lo, hi
 
 
@@ -211,7 +212,7 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
     lo, hi = lo.contiguous(), hi.contiguous()
     step, offset = torch.empty_like(lo), torch.empty_like(lo)
     pointers = (step.data_ptr(), offset.data_ptr())
-    _call("fqt_parameters", lo.data_ptr(), hi.data_ptr(), lo.numel(), int(mode == "symmetric"), steps, *pointers)
+    call("fqt_parameters", lo.data_ptr(), hi.data_ptr(), lo.numel(), int(mode == "symmetric"), steps, *pointers)
     return step, offset
 
 
@@ -219,7 +220,7 @@ def value_sums(x: Tensor) -> Tensor:
     """As the reference."""
     source, _alive = _source(x, None)
     sums = torch.empty(x.shape[1], dtype=torch.float64, device="cpu")
-    _call("fqt_value_sums", ctypes.addressof(source), *x.shape, sums.data_ptr())
+    call("fqt_value_sums", ctypes.addressof(source), *x.shape, sums.data_ptr())
     return sums
 
 
@@ -242,7 +243,7 @@ def encode(
     groups = _group(step, *x.shape)
     pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
     rest = (_ROUNDINGS[rounding], key, int(transposed), codes.data_ptr())
-    _call("fqt_encode", *pointers, *groups, low, high, *rest)
+    call("fqt_encode", *pointers, *groups, low, high, *rest)
     return codes
 
 
@@ -269,7 +270,7 @@ def quantize(
     key = None if seed is None else seed.data_ptr()
     how = (_GROUPS[group], int(mode == "symmetric"), high, low, high, _ROUNDINGS[rounding], key, int(transposed))
     results = (step.data_ptr(), offset.data_ptr(), codes.data_ptr())
-    _call("fqt_quantize", ctypes.addressof(source), rows, columns, *how, *results)
+    call("fqt_quantize", ctypes.addressof(source), rows, columns, *how, *results)
     return codes, step, offset
 
 
@@ -281,7 +282,7 @@ def variance_sums(
     step, offset = step.contiguous(), offset.contiguous()
     sums = torch.empty(step.shape, dtype=torch.int64, device="cpu")
     pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
-    _call("fqt_variance_sums", *pointers, *_group(step, *x.shape), low, high, sums.data_ptr())
+    call("fqt_variance_sums", *pointers, *_group(step, *x.shape), low, high, sums.data_ptr())
     return sums
 
 
@@ -293,7 +294,7 @@ def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
     pointers: tuple[int | None, ...] = (None, plain.data_ptr(), None)
     if weights is not None:
         pointers = (weights.data_ptr(), plain.data_ptr(), weighted.data_ptr())
-    _call("fqt_column_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, *pointers)
+    call("fqt_column_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, *pointers)
     return plain, None if weights is None else weighted
 
 
@@ -301,7 +302,7 @@ def row_sums(codes: Tensor) -> Tensor:
     """As the reference."""
     codes = codes.contiguous()
     sums = torch.empty(codes.shape[0], dtype=torch.int64, device="cpu")
-    _call("fqt_row_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, sums.data_ptr())
+    call("fqt_row_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, sums.data_ptr())
     return sums
 
 
@@ -314,7 +315,7 @@ def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -
     if dither is not None:
         dither = dither.contiguous()
         noise = (dither.data_ptr(), *_group(dither, *codes.shape))
-    _call("fqt_decode", *pointers, *_group(step, *codes.shape), *noise, out.data_ptr())
+    call("fqt_decode", *pointers, *_group(step, *codes.shape), *noise, out.data_ptr())
     return out
 
 
@@ -323,7 +324,7 @@ def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) 
     x, step, offset = x.contiguous(), step.contiguous(), offset.contiguous()
     out = torch.empty_like(x)
     pointers = (x.data_ptr(), *x.shape, step.data_ptr(), offset.data_ptr())
-    _call("fqt_code_variance", *pointers, *_group(step, *x.shape), low, high, out.data_ptr())
+    call("fqt_code_variance", *pointers, *_group(step, *x.shape), low, high, out.data_ptr())
     return out
 
 
@@ -343,11 +344,11 @@ def hadamard(
     """As the reference."""
     order = order.contiguous()
     sizes = (ctypes.addressof(_sizes(blocks)), len(blocks))
-    call = _RowWork(x, before, after)
+    work = _RowWork(x, before, after)
     kept = None if keep is None else keep.contiguous()
-    arguments = (order.data_ptr(), *sizes, *call.before, None if kept is None else _per_row(kept, x), *call.after)
-    _call("fqt_hadamard", call.source, *x.shape, *arguments)
-    return call.out
+    arguments = (order.data_ptr(), *sizes, *work.before, None if kept is None else _per_row(kept, x), *work.after)
+    call("fqt_hadamard", work.source, *x.shape, *arguments)
+    return work.out
 
 
 def reflect(
@@ -360,10 +361,10 @@ def reflect(
 ) -> Tensor:
     """As the reference."""
     group, normal, factor = group.contiguous(), normal.contiguous(), factor.contiguous()
-    call = _RowWork(x, before, after)
+    work = _RowWork(x, before, after)
     pointers = (group.data_ptr(), normal.data_ptr(), factor.data_ptr())
-    _call("fqt_reflect", call.source, *x.shape, *pointers, *call.before, *call.after)
-    return call.out
+    call("fqt_reflect", work.source, *x.shape, *pointers, *work.before, *work.after)
+    return work.out
 
 
 class _RowWork:
@@ -388,7 +389,7 @@ class _RowWork:
                 raise ValueError(f"a right factor of shape {tuple(right.shape)} for rows of {x.shape[1]}")
             pointers = (*(_per_row(p, x) for p in parts), None if right is None else right.data_ptr())
             alive += [*parts, right]
-        self.after = (*pointers, _TYPES[dtype], self.out.data_ptr())
+        self.after = (*pointers, OUT_TYPES[dtype], self.out.data_ptr())
         self._alive = alive
 
 
@@ -403,109 +404,5 @@ def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     """As the reference; y contiguous."""
     source, _alive = _source(x, None)
     keep = keep.contiguous()
-    _call("fqt_replace_rows", y.data_ptr(), *y.shape, _per_row(keep, y), ctypes.addressof(source))
+    call("fqt_replace_rows", y.data_ptr(), *y.shape, _per_row(keep, y), ctypes.addressof(source))
     return y
-
-
-class _Epilogue(ctypes.Structure):
-    """`Epilogue` of csrc/epilogue.h."""
-
-    _fields_ = [
-        ("out", _P),
-        ("type", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("columns", _L),
-        ("period", _L),
-        ("row_scale", _P),
-        ("column_scale", _P),
-        ("row_scale_step", _L),
-        ("column_scale_step", _L),
-        ("left", _P),
-        ("right", _P),
-        ("bias", _P),
-        ("zero", _P),
-        ("ones", _P),
-        ("zero_step", _L),
-    ]
-
-
-_TYPES = {torch.int32: 0, torch.int64: 1, torch.float32: 2, torch.bfloat16: 3}
-
-
-def _finishing(out: Tensor, columns: int, period: int, epilogue: tuple) -> tuple[_Epilogue, list[Tensor]]:
-    """The C form of an epilogue that writes to `out`, and the tensors that must outlive it."""
-    parts = [None if x is None else x.detach().contiguous() for x in epilogue[:7]]
-    pointers = [None if x is None else x.data_ptr() for x in parts]
-    steps = [int(x is not None and x.numel() > 1) for x in parts]
-    rank = 0 if parts[2] is None else parts[2].shape[1]
-    sizes = (_TYPES[out.dtype], rank, columns, period)
-    result = _Epilogue(out.data_ptr(), *sizes, *pointers[:2], *steps[:2], *pointers[2:], steps[5])
-    return result, [x for x in parts if x is not None]
-
-
-def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """A matrix with a stride of 1, and its strides; the stride of an axis of length 1 does not matter."""
-    rows, columns = x.shape
-    if x.stride(1) == 1 or columns <= 1:
-        return x, (x.stride(0), 1)
-    if x.stride(0) == 1 or rows <= 1:
-        return x, (1, x.stride(1))
-    x = x.contiguous()
-    return x, (x.stride(0), 1)
-
-
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
-    """`fqt::matmul` on checked arguments."""
-    (a, a_strides), (b, b_strides) = _matrix(a), _matrix(b)
-    (m, k), n = a.shape, b.shape[1]
-    out = empty((m, n), dtype)
-    finish, _alive = _finishing(out, n, 1, epilogue)
-    left = (a.data_ptr(), int(a.dtype == torch.int8), *a_strides)
-    right = (b.data_ptr(), int(b.dtype == torch.int8), *b_strides)
-    _call("fqt_matmul", *left, *right, m, n, k, ctypes.addressof(finish))
-    return out
-
-
-class _Conv(ctypes.Structure):
-    """`Conv` of csrc/conv.h."""
-
-    _names = "samples height width channels out_height out_width out_channels kernel_height kernel_width"
-    _more = "stride_height stride_width padding_height padding_width dilation_height dilation_width groups"
-    _fields_ = [(name, _L) for name in f"{_names} {_more}".split()]
-
-    @classmethod
-    def of(cls, shapes: Any) -> _Conv:
-        """From checked shapes."""
-        (n, c, h, w), (_, o, out_h, out_w), (_, _, kh, kw) = shapes.input, shapes.output, shapes.weight
-        g = shapes.geometry
-        return cls(n, h, w, c, out_h, out_w, o, kh, kw, *g.stride, *g.padding, *g.dilation, g.groups)
-
-
-def _image(codes: Tensor) -> Tensor:
-    """(N, H, W, C), contiguous."""
-    return codes.permute(0, 2, 3, 1).contiguous()
-
-
-def conv2d(
-    codes: Tensor, weight: Tensor, shapes: Any, dtype: torch.dtype, epilogue: tuple, backward: bool
-) -> Tensor:
-    """`fqt::conv2d`, or with `backward` `fqt::conv2d_grad_input`, on checked arguments."""
-    n, channels, h, w = shapes.input if backward else shapes.output
-    codes, weight, conv = _image(codes), _image(weight), _Conv.of(shapes)
-    out = empty((n, h, w, channels), dtype)
-    finish, _alive = _finishing(out, channels, h * w, epilogue)
-    operands = (codes.data_ptr(), int(codes.dtype == torch.int8), weight.data_ptr())
-    if out.numel():
-        _call("fqt_conv2d", *operands, ctypes.addressof(conv), int(backward), ctypes.addressof(finish))
-    return out.permute(0, 3, 1, 2)
-
-
-def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Any, dtype: torch.dtype, epilogue: tuple) -> Tensor:
-    """`fqt::conv2d_grad_weight` on checked arguments."""
-    o, depth, kh, kw = shapes.weight
-    grad, input, conv = _image(grad), _image(input), _Conv.of(shapes)
-    out = torch.empty((o, kh, kw, depth), dtype=dtype, device="cpu")
-    finish, _alive = _finishing(out, kh * kw * depth, 1, epilogue)
-    operands = (grad.data_ptr(), int(grad.dtype == torch.int8), input.data_ptr(), int(input.dtype == torch.int8))
-    _call("fqt_conv2d_grad_weight", *operands, ctypes.addressof(conv), ctypes.addressof(finish))
-    return out.permute(0, 3, 1, 2)

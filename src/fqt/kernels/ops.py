@@ -30,11 +30,9 @@ def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
 
 def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
     """As `reference.dither_noise`."""
-    streams = (philox.STREAM_DITHER_ROW, philox.STREAM_DITHER_COLUMN)
-    along_rows, along_columns = reversed(streams) if transposed else streams
-    return random_u24(seed, along_rows, rows).view(rows, 1), random_u24(seed, along_columns, columns).view(
-        1, columns
-    )
+    along_rows, along_columns = reference.dither_streams(transposed)
+    row, column = random_u24(seed, along_rows, rows), random_u24(seed, along_columns, columns)
+    return row.view(rows, 1), column.view(1, columns)
 
 
 def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fqt.kernels import native
+from fqt.kernels import native, native_products
 
 CODES = (torch.uint8, torch.int8)
 _RESULTS = (torch.float32, torch.bfloat16)
@@ -311,7 +311,7 @@ def _check_matmul(a: Tensor, b: Tensor, epilogue: tuple) -> torch.dtype:
 def _matmul(a: Tensor, b: Tensor, *epilogue: object) -> Tensor:
     out = _check_matmul(a, b, epilogue)
     if native.takes_codes(a, b) and a.shape[1] < 1 << 23:
-        return native.matmul(a, b, out, epilogue)
+        return native_products.matmul(a, b, out, epilogue)
     return _finish(a.double() @ b.double(), out, epilogue)
 
 
@@ -373,7 +373,7 @@ def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[_Shapes, 
 def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
     shapes, out, epilogue = _check_conv2d(input, weight, rest)
     if native.takes_codes(input, weight):
-        return native.conv2d(input, weight, shapes, out, epilogue, backward=False)
+        return native_products.conv2d(input, weight, shapes, out, epilogue, backward=False)
     sums = F.conv2d(input.double(), weight.double(), None, *rest[:4])  # type: ignore[call-overload]
     return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
 
@@ -419,7 +419,7 @@ def _grad_input(
 def _conv2d_grad_input(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
     shapes, out, epilogue = _check_grad_input(grad, weight, input_size, rest)
     if native.takes_codes(grad, weight):
-        return native.conv2d(grad, weight, shapes, out, epilogue, backward=True)
+        return native_products.conv2d(grad, weight, shapes, out, epilogue, backward=True)
     sums = _grad_input(grad.double(), weight.double(), input_size, *rest[:4])  # type: ignore[arg-type]
     return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
 
@@ -448,7 +448,7 @@ def _check_grad_weight(
 def _conv2d_grad_weight(grad: Tensor, input: Tensor, kernel: list[int], *rest: object) -> Tensor:
     shapes, out, epilogue = _check_grad_weight(grad, input, kernel, rest)
     if native.takes_codes(grad, input) and shapes.output[3] <= 1 << 15:
-        return native.conv2d_grad_weight(grad, input, shapes, out, epilogue)
+        return native_products.conv2d_grad_weight(grad, input, shapes, out, epilogue)
     o, depth, kh, kw = shapes.weight
     stride, padding, dilation, groups = rest[:4]
     weight = grad.new_empty(1, dtype=torch.float64).expand(o, depth, kh, kw)

@@ -167,11 +167,14 @@ def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False
 
     With `transposed` the matrix lies on its side: its columns are the quantizer's rows, and take their stream.
     """
-    streams = (STREAM_DITHER_ROW, STREAM_DITHER_COLUMN)
-    along_rows, along_columns = reversed(streams) if transposed else streams
-    return random_u24(seed, along_rows, rows).view(rows, 1), random_u24(seed, along_columns, columns).view(
-        1, columns
-    )
+    along_rows, along_columns = dither_streams(transposed)
+    row, column = random_u24(seed, along_rows, rows), random_u24(seed, along_columns, columns)
+    return row.view(rows, 1), column.view(1, columns)
+
+
+def dither_streams(transposed: bool) -> tuple[int, int]:
+    """The streams along the rows and along the columns of a matrix."""
+    return (STREAM_DITHER_COLUMN, STREAM_DITHER_ROW) if transposed else (STREAM_DITHER_ROW, STREAM_DITHER_COLUMN)
 
 
 def encode(

@@ -87,9 +87,8 @@ def _layer_shape(
     if not keep or view is None or q is None:
         return output, input.new_empty(0), input.new_empty(0), input.new_empty(0)
     size = view.size
-    step_shape = {"tensor": (1, 1), "row": (size[0], 1), "column": (1, size[1])}[q.scale.group]
-    if view.transposed:
-        step_shape = {"tensor": (1, 1), "row": (1, size[1]), "column": (size[0], 1)}[q.scale.group]
+    group = q.matrix_group(view.transposed)
+    step_shape = (size[0] if group == "row" else 1, size[1] if group == "column" else 1)
     codes = input.new_empty(size, dtype=torch.int8 if q.scale.mode == "symmetric" else torch.uint8)
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     step, offset = (input.new_empty(step_shape, dtype=compute) for _ in range(2))
@@ -145,9 +144,9 @@ def _layer_backward_shape(
     grad: Tensor, input: Any, weight: Any, codes: Any, step: Any, offset: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     input_shape, weight_shape, dtypes, needs, call = rest[0], rest[1], rest[2:5], rest[5:8], rest[8:]
-    dense = not call[2]
-    transposed = not dense and bool(call[2][3])
-    channels = weight_shape[1] * call[2][2] if transposed else weight_shape[0]
+    map = _map(list(call[2]))
+    transposed = isinstance(map, ConvMap) and map.transposed
+    channels = weight_shape[1] * map.groups if transposed else weight_shape[0]  # type: ignore[union-attr]
     none = grad.new_empty(0)
     return (
         _empty(input_shape, dtypes[0], grad, call[5]) if needs[0] else none,

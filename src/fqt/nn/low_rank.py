@@ -116,9 +116,8 @@ class DenseCodes:
     def unmixed(self, g: QuantizedTensor, product: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
         """S⁻¹ of grad_output's transform on the product's rows."""
         assert g.mixing is not None
-        return g.mixing.undo_product(product.reshape(self.rows(g), product.shape[-1]), ones, dtype).view(
-            product.shape
-        )
+        rows = product.reshape(self.rows(g), product.shape[-1])
+        return g.mixing.undo_product(rows, ones, dtype).view(product.shape)
 
     def vectors_times_input(
         self, g: Channels, x: QuantizedTensor, step: Tensor, offset: Tensor, shape: torch.Size
@@ -241,9 +240,7 @@ class ConvCodes:
         totals = self._over_taps(total, kernel, (h, w)) / DITHER_LEVELS
         return ones, (step * weighted + offset * totals).flatten().float(), of_codes
 
-    def _taps(
-        self, kernel: Sizes, size: Sizes, out: Sizes
-    ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    def _taps(self, kernel: Sizes, size: Sizes, out: Sizes) -> Iterator[tuple[Window, Window]]:
         """For every tap of the kernel, row-major: the input's pixels it reads, and the output's it serves."""
         axes = []
         for k, n, m, s, p, d in zip(
@@ -252,11 +249,9 @@ class ConvCodes:
             spans = []
             for shift in range(-p, k * d - p, d):  # output pixel i reads input pixel i·s + shift
                 first = max(0, -(shift // s))
-                end = max(first, min(m, (n - 1 - shift) // s + 1))
-                inside = slice(first * s + shift, first * s + shift + (end - first) * s, s)
-                spans.append(
-                    (slice(inside.start, min(inside.stop, n), s) if end > first else slice(0), slice(first, end))
-                )
+                end = min(m, (n - 1 - shift) // s + 1)
+                inside = slice(first * s + shift, (end - 1) * s + shift + 1, s)
+                spans.append((inside, slice(first, end)) if end > first else (slice(0), slice(0)))
             axes.append(spans)
         for inside_h, outside_h in axes[0]:
             for inside_w, outside_w in axes[1]:

@@ -113,7 +113,7 @@ class Quantizer:
     ) -> tuple[Tensor, QuantizedTensor]:
         if self.rounding != "best" and isinstance(self.transform, Identity):
             low, high = Plan.codes(self.scale.mode, self.grid, self.rounding)
-            how = (self._group(view.transposed), self.scale.mode, low, high, self.rounding, key)
+            how = (self.matrix_group(view.transposed), self.scale.mode, low, high, self.rounding, key)
             codes, step, offset = ops.quantize(matrix, *how, factor, view.transposed)
             decoding = Plan(step, offset, low, high, self.rounding).decoding(matrix.shape, view.transposed, key)
             return matrix, QuantizedTensor(view, dtype, codes, *decoding)
@@ -225,9 +225,9 @@ class Quantizer:
 
     def _ranges(self, y: Tensor, factor: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
         """Least and greatest values of the groups; rows of a matrix on its side are its columns."""
-        return ops.value_range(y, self._group(transposed), factor)
+        return ops.value_range(y, self.matrix_group(transposed), factor)
 
-    def _group(self, transposed: bool) -> str:
+    def matrix_group(self, transposed: bool) -> str:
         """Who shares a step in the matrix: its columns are the rows if it lies on its side."""
         group = self.scale.group
         return {"row": "column", "column": "row"}.get(group, group) if transposed else group
