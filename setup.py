@@ -15,6 +15,7 @@ LEVELS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2"]
     LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+    LEVELS["amx"] = [*LEVELS["avx512"], "-mamx-tile", "-mamx-int8"]
 
 
 class BuildKernels(build_ext):

@@ -18,7 +18,7 @@ using namespace fqt;
 
 namespace {
 
-constexpr int64_t kBlockRows = 16 * kRows;
+constexpr int64_t kBlockRows = 96;
 constexpr int64_t kSlice = 1024;  // terms per pass over a block
 constexpr int64_t kMaxTaps = 1 << 12;
 
@@ -56,6 +56,7 @@ struct Source {
 
 struct Task {
   const Source& source;
+  Signs signs;
   const Axis &rows, &columns;
   const Right* right;        // [group][panel][tap][depth ÷ kGroup][kPanel][kGroup]
   const int64_t* by_column;  // (groups · panels · kPanel,) to add to the sums, or null
@@ -121,11 +122,11 @@ void sum_panel(const Task& task, const Left* const* rows, int64_t n, const Right
         terms = 0;
       }
       if (last && !wide) {
-        block_of(left, n, now, deep / kGroup, from, sums, terms != 0,
+        block_of(left, task.signs, n, now, deep / kGroup, from, sums, terms != 0,
                  [&](int64_t i, int64_t count) { finish(sums + i * kPanel, i, count); });
         return;
       }
-      block_of(left, n, now, deep / kGroup, from, sums, terms != 0, nothing);
+      block_of(left, task.signs, n, now, deep / kGroup, from, sums, terms != 0, nothing);
       terms += now * deep;
     }
   }
@@ -187,11 +188,12 @@ void pack_weight(const Conv& c, const uint8_t* weight, const Axis& rows, const A
   }
 }
 
-int run_phase(const Conv& c, const Source& source, const uint8_t* weight, int shift, bool backward,
+int run_phase(const Conv& c, const Source& source, bool is_signed, const uint8_t* weight, bool backward,
               const Axis& rows, const Axis& columns, const Epilogue& e, int threads) {
   const int64_t width = (backward ? c.channels : c.out_channels) / c.groups, panels = ceil_div(width, kPanel);
   const int64_t taps = rows.taps * columns.taps, panel_size = taps * source.depth * kPanel;
-  Buffer<Right> right = make_buffer<Right>(c.groups * panels * panel_size);
+  const int shift = LeftReader{is_signed}.shift();
+  Buffer<Right> right = make_buffer<Right>(c.groups * panels * panel_size + kTerms * kPanel);
   Buffer<int64_t> by_column = make_buffer<int64_t>(c.groups * panels * kPanel);
   if (!right || !by_column) return kNoMemory;
   parallel_for(c.groups * panels, c.groups * width * taps * source.depth, threads, [&](int64_t i) {
@@ -202,7 +204,7 @@ int run_phase(const Conv& c, const Source& source, const uint8_t* weight, int sh
     if (shift) sum_columns(panel, taps * source.depth / kGroup, sums);
     for (int j = 0; j < kPanel; ++j) sums[j] *= -shift;
   });
-  const Task task{source, rows, columns, right.get(), shift ? by_column.get() : nullptr, width, panels,
+  const Task task{source, Signs{is_signed, true}, rows, columns, right.get(), shift ? by_column.get() : nullptr, width, panels,
                   backward ? c.height : c.out_height, backward ? c.width : c.out_width, e};
   const int64_t blocks = ceil_div(task.pixels(), kBlockRows);
   const int64_t step = blocks < 8 * threads ? 1 : panels, items = ceil_div(panels, step);
@@ -249,13 +251,13 @@ FQT_API int fqt_conv2d(const uint8_t* codes, int is_signed, const uint8_t* weigh
   if (!backward) {
     output_axis(c.out_height, c.kernel_height, c.stride_height, c.padding_height, c.dilation_height, rows.get());
     output_axis(c.out_width, c.kernel_width, c.stride_width, c.padding_width, c.dilation_width, columns.get());
-    return run_phase(c, source, weight, read.shift(), false, *rows, *columns, *e, threads);
+    return run_phase(c, source, read.is_signed, weight, false, *rows, *columns, *e, threads);
   }
   for (int64_t h = 0; h < c.stride_height && h < c.height; ++h) {
     input_axis(c.height, c.kernel_height, c.stride_height, c.padding_height, c.dilation_height, h, rows.get());
     for (int64_t w = 0; w < c.stride_width && w < c.width; ++w) {
       input_axis(c.width, c.kernel_width, c.stride_width, c.padding_width, c.dilation_width, w, columns.get());
-      const int status = run_phase(c, source, weight, read.shift(), true, *rows, *columns, *e, threads);
+      const int status = run_phase(c, source, read.is_signed, weight, true, *rows, *columns, *e, threads);
       if (status != kDone) return status;
     }
   }

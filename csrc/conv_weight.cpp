@@ -31,13 +31,14 @@ struct Task {
   int64_t outputs() const { return c.out_channels / c.groups; }
   int64_t inputs() const { return c.channels / c.groups; }
   int64_t columns() const { return c.kernel_height * c.kernel_width * inputs(); }
+  int64_t padded() const { return ceil_div(outputs(), 16) * 16; }
   int64_t groups_per_line() const { return ceil_div(c.out_width, kGroup); }
   int64_t lines() const { return c.samples * c.out_height; }
 };
 
 // One thread's sums of a chunk of panels.
 struct Part {
-  Buffer<int32_t> sums;         // [panel][output][kPanel]
+  Buffer<int32_t> sums;         // [panel][padded output][kPanel]
   Buffer<int64_t> total;        // the same, for more than kMaxTerms terms; else null
   Buffer<int64_t> left_sums;    // (outputs,) Σ of grad_output's operands
   Buffer<int64_t> right_sums;   // (panels · kPanel,) Σ of the input's
@@ -107,12 +108,12 @@ void sum_rows(const Left* packed, int64_t groups, int64_t padded, int64_t output
 
 // Adds lines first … last − 1 of panels first_panel … first_panel + panels − 1 to a part.
 bool run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel, int64_t panels, Part* part) {
-  const int64_t outputs = task.outputs(), padded = ceil_div(outputs, 16) * 16, per_line = task.groups_per_line();
+  const int64_t outputs = task.outputs(), padded = task.padded(), per_line = task.groups_per_line();
   int64_t step = per_line ? kBlockPixels / (per_line * kGroup) : 1;
   step = step < 1 ? 1 : step;
-  Buffer<Left> left = make_buffer<Left>(step * per_line * kGroup * padded);
-  Buffer<Right> right = make_buffer<Right>(step * per_line * kGroup * kPanel);
-  const int64_t size = panels * outputs * kPanel;
+  Buffer<Left> left = make_buffer<Left>((step * per_line * kGroup + kTerms) * padded);
+  Buffer<Right> right = make_buffer<Right>((step * per_line * kGroup + kTerms) * kPanel);
+  const int64_t size = panels * padded * kPanel;
   const bool wide = (last - first) * per_line * kGroup > kMaxTerms;
   part->sums = make_buffer<int32_t>(size);
   if (wide) part->total = make_buffer<int64_t>(size);
@@ -126,6 +127,7 @@ bool run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
   if (first == last || per_line == 0) std::memset(part->sums.get(), 0, size * sizeof(int32_t));
   for (int64_t i = 0; i < outputs; ++i) part->left_sums[i] = 0;
   for (int64_t i = 0; i < panels * kPanel; ++i) part->right_sums[i] = 0;
+  const Signs signs{task.read_grad.is_signed, task.read_input.is_signed};
   int64_t terms = 0;  // in sums
   const auto widen = [&] {
     for (int64_t i = 0; terms && i < size; ++i) part->total[i] += part->sums[i];
@@ -135,12 +137,15 @@ bool run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
     const int64_t lines = last - line < step ? last - line : step, groups = lines * per_line;
     if (terms + groups * kGroup > kMaxTerms) widen();
     pack_grad(task, line, lines, padded, left.get());
-    sum_rows(left.get(), groups, padded, outputs, part->left_sums.get());
+    if (task.read_input.shift()) sum_rows(left.get(), groups, padded, outputs, part->left_sums.get());
+    const int64_t all = ceil_div(groups * kGroup, kTerms) * kTerms / kGroup;
+    std::memset(left.get() + groups * padded * kGroup, 0, (all - groups) * padded * kGroup * sizeof(Left));
+    finish_interleaved(all, padded, left.get());
     for (int64_t p = 0; p < panels; ++p) {
       pack_input(task, line, lines, (first_panel + p) * kPanel, right.get());
       if (task.read_grad.shift()) sum_columns(right.get(), groups, part->right_sums.get() + p * kPanel);
-      block_of(LeftInterleaved{left.get(), padded * kGroup}, outputs, 1, groups, right.get(),
-               part->sums.get() + p * outputs * kPanel, terms != 0, [](int64_t, int64_t) {});
+      block_of(LeftInterleaved{left.get(), padded * kGroup}, signs, outputs, 1, groups, right.get(),
+               part->sums.get() + p * padded * kPanel, terms != 0, [](int64_t, int64_t) {});
     }
     terms += groups * kGroup;
   }
@@ -187,7 +192,7 @@ FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const u
           for (int64_t j = 0; j < kPanel; ++j) {
             int64_t sum = t * left_sum - pixels * s * t;
             for (int64_t i = 0; i < parts; ++i) {
-              const int64_t at = (p * outputs + row) * kPanel + j;
+              const int64_t at = (p * task.padded() + row) * kPanel + j;
               sum += (part[i].total ? part[i].total[at] : part[i].sums[at]) - s * part[i].right_sums[p * kPanel + j];
             }
             sums[j] = sum;

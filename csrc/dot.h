@@ -1,8 +1,9 @@
 // The inner kernel of all integer products: a tile of rows × columns, accumulated in int32 without saturation.
 //
 // Both operands come in groups of kGroup neighbouring k, 32 bits per group: four bytes where the processor has a
-// four-term dot product (u8 × s8, VNNI), two int16 where it has not (the byte instruction of AVX2 saturates).
-// A left group is broadcast, a right one is a lane of a vector.
+// four-term dot product (u8 × s8, VNNI; any signs, AMX), two int16 where it has not (the byte instruction of AVX2
+// saturates). A left group is broadcast, a right one is a lane of a vector. AMX (amx.h) multiplies whole tiles of the
+// same right operand by rows of kTerms k that lie together.
 //
 // Bound: |Left|·|Right| ≤ 255·128, so kMaxTerms terms stay below 2³¹. Longer sums are cut by the callers.
 #pragma once
@@ -17,7 +18,13 @@
 
 namespace fqt {
 
-#if defined(__AVX512VNNI__)
+// FQT_SHIFTED: operands of one sign only, so that a code of the other is shifted by 128.
+#if defined(__AMX_INT8__)
+typedef uint8_t Left, Right;  // the code's byte, whatever its sign
+constexpr int kGroup = 4, kVectors = 4;
+constexpr int kShift = 0;
+#elif defined(__AVX512VNNI__)
+#define FQT_SHIFTED
 typedef uint8_t Left;
 typedef int8_t Right;
 constexpr int kGroup = 4, kRows = 6, kVectors = 4;
@@ -27,6 +34,11 @@ typedef int16_t Left;
 typedef int16_t Right;
 constexpr int kGroup = 2, kRows = 6, kVectors = 2;  // 12 sums, 2 right vectors, 1 left, 1 product: 16 registers
 constexpr int kShift = 0;
+#endif
+#if defined(__AMX_INT8__)
+constexpr int kTerms = 64, kTileRows = 16;  // left operands are padded to multiples, their k with zeros
+#else
+constexpr int kTerms = kGroup, kTileRows = 1;
 #endif
 constexpr int kPanel = kVectors * W;     // columns of a tile
 constexpr int64_t kMaxTerms = 1 << 15;   // 2¹⁵ · 255 · 255 < 2³¹: whatever the signs of the codes
@@ -53,17 +65,34 @@ inline vi dot(vi sum, vi left, vi right) {
 // A group of ones, as either operand.
 inline vi ones() { return splat(kGroup == 4 ? 0x01010101 : 0x00010001); }
 
-// Where the left groups of a tile lie: for each tap a run of `groups` groups per row.
-struct LeftRows {
-  const Left* const* rows;  // rows[tap · stride + i] + offset: row i at that tap, its groups next to one another
-  int64_t stride, offset;
+// Whether the codes of a product's operands are signed.
+struct Signs {
+  bool left, right;
 };
 
+// Where the left groups of a tile lie. For each tap a run of groups per row:
+struct LeftRows {
+  const Left* const* rows;  // rows[tap · stride + i] + offset: row i at that tap
+  int64_t stride, offset;
+
+  const Left* row(int64_t tap, int64_t i) const { return rows[tap * stride + i] + offset; }
+};
+
+// The same for one tap and rows at equal distances.
+struct LeftStrided {
+  const Left* first;
+  int64_t stride;
+
+  const Left* row(int64_t, int64_t i) const { return first + i * stride; }
+};
+
+// Group g of row i at first + g · stride + i · kGroup; for AMX, 16 rows × 16 groups transposed (see pack.h).
 struct LeftInterleaved {
-  const Left* first;   // group g of row i is at first + g · stride + i · kGroup
+  const Left* first;
   int64_t stride;
 };
 
+#if !defined(__AMX_INT8__)
 // sums (R × kPanel, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
 template <int R>
 inline void load_sums(vi (&c)[R][kVectors], const int32_t* sums, bool add) {
@@ -85,14 +114,14 @@ inline vi broadcast(const Left* group) {
   return splat(bits);
 }
 
-template <int R>
-void tile_of(const LeftRows& left, int64_t first_row, int64_t taps, int64_t groups, const Right* right,
+template <int R, class Rows>
+void tile_of(const Rows& left, int64_t first_row, int64_t taps, int64_t groups, const Right* right,
              int32_t* sums, bool add) {
   vi c[R][kVectors];
   load_sums<R>(c, sums, add);
   for (int64_t tap = 0; tap < taps; ++tap) {
     const Left* a[R];
-    for (int i = 0; i < R; ++i) a[i] = left.rows[tap * left.stride + first_row + i] + left.offset;
+    for (int i = 0; i < R; ++i) a[i] = left.row(tap, first_row + i);
     for (int64_t g = 0; g < groups; ++g) {
       vi b[kVectors];
       for (int v = 0; v < kVectors; ++v) b[v] = load<vi>(right + v * W * kGroup);
@@ -132,7 +161,7 @@ void tile_of(const LeftInterleaved& left, int64_t first_row, int64_t, int64_t gr
 // All rows of a block; done(i, n) is called as soon as the sums of rows i … i + n − 1 are there, so that their
 // stores to memory overlap with the next tile's arithmetic.
 template <class Source, class Done>
-inline void block_of(const Source& left, int64_t rows, int64_t taps, int64_t groups, const Right* right,
+inline void block_of(const Source& left, Signs, int64_t rows, int64_t taps, int64_t groups, const Right* right,
                      int32_t* sums, bool add, const Done& done) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
@@ -149,5 +178,10 @@ inline void block_of(const Source& left, int64_t rows, int64_t taps, int64_t gro
   }
   if (i < rows) done(i, rows - i);
 }
+#endif
 
 }  // namespace fqt
+
+#if defined(__AMX_INT8__)
+#include "amx.h"
+#endif

@@ -15,7 +15,12 @@ using namespace fqt;
 
 namespace {
 
-constexpr int64_t kBlockRows = 16 * kRows;
+#if defined(__AMX_INT8__)
+constexpr int64_t kBlockRows = 384;  // tiles outrun the caches: a panel, once fetched, must serve more rows
+#else
+constexpr int64_t kBlockRows = 96;
+#endif
+constexpr int64_t kRun = 16;     // groups packed at a time
 constexpr int64_t kSlice = 512;  // k per slice; kMaxTerms is a multiple
 static_assert(kMaxTerms % kSlice == 0, "partial sums are widened between slices");
 
@@ -30,20 +35,22 @@ struct LeftOperand {
   const Left* first = nullptr;
   int64_t row_stride = 0;      // of rows whose k lie together
   int64_t group_stride = 0;    // of interleaved rows; 0 if they are not
+  bool is_signed = false;
   Buffer<Left> memory;
   Buffer<int32_t> sums;        // Σ_k of every row, if the right operand is shifted; < 2³¹ for k < 2²³
 };
 
 bool prepare_left(const Matrix& a, int64_t m, int64_t k, bool needs_sums, int threads, LeftOperand* left) {
   const LeftReader read{a.is_signed};
-  const int64_t groups = ceil_div(k, kGroup);
+  const int64_t groups = ceil_div(k, kTerms) * kTerms / kGroup;
   const bool by_rows = a.column_stride == 1;
-  if (by_rows && sizeof(Left) == 1 && read.shift() == 0 && k % kGroup == 0) {
+  left->is_signed = a.is_signed;
+  if (by_rows && sizeof(Left) == 1 && read.shift() == 0 && k % kTerms == 0 && m % kTileRows == 0) {
     left->first = reinterpret_cast<const Left*>(a.codes);
     left->row_stride = a.row_stride;
   } else if (by_rows) {
     left->row_stride = groups * kGroup;
-    left->memory = make_buffer<Left>(m * left->row_stride);
+    left->memory = make_buffer<Left>(ceil_div(m, kTileRows) * kTileRows * left->row_stride);
     if (!left->memory) return false;
     parallel_for(ceil_div(m, 16), m * k, threads, [&](int64_t i) {
       const int64_t rows = m - 16 * i < 16 ? m - 16 * i : 16;
@@ -52,15 +59,19 @@ bool prepare_left(const Matrix& a, int64_t m, int64_t k, bool needs_sums, int th
     });
     left->first = left->memory.get();
   } else {
-    const int64_t width = ceil_div(m, 16) * 16;
+    const int64_t width = ceil_div(m, 16) * 16 + 16;  // and more, so that groups do not share cache sets
     left->group_stride = width * kGroup;
     left->memory = make_buffer<Left>(groups * left->group_stride);
     if (!left->memory) return false;
-    parallel_for(groups, m * k, threads, [&](int64_t g) {
-      const uint8_t* row[kGroup];
-      const int64_t n = k - g * kGroup < kGroup ? k - g * kGroup : kGroup;
-      for (int64_t j = 0; j < n; ++j) row[j] = a.codes + (g * kGroup + j) * a.column_stride;
-      interleave_rows<Left>(row, n, m, width, 0, read, left->memory.get() + g * left->group_stride);
+    parallel_for(ceil_div(groups, kRun), m * k, threads, [&](int64_t item) {
+      const int64_t begin = item * kRun, end = groups < begin + kRun ? groups : begin + kRun;
+      for (int64_t g = begin; g < end; ++g) {
+        const uint8_t* row[kGroup];
+        int64_t n = 0;
+        for (; n < kGroup && g * kGroup + n < k; ++n) row[n] = a.codes + (g * kGroup + n) * a.column_stride;
+        interleave_rows<Left>(row, n, m, width, 0, read, left->memory.get() + g * left->group_stride);
+      }
+      finish_interleaved(end - begin, width, left->memory.get() + begin * left->group_stride);
     });
     left->first = left->memory.get();
   }
@@ -87,17 +98,33 @@ bool prepare_left(const Matrix& a, int64_t m, int64_t k, bool needs_sums, int th
   return true;
 }
 
-// Panel p of the right operand, all k: [group][kPanel][kGroup].
-void pack_panel(const Matrix& b, int64_t n, int64_t k, int64_t p, Right* out) {
+// The right operand: panels of all k, [panel][group][kPanel][kGroup].
+void pack_right(const Matrix& b, int64_t n, int64_t k, int threads, Right* out) {
   const RightReader read{b.is_signed};
-  const int64_t first = p * kPanel, columns = n - first < kPanel ? n - first : kPanel;
-  if (b.row_stride == 1) return pack_columns(b.codes + first * b.column_stride, b.column_stride, columns, k, read, out);
-  for (int64_t g = 0; g < ceil_div(k, kGroup); ++g) {
-    const uint8_t* row[kGroup];
-    const int64_t rows = k - g * kGroup < kGroup ? k - g * kGroup : kGroup;
-    for (int64_t j = 0; j < rows; ++j) row[j] = b.codes + (g * kGroup + j) * b.row_stride + first;
-    interleave_rows<Right>(row, rows, columns, kPanel, 0, read, out + g * kPanel * kGroup);
+  const int64_t groups = ceil_div(k, kGroup), panels = ceil_div(n, kPanel);
+  if (b.row_stride == 1) {
+    parallel_for(panels, n * k, threads, [&](int64_t p) {
+      const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
+      pack_columns(b.codes + p * kPanel * b.column_stride, b.column_stride, columns, k, read,
+                   out + p * groups * kPanel * kGroup);
+    });
+    return;
   }
+  // By runs of rows across all panels: a run stays in the cache, a panel of a long column would not.
+  parallel_for(ceil_div(groups, kRun), n * k, threads, [&](int64_t item) {
+    const int64_t begin = item * kRun, end = groups < begin + kRun ? groups : begin + kRun;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
+      for (int64_t g = begin; g < end; ++g) {
+        const uint8_t* row[kGroup];
+        int64_t rows = 0;
+        for (; rows < kGroup && g * kGroup + rows < k; ++rows) {
+          row[rows] = b.codes + (g * kGroup + rows) * b.row_stride + p * kPanel;
+        }
+        interleave_rows<Right>(row, rows, columns, kPanel, 0, read, out + (p * groups + g) * kPanel * kGroup);
+      }
+    }
+  });
 }
 
 // What a shift of the operands adds to a sum, by row and by column, to be taken off again.
@@ -126,6 +153,7 @@ void finish_rows(const Epilogue& e, Sum* sums, int64_t first_row, int64_t rows, 
 // One panel of a block of rows: all slices of k.
 struct Block {
   const LeftOperand& left;
+  bool right_signed;
   const Right* panel;
   int64_t first_row, rows, k;
 
@@ -133,13 +161,13 @@ struct Block {
   void slice(int64_t at, int32_t* sums, bool add, const Done& done) const {
     const int64_t g = at / kGroup, groups = ceil_div(k - at < kSlice ? k - at : kSlice, kGroup);
     const Right* right = panel + g * kPanel * kGroup;
+    const Signs signs{left.is_signed, right_signed};
     if (left.group_stride) {
       const LeftInterleaved source{left.first + g * left.group_stride + first_row * kGroup, left.group_stride};
-      block_of(source, rows, 1, groups, right, sums, add, done);
+      block_of(source, signs, rows, 1, groups, right, sums, add, done);
     } else {
-      const Left* row[kBlockRows];
-      for (int64_t i = 0; i < rows; ++i) row[i] = left.first + (first_row + i) * left.row_stride + at;
-      block_of(LeftRows{row, 0, 0}, rows, 1, groups, right, sums, add, done);
+      const LeftStrided source{left.first + first_row * left.row_stride + at, left.row_stride};
+      block_of(source, signs, rows, 1, groups, right, sums, add, done);
     }
   }
 
@@ -185,19 +213,18 @@ FQT_API int fqt_matmul(const uint8_t* a, int a_signed, int64_t a_row_stride, int
   const int64_t groups = ceil_div(k, kGroup), panels = ceil_div(n, kPanel);
 
   LeftOperand left;
-  Buffer<Right> right = make_buffer<Right>(panels * groups * kPanel * kGroup);
+  Buffer<Right> right = make_buffer<Right>((panels * groups * kGroup + kTerms) * kPanel);
   Buffer<int64_t> by_column = make_buffer<int64_t>(panels * kPanel);
   if (!right || !by_column || !prepare_left(left_codes, m, k, t != 0, threads, &left)) return kNoMemory;
-  parallel_for(panels, n * k, threads, [&](int64_t p) {
-    Right* panel = right.get() + p * groups * kPanel * kGroup;
-    pack_panel(right_codes, n, k, p, panel);
-    int64_t* sums = by_column.get() + p * kPanel;
-    for (int j = 0; j < kPanel; ++j) sums[j] = 0;
-    if (s) {
-      sum_columns(panel, groups, sums);
+  pack_right(right_codes, n, k, threads, right.get());
+  if (s) {
+    parallel_for(panels, n * k, threads, [&](int64_t p) {
+      int64_t* sums = by_column.get() + p * kPanel;
+      for (int j = 0; j < kPanel; ++j) sums[j] = 0;
+      sum_columns(right.get() + p * groups * kPanel * kGroup, groups, sums);
       for (int j = 0; j < kPanel; ++j) sums[j] = -s * sums[j] - k * s * t;
-    }
-  });
+    });
+  }
 
   const int64_t row_blocks = ceil_div(m, kBlockRows);
   int64_t panels_per_item = 4;
@@ -217,7 +244,7 @@ FQT_API int fqt_matmul(const uint8_t* a, int a_signed, int64_t a_row_stride, int
     for (int64_t p = first_panel; p < panels && p < first_panel + panels_per_item; ++p) {
       const Unshift unshift{t, left.sums.get(), s ? by_column.get() + p * kPanel : nullptr};
       const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
-      const Block block{left, right.get() + p * groups * kPanel * kGroup, first_row, rows, k};
+      const Block block{left, right_codes.is_signed, right.get() + p * groups * kPanel * kGroup, first_row, rows, k};
       const auto done = [&](auto* done_sums, int64_t i, int64_t count) {
         finish_rows(*e, done_sums, first_row + i, count, p * kPanel, columns, unshift);
       };

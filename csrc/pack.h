@@ -36,7 +36,7 @@ struct Reader<Left> {
   }
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(FQT_SHIFTED)
 template <>
 struct Reader<Right> {
   bool is_signed;
@@ -47,7 +47,7 @@ struct Reader<Right> {
 };
 typedef Reader<Right> RightReader;
 #else
-typedef Reader<Left> RightReader;  // both are int16, unshifted
+typedef Reader<Left> RightReader;  // one type, unshifted
 #endif
 typedef Reader<Left> LeftReader;
 
@@ -119,8 +119,9 @@ void interleave_rows(const uint8_t* const* row, int64_t rows, int64_t width, int
 }
 
 #if defined(__AVX512VNNI__)
-// A 16 × 16 transposition of groups: 64 bytes of each of 16 columns become 16 groups of 16 columns.
-inline void transpose_groups(const uint8_t* first, int64_t column_stride, __m512i flip, Right* out) {
+// A 16 × 16 transposition of groups: 64 bytes of each of 16 columns become 16 groups of 16 columns; also in place.
+inline void transpose_groups(const uint8_t* first, int64_t column_stride, __m512i flip, void* to, int64_t step) {
+  uint8_t* out = static_cast<uint8_t*>(to);
   __m512i r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_xor_si512(_mm512_loadu_si512(first + i * column_stride), flip);
   for (int i = 0; i < 16; i += 2) {
@@ -137,7 +138,6 @@ inline void transpose_groups(const uint8_t* first, int64_t column_stride, __m512
     const __m512i a = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x44), b = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xee);
     const __m512i c = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x44);
     const __m512i d = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xee);
-    const int64_t step = kPanel * kGroup;
     _mm512_storeu_si512(out + j * step, _mm512_shuffle_i32x4(a, c, 0x88));
     _mm512_storeu_si512(out + (4 + j) * step, _mm512_shuffle_i32x4(a, c, 0xdd));
     _mm512_storeu_si512(out + (8 + j) * step, _mm512_shuffle_i32x4(b, d, 0x88));
@@ -145,6 +145,21 @@ inline void transpose_groups(const uint8_t* first, int64_t column_stride, __m512
   }
 }
 #endif
+
+// Interleaved left groups as block_of wants them: (groups, padded_rows, kGroup), both multiples of 16, in place.
+inline void finish_interleaved(int64_t groups, int64_t padded_rows, Left* packed) {
+#if defined(__AMX_INT8__)
+  const int64_t stride = padded_rows * kGroup;
+  for (int64_t g = 0; g < groups; g += 16) {
+    for (int64_t i = 0; i < stride; i += 64) {
+      Left* corner = packed + g * stride + i;
+      transpose_groups(corner, stride, _mm512_setzero_si512(), corner, stride);
+    }
+  }
+#else
+  (void)groups, (void)padded_rows, (void)packed;
+#endif
+}
 
 // out[g][kPanel][kGroup]: `columns` ≤ kPanel columns whose k lie next to one another, k < terms; zeros beyond.
 inline void pack_columns(const uint8_t* first, int64_t column_stride, int64_t columns, int64_t terms,
@@ -157,7 +172,8 @@ inline void pack_columns(const uint8_t* first, int64_t column_stride, int64_t co
   whole_terms = terms / 64 * 64;
   for (int64_t n = 0; n < whole_columns; n += 16) {
     for (int64_t k = 0; k < whole_terms; k += 64) {
-      transpose_groups(first + n * column_stride + k, column_stride, flip, out + (k / kGroup * kPanel + n) * kGroup);
+      transpose_groups(first + n * column_stride + k, column_stride, flip, out + (k / kGroup * kPanel + n) * kGroup,
+                       kPanel * kGroup);
     }
   }
 #endif

@@ -6,6 +6,6 @@
 
 namespace fqt {
 
-enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 }  // namespace fqt

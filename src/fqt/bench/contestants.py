@@ -71,10 +71,13 @@ def _ours(recipe: str | Recipe) -> Callable[[nn.Module], nn.Module]:
 
 
 def noiseless(contestant: Contestant) -> Contestant:
-    """The expectation of one of ours over its noise: the same forward codes, the gradient not quantized."""
+    """The expectation of one of ours over its noise: the same forward codes, the gradient not quantized.
+
+    Compiled if the contestant is: fusing moves bfloat16 roundings, and with them the forward codes.
+    """
     assert contestant.recipe is not None
     recipe = _noiseless(load_recipe(contestant.recipe))
-    return replace(contestant, convert=_ours(recipe), compiled=False)
+    return replace(contestant, convert=_ours(recipe))
 
 
 def _noiseless(recipe: Recipe) -> Recipe:

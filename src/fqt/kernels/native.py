@@ -1,7 +1,7 @@
 """The C++ kernels, called through ctypes: float32 matrices on the CPU, codes equal to the reference bit for bit.
 
 One shared library per instruction set lies beside this file if a compiler was found at install time; the best
-one that the machine runs is loaded at first use. `FQT_KERNELS` may lower that: `avx512`, `avx2`, `portable`, or
+one that the machine runs is loaded at first use. `FQT_KERNELS` may lower that: `amx`, `avx512`, `avx2`, `portable`, or
 `reference` for none. ctypes rather than a torch extension: pointers and sizes only, so that one build serves
 every torch version; the price is that this file repeats the C signatures (guarded by a version number).
 """
@@ -23,7 +23,7 @@ from fqt.errors import FqtError
 from fqt.kernels.memory import empty
 from fqt.kernels.reference import Scaling, Unscaling
 
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "amx")
 _ABI = 7  # FQT_ABI of csrc/platform.h
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
 
@@ -56,7 +56,7 @@ class Status:
     """Which kernels run.
 
     Attributes:
-        level: "avx512", "avx2", "portable", or "reference" for plain torch.
+        level: "amx", "avx512", "avx2", "portable", or "reference" for plain torch.
         reason: why not a better one; empty if there is none.
     """
 
