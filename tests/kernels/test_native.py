@@ -347,14 +347,16 @@ def test_two_python_threads_at_once() -> None:
 
 _FORK = """
 import os, torch
-from fqt.kernels import native, ops, reference
+from fqt.kernels import native, ops, products, reference
 torch.set_num_threads(2)
 x, one = torch.randn(512, 512), torch.ones(1, 1)
 wanted = ops.encode(x, one, one, -127, 127, "nearest", None)
+product = products.matmul(wanted, wanted)
 child = os.fork()
 if child == 0:
     codes = ops.encode(x, one, one, -127, 127, "nearest", None)
-    os._exit(0 if (codes.numpy() == wanted.numpy()).all() else 1)  # torch's own parallel loops would hang here
+    same = (codes.numpy() == wanted.numpy()).all() and (products.matmul(codes, codes).numpy() == product.numpy()).all()
+    os._exit(0 if same else 1)  # torch's own parallel loops would hang here
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 

@@ -71,7 +71,7 @@ def by_hand(sums: torch.Tensor, e: Epilogue) -> torch.Tensor:
 
 
 MATRICES = [(0, 3, 2), (3, 0, 2), (3, 2, 0), (1, 1, 1), (2, 3, 5), (6, 64, 8), (7, 65, 9), (97, 130, 70)]
-MATRICES += [(5, 16, 1027)]
+MATRICES += [(5, 16, 1027), (32, 70, 640), (416, 64, 128)]
 
 
 @pytest.mark.parametrize(("a_dtype", "b_dtype"), SIGNS)
@@ -151,6 +151,8 @@ GEOMETRIES = [
     ((1, 4, 9, 9), (3, 1, 1), Geometry(stride=(3, 3))),  # whole phases of the gradient have no tap
     ((1, 5, 3, 40), (6, 3, 7), Geometry(padding=(1, 3))),
     ((3, 130, 3, 3), (66, 3, 3), Geometry(padding=(1, 1))),
+    ((2, 64, 3, 37), (64, 3, 3), Geometry(padding=(1, 1))),  # runs of pixels longer than a tile
+    ((1, 192, 4, 34), (32, 3, 3), Geometry(stride=(1, 2), padding=(1, 1))),
     ((0, 4, 5, 5), (4, 3, 3), Geometry(padding=(1, 1))),
     ((1, 3, 2, 2), (4, 3, 3), Geometry()),  # no output pixel
 ]
@@ -219,7 +221,7 @@ def test_convolution_epilogues(case: tuple, dtype: torch.dtype) -> None:
     assert torch.equal(got, image(wanted, grad_weight))
 
 
-@pytest.mark.parametrize("case", GEOMETRIES[:11], ids=str)
+@pytest.mark.parametrize("case", GEOMETRIES[:13], ids=str)
 def test_offsets_under_padding(case: tuple) -> None:
     """step · code + offset, zero in the padding: the mask's correction gives the float convolution back."""
     (n, c, h, width), _, g = case
