@@ -134,23 +134,9 @@ def ones_mask(weight: Tensor, input_size: tuple[int, int], geometry: object, of:
     return weight.float().sum((2, 3)).sum(1 if of == "output" else 0).expand(*size, -1).contiguous()
 
 
-def no_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    zeros = torch.zeros(codes.shape[1], dtype=torch.int64)
-    return zeros, None if weights is None else zeros
-
-
-def whole_map(self: low_rank.ConvCodes, map: Tensor, kernel: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    return map.sum((0, 1)).expand(kernel[0] * kernel[1], -1)
-
-
 DEFECTS = {
     "border": (products, "conv2d_mask", ones_mask, "psq4"),
-    "taps": (
-        low_rank.ConvCodes,
-        "_over_taps",
-        lambda self, map, kernel, size: map.sum((0, 1)).expand(9, -1),
-        "psq4",
-    ),
+    "taps": (low_rank._Taps, "sums", lambda self, map: map.double().sum((0, 1)).expand(9, -1), "psq4"),
     "dither": (low_rank, "_from_bytes", lambda sums: sums[0].double() * 0, "dithered"),
     "centre": (Dither, "centre", 0.0, "dithered"),
     "row sums": (

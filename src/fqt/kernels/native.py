@@ -1,7 +1,7 @@
 """The C++ kernels, called through ctypes: float32 matrices on the CPU, codes equal to the reference bit for bit.
 
 One shared library per instruction set lies beside this file if a compiler was found at install time; the best
-one that the machine runs is loaded at first use. `FQT_KERNELS` may lower that: `amx`, `avx512`, `avx2`, `portable`, or
+one that the machine runs is loaded at first use. `FQT_KERNELS` may lower that: `avx512`, `avx2`, `portable`, or
 `reference` for none. ctypes rather than a torch extension: pointers and sizes only, so that one build serves
 every torch version; the price is that this file repeats the C signatures (guarded by a version number).
 """

@@ -7,8 +7,8 @@ by `fqt.nn.integer`; sums of codes and of codes times 24-bit dither are exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from fqt.nn.linear_map import ConvMap
 from fqt.quant.tensor import QuantizedTensor
 
 Sizes = tuple[int, int]
-Window = tuple[slice, slice]
 
 
 def row_offset(g: QuantizedTensor) -> Tensor:
@@ -148,6 +147,42 @@ class DenseCodes:
         return matrix
 
 
+@lru_cache(maxsize=256)
+def _axis(taps: int, size: int, out: int, stride: int, padding: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """Along one axis, which pixels of the input a tap reads (taps, size), and which of the output it serves
+    (taps, out): ones in float64."""
+    at = torch.arange(out) * stride + (torch.arange(taps) * dilation - padding)[:, None]
+    reads = (at[:, :, None] == torch.arange(size)).any(1)
+    return reads.double(), ((at >= 0) & (at < size)).double()
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """Which pixels of a map belong to each tap of a kernel: to those of its row and of its column.
+
+    Attributes:
+        rows: (kh, H), columns: (kw, W); ones and zeros.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def size(self) -> Sizes:
+        """H and W."""
+        return self.rows.shape[1], self.columns.shape[1]
+
+    def sums(self, map: Tensor) -> Tensor:
+        """(taps, D) float64: Σ over a tap's pixels of (H, W, D); exact for integers while sums stay below 2⁵³."""
+        h, w, d = map.shape
+        by_row = self.rows @ map.double().reshape(h, w * d)
+        return (self.columns @ by_row.view(-1, w, d)).flatten(0, 1)
+
+    def counts(self) -> Tensor:
+        """(taps, 1): how many they are."""
+        return torch.outer(self.rows.sum(1), self.columns.sum(1)).view(-1, 1)
+
+
 @dataclass(frozen=True)
 class ConvCodes:
     """A convolution's products in two dimensions; one dimension is an image of height 1. Samples are rows."""
@@ -225,10 +260,9 @@ class ConvCodes:
         """1·X and a·X for every tap: (taps · C,), and 1·q: the same in int32."""
         image, kernel = self._image(x.matrix_codes, x.shape), self._size(shape)
         n, c, h, w = image.shape
-        out = self._size((0, 0, *g.shape[1:-1]))
+        reads, serves = self._taps(g, x, shape)
         summed = ops.column_sums(image.permute(0, 2, 3, 1).reshape(n, h * w * c))[0].view(h, w, c)
-        windows = torch.stack([summed[inside].sum((0, 1)) for inside, _ in self._taps(kernel, (h, w), out)])
-        counts = self._over_taps(torch.full((*out, 1), n, device=summed.device), kernel, (h, w))
+        windows, counts = reads.sums(summed), n * serves.counts()
         step, offset = step.double(), offset.double()
         ones, of_codes = (step * windows + offset * counts).flatten().float(), windows.flatten().to(torch.int32)
         if g.token_noise is None:
@@ -236,40 +270,24 @@ class ConvCodes:
         planes = self._image(_bytes(g.token_noise).T.contiguous(), (*g.shape[:-1], 3))
         sums = products.conv2d_grad_weight(planes, image, kernel, self.geometry)
         weighted = _from_bytes(sums.permute(0, 2, 3, 1).flatten(1, 2))
-        total = g.token_noise.view(n, *out, 1).sum(0, dtype=torch.int64)
-        totals = self._over_taps(total, kernel, (h, w)) / DITHER_LEVELS
+        totals = serves.sums(g.token_noise.view(n, *serves.size, 1).sum(0, dtype=torch.int64)) / DITHER_LEVELS
         return ones, (step * weighted + offset * totals).flatten().float(), of_codes
 
-    def _taps(self, kernel: Sizes, size: Sizes, out: Sizes) -> Iterator[tuple[Window, Window]]:
-        """For every tap of the kernel, row-major: the input's pixels it reads, and the output's it serves."""
-        axes = []
-        for k, n, m, s, p, d in zip(
-            kernel, size, out, self.geometry.stride, self.geometry.padding, self.geometry.dilation, strict=True
-        ):
-            spans = []
-            for shift in range(-p, k * d - p, d):  # output pixel i reads input pixel i·s + shift
-                first = max(0, -(shift // s))
-                end = min(m, (n - 1 - shift) // s + 1)
-                inside = slice(first * s + shift, (end - 1) * s + shift + 1, s)
-                spans.append((inside, slice(first, end)) if end > first else (slice(0), slice(0)))
-            axes.append(spans)
-        for inside_h, outside_h in axes[0]:
-            for inside_w, outside_w in axes[1]:
-                yield (inside_h, inside_w), (outside_h, outside_w)
-
-    def _over_taps(self, map: Tensor, kernel: Sizes, size: Sizes) -> Tensor:
-        """(taps, D): Σ of (H', W', D) over the output's pixels that a tap serves."""
-        out = (map.shape[0], map.shape[1])
-        return torch.stack([map[outside].sum((0, 1)) for _, outside in self._taps(kernel, size, out)])
+    def _taps(self, g: Channels, x: QuantizedTensor, shape: torch.Size) -> tuple[_Taps, _Taps]:
+        """The input's pixels that the taps read, and the output's that they serve."""
+        sizes = (self._size(shape), *(self._size((0, 0, *laid[1:-1])) for laid in (x.shape, g.shape)))
+        how = (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        rows, columns = ([m.to(g.codes.device) for m in _axis(*axis)] for axis in zip(*sizes, *how, strict=True))
+        return _Taps(rows[0], columns[0]), _Taps(rows[1], columns[1])
 
     def sums_by_tap(
         self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(c − zero)·1 for every tap (O, taps), and the columns it belongs to (taps, taps · C)."""
-        kernel, o = self._size(shape), g.shape[-1]
-        size, out = (self._size((0, 0, *laid[1:-1])) for laid in (x.shape, g.shape))
-        summed = ops.column_sums(g.codes.reshape(g.shape[0], out[0] * out[1] * o))[0].view(*out, o)
-        sums = self._over_taps(summed - zero * g.shape[0], kernel, size)
+        _, serves = self._taps(g, x, shape)
+        (h, w), o = serves.size, g.shape[-1]
+        summed = ops.column_sums(g.codes.reshape(g.shape[0], h * w * o))[0].view(h, w, o)
+        sums = serves.sums(summed) - zero * (g.shape[0] * serves.counts())
         where = torch.eye(len(sums), device=sums.device).repeat_interleave(shape[1], 1)
         return sums.T.float(), where
 
