@@ -152,10 +152,11 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
       const int64_t columns = task.right_columns - column < kPanel ? task.right_columns - column : kPanel;
       const int64_t* add = task.by_column ? task.by_column + index * kPanel : nullptr;
       const auto finish = [&](auto* done, int64_t i, int64_t count) {
-        for (int64_t r = 0; r < count; ++r, done += kPanel) {
-          for (int64_t j = 0; add && j < kPanel; ++j) done[j] += add[j];
-          write_row(task.epilogue, done, out_pixel[i + r], group * task.right_columns + column, columns);
+        for (int64_t r = 0; add && r < count; ++r) {
+          for (int64_t j = 0; j < kPanel; ++j) done[r * kPanel + j] += add[j];
         }
+        const auto row_of = [&](int64_t r) { return out_pixel[i + r]; };
+        write_rows(task.epilogue, done, count, row_of, group * task.right_columns + column, columns);
       };
       sum_panel(task, table.get(), n, task.right + index * taps * depth * kPanel, sums, wide.get(), finish);
     }

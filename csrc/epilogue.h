@@ -135,4 +135,71 @@ inline void write_row(const Epilogue& e, const Sum* sums, int64_t row, int64_t f
   }
 }
 
+// n rows of a whole panel as floats; what belongs to the columns stays in registers. Shared: all rows have one position.
+template <bool Shared, int Rank, class Out, class RowIndex>
+void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const RowIndex& row_of, int64_t first) {
+  const bool has_zero = e.zero, has_bias = e.bias;
+  const int64_t right_stride = e.period * e.columns, columns = e.columns, period = e.period;
+  const int64_t scale_step = e.row_scale ? e.row_scale_step : 0, zero_step = e.zero_step;
+  const float one = 1.0f, *row_scale = e.row_scale ? e.row_scale : &one, *lefts = e.left, *rights = e.right + first;
+  const int32_t *zeros = e.zero, *all_ones = e.ones + first;
+  Out* all = static_cast<Out*>(e.out) + first;
+  vf column_scale[kVectors], bias[kVectors], right[Rank + 1][kVectors];
+  vi ones[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    column_scale[v] = !e.column_scale         ? splat(1.0f)
+                      : e.column_scale_step ? load<vf>(e.column_scale + first + v * W)
+                                            : splat(*e.column_scale);
+    bias[v] = has_bias ? load<vf>(e.bias + first + v * W) : vf{};
+    for (int r = 0; r < Rank; ++r) right[r][v] = Shared ? load<vf>(rights + r * right_stride + v * W) : vf{};
+    ones[v] = has_zero ? load<vi>(all_ones + v * W) : vi{};
+  }
+  for (int64_t i = 0; i < n; ++i, sums += kPanel) {
+    const int64_t row = row_of(i), sample = Shared ? row : row / period;
+    const int64_t place = Shared ? 0 : row % period * columns;
+    Out* out = all + row * columns;
+    const vf scale = splat(row_scale[sample * scale_step]);
+    const vi zero = splat(has_zero ? zeros[sample * zero_step] : 0);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      vi sum = load<vi>(sums + v * W);
+      if (has_zero) {  // modulo 2³²: the difference fits
+        const vi o = Shared ? ones[v] : load<vi>(all_ones + place + v * W);
+        sum = (vi)((vu)sum - (vu)zero * (vu)o);
+      }
+      vf value = to_float(sum) * scale * column_scale[v];
+#pragma GCC unroll 2
+      for (int r = 0; r < Rank; ++r) {
+        const vf part = Shared ? right[r][v] : load<vf>(rights + r * right_stride + place + v * W);
+        value += splat(lefts[sample * Rank + r]) * part;
+      }
+      if (has_bias) value += bias[v];
+      store(out + v * W, as_stored(value, out));
+    }
+  }
+}
+
+template <class Out, class RowIndex>
+void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const RowIndex& row_of, int64_t first) {
+  const bool shared = e.period == 1;
+  if (e.rank == 0 && shared) return write_tile<true, 0, Out>(e, sums, n, row_of, first);
+  if (e.rank == 0) return write_tile<false, 0, Out>(e, sums, n, row_of, first);
+  if (e.rank == 1 && shared) return write_tile<true, 1, Out>(e, sums, n, row_of, first);
+  if (e.rank == 1) return write_tile<false, 1, Out>(e, sums, n, row_of, first);
+  if (shared) return write_tile<true, 2, Out>(e, sums, n, row_of, first);
+  return write_tile<false, 2, Out>(e, sums, n, row_of, first);
+}
+
+// Writes n rows of `width` ≤ kPanel sums, at distances of kPanel, to the rows row_of(0) … row_of(n − 1).
+template <class Sum, class RowIndex>
+void write_rows(const Epilogue& e, const Sum* sums, int64_t n, const RowIndex& row_of, int64_t first, int64_t width) {
+  if constexpr (std::is_same_v<Sum, int32_t>) {
+    if (width == kPanel && e.rank <= 2 && (e.type == kFloat32 || e.type == kBfloat16)) {
+      if (e.type == kFloat32) return write_tile<float>(e, sums, n, row_of, first);
+      return write_tile<uint16_t>(e, sums, n, row_of, first);
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) write_row(e, sums + i * kPanel, row_of(i), first, width);
+}
+
 }  // namespace fqt

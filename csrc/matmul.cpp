@@ -137,17 +137,14 @@ struct Unshift {
 template <class Sum>
 void finish_rows(const Epilogue& e, Sum* sums, int64_t first_row, int64_t rows, int64_t first_column,
                  int64_t columns, const Unshift& u) {
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < rows && (u.by_row || u.by_column); ++i) {
     Sum* row = sums + i * kPanel;
-    if (u.by_row) {
-      const int64_t add = u.by_row * u.left_sums[first_row + i];
-      for (int64_t j = 0; j < kPanel; ++j) row[j] = static_cast<Sum>(row[j] + add);
+    const int64_t add = u.by_row ? u.by_row * u.left_sums[first_row + i] : 0;
+    for (int64_t j = 0; j < kPanel; ++j) {
+      row[j] = static_cast<Sum>(row[j] + add + (u.by_column ? u.by_column[j] : 0));
     }
-    if (u.by_column) {
-      for (int64_t j = 0; j < kPanel; ++j) row[j] = static_cast<Sum>(row[j] + u.by_column[j]);
-    }
-    write_row(e, row, first_row + i, first_column, columns);
   }
+  write_rows(e, sums, rows, [&](int64_t i) { return first_row + i; }, first_column, columns);
 }
 
 // One panel of a block of rows: all slices of k.
