@@ -153,6 +153,9 @@ GEOMETRIES = [
     ((3, 130, 3, 3), (66, 3, 3), Geometry(padding=(1, 1))),
     ((2, 64, 3, 37), (64, 3, 3), Geometry(padding=(1, 1))),  # runs of pixels longer than a tile
     ((1, 192, 4, 34), (32, 3, 3), Geometry(stride=(1, 2), padding=(1, 1))),
+    ((2, 40, 9, 17), (70, 3, 2), Geometry(padding=(1, 0), dilation=(2, 3))),
+    ((1, 36, 6, 20), (34, 3, 3), Geometry(padding=(1, 1), groups=2)),
+    ((3, 16, 30, 24), (17, 3, 3), Geometry(padding=(2, 1))),  # several blocks of lines per sample
     ((0, 4, 5, 5), (4, 3, 3), Geometry(padding=(1, 1))),
     ((1, 3, 2, 2), (4, 3, 3), Geometry()),  # no output pixel
 ]
@@ -221,7 +224,7 @@ def test_convolution_epilogues(case: tuple, dtype: torch.dtype) -> None:
     assert torch.equal(got, image(wanted, grad_weight))
 
 
-@pytest.mark.parametrize("case", GEOMETRIES[:13], ids=str)
+@pytest.mark.parametrize("case", GEOMETRIES[:16], ids=str)
 def test_offsets_under_padding(case: tuple) -> None:
     """step · code + offset, zero in the padding: the mask's correction gives the float convolution back."""
     (n, c, h, width), _, g = case
@@ -253,11 +256,15 @@ def test_a_long_convolution_sum() -> None:
 
 
 def test_a_long_weight_gradient() -> None:
-    """33,026 and more pixels of 255 · 255."""
-    grad, x = torch.full((40, 2, 30, 30), 255, dtype=U8), torch.full((40, 3, 30, 30), 255, dtype=U8)
+    """33,026 and more pixels of 255 · 255, more than one thread's share of them included."""
+    grad, x = torch.full((80, 2, 30, 30), 255, dtype=U8), torch.full((80, 16, 30, 30), 255, dtype=U8)
     got = products.conv2d_grad_weight(grad, x, (1, 1), Geometry())
     assert got.dtype == torch.int64
-    assert (got == 255 * 255 * 36000).all()
+    assert (got == 255 * 255 * 72000).all()
+    got = products.conv2d_grad_weight(grad, x, (3, 3), Geometry(padding=(1, 1)))
+    pixels = 80 * torch.tensor([29, 30, 29])[:, None] * torch.tensor([29, 30, 29])
+    assert got.dtype == torch.int64
+    assert (got == 255 * 255 * pixels).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
