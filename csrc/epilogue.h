@@ -27,7 +27,7 @@ struct Epilogue {
   const float *left, *right;
   const float* bias;           // (columns,) or null
   const int32_t* zero;         // one number, or one per sample; null is 0
-  const int32_t* ones;         // (period, columns)
+  const int64_t* ones;         // (period, columns)
   int64_t zero_step;           // 0 for one number, else 1
 };
 
@@ -70,14 +70,26 @@ struct RowOf {
   }
 };
 
+// W entries modulo 2³².
+inline vi load_low(const int64_t* p) {
+#if defined(__AVX512F__)
+  const __m256i low = _mm512_cvtepi64_epi32(_mm512_loadu_si512(p)), high = _mm512_cvtepi64_epi32(_mm512_loadu_si512(p + 8));
+  return (vi)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+  vi low;
+  for (int j = 0; j < W; ++j) low[j] = static_cast<int32_t>(p[j]);
+  return low;
+#endif
+}
+
 // sums − zero · ones, modulo 2³² for int32: the difference fits, whatever its parts do.
 template <class Sum>
 inline void subtract_zero(const Epilogue& e, const RowOf& row, const Sum* sums, int64_t n, Sum* out) {
   typedef std::make_unsigned_t<Sum> Modular;
   const Modular zero = static_cast<Modular>(static_cast<Sum>(e.zero[row.sample * e.zero_step]));
-  const int32_t* ones = e.ones + row.position * e.columns + row.first;
+  const int64_t* ones = e.ones + row.position * e.columns + row.first;
   for (int64_t j = 0; j < n; ++j) {
-    out[j] = static_cast<Sum>(static_cast<Modular>(sums[j]) - zero * static_cast<Modular>(static_cast<Sum>(ones[j])));
+    out[j] = static_cast<Sum>(static_cast<Modular>(sums[j]) - zero * static_cast<Modular>(ones[j]));
   }
 }
 
@@ -142,7 +154,8 @@ void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const RowInde
   const int64_t right_stride = e.period * e.columns, columns = e.columns, period = e.period;
   const int64_t scale_step = e.row_scale ? e.row_scale_step : 0, zero_step = e.zero_step;
   const float one = 1.0f, *row_scale = e.row_scale ? e.row_scale : &one, *lefts = e.left, *rights = e.right + first;
-  const int32_t *zeros = e.zero, *all_ones = e.ones + first;
+  const int32_t* zeros = e.zero;
+  const int64_t* all_ones = e.ones + first;
   Out* all = static_cast<Out*>(e.out) + first;
   vf column_scale[kVectors], bias[kVectors], right[Rank + 1][kVectors];
   vi ones[kVectors];
@@ -152,7 +165,7 @@ void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const RowInde
                                             : splat(*e.column_scale);
     bias[v] = has_bias ? load<vf>(e.bias + first + v * W) : vf{};
     for (int r = 0; r < Rank; ++r) right[r][v] = Shared ? load<vf>(rights + r * right_stride + v * W) : vf{};
-    ones[v] = has_zero ? load<vi>(all_ones + v * W) : vi{};
+    ones[v] = has_zero ? load_low(all_ones + v * W) : vi{};
   }
   for (int64_t i = 0; i < n; ++i, sums += kPanel) {
     const int64_t row = row_of(i), sample = Shared ? row : row / period;
@@ -164,7 +177,7 @@ void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const RowInde
     for (int v = 0; v < kVectors; ++v) {
       vi sum = load<vi>(sums + v * W);
       if (has_zero) {  // modulo 2³²: the difference fits
-        const vi o = Shared ? ones[v] : load<vi>(all_ones + place + v * W);
+        const vi o = Shared ? ones[v] : load_low(all_ones + place + v * W);
         sum = (vi)((vu)sum - (vu)zero * (vu)o);
       }
       vf value = to_float(sum) * scale * column_scale[v];

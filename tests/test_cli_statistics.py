@@ -93,3 +93,22 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, arguments, message):
 def test_a_recipe_without_gradient_quantizers_is_refused(run, trained):
     status, _, err = run("diagnose", trained, "--recipe", "qat", "--out", "d.json")
     assert (status, "no layer quantizes its gradient" in err) == (2, True)
+
+
+def test_a_plan_wants_a_diagnosis(run, trained, tmp_path):
+    (tmp_path / "undiagnosed").mkdir()
+    status, _, err = run("plan", tmp_path / "undiagnosed")
+    assert (status, "run `fqt diagnose" in err) == (2, True)
+    status, _, err = run("diagnose", "nosuch")
+    assert (status, "holds no run of `fqt train`" in err, "--resume" in err) == (2, True, False)
+    status, _, err = run("plan", trained, "--check", -1)
+    assert status == 2
+    status, _, err = run("train", "digits", "--rho", 0.1, *FAST)
+    assert (status, "add --adapt" in err) == (2, True)
+
+
+def test_tables_are_whole_on_a_narrow_screen(run, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    status, out, err = run("diagnose", trained, "--batches", 2, "--table", 0, "--out", tmp_path / "n.json")
+    assert status == 0, err
+    assert "…" not in out

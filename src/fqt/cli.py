@@ -14,7 +14,9 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import Progress, TextColumn
+from rich.table import Table
 
 import fqt
 from fqt import bench
@@ -123,6 +125,10 @@ def train_command(
 ) -> int:
     """Train on TASK (digits, fashion-mnist, cifar10 or imagefolder) and keep the record in a folder."""
     config = resolve(task, preset, given)
+    if not resume and not config.adapt:
+        for option in ("rho", "adapt_every"):
+            if given[option] is not None:
+                raise FqtError(f"--{option.replace('_', '-')} says how to adapt the widths: add --adapt")
     folder = out or Path("runs") / f"{config.task}-{recipe_label(config.recipe)}-seed{config.seed}"
     if resume:
         if force:
@@ -146,10 +152,18 @@ def _explicit(config: TrainConfig, task: str | None, preset: str | None, given: 
 @cli.command("compare")
 @_training_options
 @click.option("--recipes", default=RECIPES, show_default=True, help="Recipes to compare, separated by commas.")
-@click.option("--seeds", default=3, show_default=True, help="Number of seeds.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds.")
 @click.option("--baseline", default="qat", show_default=True, help="What runs and noise are measured against.")
-@click.option("--batches", default=4, show_default=True, help="Batches for the gradient's noise; 0 leaves it out.")
-@click.option("--draws", default=8, show_default=True, help="Backward passes per batch.")
+@click.option(
+    "--batches",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Batches for the gradient's noise; 0 leaves it out.",
+)
+@click.option(
+    "--draws", type=click.IntRange(min=2), default=8, show_default=True, help="Backward passes per batch."
+)
 @click.option("--resume", is_flag=True, hidden=True, help="A comparison always continues.")
 def compare_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
@@ -238,7 +252,7 @@ def diagnose_command(
     path = out or folder / "diagnosis.json"
     write_json(path, record)
     for table in diagnosis_tables(read_json(path)):
-        Console().print(table)
+        _print_whole(table)
     click.echo(f"record: {path}")
 
 
@@ -246,7 +260,13 @@ def diagnose_command(
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--rho", type=float, help="Fewest bits with quantization over sampling variance at most this [0.1].")
 @click.option("--mean-width", type=float, help="Least variance at this mean width by multiplications instead.")
-@click.option("--check", default=0, show_default=True, help="Fresh batches to measure the plan on; 0: none.")
+@click.option(
+    "--check",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Fresh batches to measure the plan on, at least 2; 0: none.",
+)
 @click.option("--data", help="For --check: folder with the task's files, if it has moved.")
 @click.option("--device", help="For --check: auto, cpu, cuda …")
 @click.option("--out", type=click.Path(path_type=Path), help="Recipe file [default: plan.toml beside the record].")
@@ -255,11 +275,15 @@ def plan_command(
 ) -> None:
     """Plan each layer's bits from SOURCE, a diagnosed run's folder or the record, for `fqt train --recipe`."""
     path = source / "diagnosis.json" if source.is_dir() else source
+    if source.is_dir() and not path.is_file():
+        raise FqtError(f"{source} has no diagnosis yet: run `fqt diagnose {source}` first")
+    if check == 1:
+        raise FqtError("--check needs at least 2 batches, to tell how sure the measurement is")
     record = read_json(path)
     made = fqt.plan(diagnosis_from(record), rho=rho, mean_width=mean_width)
     target = out or path.with_name("plan.toml")
     made.save(target)
-    Console().print(plan_table(made.widths, made.costs.weight))
+    _print_whole(plan_table(made.widths, made.costs.weight))
     click.echo(f"mean width {made.mean_width:.2f} bits, predicted ρ {made.rho:.3g}; recipe: {target}")
     if check:
         snapshot = Snapshot.of_run(Path(record["run"]), at=record["at"], **given)
@@ -268,6 +292,13 @@ def plan_command(
         click.echo(
             f"quantization variance: predicted {made.variance:.3g}, measured {noise.value:.3g} ± {noise.error:.2g}"
         )
+
+
+def _print_whole(table: Table) -> None:
+    """A table at the width it needs: cut columns say nothing, and a pipe has no width."""
+    console = Console()
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(console.width, needed)).print(table)
 
 
 cli.add_command(reproduce_command)

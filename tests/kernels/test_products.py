@@ -48,7 +48,7 @@ def epilogue(rows: int, columns: int, place: tuple[int, ...], dtype: torch.dtype
         right=torch.randn(2, *place, generator=draw),
         bias=torch.randn(columns, generator=draw),
         zero=torch.randint(0, 256, (rows,), generator=draw, dtype=torch.int32),
-        ones=torch.randint(-(2**20), 2**20, place, generator=draw, dtype=torch.int32),
+        ones=torch.randint(-(2**20), 2**20, place, generator=draw, dtype=torch.int64),
         dtype=dtype,
     )
 
@@ -241,6 +241,32 @@ def test_offsets_under_padding(case: tuple) -> None:
             got = products.conv2d_grad_input(grad, w, (h, width), g, e)
             wanted = torch.nn.grad.conv2d_input((n, c, h, width), w.double(), value, *g.arguments())
         assert torch.allclose(got.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_no_channels() -> None:
+    """Nothing to sum gives zeros, as torch has it."""
+    none = torch.zeros(1, 0, 4, 4, dtype=U8)
+    out = products.conv2d(none, torch.zeros(2, 0, 3, 3, dtype=S8), Geometry())
+    assert (out == 0).all()
+    assert out.shape == (1, 2, 2, 2)
+    assert products.conv2d_grad_input(none, torch.zeros(0, 2, 3, 3, dtype=S8), (6, 6), Geometry()).shape == (
+        1,
+        2,
+        6,
+        6,
+    )
+
+
+def test_a_large_zero_point() -> None:
+    """zero · ones beyond 32 bits, where only the difference fits."""
+    a, b = codes((70000, 5), U8, 1).T, codes((70000, 66), U8, 2)
+    ones = b.long().sum(0) * 1000
+    e = Epilogue(
+        row_scale=torch.ones(5), column_scale=torch.ones(66), zero=torch.full((5,), 3, dtype=torch.int32), ones=ones
+    )
+    wanted = ((a.long() @ b.long()) - 3 * ones).float()
+    assert ones.min() > 2**32
+    assert torch.equal(products.matmul(a, b, e), wanted)
 
 
 def test_a_long_convolution_sum() -> None:

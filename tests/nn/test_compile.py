@@ -21,7 +21,7 @@ pytestmark = [
 ]
 RECIPES: list[Recipe | str] = ["default", "shq4d", "qat", Recipe(input=None, grad_input="psq4", grad_weight="ptq8")]
 CASES = [c for c in LAYERS if c.name in ("linear", "linear_tokens", "conv1d", "conv2d_mixed", "same_even")]
-CASES += [c for c in LAYERS if c.name in ("conv2d_groups", "transposed2d", "conv3d", "circular")]
+CASES += [c for c in LAYERS if c.name in ("conv2d_groups", "transposed2d", "conv3d", "circular", "linear_4d")]
 
 
 def as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,10 +45,17 @@ def test_the_ops_are_the_layer(case: Case, recipe: Recipe | str, monkeypatch: py
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck(case: Case, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, shapes and strides of fake results, autograd registration, of both ops."""
     layer, x = converted(case, "default", torch.float32), case.input(torch.float32)
+    if last and x.ndim not in FORMATS:
+        pytest.skip("no such format")
+    x = x.contiguous(memory_format=FORMATS[x.ndim]) if last else x
     made: list[tuple] = []
     monkeypatch.setattr(layers, "linear_products", lambda *a: made.append(a) or a[0].new_zeros(1))
     layer(x.requires_grad_())

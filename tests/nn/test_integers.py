@@ -164,6 +164,24 @@ def test_a_wrong_correction_is_noticed(name: str, monkeypatch: pytest.MonkeyPatc
     assert max(apart) > 100 * TOLERANCE
 
 
+def test_more_rows_than_a_32_bit_sum_of_codes() -> None:
+    """8.5 million rows of code 255: the input's sum of codes passes 2³¹."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(1, 1, bias=False), torch.ones(8_500_000, 1)
+    x[:1000] = 0
+    upstream = torch.randn_like(x) + 0.3
+    fqt.quantize_(layer, "psq8")(x).backward(upstream)
+    assert float(layer.weight.grad) == pytest.approx(float((upstream * x).sum(dtype=torch.float64)), rel=1e-3)
+
+
+def test_a_long_line_takes_memory_in_proportion() -> None:
+    """Which pixels a tap reads, along one axis of 200,000: a square table would be 40 GB."""
+    reads, serves = low_rank._axis(9, 200_000, 199_992, 1, 0, 1)
+    assert reads.shape == (9, 200_000)
+    assert (reads[3].nonzero().flatten() == torch.arange(3, 199_995)).all()
+    assert serves.all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_autocast(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

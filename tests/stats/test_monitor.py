@@ -85,6 +85,29 @@ def test_dropout_is_replayed() -> None:
     assert mean(with_dropout) < 10 * mean(without)
 
 
+def test_a_loss_of_two_forward_passes_is_replayed_too() -> None:
+    """And a stray pass between backward and step changes nothing."""
+    data = batches(20)
+
+    def twice(model: nn.Module, batch: tuple) -> torch.Tensor:
+        return loss(model, batch) + loss(model, batch)
+
+    def mean(dropout: float, stray: bool) -> float:
+        model = plain("psq8", dropout)
+        monitor, found = fqt.Monitor(model, twice, every=2, memory=0.0), []
+        for number, batch in enumerate(data):
+            torch.manual_seed(number)
+            model.zero_grad()
+            twice(model, batch).backward()
+            if stray:
+                model(batch[0])
+            found.append(monitor.step(batch))
+        return sum(r["quantization"] for r in found if r) / (len(found) // 2)
+
+    assert mean(0.5, False) < 10 * mean(0.0, False)
+    assert mean(0.5, True) == mean(0.5, False)
+
+
 def test_it_leaves_no_trace() -> None:
     model, batch = make(), batches(1)[0]
     monitor = fqt.Monitor(model, loss, every=1)

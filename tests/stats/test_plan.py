@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import replace
 
@@ -148,3 +149,17 @@ def test_errors() -> None:
         fqt.plan(found, rho=0.1, mean_width=3)
     with pytest.raises(FqtError, match="is asked for"):
         fqt.plan(found, rho=1e-12)
+    for rho in (0.0, -1.0, math.nan):
+        with pytest.raises(FqtError, match="positive number"):
+            fqt.plan(found, rho=rho)
+    with pytest.raises(FqtError, match="not NoneType"):
+        fqt.plan(None)
+
+
+def test_batches_all_alike() -> None:
+    """A mean width needs no sampling variance, ρ does; batches may come from a generator."""
+    batch = batches(1)[0]
+    found = fqt.diagnose(make(), loss, (batch for _ in range(3)))
+    assert math.isnan(fqt.plan(found, mean_width=3).rho)
+    with pytest.raises(FqtError, match="all alike"):
+        fqt.plan(found)

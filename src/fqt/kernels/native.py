@@ -1,9 +1,10 @@
 """The C++ kernels, called through ctypes: float32 matrices on the CPU, codes equal to the reference bit for bit.
 
 One shared library per instruction set lies beside this file if a compiler was found at install time; the best
-one that the machine runs is loaded at first use. `FQT_KERNELS` may lower that: `avx512`, `avx2`, `portable`, or
-`reference` for none. ctypes rather than a torch extension: pointers and sizes only, so that one build serves
-every torch version; the price is that this file repeats the C signatures (guarded by a version number).
+one that the machine runs is loaded at first use. `FQT_KERNELS` may name a lower one: `amx`,
+`avx512`, `avx2`, `portable`, or `reference` for none. ctypes rather than a torch extension: pointers and sizes
+only, so that one build serves every torch version; the price is that this file repeats the C signatures (guarded
+by a version number).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fqt.kernels.memory import empty
 from fqt.kernels.reference import Scaling, Unscaling
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 7  # FQT_ABI of csrc/platform.h
+_ABI = 8  # FQT_ABI of csrc/platform.h
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32

@@ -256,7 +256,7 @@ def _check_epilogue(rows: int, columns: int, place: tuple[int, ...], device: tor
         ("right", right, torch.float32, [(rank, *place)]),
         ("bias", bias, torch.float32, [(columns,)]),
         ("zero", zero, torch.int32, [(), (1,), (rows,)]),
-        ("ones", ones, torch.int32, [place]),
+        ("ones", ones, torch.int64, [place]),
     ):
         if x is None:
             continue
@@ -372,9 +372,12 @@ def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[_Shapes, 
 
 def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
     shapes, out, epilogue = _check_conv2d(input, weight, rest)
-    if native.takes_codes(input, weight):
+    if native.takes_codes(input, weight) and weight.numel():
         return native_products.conv2d(input, weight, shapes, out, epilogue, backward=False)
-    sums = F.conv2d(input.double(), weight.double(), None, *rest[:4])  # type: ignore[call-overload]
+    if not weight.numel():  # no terms, where torch.nn.functional.conv2d loses the output's channels
+        sums = input.new_zeros(shapes.output, dtype=torch.float64)
+    else:
+        sums = F.conv2d(input.double(), weight.double(), None, *rest[:4])  # type: ignore[call-overload]
     return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
 
 
@@ -418,9 +421,12 @@ def _grad_input(
 
 def _conv2d_grad_input(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
     shapes, out, epilogue = _check_grad_input(grad, weight, input_size, rest)
-    if native.takes_codes(grad, weight):
+    if native.takes_codes(grad, weight) and weight.numel():
         return native_products.conv2d(grad, weight, shapes, out, epilogue, backward=True)
-    sums = _grad_input(grad.double(), weight.double(), input_size, *rest[:4])  # type: ignore[arg-type]
+    if not weight.numel():  # no terms, which convolution_backward refuses
+        sums = grad.new_zeros(shapes.input, dtype=torch.float64)
+    else:
+        sums = _grad_input(grad.double(), weight.double(), input_size, *rest[:4])  # type: ignore[arg-type]
     return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
 
 

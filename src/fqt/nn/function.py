@@ -86,7 +86,9 @@ class Call:
 
     def as_laid_out(self, x: Tensor) -> Tensor:
         """x in the memory format of this call's results."""
-        return x if self.channels_last else x.contiguous()
+        if not self.channels_last:
+            return x.contiguous()
+        return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
     def noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of one operand's quantizer."""

@@ -58,11 +58,19 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
         seed = torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
     observer = layer.__dict__.get("fqt_observer")
     # As torch's own layers have it: channels-last if an operand is.
-    channels_last = _is_channels_last(input) or _is_channels_last(weight)
+    dense = isinstance(map, DenseMap)
+    channels_last = not dense and (_is_channels_last(input) or _is_channels_last(weight))
     call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight), channels_last, observer)
     if torch.compiler.is_compiling():
         return compiled.layer(input, weight, bias, call)
     return linear_products(input, weight, bias, call)
+
+
+def _check_size(layer: nn.Module, input: Tensor, axis: int, wanted: int, name: str) -> None:
+    """Raises RuntimeError, as torch's own layers do, naming the layer."""
+    if input.shape[axis] != wanted:
+        kind = type(layer).__name__
+        raise RuntimeError(f"{kind}: an input of shape {tuple(input.shape)} does not fit {name} = {wanted}")
 
 
 class QuantizedLinear(nn.Linear):
@@ -72,6 +80,7 @@ class QuantizedLinear(nn.Linear):
         """(…, in_features) to (…, out_features)."""
         if input.ndim == 0:
             raise RuntimeError("Linear: the input has no axis; give (…, in_features)")
+        _check_size(self, input, -1, self.in_features, "in_features")
         rows = input if input.ndim > 1 else input.unsqueeze(0)
         output = products(self, rows, self.weight, self.bias, DenseMap())
         return output if input.ndim > 1 else output.squeeze(0)
@@ -98,8 +107,17 @@ def linear_map(layer: nn.Module) -> LinearMap:
     return ConvMap(layer.stride, padding, layer.dilation, layer.groups, extra=extra)
 
 
-def _convolve(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:
+def _batched(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:
+    if input.ndim not in (dims + 1, dims + 2):
+        kind = type(layer).__name__
+        raise RuntimeError(f"{kind}: an input of shape {tuple(input.shape)} has not {dims + 1} or {dims + 2} axes")
     batched = input if input.ndim == dims + 2 else input.unsqueeze(0)
+    _check_size(layer, batched, 1, layer.in_channels, "in_channels")
+    return batched
+
+
+def _convolve(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:
+    batched = _batched(layer, input, dims)
     if layer.padding_mode != "zeros":
         batched = F.pad(batched, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     output = products(layer, batched, layer.weight, layer.bias, linear_map(layer))
@@ -109,7 +127,7 @@ def _convolve(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tenso
 def _convolve_transposed(
     layer: nn.modules.conv._ConvTransposeNd, input: Tensor, output_size: list[int] | None, dims: int
 ) -> Tensor:
-    batched = input if input.ndim == dims + 2 else input.unsqueeze(0)
+    batched = _batched(layer, input, dims)
     output_padding = layer._output_padding(
         input,
         output_size,

@@ -121,7 +121,7 @@ class DenseCodes:
     def vectors_times_input(
         self, g: Channels, x: QuantizedTensor, step: Tensor, offset: Tensor, shape: torch.Size
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """1·X and a·X: (I,), and 1·q: (I,) int32."""
+        """1·X and a·X: (I,), and 1·q: (I,) int64."""
         codes = self._codes(x)
         plain, weighted = ops.column_sums(codes, g.token_noise)
         step, offset = step.double(), offset.double()
@@ -129,7 +129,7 @@ class DenseCodes:
         if weighted is not None and g.token_noise is not None:
             total = g.token_noise.sum(dtype=torch.int64)
             dithered = ((step * weighted + offset * total) / DITHER_LEVELS).float()
-        return ones, dithered, plain.to(torch.int32)
+        return ones, dithered, plain
 
     def sums_by_tap(
         self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor
@@ -152,8 +152,10 @@ def _axis(taps: int, size: int, out: int, stride: int, padding: int, dilation: i
     """Along one axis, which pixels of the input a tap reads (taps, size), and which of the output it serves
     (taps, out): ones in float64."""
     at = torch.arange(out) * stride + (torch.arange(taps) * dilation - padding)[:, None]
-    reads = (at[:, :, None] == torch.arange(size)).any(1)
-    return reads.double(), ((at >= 0) & (at < size)).double()
+    serves = (at >= 0) & (at < size)
+    reads = torch.zeros(taps, size, dtype=torch.float64)
+    reads[serves.nonzero()[:, 0], at[serves]] = 1
+    return reads, serves.double()
 
 
 @dataclass(frozen=True)
@@ -257,14 +259,14 @@ class ConvCodes:
     def vectors_times_input(
         self, g: Channels, x: QuantizedTensor, step: Tensor, offset: Tensor, shape: torch.Size
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """1·X and a·X for every tap: (taps · C,), and 1·q: the same in int32."""
+        """1·X and a·X for every tap: (taps · C,), and 1·q: the same in int64."""
         image, kernel = self._image(x.matrix_codes, x.shape), self._size(shape)
         n, c, h, w = image.shape
         reads, serves = self._taps(g, x, shape)
         summed = ops.column_sums(image.permute(0, 2, 3, 1).reshape(n, h * w * c))[0].view(h, w, c)
         windows, counts = reads.sums(summed), n * serves.counts()
         step, offset = step.double(), offset.double()
-        ones, of_codes = (step * windows + offset * counts).flatten().float(), windows.flatten().to(torch.int32)
+        ones, of_codes = (step * windows + offset * counts).flatten().float(), windows.flatten().to(torch.int64)
         if g.token_noise is None:
             return ones, None, of_codes
         planes = self._image(_bytes(g.token_noise).T.contiguous(), (*g.shape[:-1], 3))

@@ -13,7 +13,7 @@ noisy as the choice of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class Diagnosis:
 def diagnose(
     model: nn.Module,
     loss_fn: LossFn,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     draws: int = 2,
     table: int = 1,
@@ -124,7 +124,7 @@ def diagnose(
     Args:
         model: in training mode, with layers that quantize their gradient ("shq8", not "qat").
         loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batches: at least 2 independent batches of one size, gone through repeatedly.
+        batches: at least 2 independent batches of one size, gone through repeatedly (an iterator's are kept).
         draws: at least 2 quantized gradients per batch.
         table: draws per batch for Theorem 2's table; 0 leaves it out (`plan` needs it).
         seed: of all noise.
@@ -140,6 +140,7 @@ def diagnose(
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
     if table < 0:
         raise FqtError(f"table is a number of draws, got {table}")
+    batches = batches if isinstance(batches, Sequence) else list(batches)
     check_batches(batches, 2)
     layers, parameters = check_model(model), trainable(model)
     groups = {name: owner(name) for name in parameters}

@@ -112,6 +112,7 @@ class Monitor:
         """
         self.count += 1
         if self.count % self.every:
+            self._random = None
             return None
         quantization, sampling = self._measure(batch)
         self._quantization.update(quantization, self.memory)
@@ -155,8 +156,9 @@ class Monitor:
         self._sampling = _Average.of(state["sampling"])
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        """Remembers the random state of the forward pass that the next reading will repeat."""
-        if (self.count + 1) % self.every == 0 and model.training and torch.is_grad_enabled():
+        """Remembers the random state at the step's first forward pass, from which the next reading will repeat."""
+        due = (self.count + 1) % self.every == 0
+        if due and self._random is None and model.training and torch.is_grad_enabled():
             self._random = (torch.get_rng_state(), _device_states())
 
     def _measure(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ uniform allocation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,12 +153,19 @@ def plan(
     Raises:
         FqtError: no table, two targets, a target that no allocation reaches, or no grad_input to plan for.
     """
+    if not isinstance(diagnosis, Diagnosis):
+        raise FqtError(f"plan wants what fqt.diagnose returns, not {type(diagnosis).__name__}")
     if diagnosis.table is None:
         raise FqtError("the diagnosis has no table, which a plan needs: diagnose(…, table=1)")
     if rho is not None and mean_width is not None:
         raise FqtError("give rho or mean_width, not both")
     costs = Costs.of(diagnosis.table, diagnosis.recipes)
-    limit = None if mean_width is not None else (0.1 if rho is None else rho) * diagnosis.total.sampling.value
+    if rho is not None and not 0 < rho < math.inf:
+        raise FqtError(f"rho must be a positive number, not {rho!r}")
+    sampling = diagnosis.total.sampling.value
+    if mean_width is None and not sampling > 0:
+        raise FqtError("the batches are all alike: rho has no sampling variance to refer to; give mean_width")
+    limit = None if mean_width is not None else (0.1 if rho is None else rho) * sampling
     chosen = allocate(costs, limit=limit, mean_width=mean_width, widths=widths)
     variance = costs.total(chosen)
     return Plan(
@@ -165,7 +173,7 @@ def plan(
         widths=chosen,
         mean_width=costs.mean_width(chosen),
         variance=variance,
-        rho=variance / diagnosis.total.sampling.value,
+        rho=variance / sampling if sampling > 0 else math.nan,
         uniform={bits: costs.total(dict.fromkeys(chosen, bits)) for bits in widths},
         costs=costs,
     )

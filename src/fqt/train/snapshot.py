@@ -65,6 +65,8 @@ class Snapshot:
         Raises:
             FqtError: there is no such run, it has not come that far, or its data is missing.
         """
+        if not (folder / "config.toml").is_file():
+            raise FqtError(f"{folder} holds no run of `fqt train` (no config.toml)")
         config = continue_config(folder, machine)
         path = folder / f"{at}.pt"
         if not path.is_file():

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-VERDICTS = ("exact", "asymptotic", "dependent", "biased")
 BIAS_TESTS = ("finite", "mean, each entry", "mean, each row", "mean, all entries", "magnitude", "no clipping")
 NOISE_TESTS = (
     "variance law",
