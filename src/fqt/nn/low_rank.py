@@ -178,7 +178,7 @@ class _Taps:
         """(taps, D) float64: Σ over a tap's pixels of (H, W, D); exact for integers while sums stay below 2⁵³."""
         h, w, d = map.shape
         by_row = self.rows @ map.double().reshape(h, w * d)
-        return (self.columns @ by_row.view(-1, w, d)).flatten(0, 1)
+        return (self.columns @ by_row.view(len(self.rows), w, d)).flatten(0, 1)
 
     def counts(self) -> Tensor:
         """(taps, 1): how many they are."""
