@@ -205,8 +205,8 @@ int run_phase(const Conv& c, const Source& source, bool is_signed, const uint8_t
     if (shift) sum_columns(panel, taps * source.depth / kGroup, sums);
     for (int j = 0; j < kPanel; ++j) sums[j] *= -shift;
   });
-  const Task task{source, Signs{is_signed, true}, rows, columns, right.get(), shift ? by_column.get() : nullptr, width, panels,
-                  backward ? c.height : c.out_height, backward ? c.width : c.out_width, e};
+  const Task task{source, Signs{is_signed, true}, rows, columns, right.get(), shift ? by_column.get() : nullptr,
+                  width, panels, backward ? c.height : c.out_height, backward ? c.width : c.out_width, e};
   const int64_t blocks = ceil_div(task.pixels(), kBlockRows);
   const int64_t step = blocks < 8 * threads ? 1 : panels, items = ceil_div(panels, step);
   std::atomic<bool> failed{false};

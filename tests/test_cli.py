@@ -106,7 +106,7 @@ ERRORS = [
     (["train", "--device", "cuda:77"], "cannot use the device"),
     (["compare", "--recipes", "qat,nope"], "unknown recipe 'nope'"),
     (["compare", "--recipes", ","], "at least one recipe"),
-    (["compare", "--seeds", "0"], "at least one recipe and one seed"),
+    (["compare", "--seeds", "0"], "0 is not in the range"),
     (["compare", "sudoku"], "unknown task 'sudoku'"),
     (["explain", "sudoku"], "unknown task 'sudoku'"),
     (["report", "nowhere"], "cannot read nowhere"),

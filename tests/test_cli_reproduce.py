@@ -92,7 +92,7 @@ def test_an_interruption_says_what_is_kept(run, monkeypatch):
         (["accuracy"], "accuracy needs --comparison"),
         (["accuracy", "--comparison", "nowhere"], "cannot read nowhere"),
         (["layers", "--table", "nowhere.json"], "cannot read nowhere.json"),
-        (["profile", "--run", "nowhere"], "holds no run to continue"),
+        (["profile", "--run", "nowhere"], "holds no run of `fqt train`"),
         (["profile", "--run", "x", "--steps", "3"], "leave --model and --steps out"),
         (["profile", "--data", "nowhere"], "there is no folder nowhere"),
     ],
