@@ -89,27 +89,19 @@ inline void multiply(const Left* left, int64_t left_stride, const Right* right) 
 
 constexpr int64_t ceil_tiles(int64_t groups) { return (groups * kGroup + kTerms - 1) / kTerms; }
 
-template <bool LeftSigned, bool RightSigned, class Done>
-void tiles_of(const LeftStrided& left, int64_t rows, int64_t, int64_t groups, const Right* right, int32_t* sums,
-              bool add, const Done& done) {
-  for (int64_t i = 0; i < rows; i += 16) {
-    begin_tile(sums + i * kPanel, add);
-    for (int64_t t = 0; t < ceil_tiles(groups); ++t) {
-      multiply<LeftSigned, RightSigned>(left.row(0, i) + t * kTerms, left.stride, right + t * kTerms * kPanel);
-    }
-    end_tile(sums + i * kPanel);
-    done(i, rows - i < 16 ? rows - i : 16);
-  }
+// The left tile of rows i … i + 15 and k 64·t …
+inline const Left* tile(const LeftStrided& left, int64_t i, int64_t t) { return left.row(0, i) + t * kTerms; }
+inline const Left* tile(const LeftInterleaved& left, int64_t i, int64_t t) {
+  return left.first + t * 16 * left.stride + i * kGroup;
 }
 
-template <bool LeftSigned, bool RightSigned, class Done>
-void tiles_of(const LeftInterleaved& left, int64_t rows, int64_t, int64_t groups, const Right* right, int32_t* sums,
-              bool add, const Done& done) {
+template <bool LeftSigned, bool RightSigned, class Source, class Done>
+void tiles_of(const Source& left, int64_t rows, int64_t, int64_t groups, const Right* right, int32_t* sums, bool add,
+              const Done& done) {
   for (int64_t i = 0; i < rows; i += 16) {
     begin_tile(sums + i * kPanel, add);
     for (int64_t t = 0; t < ceil_tiles(groups); ++t) {
-      multiply<LeftSigned, RightSigned>(left.first + t * 16 * left.stride + i * kGroup, left.stride,
-                                        right + t * kTerms * kPanel);
+      multiply<LeftSigned, RightSigned>(tile(left, i, t), left.stride, right + t * kTerms * kPanel);
     }
     end_tile(sums + i * kPanel);
     done(i, rows - i < 16 ? rows - i : 16);
