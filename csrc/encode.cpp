@@ -17,7 +17,8 @@ using namespace fqt;
 
 namespace {
 
-enum Rounding : int { kNearest = 0, kStochastic = 1, kDithered = 2, kStochasticFixed = 3, kDitheredFixed = 4 };
+// The first four are the C interface's; the last two are arithmetic for the same codes.
+enum Rounding : int { kNearest = 0, kStochastic = 1, kDithered = 2, kBest = 3, kStochasticFixed = 4, kDitheredFixed = 5 };
 
 constexpr int64_t kChunk = 2048;  // a multiple of kNoiseWords
 static_assert(kChunk % kNoiseWords == 0, "chunks start at whole vectors of noise");
@@ -120,7 +121,7 @@ void encode_group(const Task& task, const Philox& philox, Group group, int64_t r
 
 // Rows as groups: range, step and codes of a row while it is in the cache. step and offset are written.
 template <int Rounding>
-void quantize_rows(const Task& task, int64_t rows, int symmetric, int steps, uint64_t seed, float* step,
+void quantize_rows(const Task& task, int64_t rows, int mode, int steps, uint64_t seed, float* step,
                    float* offset, int threads) {
   const Philox philox(seed, kRounding);
   const int64_t per_item = 1 + 8 * kChunk / task.columns;
@@ -129,7 +130,7 @@ void quantize_rows(const Task& task, int64_t rows, int symmetric, int steps, uin
       const int64_t start = r * task.columns;
       float lo, hi;
       range_of_entries(task.source, start, task.columns, &lo, &hi);
-      group_parameters(lo, hi, symmetric, steps, step + r, offset + r);
+      group_parameters(lo, hi, mode, steps, step + r, offset + r);
       encode_group<Rounding>(task, philox, Group::of(step[r], offset[r]), r, start, start + task.columns);
     }
   });
@@ -193,44 +194,6 @@ FQT_API int fqt_encode(const Source* source, int64_t rows, int64_t columns, cons
   return kDone;
 }
 
-// Range, parameters and codes in one: group 0 the tensor, 1 rows, 2 columns; as fqt_range_*, fqt_parameters with
-// `steps`, fqt_encode. step and offset are results here. At least one entry.
-FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, int group, int symmetric, int steps,
-                         int low, int high, int rounding, const int64_t* seed, int transposed, float* step,
-                         float* offset, uint8_t* codes, int threads) {
-  if (group == 1) {
-    std::unique_ptr<uint32_t[]> noise;
-    Task task{*source, step, offset, columns, static_cast<float>(low), static_cast<float>(high), codes, nullptr, nullptr};
-    const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
-    if (rounding == kDithered) {
-      noise = draw_dither(key, rows, columns, transposed != 0, &task);
-      if (!noise) return kNoMemory;
-    }
-    const bool fixed = kFixedPoint && low == 0;
-    const auto run = [&](auto kind) {
-      quantize_rows<decltype(kind)::value>(task, rows, symmetric, steps, key, step, offset, threads);
-    };
-    if (rounding == kNearest) {
-      run(std::integral_constant<int, kNearest>{});
-    } else if (rounding == kStochastic) {
-      fixed ? run(std::integral_constant<int, kStochasticFixed>{}) : run(std::integral_constant<int, kStochastic>{});
-    } else {
-      fixed ? run(std::integral_constant<int, kDitheredFixed>{}) : run(std::integral_constant<int, kDithered>{});
-    }
-    return kDone;
-  }
-  const int64_t groups = group == 0 ? 1 : columns;
-  std::unique_ptr<float[]> range(new (std::nothrow) float[2 * groups]);
-  if (!range) return kNoMemory;
-  float *lo = range.get(), *hi = lo + groups;
-  const int status = group == 0 ? fqt_range_tensor(source, rows * columns, lo, hi, threads)
-                                : fqt_range_columns(source, rows, columns, lo, hi, threads);
-  if (status != kDone) return status;
-  for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], symmetric, steps, step + g, offset + g);
-  return fqt_encode(source, rows, columns, step, offset, 0, group == 2, low, high, rounding, seed, transposed, codes,
-                    threads);
-}
-
 namespace {
 
 // p(1 − p), p the fraction of t.
@@ -241,6 +204,24 @@ inline vf unit_variance(vf t) {
 
 // The same in units of 2⁻²⁴, to the nearest integer: at most 2²², so that 511 of them fit 31 bits.
 inline vi counted_variance(vf t) { return round_nearest(unit_variance(t) * 0x1p24f); }
+
+constexpr int64_t kVariancePiece = 256 * W;  // 256 additions per lane
+
+// Their sum over the n ≤ kVariancePiece entries from `start` on, all of one group.
+int64_t sum_of_variances(const Source& source, int64_t start, int64_t n, const Groups& g, vf low, vf high) {
+  float buffer[kVariancePiece + W];
+  const float* x = values(source, start, n, buffer);
+  vi sum{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) sum += counted_variance(position(load<vf>(x + i), g, low, high));
+  int64_t total = 0;
+  for (int j = 0; j < W; ++j) total += sum[j];
+  if (i < n) {
+    const vi last = counted_variance(position(load_part<vf>(x + i, n - i), g, low, high));
+    for (int64_t j = 0; j < n - i; ++j) total += last[j];
+  }
+  return total;
+}
 
 }  // namespace
 
@@ -274,7 +255,7 @@ FQT_API int fqt_variance_sums(const Source* source, int64_t rows, int64_t column
                               const float* offset, int by_row, int by_column, int low, int high, int64_t* sums,
                               int threads) {
   const vf least_code = splat(static_cast<float>(low)), last_code = splat(static_cast<float>(high));
-  constexpr int64_t kPiece = 256 * W;  // 256 additions per lane
+  constexpr int64_t kPiece = kVariancePiece;
   const int64_t groups = by_row ? rows : by_column ? columns : 1;
   for (int64_t g = 0; g < groups; ++g) sums[g] = 0;
   if (rows == 0 || columns == 0) return kDone;
@@ -307,23 +288,126 @@ FQT_API int fqt_variance_sums(const Source* source, int64_t rows, int64_t column
   const int64_t length = by_row ? columns : rows * columns, pieces = ceil_div(length, kPiece);
   const int64_t items = groups * pieces, per_item = 1 + kPiece / (length < kPiece ? length : kPiece);
   parallel_for(ceil_div(items, per_item), rows * columns, threads, [&](int64_t chunk) {
-    float buffer[kPiece + W];
     for (int64_t item = chunk * per_item; item < items && item < (chunk + 1) * per_item; ++item) {
       const int64_t group = item / pieces, first = item % pieces * kPiece;
       const int64_t n = length - first < kPiece ? length - first : kPiece;
       const Groups g = Groups::of(Group::of(step[group], offset[group]));
-      const float* x = values(*source, group * length + first, n, buffer);
-      vi sum{};
-      int64_t i = 0;
-      for (; i + W <= n; i += W) sum += counted_variance(position(load<vf>(x + i), g, least_code, last_code));
-      int64_t total = 0;
-      for (int j = 0; j < W; ++j) total += sum[j];
-      if (i < n) {
-        const vi last = counted_variance(position(load_part<vf>(x + i, n - i), g, least_code, last_code));
-        for (int64_t j = 0; j < n - i; ++j) total += last[j];
-      }
+      const int64_t total = sum_of_variances(*source, group * length + first, n, g, least_code, last_code);
       __atomic_fetch_add(sums + group, total, __ATOMIC_RELAXED);
     }
   });
+  return kDone;
+}
+
+namespace {
+
+// Rows as groups: range, step and the variance of stochastic codes of a row while it is in the cache.
+void measure_rows(const Source& source, int64_t rows, int64_t columns, int mode, int steps, float* lo, float* hi, float* step,
+                  float* offset, int64_t* sums, int threads) {
+  const vf least_code = splat(0.0f), last_code = splat(static_cast<float>(steps));
+  const int64_t per_item = 1 + 8 * kChunk / columns;
+  parallel_for(ceil_div(rows, per_item), rows * columns, threads, [&](int64_t item) {
+    for (int64_t r = item * per_item; r < rows && r < (item + 1) * per_item; ++r) {
+      range_of_entries(source, r * columns, columns, lo + r, hi + r);
+      group_parameters(lo[r], hi[r], mode, steps, step + r, offset + r);
+      const Groups g = Groups::of(Group::of(step[r], offset[r]));
+      sums[r] = 0;
+      for (int64_t j = 0; j < columns; j += kVariancePiece) {
+        const int64_t n = columns - j < kVariancePiece ? columns - j : kVariancePiece;
+        sums[r] += sum_of_variances(source, r * columns + j, n, g, least_code, last_code);
+      }
+    }
+  });
+}
+
+// Whether dithered rounding on an affine grid has the lower exact variance; its steps and offsets are written. In the
+// order of Quantizer's own sum.
+bool dithered_is_better(const float* lo, const float* hi, const float* step, const int64_t* sums, int64_t groups,
+                        int64_t entries, int steps, float* other_step, float* other_offset) {
+  double gain = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    group_parameters(lo[g], hi[g], kAffine, steps - 1, other_step + g, other_offset + g);
+    const double square = static_cast<double>(step[g]) * step[g];
+    const double other = static_cast<double>(other_step[g]) * other_step[g];
+    gain += static_cast<double>(sums[g]) / kLevels * square - other * (entries * (1.0 / 12));
+  }
+  return gain > 0;
+}
+
+}  // namespace
+
+// Range, parameters and codes in one: group 0 the tensor, 1 rows, 2 columns; as fqt_range_*, fqt_parameters with
+// `steps`, fqt_encode. step and offset are results here. At least one entry. Rounding kBest (low = 0, high = steps):
+// stochastic, or dithered on the affine grid of a step less where its exact variance, summed over the matrix, is lower.
+// The dither that was added, in fractions of a step, goes to row_noise (rows,) and column_noise (columns,); *dithered
+// says whether there was any.
+FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, int group, int mode, int steps,
+                         int low, int high, int rounding, const int64_t* seed, int transposed, float* step,
+                         float* offset, uint8_t* codes, float* row_noise, float* column_noise, int32_t* dithered,
+                         int threads) {
+  const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
+  const int64_t groups = group == 0 ? 1 : group == 1 ? rows : columns;
+  std::unique_ptr<float[]> range;
+  bool known = false;  // step and offset
+  if (group != 1 || rounding == kBest) {
+    range.reset(new (std::nothrow) float[4 * groups]);
+    if (!range) return kNoMemory;
+  }
+  float *lo = range.get(), *hi = lo + groups;
+  if (group != 1) {
+    const int status = group == 0 ? fqt_range_tensor(source, rows * columns, lo, hi, threads)
+                                  : fqt_range_columns(source, rows, columns, lo, hi, threads);
+    if (status != kDone) return status;
+    for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], mode, steps, step + g, offset + g);
+    known = true;
+  }
+  if (rounding == kBest) {
+    const std::unique_ptr<int64_t[]> sums(new (std::nothrow) int64_t[groups]);
+    if (!sums) return kNoMemory;
+    if (group == 1) {
+      measure_rows(*source, rows, columns, mode, steps, lo, hi, step, offset, sums.get(), threads);
+      known = true;
+    } else {
+      fqt_variance_sums(source, rows, columns, step, offset, 0, group == 2, low, high, sums.get(), threads);
+    }
+    float *other_step = hi + groups, *other_offset = other_step + groups;
+    const int64_t entries = rows * columns / groups;
+    rounding = kStochastic;
+    if (dithered_is_better(lo, hi, step, sums.get(), groups, entries, steps, other_step, other_offset)) {
+      rounding = kDithered;
+      --high;
+      std::memcpy(step, other_step, groups * sizeof(float));
+      std::memcpy(offset, other_offset, groups * sizeof(float));
+    }
+  }
+  Task task{*source, step, offset, columns, static_cast<float>(low), static_cast<float>(high), codes, nullptr, nullptr};
+  std::unique_ptr<uint32_t[]> noise;
+  *dithered = rounding == kDithered;
+  if (rounding == kDithered) {
+    noise = draw_dither(key, rows, columns, transposed != 0, &task);
+    if (!noise) return kNoMemory;
+    for (int64_t i = 0; i < rows; ++i) row_noise[i] = static_cast<float>(task.row_noise[i]) * 0x1p-24f;
+    for (int64_t j = 0; j < columns; ++j) column_noise[j] = static_cast<float>(task.column_noise[j]) * 0x1p-24f;
+  }
+  if (group == 0 && rounding != kDithered) {  // one group: rows do not matter
+    task.columns = rows * columns;
+    rows = 1;
+  }
+  const bool fixed = kFixedPoint && low == 0;
+  const auto run = [&](auto kind) {
+    constexpr int kRounding = decltype(kind)::value;
+    if (known) {
+      encode_groups<kRounding>(task, rows, group == 1, group == 2, key, threads);
+    } else {
+      quantize_rows<kRounding>(task, rows, mode, steps, key, step, offset, threads);
+    }
+  };
+  if (rounding == kNearest) {
+    run(std::integral_constant<int, kNearest>{});
+  } else if (rounding == kStochastic) {
+    fixed ? run(std::integral_constant<int, kStochasticFixed>{}) : run(std::integral_constant<int, kStochastic>{});
+  } else {
+    fixed ? run(std::integral_constant<int, kDitheredFixed>{}) : run(std::integral_constant<int, kDithered>{});
+  }
   return kDone;
 }

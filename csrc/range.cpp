@@ -14,6 +14,7 @@ using namespace fqt;
 
 namespace {
 
+constexpr float kLeastStep = 0x1p-126f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Range {
@@ -159,28 +160,65 @@ void range_of_entries(const Source& source, int64_t start, int64_t n, float* lo,
   *hi = range.greatest();
 }
 
-void group_parameters(float lo, float hi, int symmetric, int steps, float* step, float* offset) {
-  constexpr float kMax = std::numeric_limits<float>::max(), kLeast = 0x1p-126f;
+static float affine_step(float lo, float hi, float count) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  const float half = hi * 0.5f - lo * 0.5f > kMax / 4 ? 0.5f : 1.0f, s = (hi * half - lo * half) / count / half;
+  return s < kLeastStep ? kLeastStep : s;
+}
+
+// As reference._zero_on_code, for finite lo ≤ hi that are not both zero.
+static void zero_on_code(float lo, float hi, float count, float* step, float* offset) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  const float widest = static_cast<float>(static_cast<double>(kMax) * (1 - 0x1p-15));
+  lo = lo < 0 ? lo : 0.0f;
+  hi = hi > 0 ? hi : 0.0f;
+  const float least_code = lo < 0 ? 1.0f : 0.0f, most = count - (hi > 0 ? 1.0f : 0.0f);
+  const auto clamped = [&](float z) {
+    const float above = z < least_code ? least_code : z;
+    return above > most ? most : above;
+  };
+  const auto widened = [&](float z) {
+    const float below = lo < 0 ? -lo / z : 0.0f, above = hi > 0 ? hi / (count - z) : 0.0f;
+    return below > above ? below : above;
+  };
+  const float floor = std::floor(-lo / affine_step(lo, hi, count));
+  const float below = clamped(floor), above = clamped(floor + 1);
+  const float z = widened(below) <= widened(above) ? below : above;
+  float s = widened(z);
+  s = s < kLeastStep ? kLeastStep : s > widest ? widest : s;
+  uint32_t bits;
+  std::memcpy(&bits, &s, 4);
+  bits = (bits + 0xff) & ~uint32_t{0xff};
+  std::memcpy(&s, &bits, 4);
+  *step = s;
+  *offset = z == 0 ? 0.0f : -z * s < -kMax ? -kMax : -z * s;
+}
+
+void group_parameters(float lo, float hi, int mode, int steps, float* step, float* offset) {
   const float count = static_cast<float>(steps);
   if (!std::isfinite(lo) || !std::isfinite(hi)) {
     *step = NAN;
     *offset = 0.0f;
-  } else if (symmetric) {
+  } else if (mode == kSymmetric) {
     const float magnitude = std::fabs(lo) > std::fabs(hi) ? std::fabs(lo) : std::fabs(hi), s = magnitude / count;
-    *step = lo == hi ? magnitude : s < kLeast ? kLeast : s;
+    *step = lo == hi ? magnitude : s < kLeastStep ? kLeastStep : s;
     *offset = 0.0f;
+  } else if (lo == hi) {
+    *step = 0.0f;
+    *offset = lo;
+  } else if (mode == kZero) {
+    zero_on_code(lo, hi, count, step, offset);
   } else {
-    const float half = hi * 0.5f - lo * 0.5f > kMax / 4 ? 0.5f : 1.0f, s = (hi * half - lo * half) / count / half;
-    *step = lo == hi ? 0.0f : s < kLeast ? kLeast : s;
+    *step = affine_step(lo, hi, count);
     *offset = lo;
   }
 }
 
 }  // namespace fqt
 
-// step and offset (n,) of groups with ranges lo … hi: as reference.parameters, modes "affine" and "symmetric".
-FQT_API int fqt_parameters(const float* lo, const float* hi, int64_t n, int symmetric, int steps, float* step,
-                           float* offset, int) {
-  for (int64_t i = 0; i < n; ++i) group_parameters(lo[i], hi[i], symmetric, steps, step + i, offset + i);
+// step and offset (n,) of groups with ranges lo … hi: as reference.parameters; mode is a fqt::Mode.
+FQT_API int fqt_parameters(const float* lo, const float* hi, int64_t n, int mode, int steps, float* step, float* offset,
+                           int) {
+  for (int64_t i = 0; i < n; ++i) group_parameters(lo[i], hi[i], mode, steps, step + i, offset + i);
   return kDone;
 }

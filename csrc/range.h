@@ -9,8 +9,10 @@ namespace fqt {
 // Least and greatest of n ≥ 1 entries from the flat index `start`; NaN if there is one.
 void range_of_entries(const Source& source, int64_t start, int64_t n, float* lo, float* hi);
 
-// Step and offset of one group, as reference.parameters for the modes "affine" and "symmetric".
-void group_parameters(float lo, float hi, int symmetric, int steps, float* step, float* offset);
+enum Mode : int { kAffine = 0, kSymmetric = 1, kZero = 2 };
+
+// Step and offset of one group, as reference.parameters.
+void group_parameters(float lo, float hi, int mode, int steps, float* step, float* offset);
 
 }  // namespace fqt
 

@@ -210,13 +210,16 @@ def test_bfloat16_and_factors_plain_and_on_its_side(kind: str, group: str) -> No
             assert same(native.variance_sums(x, *rest), reference.variance_sums(x, *rest)), (shape, x.dtype)
 
 
+MODES = [("affine", 0, 255), ("affine", 0, 254), ("symmetric", -127, 127), ("zero", 0, 255)]
+
+
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantize_is_its_three_steps(kind: str, group: str) -> None:
     """Codes, steps and offsets; every start of a row against the blocks of noise."""
     for shape in [s for s in (*SHAPES, *TAILS[::3], (9, 4099), (3, 9001)) if s[0] and s[1]]:
         for x, factor in sources(matrix(shape, kind))[:: 1 if kind == "plain" else 3]:
-            for mode, low, high in (("affine", 0, 255), ("affine", 0, 254), ("symmetric", -127, 127)):
+            for mode, low, high in MODES:
                 for rounding in RANGES:
                     if rounding == "dithered" and high != 254:
                         continue
@@ -224,8 +227,12 @@ def test_quantize_is_its_three_steps(kind: str, group: str) -> None:
                     lo, hi = reference.value_range(x, group, factor)
                     step, offset = reference.parameters(lo, hi, mode, high)
                     codes = reference.encode(x, step, offset, *how[3:])
-                    for a, b in zip(ops.quantize(*how), (codes, step, offset), strict=True):
+                    *found, noise = ops.quantize(*how)
+                    for a, b in zip(found, (codes, step, offset), strict=True):
                         assert same(a, b), (shape, mode, rounding, x.dtype)
+                    assert (noise is None) == (rounding != "dithered")
+                    for a, b in zip(noise or (), reference.dither_noise(SEED, *x.shape, how[-1]), strict=False):
+                        assert same(a, b / 2**24)
 
 
 def test_transposed_swaps_the_streams_of_dither() -> None:
@@ -378,17 +385,18 @@ def test_fork_after_use() -> None:
 
 @pytest.mark.parametrize("level", native.LEVELS)
 def test_every_level_gives_the_same_bits(level: str) -> None:
-    """The tests of this file and of the products again, at a lower level."""
+    """The tests of this file, of the products and of those with corrections again, at a lower level."""
     if "FQT_KERNELS" in os.environ:
         pytest.skip("a level is chosen already")
     have = native.status().level
     if native.LEVELS.index(level) >= native.LEVELS.index(have):
         pytest.skip(f"this machine runs {have} anyway")
-    files = [__file__, str(Path(__file__).with_name("test_products.py"))]
+    here = Path(__file__)
+    files = [__file__, str(here.with_name("test_products.py")), str(here.parents[1] / "nn" / "test_fused.py")]
     chosen = (
         "plain or sums or steps or parameters or nan or noise or large or matmul or exact or epilogues or longest"
     )
-    chosen += " or long_weight"
+    chosen += " or long_weight or (formulas and dithered)"
     arguments = [*files, "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not opcheck"]
     code = f"""
 import sys, pytest

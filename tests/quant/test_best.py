@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fqt import FqtError, Quantizer
-from fqt.quant import Scale
+from fqt.kernels import ops
+from fqt.quant import Integers, Scale
 
 from .cases import FAMILIES, build, gaussian, gen, plain
 
@@ -55,3 +56,29 @@ def test_codes_are_those_of_the_side_taken(family: str) -> None:
     side = min(candidates(q), key=lambda c: float(c.variance(x, 4)))
     assert torch.equal(q.quantize(x, 4).codes, side.quantize(x, 4).codes)
     assert torch.equal(q.quantize(x, 4).dequantize(), side.quantize(x, 4).dequantize())
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", ["tensor", "row", "column"])
+@pytest.mark.parametrize("mode", ["affine", "zero"])
+def test_one_pass_chooses_as_the_plans_do(
+    monkeypatch: pytest.MonkeyPatch, mode: str, group: str, dtype: torch.dtype, axis: int
+) -> None:
+    """The kernel that measures, chooses and rounds at once against the plans of `Quantizer`."""
+    taken = set()
+    for family in ("gaussian", "sparse", "one_hot"):
+        for shape in [(9, 30), (1, 4099), (70, 257), (300, 5)]:
+            for bits in (2, 3, 8):
+                x = FAMILIES[family](*shape, 0).to(dtype)
+                q = Quantizer(scale=Scale(group, mode), grid=Integers(bits), rounding="best")
+                fast = q.quantize(x, 4, axis=axis)
+                with monkeypatch.context() as patch:
+                    patch.setattr(ops, "quantizes_at_once", lambda *_: False)
+                    slow = q.quantize(x, 4, axis=axis)
+                assert torch.equal(fast.codes, slow.codes)
+                assert torch.equal(fast.step, slow.step)
+                assert torch.equal(fast.offset, slow.offset)
+                assert torch.equal(fast.dequantize(torch.float32), slow.dequantize(torch.float32))
+                taken.add(fast.noise is None)
+    assert taken == {True, False}

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from fqt.errors import FqtError
 from fqt.kernels.memory import empty
-from fqt.kernels.reference import Scaling, Unscaling
+from fqt.kernels.reference import Quantized, Scaling, Unscaling
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 8  # FQT_ABI of csrc/platform.h
-_ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
+_ABI = 9  # FQT_ABI of csrc/platform.h
+_ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2, "best": 3}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_parameters": (_P, _P, _L, _I, _I, _P, _P, _I),
     "fqt_value_sums": (_P, _L, _L, _P, _I),
     "fqt_encode": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _I, _P, _I, _P, _I),
-    "fqt_quantize": (_P, _L, _L, _I, _I, _I, _I, _I, _I, _P, _I, _P, _P, _P, _I),
+    "fqt_quantize": (_P, _L, _L, _I, _I, _I, _I, _I, _I, _P, _I, *[_P] * 6, _I),
     "fqt_variance_sums": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
     "fqt_column_sums": (_P, _I, _L, _L, _P, _P, _P, _I),
     "fqt_row_sums": (_P, _I, _L, _L, _P, _I),
@@ -48,6 +48,12 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_matmul": (_P, _I, _L, _L, _P, _I, _L, _L, _L, _L, _L, _P, _I),
     "fqt_conv2d": (_P, _I, _P, _P, _I, _P, _I),
     "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
+    "fqt_dense_output": (_P, _P, _P, _L, _L, _L, _L, _I, _P, _I),
+    "fqt_dense_grad_input": (_P, _P, _L, _L, _L, _I, _P, _I, _P, _I),
+    "fqt_dense_grad_weight": (_P, _P, _L, _L, _L, _I, _P, _I),
+    "fqt_conv_output": (_P, _P, _P, _P, _I, _P, _I),
+    "fqt_conv_grad_input": (_P, _P, _P, _I, _P, _I, _P, _I),
+    "fqt_conv_grad_weight": (_P, _P, _P, _I, _P, _I),
     "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
 }
 
@@ -209,11 +215,11 @@ def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Te
 
 
 def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
-    """As the reference, for the modes "affine" and "symmetric"."""
+    """As the reference."""
     lo, hi = lo.contiguous(), hi.contiguous()
     step, offset = torch.empty_like(lo), torch.empty_like(lo)
     pointers = (step.data_ptr(), offset.data_ptr())
-    call("fqt_parameters", lo.data_ptr(), hi.data_ptr(), lo.numel(), int(mode == "symmetric"), steps, *pointers)
+    call("fqt_parameters", lo.data_ptr(), hi.data_ptr(), lo.numel(), _MODES[mode], steps, *pointers)
     return step, offset
 
 
@@ -249,6 +255,7 @@ def encode(
 
 
 _GROUPS = {"tensor": 0, "row": 1, "column": 2}
+_MODES = {"affine": 0, "symmetric": 1, "zero": 2}
 
 
 def quantize(
@@ -261,18 +268,25 @@ def quantize(
     seed: Tensor | None,
     factor: Tensor | None = None,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.quantize` for the modes "affine" and "symmetric"; no axis that is reduced may be empty."""
+) -> Quantized:
+    """As `ops.quantize`, and for rounding "best", which `Quantizer` defines; at least one entry."""
     source, _alive = _source(x, factor)
     rows, columns = x.shape
     shape = (rows if group == "row" else 1, columns if group == "column" else 1)
     step, offset = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
     codes = empty(x.shape, torch.uint8 if low == 0 else torch.int8)
     key = None if seed is None else seed.data_ptr()
-    how = (_GROUPS[group], int(mode == "symmetric"), high, low, high, _ROUNDINGS[rounding], key, int(transposed))
-    results = (step.data_ptr(), offset.data_ptr(), codes.data_ptr())
+    noise: tuple[Tensor, Tensor] | None = None
+    pointers: tuple[int | None, int | None] = (None, None)
+    if rounding in ("dithered", "best"):
+        both = torch.empty(rows + columns, dtype=torch.float32, device="cpu")
+        noise = both[:rows].view(rows, 1), both[rows:].view(1, columns)
+        pointers = noise[0].data_ptr(), noise[1].data_ptr()
+    dithered = ctypes.c_int32()
+    how = (_GROUPS[group], _MODES[mode], high, low, high, _ROUNDINGS[rounding], key, int(transposed))
+    results = (step.data_ptr(), offset.data_ptr(), codes.data_ptr(), *pointers, ctypes.addressof(dithered))
     call("fqt_quantize", ctypes.addressof(source), rows, columns, *how, *results)
-    return codes, step, offset
+    return codes, step, offset, noise if dithered.value else None
 
 
 def variance_sums(

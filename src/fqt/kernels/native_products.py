@@ -68,7 +68,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     return out
 
 
-class _Conv(Structure):
+class Conv(Structure):
     """`Conv` of csrc/conv.h."""
 
     _names = "samples height width channels out_height out_width out_channels kernel_height kernel_width"
@@ -76,7 +76,7 @@ class _Conv(Structure):
     _fields_ = [(name, c_int64) for name in f"{_names} {_more}".split()]
 
     @classmethod
-    def of(cls, shapes: Any) -> _Conv:
+    def of(cls, shapes: Any) -> Conv:
         """From checked shapes."""
         (n, c, h, w), (_, o, out_h, out_w), (_, _, kh, kw) = shapes.input, shapes.output, shapes.weight
         g = shapes.geometry
@@ -93,7 +93,7 @@ def conv2d(
 ) -> Tensor:
     """`fqt::conv2d`, or with `backward` `fqt::conv2d_grad_input`, on checked arguments."""
     n, channels, h, w = shapes.input if backward else shapes.output
-    codes, weight, conv = _image(codes), _image(weight), _Conv.of(shapes)
+    codes, weight, conv = _image(codes), _image(weight), Conv.of(shapes)
     out = empty((n, h, w, channels), dtype)
     finish, _alive = _finishing(out, channels, h * w, epilogue)
     operands = (codes.data_ptr(), int(codes.dtype == torch.int8), weight.data_ptr())
@@ -105,7 +105,7 @@ def conv2d(
 def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Any, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`fqt::conv2d_grad_weight` on checked arguments."""
     o, depth, kh, kw = shapes.weight
-    grad, input, conv = _image(grad), _image(input), _Conv.of(shapes)
+    grad, input, conv = _image(grad), _image(input), Conv.of(shapes)
     out = torch.empty((o, kh, kw, depth), dtype=dtype, device="cpu")
     finish, _alive = _finishing(out, kh * kw * depth, 1, epilogue)
     operands = (grad.data_ptr(), int(grad.dtype == torch.int8), input.data_ptr(), int(input.dtype == torch.int8))

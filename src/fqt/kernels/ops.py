@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import native, philox, reference
-from fqt.kernels.reference import Scaling, Unscaling
+from fqt.kernels.reference import Quantized, Scaling, Unscaling
 
 GROUPS = ("tensor", "row", "column")
 ROUNDINGS = ("nearest", "stochastic", "dithered")
@@ -46,7 +46,7 @@ def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Te
 
 def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
     """As `reference.parameters`."""
-    if mode != "zero" and native.takes(lo, hi) and lo.shape == hi.shape:
+    if native.takes(lo, hi) and lo.shape == hi.shape:
         return native.parameters(lo, hi, mode, steps)
     return reference.parameters(lo, hi, mode, steps)
 
@@ -90,15 +90,20 @@ def quantize(
     seed: Tensor | None,
     factor: Tensor | None = None,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, step and offset of a matrix: `value_range`, `parameters` with `high` steps, `encode`, in one.
+) -> Quantized:
+    """Codes of a matrix and what they mean: `value_range`, `parameters` with `high` steps, `encode`, in one.
 
     Arguments and errors are theirs.
     """
-    plain = mode != "zero" and rounding in ROUNDINGS and (seed is not None or rounding == "nearest")
-    if plain and x.numel() and native.takes_source(x, factor) and native.takes(integers=seed):
+    known = rounding in ROUNDINGS and (seed is not None or rounding == "nearest")
+    if known and quantizes_at_once(x, seed, factor):
         return native.quantize(x.detach(), group, mode, low, high, rounding, seed, factor, transposed)
     return quantize_in_steps(x, group, mode, low, high, rounding, seed, factor, transposed)
+
+
+def quantizes_at_once(x: Tensor, seed: Tensor | None, factor: Tensor | None) -> bool:
+    """Whether `native.quantize` can take these."""
+    return x.numel() > 0 and native.takes_source(x, factor) and native.takes(integers=seed)
 
 
 def quantize_in_steps(
@@ -111,10 +116,21 @@ def quantize_in_steps(
     seed: Tensor | None,
     factor: Tensor | None = None,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Quantized:
     """The same, step by step."""
     step, offset = parameters(*value_range(x, group, factor), mode, high)
-    return encode(x, step, offset, low, high, rounding, seed, factor, transposed), step, offset
+    codes = encode(x, step, offset, low, high, rounding, seed, factor, transposed)
+    return codes, step, offset, None if rounding != "dithered" else dither(seed, x, step.dtype, transposed)
+
+
+def dither(
+    seed: Tensor | None, matrix: Tensor, dtype: torch.dtype, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The fractions of a step that dithered rounding of a matrix (N, D) adds: (N, 1) and (1, D), of `dtype`."""
+    assert seed is not None
+    noise = dither_noise(seed, matrix.shape[0], matrix.shape[1], transposed)
+    row, column = (n.to(dtype) / reference.DITHER_LEVELS for n in noise)
+    return row, column
 
 
 def _native_groups(x: Tensor, step: Tensor, offset: Tensor, factor: Tensor | None) -> bool:

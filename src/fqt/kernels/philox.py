@@ -11,6 +11,7 @@ int64 products wrap around, which leaves the 64-bit product of two 32-bit words 
 
 from __future__ import annotations
 
+import ctypes
 import operator
 
 import torch
@@ -27,6 +28,7 @@ STREAM_SIGN = 3
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+_WORD = 2**64 - 1
 _CHUNK = 1 << 15  # blocks per chunk: four int64 planes of this length stay in a 2 MiB cache
 
 
@@ -95,8 +97,7 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
         number = operator.index(seed)
     except TypeError:
         raise FqtError(f"a seed must be an int or an int64 tensor with one number, not {seed!r}") from None
-    wrapped = (number + 2**63) % 2**64 - 2**63
-    return torch.tensor(wrapped, dtype=torch.int64, device=device)
+    return torch.tensor(_signed(number & _WORD), dtype=torch.int64, device=device)
 
 
 def fork_seed(seed: Tensor, index: int) -> Tensor:
@@ -111,9 +112,20 @@ def fork_seed(seed: Tensor, index: int) -> Tensor:
     Returns:
         int64 scalar tensor on the same device.
     """
-    golden, mix1, mix2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-    step = (golden * (index + 1) + 2**63) % 2**64 - 2**63
-    z = seed + step
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * mix1
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * mix2
+    golden, mix1, mix2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+    step = golden * (index + 1) & _WORD
+    if seed.is_cpu and type(seed) is Tensor and torch._C._functorch.maybe_current_level() is None:
+        # The same in Python's integers: a dozen small tensor operations between large kernels cost far more.
+        n = (ctypes.c_int64.from_address(seed.data_ptr()).value + step) & _WORD
+        n = (n ^ (n >> 30)) * mix1 & _WORD
+        n = (n ^ (n >> 27)) * mix2 & _WORD
+        return torch.tensor(_signed(n ^ (n >> 31)), dtype=torch.int64)
+    z = seed + _signed(step)
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _signed(mix1)
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _signed(mix2)
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a 64-bit word."""
+    return word - 2**64 if word >= 2**63 else word

@@ -21,6 +21,8 @@ from fqt.kernels.philox import (
 )
 
 DITHER_LEVELS = 1 << 24
+Quantized = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]
+"""Codes, step and offset of a matrix, and its dither along rows (N, 1) and columns (1, D), in steps."""
 _LEAST_STEP = 2.0**-126
 # Beyond this step a group's range may exceed the largest float: its arithmetic is done on sixteenths.
 _WIDE_STEP = {torch.float32: 2.0**100, torch.float64: 2.0**1000}

@@ -13,6 +13,9 @@ codes, which are exact:
 Everything but the first term of each line is of low rank: vectors, or for a convolution maps of one sample, in
 which a tap that padding left out counts as the value 0, not as code 0. Steps along a contracted axis have been
 folded into grad_output before it was quantized. A transform S over grad_output's rows is undone on the product.
+
+These formulas are the reference; where a native kernel evaluates one of them at once (`fqt.nn.fused`), it gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from fqt.kernels import ops
 from fqt.kernels.products import Epilogue
+from fqt.nn import fused
 from fqt.nn.linear_map import DenseMap, LinearMap
 from fqt.nn.low_rank import Channels, ConvCodes, DenseCodes, row_offset
 from fqt.quant.tensor import QuantizedTensor
@@ -42,6 +46,9 @@ def output(
     Returns:
         Of the float layer's output's shape; channels-last for a convolution.
     """
+    at_once = fused.output(map, x, w, bias, dtype)
+    if at_once is not None:
+        return at_once
     product = _of(map)
     step, offset, weight_step = (v.flatten() for v in (x.matrix_step, x.group_offset, w.matrix_step))
     left = right = None
@@ -73,6 +80,10 @@ def grad_input(
         dtype: of the result, float32 or bfloat16.
     """
     product = _of(map)
+    at_once = fused.grad_input(map, g, w, folded, shape, dtype)
+    if at_once is not None:
+        result, of_ones = at_once
+        return result if of_ones is None else product.unmixed(g, result, of_ones, dtype)
     ones, dithered = product.vectors_times_weight(g, w, shape)
     weight_step = None if folded else w.matrix_step.flatten()
     if weight_step is not None:
@@ -102,6 +113,9 @@ def grad_weight(map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: 
         folded: whether the input's steps are in `g` already.
         shape: the weight's.
     """
+    at_once = fused.grad_weight(map, g, x, folded, shape)
+    if at_once is not None:
+        return at_once
     product, channels = _of(map), Channels.of(g)
     step, offset = x.matrix_step.flatten(), x.group_offset.flatten()
     if folded:
@@ -138,7 +152,7 @@ def _zero_point(g: Channels) -> tuple[Tensor, Tensor]:
     rounding of a term hundreds of times the result.
     """
     zero = torch.where(g.step > 0, -g.offset / g.step, 0.0).round().clamp(0, 255)
-    return torch.addcmul(g.offset, g.step, zero), zero.to(torch.int32)
+    return g.offset + g.step * zero, zero.to(torch.int32)  # not addcmul, which may round once only
 
 
 def _all_zero(offset: Tensor) -> bool:

@@ -135,7 +135,7 @@ class DenseCodes:
         self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(c − zero)·1 (O, 1), and the columns it belongs to (1, I)."""
-        sums = ops.column_sums(g.codes)[0] - zero * g.codes.shape[0]
+        sums = ops.column_sums(g.codes)[0] - zero.long() * g.codes.shape[0]
         return sums.float()[:, None], g.step.new_ones(1, shape[1])
 
     def grad_weight(self, g: Channels, x: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.kernels import ops, reference
+from fqt.kernels import native, ops, reference
 from fqt.kernels.philox import as_seed
+from fqt.kernels.reference import Quantized
 from fqt.quant.scale import Integers, Scale
 from fqt.quant.tensor import Dither, QuantizedTensor, RowView
 from fqt.quant.transform import Identity, Mixing, Transform
@@ -111,15 +112,21 @@ class Quantizer:
     def _rounded(
         self, matrix: Tensor, view: RowView, factor: Tensor | None, dtype: torch.dtype, key: Tensor | None
     ) -> tuple[Tensor, QuantizedTensor]:
-        if self.rounding != "best" and isinstance(self.transform, Identity):
+        if isinstance(self.transform, Identity):
             low, high = Plan.codes(self.scale.mode, self.grid, self.rounding)
             how = (self.matrix_group(view.transposed), self.scale.mode, low, high, self.rounding, key)
-            codes, step, offset = ops.quantize(matrix, *how, factor, view.transposed)
-            decoding = Plan(step, offset, low, high, self.rounding).decoding(matrix.shape, view.transposed, key)
-            return matrix, QuantizedTensor(view, dtype, codes, *decoding)
+            found: Quantized | None = None
+            if self.rounding != "best":
+                found = ops.quantize(matrix, *how, factor, view.transposed)
+            elif ops.quantizes_at_once(matrix, key, factor):
+                found = native.quantize(matrix, *how, factor, view.transposed)
+            if found is not None:
+                codes, step, offset, noise = found
+                dither = None if noise is None else Dither(*noise)
+                return matrix, QuantizedTensor(view, dtype, codes, step, offset, dither)
         y, factor, mixing, plan = self._plan(matrix, factor, view.transposed, key)
         codes = plan.encode(_Entries(y, factor, view.transposed), key)
-        decoding = plan.decoding(y.shape, view.transposed, key)
+        decoding = plan.decoding(y, view.transposed, key)
         return y, QuantizedTensor(view, dtype, codes, *decoding, mixing)
 
     def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
@@ -254,7 +261,8 @@ class Quantizer:
         gain = stochastic.group_variance(y, factor) - dithered.group_variance(y, factor)
         if cost is not None:
             gain = gain * cost[:, None]
-        return Either(gain.sum() > 0, dithered, stochastic)
+        # A running sum adds in one order on every backend: the choice must not depend on the machine.
+        return Either(gain.flatten().cumsum(0)[-1:].sum() > 0, dithered, stochastic)
 
 
 @dataclass(frozen=True)
@@ -296,14 +304,12 @@ class Plan:
         return ops.encode(x.matrix, self.step, self.offset, *rest)
 
     def decoding(
-        self, shape: torch.Size, transposed: bool, key: Tensor | None
+        self, matrix: Tensor, transposed: bool, key: Tensor | None
     ) -> tuple[Tensor, Tensor, Dither | None]:
         """Step, offset and dither."""
         if self.rounding != "dithered":
             return self.step, self.offset, None
-        assert key is not None
-        noise = ops.dither_noise(key, shape[0], shape[1], transposed)
-        return self.step, self.offset, Dither(*(n.to(self.step.dtype) / reference.DITHER_LEVELS for n in noise))
+        return self.step, self.offset, Dither(*ops.dither(key, matrix, self.step.dtype, transposed))
 
     def group_variance(self, y: Tensor, factor: Tensor | None) -> Tensor:
         """float64, of step's shape: Σ over the group of its entries' variances (to 2⁻²⁵ of a squared step each)."""
@@ -365,13 +371,13 @@ class Either:
         return self._pick(self.first.encode(x, key), self.second.encode(x, key))
 
     def decoding(
-        self, shape: torch.Size, transposed: bool, key: Tensor | None
+        self, matrix: Tensor, transposed: bool, key: Tensor | None
     ) -> tuple[Tensor, Tensor, Dither | None]:
         """Step, offset and dither of the plan taken."""
         taken = self._on_cpu()
         if taken is not None:
-            return taken.decoding(shape, transposed, key)
-        step, offset, dither = self.first.decoding(shape, transposed, key)
+            return taken.decoding(matrix, transposed, key)
+        step, offset, dither = self.first.decoding(matrix, transposed, key)
         assert dither is not None
         picked = self._pick(step, self.second.step), self._pick(offset, self.second.offset)
         return *picked, dither.where(self.take_first)

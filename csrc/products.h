@@ -1,0 +1,18 @@
+// The exported products and sums of codes, for the kernels that are made of them.
+#pragma once
+
+#include "conv.h"
+#include "epilogue.h"
+#include "platform.h"
+
+FQT_API int fqt_matmul(const uint8_t* a, int a_signed, int64_t a_row_stride, int64_t a_column_stride,
+                       const uint8_t* b, int b_signed, int64_t b_row_stride, int64_t b_column_stride, int64_t m,
+                       int64_t n, int64_t k, const fqt::Epilogue* e, int threads);
+FQT_API int fqt_conv2d(const uint8_t* codes, int is_signed, const uint8_t* weight, const fqt::Conv* conv, int backward,
+                       const fqt::Epilogue* e, int threads);
+FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const uint8_t* input, int input_signed,
+                                   const fqt::Conv* conv, const fqt::Epilogue* e, int threads);
+FQT_API int fqt_column_sums(const uint8_t* codes, int is_signed, int64_t rows, int64_t columns,
+                            const int32_t* weights, int64_t* plain, int64_t* weighted, int threads);
+FQT_API int fqt_row_sums(const uint8_t* codes, int is_signed, int64_t rows, int64_t columns, int64_t* sums,
+                         int threads);

@@ -1,0 +1,144 @@
+"""The three products in one native call each, where that can be; the bits are those of `fqt.nn.integer`'s formulas.
+
+Python and small torch operations between the kernels were an eighth of a layer's step: several times slower there
+than alone, since the kernels empty the caches. What has no native call here (no kernels, an empty operand, a weight
+gradient whose channels are mixed) returns None, and the formulas are evaluated one by one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fqt.kernels import native
+from fqt.kernels import native_quantized as kernels
+from fqt.kernels.native_products import Conv
+from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
+from fqt.quant.tensor import QuantizedTensor
+
+_LONGEST_DENSE, _LONGEST_LINE, _LARGEST_KERNEL = 1 << 23, 1 << 15, 1 << 12
+
+
+def output(
+    map: LinearMap, x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """As `integer.output`."""
+    if not _fits(x, w) or x.noise is not None or w.noise is not None:
+        return None
+    bias = None if bias is None else bias.detach().float().contiguous()
+    if isinstance(map, DenseMap):
+        tokens = x.shape[:-1].numel()
+        run = tokens // x.matrix_step.numel()
+        sizes = (tokens, x.shape[-1], w.shape[0])
+        _meet("weight", w.shape, (sizes[2], sizes[1]))
+        out = kernels.dense_output(_operand(x), _operand(w), bias, sizes, run, dtype)
+        return out.view(*x.shape[:-1], w.shape[0])
+    conv = _conv(map, x.shape[0], x.shape[1:-1], w.shape)
+    if conv is None:
+        return None
+    _meet("input", x.shape[-1:], w.shape[-1:])
+    return _image(kernels.conv_output(_operand(x), _operand(w), bias, conv, dtype), map)
+
+
+def grad_input(
+    map: LinearMap, g: QuantizedTensor, w: QuantizedTensor, folded: bool, shape: torch.Size, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None] | None:
+    """As `integer.grad_input` before a transform is undone; with a transform also what it needs, 1·w by column."""
+    if not _fits(g, w) or g.view.transposed or w.noise is not None:
+        return None
+    dtype, wants_ones = (dtype, False) if g.mixing is None else (torch.float32, True)
+    if isinstance(map, DenseMap):
+        sizes = (g.shape[:-1].numel(), shape[-1], w.shape[0])
+        if g.matrix_codes.shape != (sizes[0], g.shape[-1]):  # a token is no row
+            return None
+        _meet("weight", w.shape, (g.shape[-1], sizes[1]))
+        _meet("input", shape, (*g.shape[:-1], sizes[1]))
+        out, ones = kernels.dense_grad_input(_operand(g), _operand(w), sizes, folded, dtype, wants_ones)
+        return out.view(shape), ones
+    conv = _conv(map, shape[0], shape[2:], w.shape)
+    if conv is None or g.view.axis != (0,):
+        return None
+    _meet("grad_output", g.shape, _output_shape(conv, map))
+    _meet("input", shape[1:2], w.shape[-1:])
+    out, ones = kernels.conv_grad_input(_operand(g), _operand(w), conv, folded, dtype, wants_ones)
+    return _image(out, map), ones
+
+
+def grad_weight(
+    map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: bool, shape: torch.Size
+) -> Tensor | None:
+    """As `integer.grad_weight`."""
+    if not _fits(g, x) or not g.view.transposed or x.noise is not None:
+        return None
+    if x.matrix_step.numel() > 1 and not folded:
+        return None
+    if isinstance(map, DenseMap):
+        sizes = (g.shape[:-1].numel(), shape[1], shape[0])
+        if sizes[0] >= _LONGEST_DENSE:
+            return None
+        _meet("grad_output", g.shape, (*x.shape[:-1], sizes[2]))
+        _meet("input", x.shape[-1:], (sizes[1],))
+        return kernels.dense_grad_weight(_operand(g), _operand(x), sizes, folded)
+    conv = _conv(map, x.shape[0], x.shape[1:-1], (shape[0], *shape[2:], shape[1]))
+    if conv is None or conv.out_width > _LONGEST_LINE:
+        return None
+    _meet("grad_output", g.shape, _output_shape(conv, map))
+    _meet("input", x.shape[-1:], shape[1:2])
+    return _image(kernels.conv_grad_weight(_operand(g), _operand(x), conv, folded), map)
+
+
+def _fits(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    """Whether the kernels can read both: codes with data on the CPU, in float32 steps, none empty."""
+    return _readable(a) and _readable(b)
+
+
+def _readable(q: QuantizedTensor) -> bool:
+    noise = () if q.noise is None else (q.noise.row, q.noise.column)
+    floats = (q.matrix_step, q.group_offset, *noise)
+    return (
+        native.takes(*floats, integers=q.matrix_codes)
+        and q.matrix_step.shape == q.group_offset.shape
+        and q.matrix_codes.numel() > 0
+        and all(t.is_contiguous() for t in (q.matrix_codes, *floats))
+    )
+
+
+def _operand(q: QuantizedTensor) -> kernels.Operand:
+    noise = None if q.noise is None else (q.noise.row, q.noise.column)
+    return kernels.Operand.of(q.matrix_codes, q.matrix_step, q.group_offset, noise)
+
+
+def _conv(map: ConvMap, samples: int, size: tuple[int, ...], weight: tuple[int, ...]) -> Conv | None:
+    """The geometry in two dimensions; None where the products refuse it. size: of the input; weight: (O, *, C)."""
+
+    def pair(values: tuple[int, ...], first: int) -> tuple[int, int]:
+        return (first, values[0]) if len(values) == 1 else (values[0], values[1])
+
+    stride, padding, dilation = pair(map.stride, 1), pair(map.padding, 0), pair(map.dilation, 1)
+    (h, w), kernel = pair(tuple(size), 1), pair(tuple(weight[1:-1]), 1)
+    out = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True)
+    ]
+    if min(*out, *kernel) < 1 or max(kernel) > _LARGEST_KERNEL:
+        return None
+    sizes = (samples, h, w, weight[-1], *out, weight[0], *kernel)
+    return Conv(*sizes, *stride, *padding, *dilation, 1)
+
+
+def _output_shape(conv: Conv, map: ConvMap) -> tuple[int, ...]:
+    """Of the output, laid out."""
+    size = (conv.out_width,) if len(map.stride) == 1 else (conv.out_height, conv.out_width)
+    return (conv.samples, *size, conv.out_channels)
+
+
+def _meet(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """The kernels see no shapes: what does not fit must not reach them."""
+    if tuple(shape) != tuple(wanted):
+        raise ValueError(f"{name} has shape {tuple(shape)} where the other operands ask for {tuple(wanted)}")
+
+
+def _image(x: Tensor, map: ConvMap) -> Tensor:
+    """(N, C, *) from (N, H, W, C)."""
+    image = x.permute(0, 3, 1, 2)
+    return image.squeeze(2) if len(map.stride) == 1 else image
