@@ -119,21 +119,107 @@ void encode_group(const Task& task, const Philox& philox, Group group, int64_t r
   }
 }
 
-// Rows as groups: range, step and codes of a row while it is in the cache. step and offset are written.
-template <int Rounding>
-void quantize_rows(const Task& task, int64_t rows, int mode, int steps, uint64_t seed, float* step,
-                   float* offset, int threads) {
-  const Philox philox(seed, kRounding);
-  const int64_t per_item = 1 + 8 * kChunk / task.columns;
-  parallel_for(ceil_div(rows, per_item), rows * task.columns, threads, [&](int64_t item) {
-    for (int64_t r = item * per_item; r < rows && r < (item + 1) * per_item; ++r) {
-      const int64_t start = r * task.columns;
-      float lo, hi;
-      range_of_entries(task.source, start, task.columns, &lo, &hi);
-      group_parameters(lo, hi, mode, steps, step + r, offset + r);
-      encode_group<Rounding>(task, philox, Group::of(step[r], offset[r]), r, start, start + task.columns);
+// Σ of values by column of a matrix with `period` columns, of which the rows that are seen are whole rows: runs of 32
+// in float32, runs in float64.
+class ColumnSums {
+ public:
+  ColumnSums(float* run, double* total, int64_t period) : run_(run), total_(total), period_(period) {
+    for (int64_t j = 0; j < period; ++j) run[j] = 0, total[j] = 0;
+  }
+
+  // The next n entries, in the order of the matrix.
+  void add(const float* x, int64_t n) {
+    for (int64_t i = 0; i < n;) {
+      const int64_t length = period_ - at_ < n - i ? period_ - at_ : n - i;
+      float* to = run_ + at_;
+      for (int64_t j = 0; j < length; ++j) to[j] += x[i + j];
+      i += length;
+      at_ += length;
+      if (at_ == period_) {
+        at_ = 0;
+        if (++rows_ == 32) flush();
+      }
     }
+  }
+
+  void flush() {
+    for (int64_t j = 0; j < period_; ++j) total_[j] += run_[j], run_[j] = 0;
+    rows_ = 0;
+  }
+
+ private:
+  float* run_;
+  double* total_;
+  int64_t period_, at_ = 0, rows_ = 0;
+};
+
+}  // namespace
+
+namespace fqt {
+
+// What one quantizer's pass over a matrix finds out for others; the matrix has no factors then.
+struct Findings {
+  float lo, hi;       // of all entries: a result, or known and used
+  int32_t known;
+  int32_t has_sums;   // a result: whether `sums` was written
+  double* sums;       // (period,) Σ of the values by column of the matrix (entries ÷ period, period); null: not wanted
+  int64_t period;
+};
+
+}  // namespace fqt
+
+namespace {
+
+// The range of all entries from those of the rows; NaN if there is one.
+void find_range(const float* lo, const float* hi, int64_t rows, Findings* findings) {
+  findings->lo = lo[0], findings->hi = hi[0];
+  for (int64_t r = 1; r < rows; ++r) {
+    if (findings->lo == findings->lo && !(lo[r] >= findings->lo)) findings->lo = lo[r];
+    if (findings->hi == findings->hi && !(hi[r] <= findings->hi)) findings->hi = hi[r];
+  }
+  findings->known = 1;
+}
+
+// Rows as groups: range, step and codes of a row while it is in the cache. step and offset are written. In items of
+// rows whose number does not depend on the threads, so that sums do not either.
+template <int Rounding>
+bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, uint64_t seed, float* step, float* offset,
+                   Findings* findings, int threads) {
+  const Philox philox(seed, kRounding);
+  const int64_t columns = task.columns, per_item = 1 + 8 * kChunk / columns, items = ceil_div(rows, per_item);
+  const int64_t period = findings && findings->sums ? findings->period : 0;
+  std::unique_ptr<float[]> lo, hi, runs;
+  std::unique_ptr<double[]> totals;
+  if (findings) {
+    lo.reset(new (std::nothrow) float[rows]), hi.reset(new (std::nothrow) float[rows]);
+    runs.reset(new (std::nothrow) float[items * period]), totals.reset(new (std::nothrow) double[items * period]);
+    if (!lo || !hi || !runs || !totals) return false;
+  }
+  parallel_for(items, rows * columns, threads, [&](int64_t item) {
+    float buffer[kChunk + W];
+    ColumnSums sums(runs.get() + item * period, totals.get() + item * period, period);
+    for (int64_t r = item * per_item; r < rows && r < (item + 1) * per_item; ++r) {
+      const int64_t start = r * columns;
+      float least, greatest;
+      range_of_entries(task.source, start, columns, &least, &greatest);
+      group_parameters(least, greatest, mode, steps, step + r, offset + r);
+      encode_group<Rounding>(task, philox, Group::of(step[r], offset[r]), r, start, start + columns);
+      if (findings) lo[r] = least, hi[r] = greatest;
+      for (int64_t i = 0; period && i < columns; i += kChunk) {
+        const int64_t n = columns - i < kChunk ? columns - i : kChunk;
+        sums.add(values(task.source, start + i, n, buffer), n);
+      }
+    }
+    if (period) sums.flush();
   });
+  if (!findings) return true;
+  find_range(lo.get(), hi.get(), rows, findings);
+  findings->has_sums = period != 0;
+  for (int64_t j = 0; j < period; ++j) {
+    findings->sums[j] = 0;
+    for (int64_t item = 0; item < items; ++item) findings->sums[j] += totals[item * period + j];
+  }
+  return true;
 }
 
 // The dither of a matrix, set in the task; null when there is no memory.
@@ -339,12 +425,13 @@ bool dithered_is_better(const float* lo, const float* hi, const float* step, con
 // Range, parameters and codes in one: group 0 the tensor, 1 rows, 2 columns; as fqt_range_*, fqt_parameters with
 // `steps`, fqt_encode. step and offset are results here. At least one entry. Rounding kBest (low = 0, high = steps):
 // stochastic, or dithered on the affine grid of a step less where its exact variance, summed over the matrix, is lower.
-// The dither that was added, in fractions of a step, goes to row_noise (rows,) and column_noise (columns,); *dithered
+// findings, unless it is null: the range of all entries, taken from it where it is known and needed, else found with
+// rows as groups; so are the sums. The dither that was added, in fractions of a step, goes to row_noise (rows,) and column_noise (columns,); *dithered
 // says whether there was any.
 FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, int group, int mode, int steps,
                          int low, int high, int rounding, const int64_t* seed, int transposed, float* step,
                          float* offset, uint8_t* codes, float* row_noise, float* column_noise, int32_t* dithered,
-                         int threads) {
+                         Findings* findings, int threads) {
   const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
   const int64_t groups = group == 0 ? 1 : group == 1 ? rows : columns;
   std::unique_ptr<float[]> range;
@@ -355,8 +442,14 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
   }
   float *lo = range.get(), *hi = lo + groups;
   if (group != 1) {
-    const int status = group == 0 ? fqt_range_tensor(source, rows * columns, lo, hi, threads)
-                                  : fqt_range_columns(source, rows, columns, lo, hi, threads);
+    int status = kDone;
+    if (group == 2) {
+      status = fqt_range_columns(source, rows, columns, lo, hi, threads);
+    } else if (findings && findings->known) {
+      *lo = findings->lo, *hi = findings->hi;
+    } else {
+      status = fqt_range_tensor(source, rows * columns, lo, hi, threads);
+    }
     if (status != kDone) return status;
     for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], mode, steps, step + g, offset + g);
     known = true;
@@ -366,6 +459,7 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
     if (!sums) return kNoMemory;
     if (group == 1) {
       measure_rows(*source, rows, columns, mode, steps, lo, hi, step, offset, sums.get(), threads);
+      if (findings) find_range(lo, hi, rows, findings);
       known = true;
     } else {
       fqt_variance_sums(source, rows, columns, step, offset, 0, group == 2, low, high, sums.get(), threads);
@@ -394,12 +488,13 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
     rows = 1;
   }
   const bool fixed = kFixedPoint && low == 0;
+  bool done = true;
   const auto run = [&](auto kind) {
     constexpr int kRounding = decltype(kind)::value;
     if (known) {
       encode_groups<kRounding>(task, rows, group == 1, group == 2, key, threads);
     } else {
-      quantize_rows<kRounding>(task, rows, mode, steps, key, step, offset, threads);
+      done = quantize_rows<kRounding>(task, rows, mode, steps, key, step, offset, findings, threads);
     }
   };
   if (rounding == kNearest) {
@@ -409,5 +504,5 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
   } else {
     fixed ? run(std::integral_constant<int, kDitheredFixed>{}) : run(std::integral_constant<int, kDithered>{});
   }
-  return kDone;
+  return done ? kDone : kNoMemory;
 }

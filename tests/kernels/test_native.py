@@ -235,6 +235,41 @@ def test_quantize_is_its_three_steps(kind: str, group: str) -> None:
                         assert same(a, b / 2**24)
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "best"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_findings_save_a_pass_and_change_nothing(dtype: torch.dtype, rounding: str) -> None:
+    """Range and sums that a pass over rows comes by: those of passes of their own, on any number of threads."""
+    for shape, channels in (((9, 30), 10), ((1, 4099), 4099), ((700, 64), 64), ((70, 257), 257), ((3, 20000), 16)):
+        for special in (None, "nan", "-inf"):
+            x = matrix(shape, "plain").to(dtype)
+            if special:
+                x[shape[0] // 2, 3] = float(special)
+            findings = native.Findings(channels)
+            before = native.quantize(x, "row", "affine", 0, 255, rounding, SEED, findings=findings)
+            alone = native.quantize(x, "row", "affine", 0, 255, rounding, SEED)
+            assert all(same(a, b) for a, b in zip(before[:3], alone[:3], strict=True))
+            assert findings.known
+            lo, hi = reference.value_range(x, "tensor")
+            assert same(torch.tensor([[findings.lo]]), lo)
+            assert same(torch.tensor([[findings.hi]]), hi)
+            whole = native.quantize(x, "tensor", "affine", 0, 255, "stochastic", SEED, findings=findings)
+            plain = native.quantize(x, "tensor", "affine", 0, 255, "stochastic", SEED)
+            assert all(same(a, b) for a, b in zip(whole[:3], plain[:3], strict=True))
+            if rounding == "best":
+                assert findings.sums is None
+            elif special is None:
+                wanted = reference.value_sums(x.view(-1, channels))
+                assert findings.sums is not None
+                bound = 1e-6 * float(x.double().abs().sum() + 1)
+                assert torch.allclose(findings.sums, wanted, rtol=0, atol=bound)
+                threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+                again = native.Findings(channels)
+                native.quantize(x, "row", "affine", 0, 255, rounding, SEED, findings=again)
+                torch.set_num_threads(threads)
+                assert same(again.sums, findings.sums)
+
+
 def test_transposed_swaps_the_streams_of_dither() -> None:
     (row, column), (other_row, other_column) = (ops.dither_noise(SEED, 5, 7, t) for t in (False, True))
     assert torch.equal(other_row.flatten(), ops.dither_noise(SEED, 7, 5)[1].flatten())
@@ -396,7 +431,7 @@ def test_every_level_gives_the_same_bits(level: str) -> None:
     chosen = (
         "plain or sums or steps or parameters or nan or noise or large or matmul or exact or epilogues or longest"
     )
-    chosen += " or long_weight or (formulas and dithered)"
+    chosen += " or long_weight or findings or (formulas and dithered)"
     arguments = [*files, "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not opcheck"]
     code = f"""
 import sys, pytest
@@ -404,7 +439,7 @@ from fqt.kernels import status
 print(status().level)
 sys.exit(pytest.main({arguments!r}))
 """
-    out = run(code, level)
+    out = run(code, level, timeout=400)
     assert out.splitlines()[0] == level
 
 

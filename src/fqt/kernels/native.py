@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_parameters": (_P, _P, _L, _I, _I, _P, _P, _I),
     "fqt_value_sums": (_P, _L, _L, _P, _I),
     "fqt_encode": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _I, _P, _I, _P, _I),
-    "fqt_quantize": (_P, _L, _L, _I, _I, _I, _I, _I, _I, _P, _I, *[_P] * 6, _I),
+    "fqt_quantize": (_P, _L, _L, _I, _I, _I, _I, _I, _I, _P, _I, *[_P] * 7, _I),
     "fqt_variance_sums": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
     "fqt_column_sums": (_P, _I, _L, _L, _P, _P, _P, _I),
     "fqt_row_sums": (_P, _I, _L, _L, _P, _I),
@@ -258,6 +258,35 @@ _GROUPS = {"tensor": 0, "row": 1, "column": 2}
 _MODES = {"affine": 0, "symmetric": 1, "zero": 2}
 
 
+class Findings(ctypes.Structure):
+    """What one quantizer's pass over a tensor finds out for others that read the same tensor.
+
+    The range of all its entries, and the sums of its values over all but the last axis. Each is there once a
+    native pass over whole rows came by it; whoever needs it earlier takes a pass of their own.
+    """
+
+    _fields_ = [
+        ("lo", ctypes.c_float),
+        ("hi", ctypes.c_float),
+        ("known", ctypes.c_int32),
+        ("has_sums", ctypes.c_int32),
+        ("pointer", _P),
+        ("period", _L),
+    ]
+
+    def __init__(self, channels: int = 0) -> None:
+        """channels: length of the last axis if sums are wanted, else 0."""
+        super().__init__()
+        self._sums = torch.empty(channels, dtype=torch.float64, device="cpu")
+        if channels:
+            self.pointer, self.period = self._sums.data_ptr(), channels
+
+    @property
+    def sums(self) -> Tensor | None:
+        """(channels,) float64, as `ops.value_sums`; None if no pass found them."""
+        return self._sums if self.has_sums else None
+
+
 def quantize(
     x: Tensor,
     group: str,
@@ -268,6 +297,7 @@ def quantize(
     seed: Tensor | None,
     factor: Tensor | None = None,
     transposed: bool = False,
+    findings: Findings | None = None,
 ) -> Quantized:
     """As `ops.quantize`, and for rounding "best", which `Quantizer` defines; at least one entry."""
     source, _alive = _source(x, factor)
@@ -284,7 +314,8 @@ def quantize(
         pointers = noise[0].data_ptr(), noise[1].data_ptr()
     dithered = ctypes.c_int32()
     how = (_GROUPS[group], _MODES[mode], high, low, high, _ROUNDINGS[rounding], key, int(transposed))
-    results = (step.data_ptr(), offset.data_ptr(), codes.data_ptr(), *pointers, ctypes.addressof(dithered))
+    found = None if findings is None or factor is not None else ctypes.addressof(findings)
+    results = (step.data_ptr(), offset.data_ptr(), codes.data_ptr(), *pointers, ctypes.addressof(dithered), found)
     call("fqt_quantize", ctypes.addressof(source), rows, columns, *how, *results)
     return codes, step, offset, noise if dithered.value else None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import native, philox, reference
+from fqt.kernels.native import Findings as Findings
 from fqt.kernels.reference import Quantized, Scaling, Unscaling
 
 GROUPS = ("tensor", "row", "column")
@@ -90,14 +91,15 @@ def quantize(
     seed: Tensor | None,
     factor: Tensor | None = None,
     transposed: bool = False,
+    findings: Findings | None = None,
 ) -> Quantized:
     """Codes of a matrix and what they mean: `value_range`, `parameters` with `high` steps, `encode`, in one.
 
-    Arguments and errors are theirs.
+    Arguments and errors are theirs; `findings` are used and added to where that saves a pass.
     """
     known = rounding in ROUNDINGS and (seed is not None or rounding == "nearest")
     if known and quantizes_at_once(x, seed, factor):
-        return native.quantize(x.detach(), group, mode, low, high, rounding, seed, factor, transposed)
+        return native.quantize(x.detach(), group, mode, low, high, rounding, seed, factor, transposed, findings)
     return quantize_in_steps(x, group, mode, low, high, rounding, seed, factor, transposed)
 
 
@@ -116,8 +118,9 @@ def quantize_in_steps(
     seed: Tensor | None,
     factor: Tensor | None = None,
     transposed: bool = False,
+    findings: Findings | None = None,
 ) -> Quantized:
-    """The same, step by step."""
+    """The same, step by step; finds nothing out for others."""
     step, offset = parameters(*value_range(x, group, factor), mode, high)
     codes = encode(x, step, offset, low, high, rounding, seed, factor, transposed)
     return codes, step, offset, None if rounding != "dithered" else dither(seed, x, step.dtype, transposed)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fqt.kernels import reference
+from fqt.kernels.ops import Findings
 from fqt.kernels.philox import fork_seed
 from fqt.nn import integer
 from fqt.nn.arithmetic import on_integers
@@ -165,16 +166,20 @@ def backward(
     with torch.autocast(grad_output.device.type, enabled=False):
         if reference.compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
             grad_output = grad_output.double()
+        if call.seed is not None:  # laid out once for both quantizers
+            grad_output = call.map.unlay(call.map.lay(grad_output).contiguous())
+        findings = Findings(shapes[1][0] if needs[2] and not call.map.transposed else 0)
         if needs[0]:
             assert weight is not None
             w = _Operand.weight(weight, call)
-            grad_input = call.as_laid_out(_grad_input(grad_output, w, call, shapes[0], input_dtype))
+            grad_input = call.as_laid_out(_grad_input(grad_output, w, call, shapes[0], input_dtype, findings))
         if needs[1]:
             x = _Operand.unpacked(saved, view)
-            grad_weight = _grad_weight(grad_output, x, call, shapes[1]).to(weight_dtype)
+            grad_weight = _grad_weight(grad_output, x, call, shapes[1], findings).to(weight_dtype)
         if needs[2]:
             assert bias_dtype is not None
-            grad_bias = call.map.grad_bias(grad_output).to(bias_dtype)
+            sums = call.map.grad_bias(grad_output) if findings.sums is None else findings.sums
+            grad_bias = sums.to(bias_dtype)
     return grad_input, grad_weight, grad_bias
 
 
@@ -275,9 +280,10 @@ class _Gradient:
     call: Call
     quantizer: Quantizer | None
     axis: tuple[int, ...]
+    findings: Findings
 
     @staticmethod
-    def of(grad: Tensor, role: str, call: Call) -> _Gradient:
+    def of(grad: Tensor, role: str, call: Call, findings: Findings) -> _Gradient:
         """No quantizer where the gradient is exact.
 
         Output channels are not contracted in grad_weight: a row means a channel there, if the recipe does not say.
@@ -285,7 +291,7 @@ class _Gradient:
         q = call.recipe.operand(role) if call.seed is not None else None
         habit = "channel" if role == "grad_weight" else None
         axis = () if q is None else rows(call.map, q.scale.axis or habit, grad.ndim)
-        return _Gradient(call.map.lay(grad), role, call, q, axis)
+        return _Gradient(call.map.lay(grad), role, call, q, axis, findings)
 
     @property
     def compute(self) -> torch.dtype:
@@ -304,7 +310,10 @@ class _Gradient:
         if self.call.observer is not None:
             seen = reference.values(values) if per_channel is None else values.to(self.compute) * per_channel
             self.call.observer(GradientOperand(self.role, seen, factor, self.quantizer, self.axis, seed))
-        return self.quantizer.quantize(values, seed, axis=self.axis, nonfinite="propagate", factor=per_channel)
+        findings = self.findings if factor is None else None  # they are of the values alone
+        return self.quantizer.quantize(
+            values, seed, axis=self.axis, nonfinite="propagate", factor=per_channel, findings=findings
+        )
 
     def value(self, factor: Tensor | None) -> Tensor:
         """The same as floats of the layer's own layout: as its quantizer returns it, or exact."""
@@ -314,8 +323,10 @@ class _Gradient:
         return self.call.map.unlay(self.codes(factor).dequantize(self.compute))
 
 
-def _grad_input(grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    gradient = _Gradient.of(grad, "grad_input", call)
+def _grad_input(
+    grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype, findings: Findings
+) -> Tensor:
+    gradient = _Gradient.of(grad, "grad_input", call, findings)
     step = weight.row_step() if _folds(gradient) else None
     if weight.codes is not None and gradient.on_integers():
         result = _result_dtype(dtype)
@@ -333,8 +344,8 @@ def _grad_input(grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, d
     return call.map.grad_input(gradient.value(factor), value, shape).to(dtype)
 
 
-def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size) -> Tensor:
-    gradient = _Gradient.of(grad, "grad_weight", call)
+def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size, findings: Findings) -> Tensor:
+    gradient = _Gradient.of(grad, "grad_weight", call, findings)
     step, view = (input.row_step() if _folds(gradient) else None), []
     if step is not None and input.codes is not None:
         axis = input.codes.view.axis

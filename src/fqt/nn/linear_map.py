@@ -24,6 +24,7 @@ class DenseMap:
     """Whether one input position meets one output position, so that a step per token can move across."""
     habit = "token"
     """The rows of an operand if the recipe does not say."""
+    transposed = False
 
     def output(self, input: Tensor, weight: Tensor) -> Tensor:
         """(…, O)."""

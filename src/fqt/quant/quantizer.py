@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fqt.errors import FqtError
 from fqt.kernels import native, ops, reference
+from fqt.kernels.ops import Findings
 from fqt.kernels.philox import as_seed
 from fqt.kernels.reference import Quantized
 from fqt.quant.scale import Integers, Scale
@@ -68,6 +69,7 @@ class Quantizer:
         axis: int | tuple[int, ...] = 0,
         nonfinite: str = "raise",
         factor: Tensor | None = None,
+        findings: Findings | None = None,
     ) -> QuantizedTensor:
         """Codes of `x`, with what turns them back.
 
@@ -79,11 +81,12 @@ class Quantizer:
             nonfinite: "raise", or "propagate": NaN out for the whole group (with a transform: the tensor).
             factor: (x.shape[-1],) in float32 (float64 for float64 x): what is quantized is x · factor, multiplied
                 on the way to save a pass over memory; None is x itself.
+            findings: what passes over x have found out, to be used and added to where that saves a pass.
 
         Raises:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
-        return self.rounded(x, seed, axis=axis, nonfinite=nonfinite, factor=factor)[1]
+        return self.rounded(x, seed, axis=axis, nonfinite=nonfinite, factor=factor, findings=findings)[1]
 
     def rounded(
         self,
@@ -93,6 +96,7 @@ class Quantizer:
         axis: int | tuple[int, ...] = 0,
         nonfinite: str = "raise",
         factor: Tensor | None = None,
+        findings: Findings | None = None,
     ) -> tuple[Tensor, QuantizedTensor]:
         """`quantize`, and the matrix that it rounds: rows less their offset and mixed, or x as it is.
 
@@ -102,7 +106,7 @@ class Quantizer:
         matrix, view, factor = self._matrix(x, axis, factor)
         if nonfinite not in ("raise", "propagate"):
             raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
-        y, quantized = self._rounded(matrix, view, factor, x.dtype, self._key(seed, x.device))
+        y, quantized = self._rounded(matrix, view, factor, x.dtype, self._key(seed, x.device), findings)
         # A group's range shows what it holds: no pass over the values is needed.
         parameters = [quantized.matrix_step, *([] if quantized.mixing is None else [quantized.mixing.offset])]
         if nonfinite == "raise" and any(bool(torch.isnan(p).any()) for p in parameters):
@@ -110,16 +114,22 @@ class Quantizer:
         return y, quantized
 
     def _rounded(
-        self, matrix: Tensor, view: RowView, factor: Tensor | None, dtype: torch.dtype, key: Tensor | None
+        self,
+        matrix: Tensor,
+        view: RowView,
+        factor: Tensor | None,
+        dtype: torch.dtype,
+        key: Tensor | None,
+        findings: Findings | None,
     ) -> tuple[Tensor, QuantizedTensor]:
         if isinstance(self.transform, Identity):
             low, high = Plan.codes(self.scale.mode, self.grid, self.rounding)
             how = (self.matrix_group(view.transposed), self.scale.mode, low, high, self.rounding, key)
             found: Quantized | None = None
             if self.rounding != "best":
-                found = ops.quantize(matrix, *how, factor, view.transposed)
+                found = ops.quantize(matrix, *how, factor, view.transposed, findings)
             elif ops.quantizes_at_once(matrix, key, factor):
-                found = native.quantize(matrix, *how, factor, view.transposed)
+                found = native.quantize(matrix, *how, factor, view.transposed, findings)
             if found is not None:
                 codes, step, offset, noise = found
                 dither = None if noise is None else Dither(*noise)
