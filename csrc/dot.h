@@ -93,18 +93,25 @@ struct LeftInterleaved {
 };
 
 #if !defined(__AMX_INT8__)
-// sums (R × kPanel, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
+// Unrolled by name, because GCC otherwise keeps the array in memory and copies it there and back around the loop.
 template <int R>
-inline void load_sums(vi (&c)[R][kVectors], const int32_t* sums, bool add) {
+inline void clear(vi (&c)[R][kVectors]) {
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    for (int v = 0; v < kVectors; ++v) c[i][v] = add ? load<vi>(sums + i * kPanel + v * W) : vi{};
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) c[i][v] = vi{};
   }
 }
 
 template <int R>
-inline void store_sums(const vi (&c)[R][kVectors], int32_t* sums) {
+inline void store_sums(const vi (&c)[R][kVectors], int32_t* sums, bool add) {
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(sums + i * kPanel + v * W, c[i][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      int32_t* to = sums + i * kPanel + v * W;
+      store(to, add ? c[i][v] + load<vi>(to) : c[i][v]);
+    }
   }
 }
 
@@ -114,16 +121,19 @@ inline vi broadcast(const Left* group) {
   return splat(bits);
 }
 
+// sums (R × kPanel, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
 template <int R, class Rows>
 void tile_of(const Rows& left, int64_t first_row, int64_t taps, int64_t groups, const Right* right,
              int32_t* sums, bool add) {
   vi c[R][kVectors];
-  load_sums<R>(c, sums, add);
+  clear(c);
   for (int64_t tap = 0; tap < taps; ++tap) {
     const Left* a[R];
+#pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = left.row(tap, first_row + i);
     for (int64_t g = 0; g < groups; ++g) {
       vi b[kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) b[v] = load<vi>(right + v * W * kGroup);
       right += kPanel * kGroup;
 #pragma GCC unroll 8
@@ -134,17 +144,18 @@ void tile_of(const Rows& left, int64_t first_row, int64_t taps, int64_t groups, 
       }
     }
   }
-  store_sums<R>(c, sums);
+  store_sums(c, sums, add);
 }
 
 template <int R>
 void tile_of(const LeftInterleaved& left, int64_t first_row, int64_t, int64_t groups, const Right* right,
              int32_t* sums, bool add) {
   vi c[R][kVectors];
-  load_sums<R>(c, sums, add);
+  clear(c);
   const Left* a = left.first + first_row * kGroup;
   for (int64_t g = 0; g < groups; ++g) {
     vi b[kVectors];
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) b[v] = load<vi>(right + v * W * kGroup);
     right += kPanel * kGroup;
 #pragma GCC unroll 8
@@ -155,7 +166,7 @@ void tile_of(const LeftInterleaved& left, int64_t first_row, int64_t, int64_t gr
     }
     a += left.stride;
   }
-  store_sums<R>(c, sums);
+  store_sums(c, sums, add);
 }
 
 // All rows of a block; done(i, n) is called as soon as the sums of rows i … i + n − 1 are there, so that their
