@@ -67,9 +67,9 @@ struct Task {
   int64_t pixels() const { return source.samples * rows.count * columns.count; }
 };
 
-// Where the pixels first … first + n − 1 lie in the output, and what they read at every tap of a group. Runs of
+// Where the pixels first … first + n − 1 go, and what they read at every tap of a group. Runs of
 // pixels on one line read at equal distances.
-void locate(const Task& task, int64_t group, int64_t first, int64_t n, int64_t* out_pixel, const Left** table) {
+void locate(const Task& task, int64_t group, int64_t first, int64_t n, Place* places, const Left** table) {
   const Source& s = task.source;
   const int64_t pixel = s.groups * s.depth, scale = task.columns.scale;
   for (int64_t i = 0; i < n;) {
@@ -78,7 +78,7 @@ void locate(const Task& task, int64_t group, int64_t first, int64_t n, int64_t* 
     const int64_t run = task.columns.count - w < n - i ? task.columns.count - w : n - i;
     const int64_t out_line = (sample * task.out_height + task.rows.first + h * task.rows.step) * task.out_width;
     for (int64_t r = 0; r < run; ++r) {
-      out_pixel[i + r] = out_line + task.columns.first + (w + r) * task.columns.step;
+      places[i + r] = {out_line + task.columns.first + (w + r) * task.columns.step, sample};
     }
     const Left** to = table + i;
     for (int64_t p = 0; p < task.rows.taps; ++p) {
@@ -140,13 +140,13 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
   const int64_t first = block * kBlockRows, taps = task.taps(), depth = task.source.depth;
   const int64_t n = task.pixels() - first < kBlockRows ? task.pixels() - first : kBlockRows;
   alignas(64) int32_t sums[kBlockRows * kPanel];
-  int64_t out_pixel[kBlockRows];
+  Place places[kBlockRows];
   Buffer<const Left*> table = make_buffer<const Left*>(taps * kBlockRows);
   Buffer<int64_t> wide;
   if (taps * depth > kMaxTerms) wide = make_buffer<int64_t>(kBlockRows * kPanel);
   if (!table || (taps * depth > kMaxTerms && !wide)) return false;
   for (int64_t group = 0; group < task.source.groups; ++group) {
-    locate(task, group, first, n, out_pixel, table.get());
+    locate(task, group, first, n, places, table.get());
     for (int64_t p = first_panel; p < last_panel; ++p) {
       const int64_t index = group * task.panels + p, column = p * kPanel;
       const int64_t columns = task.right_columns - column < kPanel ? task.right_columns - column : kPanel;
@@ -155,8 +155,7 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
         for (int64_t r = 0; add && r < count; ++r) {
           for (int64_t j = 0; j < kPanel; ++j) done[r * kPanel + j] += add[j];
         }
-        const auto row_of = [&](int64_t r) { return out_pixel[i + r]; };
-        write_rows(task.epilogue, done, count, row_of, group * task.right_columns + column, columns);
+        write_rows(task.epilogue, done, count, Listed{places + i}, group * task.right_columns + column, columns);
       };
       sum_panel(task, table.get(), n, task.right + index * taps * depth * kPanel, sums, wide.get(), finish);
     }

@@ -197,7 +197,8 @@ FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const u
             }
             sums[j] = sum;
           }
-          write_row(*e, sums, group * outputs + row, first, n);
+          const int64_t to = group * outputs + row;
+          write_row(*e, sums, Place{to, to}, first, n);
         }
       });
     }

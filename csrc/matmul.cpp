@@ -144,7 +144,7 @@ void finish_rows(const Epilogue& e, Sum* sums, int64_t first_row, int64_t rows, 
       row[j] = static_cast<Sum>(row[j] + add + (u.by_column ? u.by_column[j] : 0));
     }
   }
-  write_rows(e, sums, rows, [&](int64_t i) { return first_row + i; }, first_column, columns);
+  write_rows(e, sums, rows, Neighbours{first_row}, first_column, columns);
 }
 
 // One panel of a block of rows: all slices of k.
