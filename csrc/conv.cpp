@@ -39,7 +39,7 @@ void input_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding, i
                 Axis* axis) {
   axis->first = phase, axis->step = stride, axis->scale = 1, axis->taps = 0;
   axis->count = phase < size ? ceil_div(size - phase, stride) : 0;
-  for (int64_t t = 0; t < kernel; ++t) {
+  for (int64_t t = kernel; t-- > 0;) {
     const int64_t numerator = phase + padding - t * dilation;
     if (numerator % stride) continue;
     axis->index[axis->taps] = t;
