@@ -55,6 +55,10 @@ struct Listed {
 
 inline vf sums_to_float(const int32_t* sums) { return to_float(load<vi>(sums)); }
 inline vf sums_to_float(const int64_t* sums) {
+#if defined(__AVX512DQ__)
+  const __m256 low = _mm512_cvtepi64_ps(_mm512_loadu_si512(sums)), high = _mm512_cvtepi64_ps(_mm512_loadu_si512(sums + 8));
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#endif
   vf value;
   for (int j = 0; j < W; ++j) value[j] = static_cast<float>(sums[j]);
   return value;
