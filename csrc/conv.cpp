@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 96;
 constexpr int64_t kSlice = 1024;  // terms per pass over a block
+constexpr int64_t kLine = 64 / sizeof(Left);  // entries of a cache line
 constexpr int64_t kMaxTaps = 1 << 12;
 
 // One axis of a phase: its pixels first, first + step, …, each reading scale · i + offset[t] at tap index[t].
@@ -154,6 +155,14 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
       const auto finish = [&](auto* done, int64_t i, int64_t count) {
         for (int64_t r = 0; add && r < count; ++r) {
           for (int64_t j = 0; j < kPanel; ++j) done[r * kPanel + j] += add[j];
+        }
+        // Ask for this panel's share of the pixels a block ahead: loads of the tiles themselves come late. Whether
+        // there are such pixels does not matter.
+        const Left* const* tap = table.get() + (taps - 1) * kBlockRows + i;
+        for (int64_t r = 0; taps && r < count; ++r) {
+          for (int64_t d = (p - first_panel) * kLine; d < depth; d += (last_panel - first_panel) * kLine) {
+            __builtin_prefetch(tap[r] + kBlockRows * task.source.groups * depth + d);
+          }
         }
         write_rows(task.epilogue, done, count, Listed{places + i}, group * task.right_columns + column, columns);
       };

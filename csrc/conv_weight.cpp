@@ -22,6 +22,17 @@ namespace {
 constexpr int64_t kBlockPixels = 512;
 constexpr int64_t kChunkBytes = 640 << 10;
 
+// Codes that the next block of lines reads, asked for bit by bit while this one is multiplied.
+struct Ahead {
+  const uint8_t* codes;
+  int64_t first, end, at = first;
+
+  // Up to part ÷ whole of them.
+  void fetch(int64_t part, int64_t whole) {
+    for (const int64_t to = first + (end - first) * part / whole; at < to; at += 64) __builtin_prefetch(codes + at, 0, 2);
+  }
+};
+
 struct Task {
   const Conv& c;
   const uint8_t *grad, *input;
@@ -37,6 +48,10 @@ struct Task {
   int64_t groups_per_line() const { return ceil_div(c.out_width, kGroup); }
   int64_t line_terms() const { return groups_per_line() * kGroup; }
   int64_t lines() const { return c.samples * c.out_height; }
+  // About those codes of a whole map of `size` that belong to lines first … last − 1 of the output.
+  Ahead ahead(const uint8_t* codes, int64_t size, int64_t first, int64_t last) const {
+    return {codes, size / lines() * first, size / lines() * last};
+  }
   int64_t block_lines() const { return line_terms() < kBlockPixels && c.out_width ? kBlockPixels / line_terms() : 1; }
 };
 
@@ -144,6 +159,7 @@ void sum_rows(const Left* packed, int64_t groups, int64_t width, int64_t outputs
 
 // The sums of lines first … last − 1 of panels first_panel … first_panel + panels − 1.
 void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel, int64_t panels, Part* part) {
+  const Conv& c = task.c;
   const int64_t outputs = task.outputs(), padded = task.padded(), width = task.left_width();
   const int64_t per_line = task.groups_per_line(), step = task.block_lines(), size = panels * padded * kPanel;
   if (part->total) std::memset(part->total.get(), 0, size * sizeof(int64_t));
@@ -162,6 +178,9 @@ void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
     Left* left = part->left.get();
     Right* right = part->right.get();
     pack_grad(task, line, lines, left);
+    const int64_t next = line + lines, end = last - next < step ? last : next + step;
+    Ahead grad_ahead = task.ahead(task.grad, c.samples * c.out_height * c.out_width * c.out_channels, next, end);
+    Ahead input_ahead = task.ahead(task.input, c.samples * c.height * c.width * c.channels, next, end);
     if (task.read_input.shift()) sum_rows(left, groups, width, outputs, part->left_sums.get());
     const int64_t all = ceil_div(groups * kGroup, kTerms) * kTerms / kGroup;
     std::memset(left + groups * width * kGroup, 0, (all - groups) * width * kGroup * sizeof(Left));
@@ -170,7 +189,10 @@ void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
       pack_input(task, line, lines, (first_panel + p) * kPanel, right);
       if (task.read_grad.shift()) sum_columns(right, groups, part->right_sums.get() + p * kPanel);
       block_of(LeftInterleaved{left, width * kGroup}, signs, outputs, 1, groups, right,
-               part->sums.get() + p * padded * kPanel, terms != 0, [](int64_t, int64_t) {});
+               part->sums.get() + p * padded * kPanel, terms != 0, [&](int64_t i, int64_t n) {
+                 grad_ahead.fetch(p * outputs + i + n, panels * outputs);
+                 input_ahead.fetch(p * outputs + i + n, panels * outputs);
+               });
     }
     terms += groups * kGroup;
   }
