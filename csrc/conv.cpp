@@ -101,10 +101,10 @@ void locate(const Task& task, int64_t group, int64_t first, int64_t n, Place* pl
   }
 }
 
-// Sums of one panel over all taps and channels, in passes of at most kSlice terms.
+// Sums of one panel's columns over all taps and channels, in passes of at most kSlice terms.
 template <class Finish>
-void sum_panel(const Task& task, const Left* const* rows, int64_t n, const Right* right, int32_t* sums,
-               int64_t* wide, const Finish& finish) {
+void sum_panel(const Task& task, const Left* const* rows, int64_t n, int64_t columns, const Right* right,
+               int32_t* sums, int64_t* wide, const Finish& finish) {
   const int64_t depth = task.source.depth, taps = task.taps();
   const int64_t tap_step = depth < kSlice ? kSlice / depth : 1, depth_step = depth < kSlice ? depth : kSlice;
   if (wide) std::memset(wide, 0, n * kPanel * sizeof *wide);
@@ -123,11 +123,11 @@ void sum_panel(const Task& task, const Left* const* rows, int64_t n, const Right
         terms = 0;
       }
       if (last && !wide) {
-        block_of(left, task.signs, n, now, deep / kGroup, from, sums, terms != 0,
+        block_of(left, task.signs, n, columns, now, deep / kGroup, from, sums, terms != 0,
                  [&](int64_t i, int64_t count) { finish(sums + i * kPanel, i, count); });
         return;
       }
-      block_of(left, task.signs, n, now, deep / kGroup, from, sums, terms != 0, nothing);
+      block_of(left, task.signs, n, columns, now, deep / kGroup, from, sums, terms != 0, nothing);
       terms += now * deep;
     }
   }
@@ -166,7 +166,7 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
         }
         write_rows(task.epilogue, done, count, Listed{places + i}, group * task.right_columns + column, columns);
       };
-      sum_panel(task, table.get(), n, task.right + index * taps * depth * kPanel, sums, wide.get(), finish);
+      sum_panel(task, table.get(), n, columns, task.right + index * taps * depth * kPanel, sums, wide.get(), finish);
     }
   }
   return true;

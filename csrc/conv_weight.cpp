@@ -188,7 +188,8 @@ void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
     for (int64_t p = 0; p < panels; ++p) {
       pack_input(task, line, lines, (first_panel + p) * kPanel, right);
       if (task.read_grad.shift()) sum_columns(right, groups, part->right_sums.get() + p * kPanel);
-      block_of(LeftInterleaved{left, width * kGroup}, signs, outputs, 1, groups, right,
+      const int64_t columns = task.columns() - (first_panel + p) * kPanel;
+      block_of(LeftInterleaved{left, width * kGroup}, signs, outputs, columns, 1, groups, right,
                part->sums.get() + p * padded * kPanel, terms != 0, [&](int64_t i, int64_t n) {
                  grad_ahead.fetch(p * outputs + i + n, panels * outputs);
                  input_ahead.fetch(p * outputs + i + n, panels * outputs);

@@ -173,17 +173,20 @@ inline void write_row(const Epilogue& e, const Sum* sums, const Place& place, in
   }
 }
 
-inline void store_panel(float* out, const vf (&value)[kVectors]) {
+template <int V>
+inline void store_all(float* out, const vf (&value)[V]) {
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store(out + v * W, value[v]);
+  for (int v = 0; v < V; ++v) store(out + v * W, value[v]);
 }
-inline void store_panel(uint16_t* out, const vf (&value)[kVectors]) {
+template <int V>
+inline void store_all(uint16_t* out, const vf (&value)[V]) {
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; v += 2) store_bfloat16(out + v * W, value[v], value[v + 1]);
+  for (int v = 0; v + 2 <= V; v += 2) store_bfloat16(out + v * W, value[v], value[v + 1]);
+  if (V % 2) store(out + (V - 1) * W, to_bfloat16(value[V - 1]));
 }
 
-// n rows of a whole panel as floats; what belongs to the columns stays in registers. No zero but for Neighbours.
-template <int Rank, class Out, class Places>
+// n rows of V whole vectors as floats; what belongs to the columns stays in registers. No zero but for Neighbours.
+template <int V, int Rank, class Out, class Places>
 void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places places, int64_t first) {
   constexpr bool kOnePosition = Places::kOnePosition;
   const int64_t columns = e.columns, period = e.period, right_stride = e.period * e.columns;
@@ -192,10 +195,10 @@ void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places 
   const float* column_scales = e.column_scale ? e.column_scale : &one;
   const int32_t* zeros = e.zero;
   Out* all = static_cast<Out*>(e.out) + first;
-  vf column_scale[kVectors], bias[kVectors], right[Rank + 1][kVectors];
-  vi ones[kVectors];
+  vf column_scale[V], bias[V], right[Rank + 1][V];
+  vi ones[V];
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < V; ++v) {
     column_scale[v] = e.column_scale_step ? load<vf>(column_scales + first + v * W) : splat(*column_scales);
     bias[v] = e.bias ? load<vf>(e.bias + first + v * W) : splat(-0.0f);  // x + −0 is x, also for x = −0
     ones[v] = kOnePosition && zeros ? load_low(e.ones + first + v * W) : vi{};
@@ -207,9 +210,9 @@ void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places 
     const float* from = rights + (place.row - place.sample * period) * columns;
     const vf scale = splat(row_scale[place.sample * scale_step]);
     const vi zero = splat(kOnePosition && zeros ? zeros[place.sample * zero_step] : 0);
-    vf value[kVectors];
+    vf value[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       vi sum = load<vi>(sums + v * W);
       if (kOnePosition && zeros) sum = (vi)((vu)sum - (vu)zero * (vu)ones[v]);  // modulo 2³²: the difference fits
       value[v] = to_float(sum) * scale * column_scale[v];
@@ -220,24 +223,32 @@ void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places 
       }
       value[v] += bias[v];
     }
-    store_panel(all + place.row * columns, value);
+    store_all(all + place.row * columns, value);
   }
 }
 
-template <class Out, class Places>
+template <int V, class Out, class Places>
 void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places& places, int64_t first) {
-  if (e.rank == 0) return write_tile<0, Out>(e, sums, n, places, first);
-  if (e.rank == 1) return write_tile<1, Out>(e, sums, n, places, first);
-  return write_tile<2, Out>(e, sums, n, places, first);
+  if (e.rank == 0) return write_tile<V, 0, Out>(e, sums, n, places, first);
+  if (e.rank == 1) return write_tile<V, 1, Out>(e, sums, n, places, first);
+  return write_tile<V, 2, Out>(e, sums, n, places, first);
+}
+
+template <int V, class Places>
+bool write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places& places, int64_t first) {
+  if (e.type == kFloat32) return write_tile<V, float>(e, sums, n, places, first), true;
+  if (e.type == kBfloat16) return write_tile<V, uint16_t>(e, sums, n, places, first), true;
+  return false;
 }
 
 // Writes n rows of `width` ≤ kPanel sums, at distances of kPanel, to places[0] … places[n − 1].
 template <class Sum, class Places>
 void write_rows(const Epilogue& e, const Sum* sums, int64_t n, const Places& places, int64_t first, int64_t width) {
   if constexpr (std::is_same_v<Sum, int32_t>) {
-    if (width == kPanel && e.rank <= 2 && (Places::kOnePosition || !e.zero)) {
-      if (e.type == kFloat32) return write_tile<float>(e, sums, n, places, first);
-      if (e.type == kBfloat16) return write_tile<uint16_t>(e, sums, n, places, first);
+    if (e.rank <= 2 && (Places::kOnePosition || !e.zero)) {
+      if (width == kPanel && write_tile<kVectors>(e, sums, n, places, first)) return;
+      if (width == 2 * W && write_tile<2>(e, sums, n, places, first)) return;
+      if (width == W && write_tile<1>(e, sums, n, places, first)) return;
     }
   }
   for (int64_t i = 0; i < n; ++i) write_row(e, sums + i * kPanel, places[i], first, width);
