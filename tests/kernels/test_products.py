@@ -131,7 +131,7 @@ EDGES = torch.tensor([1.0, -0.0, 1e-40, float("inf"), -3e38, float("nan"), 0.25]
 
 @pytest.mark.parametrize("width", [64, 130, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_of_an_epilogue(width: int, dtype: torch.dtype) -> None:
+def test_parts_of_epilogues(width: int, dtype: torch.dtype) -> None:
     """Every selection of parts, for whole and partial panels of columns; with NaN, infinity, −0 and denormals."""
     n, g, draw = 7, Geometry(padding=(1, 1)), torch.Generator().manual_seed(3)
     x, w = codes((n, 8, 3, 5), U8, 1), codes((width, 8, 3, 3), S8, 2)
