@@ -168,10 +168,10 @@ void tiles_of(const LeftRows& left, int64_t rows, int64_t taps, int64_t groups, 
   }
 }
 
-// As in dot.h. LeftRows of at most kMostGathered terms; sums has room for whole tiles of rows.
+// As in dot.h, all columns of the panel. LeftRows of at most kMostGathered terms; sums has room for whole tiles of rows.
 template <class Source, class Done>
-inline void block_of(const Source& left, Signs signs, int64_t rows, int64_t taps, int64_t groups, const Right* right,
-                     int32_t* sums, bool add, const Done& done) {
+inline void block_of(const Source& left, Signs signs, int64_t rows, int64_t, int64_t taps, int64_t groups,
+                     const Right* right, int32_t* sums, bool add, const Done& done) {
   const Tiles tiles;
   memory_barrier();
   if (signs.left) {

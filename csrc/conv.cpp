@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 96;
 constexpr int64_t kSlice = 1024;  // terms per pass over a block
+constexpr int64_t kLine = 64 / sizeof(Left);  // entries of a cache line
 constexpr int64_t kMaxTaps = 1 << 12;
 
 // One axis of a phase: its pixels first, first + step, …, each reading scale · i + offset[t] at tap index[t].
@@ -39,7 +40,7 @@ void input_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding, i
                 Axis* axis) {
   axis->first = phase, axis->step = stride, axis->scale = 1, axis->taps = 0;
   axis->count = phase < size ? ceil_div(size - phase, stride) : 0;
-  for (int64_t t = 0; t < kernel; ++t) {
+  for (int64_t t = kernel; t-- > 0;) {
     const int64_t numerator = phase + padding - t * dilation;
     if (numerator % stride) continue;
     axis->index[axis->taps] = t;
@@ -67,9 +68,9 @@ struct Task {
   int64_t pixels() const { return source.samples * rows.count * columns.count; }
 };
 
-// Where the pixels first … first + n − 1 lie in the output, and what they read at every tap of a group. Runs of
+// Where the pixels first … first + n − 1 go, and what they read at every tap of a group. Runs of
 // pixels on one line read at equal distances.
-void locate(const Task& task, int64_t group, int64_t first, int64_t n, int64_t* out_pixel, const Left** table) {
+void locate(const Task& task, int64_t group, int64_t first, int64_t n, Place* places, const Left** table) {
   const Source& s = task.source;
   const int64_t pixel = s.groups * s.depth, scale = task.columns.scale;
   for (int64_t i = 0; i < n;) {
@@ -78,7 +79,7 @@ void locate(const Task& task, int64_t group, int64_t first, int64_t n, int64_t* 
     const int64_t run = task.columns.count - w < n - i ? task.columns.count - w : n - i;
     const int64_t out_line = (sample * task.out_height + task.rows.first + h * task.rows.step) * task.out_width;
     for (int64_t r = 0; r < run; ++r) {
-      out_pixel[i + r] = out_line + task.columns.first + (w + r) * task.columns.step;
+      places[i + r] = {out_line + task.columns.first + (w + r) * task.columns.step, sample};
     }
     const Left** to = table + i;
     for (int64_t p = 0; p < task.rows.taps; ++p) {
@@ -100,10 +101,10 @@ void locate(const Task& task, int64_t group, int64_t first, int64_t n, int64_t* 
   }
 }
 
-// Sums of one panel over all taps and channels, in passes of at most kSlice terms.
+// Sums of one panel's columns over all taps and channels, in passes of at most kSlice terms.
 template <class Finish>
-void sum_panel(const Task& task, const Left* const* rows, int64_t n, const Right* right, int32_t* sums,
-               int64_t* wide, const Finish& finish) {
+void sum_panel(const Task& task, const Left* const* rows, int64_t n, int64_t columns, const Right* right,
+               int32_t* sums, int64_t* wide, const Finish& finish) {
   const int64_t depth = task.source.depth, taps = task.taps();
   const int64_t tap_step = depth < kSlice ? kSlice / depth : 1, depth_step = depth < kSlice ? depth : kSlice;
   if (wide) std::memset(wide, 0, n * kPanel * sizeof *wide);
@@ -122,11 +123,11 @@ void sum_panel(const Task& task, const Left* const* rows, int64_t n, const Right
         terms = 0;
       }
       if (last && !wide) {
-        block_of(left, task.signs, n, now, deep / kGroup, from, sums, terms != 0,
+        block_of(left, task.signs, n, columns, now, deep / kGroup, from, sums, terms != 0,
                  [&](int64_t i, int64_t count) { finish(sums + i * kPanel, i, count); });
         return;
       }
-      block_of(left, task.signs, n, now, deep / kGroup, from, sums, terms != 0, nothing);
+      block_of(left, task.signs, n, columns, now, deep / kGroup, from, sums, terms != 0, nothing);
       terms += now * deep;
     }
   }
@@ -140,13 +141,13 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
   const int64_t first = block * kBlockRows, taps = task.taps(), depth = task.source.depth;
   const int64_t n = task.pixels() - first < kBlockRows ? task.pixels() - first : kBlockRows;
   alignas(64) int32_t sums[kBlockRows * kPanel];
-  int64_t out_pixel[kBlockRows];
+  Place places[kBlockRows];
   Buffer<const Left*> table = make_buffer<const Left*>(taps * kBlockRows);
   Buffer<int64_t> wide;
   if (taps * depth > kMaxTerms) wide = make_buffer<int64_t>(kBlockRows * kPanel);
   if (!table || (taps * depth > kMaxTerms && !wide)) return false;
   for (int64_t group = 0; group < task.source.groups; ++group) {
-    locate(task, group, first, n, out_pixel, table.get());
+    locate(task, group, first, n, places, table.get());
     for (int64_t p = first_panel; p < last_panel; ++p) {
       const int64_t index = group * task.panels + p, column = p * kPanel;
       const int64_t columns = task.right_columns - column < kPanel ? task.right_columns - column : kPanel;
@@ -155,10 +156,17 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
         for (int64_t r = 0; add && r < count; ++r) {
           for (int64_t j = 0; j < kPanel; ++j) done[r * kPanel + j] += add[j];
         }
-        const auto row_of = [&](int64_t r) { return out_pixel[i + r]; };
-        write_rows(task.epilogue, done, count, row_of, group * task.right_columns + column, columns);
+        // Ask for this panel's share of the pixels a block ahead: loads of the tiles themselves come late. Whether
+        // there are such pixels does not matter.
+        const Left* const* tap = table.get() + (taps - 1) * kBlockRows + i;
+        for (int64_t r = 0; taps && r < count; ++r) {
+          for (int64_t d = (p - first_panel) * kLine; d < depth; d += (last_panel - first_panel) * kLine) {
+            __builtin_prefetch(tap[r] + kBlockRows * task.source.groups * depth + d);
+          }
+        }
+        write_rows(task.epilogue, done, count, Listed{places + i}, group * task.right_columns + column, columns);
       };
-      sum_panel(task, table.get(), n, task.right + index * taps * depth * kPanel, sums, wide.get(), finish);
+      sum_panel(task, table.get(), n, columns, task.right + index * taps * depth * kPanel, sums, wide.get(), finish);
     }
   }
   return true;

@@ -5,7 +5,8 @@
 // layout of the inner kernel at the speed of a copy. Each thread takes a share of the lines of pixels with sums of
 // its own; the result is cut into chunks of panels whose sums stay in the second-level cache. The columns are
 // (tap, channel) pairs, so that few channels still fill a panel.
-#include <atomic>
+#include <memory>
+#include <new>
 
 #include "conv.h"
 #include "dot.h"
@@ -19,7 +20,18 @@ using namespace fqt;
 namespace {
 
 constexpr int64_t kBlockPixels = 512;
-constexpr int64_t kChunkBytes = 384 << 10;
+constexpr int64_t kChunkBytes = 640 << 10;
+
+// Codes that the next block of lines reads, asked for bit by bit while this one is multiplied.
+struct Ahead {
+  const uint8_t* codes;
+  int64_t first, end, at = first;
+
+  // Up to part ÷ whole of them.
+  void fetch(int64_t part, int64_t whole) {
+    for (const int64_t to = first + (end - first) * part / whole; at < to; at += 64) __builtin_prefetch(codes + at, 0, 2);
+  }
+};
 
 struct Task {
   const Conv& c;
@@ -32,61 +44,100 @@ struct Task {
   int64_t inputs() const { return c.channels / c.groups; }
   int64_t columns() const { return c.kernel_height * c.kernel_width * inputs(); }
   int64_t padded() const { return ceil_div(outputs(), 16) * 16; }
+  int64_t left_width() const { return padded() + 16; }  // so that groups do not share cache sets
   int64_t groups_per_line() const { return ceil_div(c.out_width, kGroup); }
+  int64_t line_terms() const { return groups_per_line() * kGroup; }
   int64_t lines() const { return c.samples * c.out_height; }
+  // About those codes of a whole map of `size` that belong to lines first … last − 1 of the output.
+  Ahead ahead(const uint8_t* codes, int64_t size, int64_t first, int64_t last) const {
+    return {codes, size / lines() * first, size / lines() * last};
+  }
+  int64_t block_lines() const { return line_terms() < kBlockPixels && c.out_width ? kBlockPixels / line_terms() : 1; }
 };
 
-// One thread's sums of a chunk of panels.
+// One thread's operands and sums of a chunk of panels.
 struct Part {
+  Buffer<Left> left;            // grad_output of a block of lines
+  Buffer<Right> right;          // a panel of the input under it
   Buffer<int32_t> sums;         // [panel][padded output][kPanel]
   Buffer<int64_t> total;        // the same, for more than kMaxTerms terms; else null
   Buffer<int64_t> left_sums;    // (outputs,) Σ of grad_output's operands
   Buffer<int64_t> right_sums;   // (panels · kPanel,) Σ of the input's
+
+  bool allocate(const Task& task, int64_t panels, bool wide) {
+    const int64_t size = panels * task.padded() * kPanel, terms = task.block_lines() * task.line_terms() + kTerms;
+    left = make_buffer<Left>(terms * task.left_width());
+    right = make_buffer<Right>(terms * kPanel);
+    sums = make_buffer<int32_t>(size);
+    if (wide) total = make_buffer<int64_t>(size);
+    left_sums = make_buffer<int64_t>(task.outputs());
+    right_sums = make_buffer<int64_t>(panels * kPanel);
+    return left && right && sums && (total || !wide) && left_sums && right_sums;
+  }
 };
 
-// grad_output of a run of lines: [group of pixels][output][kGroup], zeros beyond a line's end.
-void pack_grad(const Task& task, int64_t first_line, int64_t lines, int64_t padded, Left* out) {
-  const int64_t pixel = task.c.out_channels, width = task.c.out_width;
+// grad_output of a run of lines: [group of pixels][left_width][kGroup], zeros beyond a line's end and the last output.
+void pack_grad(const Task& task, int64_t first_line, int64_t lines, Left* out) {
+  const int64_t left_width = task.left_width(), pixel = task.c.out_channels, width = task.c.out_width;
   for (int64_t line = first_line; line < first_line + lines; ++line) {
     const uint8_t* from = task.grad + line * width * pixel + task.group * task.outputs();
-    for (int64_t g = 0; g < task.groups_per_line(); ++g, out += padded * kGroup) {
+    for (int64_t g = 0; g < task.groups_per_line(); ++g, out += left_width * kGroup) {
       const uint8_t* row[kGroup];
       const int64_t n = width - g * kGroup < kGroup ? width - g * kGroup : kGroup;
       for (int64_t j = 0; j < n; ++j) row[j] = from + (g * kGroup + j) * pixel;
-      interleave_rows<Left>(row, n, task.outputs(), padded, 0, task.read_grad, out);
+      interleave_rows<Left>(row, n, task.outputs(), task.padded(), 0, task.read_grad, out);
     }
   }
 }
 
-// The input under columns first … first + kPanel − 1 of a run of lines: [group of pixels][kPanel][kGroup]. Missing
-// taps hold code 0, what is beyond a line's end or the last column holds zeros.
+// One line of the input under n columns from `channel` on, for one tap: from[w · channels] is pixel w, if it is
+// inside 0 … width − 1; `from` is null if the whole line is missing. Missing taps hold code 0.
+void pack_line(const Task& task, const uint8_t* from, int64_t tap_w, int64_t n, Right* out) {
+  const Conv& c = task.c;
+  static const uint8_t no_pixel[kPanel] = {};
+  const int64_t step = c.stride_width * c.channels, groups = task.groups_per_line();
+  // Output pixels begin … end − 1 read inside.
+  const int64_t begin = tap_w < 0 ? ceil_div(-tap_w, c.stride_width) : 0;
+  const int64_t end = from && tap_w < c.width ? ceil_div(c.width - tap_w, c.stride_width) : 0;
+  for (int64_t g = 0; g < groups; ++g, out += kPanel * kGroup) {
+    const int64_t first = g * kGroup;
+    const uint8_t* row[kGroup];
+    if (first >= begin && first + kGroup <= end && first + kGroup <= c.out_width) {
+      row[0] = from + tap_w * c.channels + first * step;
+      for (int64_t j = 1; j < kGroup; ++j) row[j] = row[j - 1] + step;
+      interleave_group(row, n, task.read_input, out);
+      continue;
+    }
+    for (int64_t j = 0; j < kGroup; ++j) {
+      const bool inside = first + j >= begin && first + j < end;
+      row[j] = inside ? from + tap_w * c.channels + (first + j) * step : no_pixel;
+    }
+    interleave_group(row, n, task.read_input, out);
+    for (int64_t j = 0; j < kGroup; ++j) {
+      for (int64_t i = 0; first + j >= c.out_width && i < n; ++i) out[i * kGroup + j] = 0;
+    }
+  }
+}
+
+// The input under columns first … first + kPanel − 1 of a run of lines: [group of pixels][kPanel][kGroup]. What is
+// beyond a line's end or the last column holds zeros.
 void pack_input(const Task& task, int64_t first_line, int64_t lines, int64_t first, Right* out) {
   const Conv& c = task.c;
   const int64_t last = first + kPanel < task.columns() ? first + kPanel : task.columns();
-  static const uint8_t no_pixel[kPanel] = {};
+  const int64_t line_size = task.groups_per_line() * kPanel * kGroup;
   for (int64_t column = first; column < last;) {
     const int64_t tap = column / task.inputs(), channel = column % task.inputs();
     const int64_t n = task.inputs() - channel < last - column ? task.inputs() - channel : last - column;
     const int64_t tap_h = tap / c.kernel_width * c.dilation_height - c.padding_height;
     const int64_t tap_w = tap % c.kernel_width * c.dilation_width - c.padding_width;
+    const uint8_t* codes = task.input + task.group * task.inputs() + channel;
     Right* to = out + (column - first) * kGroup;
-    for (int64_t line = first_line; line < first_line + lines; ++line) {
-      const int64_t h = line % c.out_height * c.stride_height + tap_h;
+    int64_t sample = first_line / c.out_height, out_h = first_line % c.out_height;
+    for (int64_t line = 0; line < lines; ++line, to += line_size) {
+      const int64_t h = out_h * c.stride_height + tap_h;
       const bool inside = h >= 0 && h < c.height;
-      const uint8_t* from = task.input + (line / c.out_height * c.height + h) * c.width * c.channels +
-                            task.group * task.inputs() + channel;
-      for (int64_t g = 0; g < task.groups_per_line(); ++g, to += kPanel * kGroup) {
-        const uint8_t* row[kGroup];
-        const int64_t pixels = c.out_width - g * kGroup < kGroup ? c.out_width - g * kGroup : kGroup;
-        for (int64_t j = 0; j < kGroup; ++j) {
-          const int64_t w = (g * kGroup + j) * c.stride_width + tap_w;
-          row[j] = inside && w >= 0 && w < c.width ? from + w * c.channels : no_pixel;
-        }
-        interleave_group(row, n, task.read_input, to);
-        for (int64_t j = pixels; j < kGroup; ++j) {
-          for (int64_t i = 0; i < n; ++i) to[i * kGroup + j] = 0;
-        }
-      }
+      pack_line(task, inside ? codes + (sample * c.height + h) * c.width * c.channels : nullptr, tap_w, n, to);
+      if (++out_h == c.out_height) out_h = 0, ++sample;
     }
     column += n;
   }
@@ -98,32 +149,20 @@ void pack_input(const Task& task, int64_t first_line, int64_t lines, int64_t fir
   }
 }
 
-void sum_rows(const Left* packed, int64_t groups, int64_t padded, int64_t outputs, int64_t* sums) {
+void sum_rows(const Left* packed, int64_t groups, int64_t width, int64_t outputs, int64_t* sums) {
   for (int64_t i = 0; i < outputs; i += W) {
     vi sum{};
-    for (int64_t g = 0; g < groups; ++g) sum = dot(sum, load<vi>(packed + (g * padded + i) * kGroup), ones());
+    for (int64_t g = 0; g < groups; ++g) sum = dot(sum, load<vi>(packed + (g * width + i) * kGroup), ones());
     for (int64_t j = 0; j < W && i + j < outputs; ++j) sums[i + j] += sum[j];
   }
 }
 
-// Adds lines first … last − 1 of panels first_panel … first_panel + panels − 1 to a part.
-bool run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel, int64_t panels, Part* part) {
-  const int64_t outputs = task.outputs(), padded = task.padded(), per_line = task.groups_per_line();
-  int64_t step = per_line ? kBlockPixels / (per_line * kGroup) : 1;
-  step = step < 1 ? 1 : step;
-  Buffer<Left> left = make_buffer<Left>((step * per_line * kGroup + kTerms) * padded);
-  Buffer<Right> right = make_buffer<Right>((step * per_line * kGroup + kTerms) * kPanel);
-  const int64_t size = panels * padded * kPanel;
-  const bool wide = (last - first) * per_line * kGroup > kMaxTerms;
-  part->sums = make_buffer<int32_t>(size);
-  if (wide) part->total = make_buffer<int64_t>(size);
-  part->left_sums = make_buffer<int64_t>(outputs);
-  part->right_sums = make_buffer<int64_t>(panels * kPanel);
-  if (!left || !right || !part->sums || !part->left_sums || !part->right_sums) return false;
-  if (wide) {
-    if (!part->total) return false;
-    std::memset(part->total.get(), 0, size * sizeof(int64_t));
-  }
+// The sums of lines first … last − 1 of panels first_panel … first_panel + panels − 1.
+void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel, int64_t panels, Part* part) {
+  const Conv& c = task.c;
+  const int64_t outputs = task.outputs(), padded = task.padded(), width = task.left_width();
+  const int64_t per_line = task.groups_per_line(), step = task.block_lines(), size = panels * padded * kPanel;
+  if (part->total) std::memset(part->total.get(), 0, size * sizeof(int64_t));
   if (first == last || per_line == 0) std::memset(part->sums.get(), 0, size * sizeof(int32_t));
   for (int64_t i = 0; i < outputs; ++i) part->left_sums[i] = 0;
   for (int64_t i = 0; i < panels * kPanel; ++i) part->right_sums[i] = 0;
@@ -136,21 +175,50 @@ bool run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
   for (int64_t line = first; line < last; line += step) {
     const int64_t lines = last - line < step ? last - line : step, groups = lines * per_line;
     if (terms + groups * kGroup > kMaxTerms) widen();
-    pack_grad(task, line, lines, padded, left.get());
-    if (task.read_input.shift()) sum_rows(left.get(), groups, padded, outputs, part->left_sums.get());
+    Left* left = part->left.get();
+    Right* right = part->right.get();
+    pack_grad(task, line, lines, left);
+    const int64_t next = line + lines, end = last - next < step ? last : next + step;
+    Ahead grad_ahead = task.ahead(task.grad, c.samples * c.out_height * c.out_width * c.out_channels, next, end);
+    Ahead input_ahead = task.ahead(task.input, c.samples * c.height * c.width * c.channels, next, end);
+    if (task.read_input.shift()) sum_rows(left, groups, width, outputs, part->left_sums.get());
     const int64_t all = ceil_div(groups * kGroup, kTerms) * kTerms / kGroup;
-    std::memset(left.get() + groups * padded * kGroup, 0, (all - groups) * padded * kGroup * sizeof(Left));
-    finish_interleaved(all, padded, left.get());
+    std::memset(left + groups * width * kGroup, 0, (all - groups) * width * kGroup * sizeof(Left));
+    finish_interleaved(all, width, left);
     for (int64_t p = 0; p < panels; ++p) {
-      pack_input(task, line, lines, (first_panel + p) * kPanel, right.get());
-      if (task.read_grad.shift()) sum_columns(right.get(), groups, part->right_sums.get() + p * kPanel);
-      block_of(LeftInterleaved{left.get(), padded * kGroup}, signs, outputs, 1, groups, right.get(),
-               part->sums.get() + p * padded * kPanel, terms != 0, [](int64_t, int64_t) {});
+      pack_input(task, line, lines, (first_panel + p) * kPanel, right);
+      if (task.read_grad.shift()) sum_columns(right, groups, part->right_sums.get() + p * kPanel);
+      const int64_t columns = task.columns() - (first_panel + p) * kPanel;
+      block_of(LeftInterleaved{left, width * kGroup}, signs, outputs, columns, 1, groups, right,
+               part->sums.get() + p * padded * kPanel, terms != 0, [&](int64_t i, int64_t n) {
+                 grad_ahead.fetch(p * outputs + i + n, panels * outputs);
+                 input_ahead.fetch(p * outputs + i + n, panels * outputs);
+               });
     }
     terms += groups * kGroup;
   }
-  if (wide) widen();
-  return true;
+  if (part->total) widen();
+}
+
+// The exact sums of one row and panel: of all parts, less what the shifts added.
+// Σ ab = Σ (a + s)(b − t) + t·Σ (a + s) − s·Σ (b − t) − pixels·s·t, s and t the shifts, as in matmul.cpp.
+void add_up(const Task& task, const Part* parts, int64_t count, int64_t row, int64_t panel, int64_t* sums) {
+  const int64_t s = task.read_grad.shift(), t = -task.read_input.shift(), pixels = task.lines() * task.c.out_width;
+  int64_t by_row = -pixels * s * t;
+  for (int64_t i = 0; i < count; ++i) by_row += t * parts[i].left_sums[row];
+  for (int64_t j = 0; j < kPanel; ++j) sums[j] = by_row;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (panel * task.padded() + row) * kPanel;
+    if (parts[i].total) {
+      const int64_t* total = parts[i].total.get() + at;
+      for (int64_t j = 0; j < kPanel; ++j) sums[j] += total[j];
+    } else {
+      const int32_t* part = parts[i].sums.get() + at;
+      for (int64_t j = 0; j < kPanel; ++j) sums[j] += part[j];
+    }
+    const int64_t* right = parts[i].right_sums.get() + panel * kPanel;
+    for (int64_t j = 0; s && j < kPanel; ++j) sums[j] -= s * right[j];
+  }
 }
 
 }  // namespace
@@ -164,11 +232,10 @@ FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const u
   const Conv& c = *conv;
   for (int64_t group = 0; group < c.groups; ++group) {
     const Task task{c, grad, input, LeftReader{grad_signed != 0}, RightReader{input_signed != 0}, group};
-    // As in matmul.cpp: Σ ab = Σ (a + s)(b − t) + t·Σ (a + s) − s·Σ (b − t) − pixels·s·t.
-    const int64_t s = task.read_grad.shift(), t = -task.read_input.shift(), outputs = task.outputs();
-    const int64_t columns = task.columns(), panels = ceil_div(columns, kPanel), lines = task.lines();
+    const int64_t outputs = task.outputs(), columns = task.columns();
+    const int64_t panels = ceil_div(columns, kPanel), lines = task.lines();
     if (outputs == 0 || columns == 0) return kDone;
-    const int64_t pixels = lines * c.out_width, work = pixels * outputs * columns / 256;
+    const int64_t work = lines * c.out_width * outputs * columns / 256;
     int64_t chunk = kChunkBytes / (outputs * kPanel * 4);
     chunk = chunk < 1 ? 1 : chunk > panels ? panels : chunk;
     int64_t parts = threads < lines ? threads : lines;
@@ -176,28 +243,22 @@ FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const u
     if (parts < 1) parts = 1;
     std::unique_ptr<Part[]> part(new (std::nothrow) Part[parts]);
     if (!part) return kNoMemory;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t terms = (lines * (i + 1) / parts - lines * i / parts) * task.line_terms();
+      if (!part[i].allocate(task, chunk, terms > kMaxTerms)) return kNoMemory;
+    }
     for (int64_t first_panel = 0; first_panel < panels; first_panel += chunk) {
       const int64_t now = panels - first_panel < chunk ? panels - first_panel : chunk;
-      std::atomic<bool> failed{false};
       parallel_for(parts, work, threads, [&](int64_t i) {
-        if (!run_part(task, lines * i / parts, lines * (i + 1) / parts, first_panel, now, &part[i])) failed = true;
+        run_part(task, lines * i / parts, lines * (i + 1) / parts, first_panel, now, &part[i]);
       });
-      if (failed) return kNoMemory;
       parallel_for(outputs, outputs * now * kPanel, threads, [&](int64_t row) {
-        int64_t left_sum = 0;
-        for (int64_t i = 0; i < parts; ++i) left_sum += part[i].left_sums[row];
+        const int64_t to = group * outputs + row;
         for (int64_t p = 0; p < now; ++p) {
           const int64_t first = (first_panel + p) * kPanel, n = columns - first < kPanel ? columns - first : kPanel;
           int64_t sums[kPanel];
-          for (int64_t j = 0; j < kPanel; ++j) {
-            int64_t sum = t * left_sum - pixels * s * t;
-            for (int64_t i = 0; i < parts; ++i) {
-              const int64_t at = (p * task.padded() + row) * kPanel + j;
-              sum += (part[i].total ? part[i].total[at] : part[i].sums[at]) - s * part[i].right_sums[p * kPanel + j];
-            }
-            sums[j] = sum;
-          }
-          write_row(*e, sums, group * outputs + row, first, n);
+          add_up(task, part.get(), parts, row, p, sums);
+          write_row(*e, sums, Place{to, to}, first, n);
         }
       });
     }

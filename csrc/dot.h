@@ -93,18 +93,25 @@ struct LeftInterleaved {
 };
 
 #if !defined(__AMX_INT8__)
-// sums (R × kPanel, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
-template <int R>
-inline void load_sums(vi (&c)[R][kVectors], const int32_t* sums, bool add) {
+// Unrolled by name, because GCC otherwise keeps the array in memory and copies it there and back around the loop.
+template <int R, int V>
+inline void clear(vi (&c)[R][V]) {
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    for (int v = 0; v < kVectors; ++v) c[i][v] = add ? load<vi>(sums + i * kPanel + v * W) : vi{};
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) c[i][v] = vi{};
   }
 }
 
-template <int R>
-inline void store_sums(const vi (&c)[R][kVectors], int32_t* sums) {
+template <int R, int V>
+inline void store_sums(const vi (&c)[R][V], int32_t* sums, bool add) {
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(sums + i * kPanel + v * W, c[i][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      int32_t* to = sums + i * kPanel + v * W;
+      store(to, add ? c[i][v] + load<vi>(to) : c[i][v]);
+    }
   }
 }
 
@@ -114,69 +121,88 @@ inline vi broadcast(const Left* group) {
   return splat(bits);
 }
 
-template <int R, class Rows>
+// sums (R × V · W, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
+template <int R, int V, class Rows>
 void tile_of(const Rows& left, int64_t first_row, int64_t taps, int64_t groups, const Right* right,
              int32_t* sums, bool add) {
-  vi c[R][kVectors];
-  load_sums<R>(c, sums, add);
+  vi c[R][V];
+  clear(c);
   for (int64_t tap = 0; tap < taps; ++tap) {
     const Left* a[R];
+#pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = left.row(tap, first_row + i);
     for (int64_t g = 0; g < groups; ++g) {
-      vi b[kVectors];
-      for (int v = 0; v < kVectors; ++v) b[v] = load<vi>(right + v * W * kGroup);
+      vi b[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) b[v] = load<vi>(right + v * W * kGroup);
       right += kPanel * kGroup;
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
         const vi l = broadcast(a[i] + g * kGroup);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) c[i][v] = dot(c[i][v], l, b[v]);
+        for (int v = 0; v < V; ++v) c[i][v] = dot(c[i][v], l, b[v]);
       }
     }
   }
-  store_sums<R>(c, sums);
+  store_sums(c, sums, add);
 }
 
-template <int R>
+template <int R, int V>
 void tile_of(const LeftInterleaved& left, int64_t first_row, int64_t, int64_t groups, const Right* right,
              int32_t* sums, bool add) {
-  vi c[R][kVectors];
-  load_sums<R>(c, sums, add);
+  vi c[R][V];
+  clear(c);
   const Left* a = left.first + first_row * kGroup;
   for (int64_t g = 0; g < groups; ++g) {
-    vi b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = load<vi>(right + v * W * kGroup);
+    vi b[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) b[v] = load<vi>(right + v * W * kGroup);
     right += kPanel * kGroup;
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const vi l = broadcast(a + i * kGroup);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) c[i][v] = dot(c[i][v], l, b[v]);
+      for (int v = 0; v < V; ++v) c[i][v] = dot(c[i][v], l, b[v]);
     }
     a += left.stride;
   }
-  store_sums<R>(c, sums);
+  store_sums(c, sums, add);
 }
 
-// All rows of a block; done(i, n) is called as soon as the sums of rows i … i + n − 1 are there, so that their
-// stores to memory overlap with the next tile's arithmetic.
-template <class Source, class Done>
-inline void block_of(const Source& left, Signs, int64_t rows, int64_t taps, int64_t groups, const Right* right,
+// Rows of a tile of V vectors: sums enough to hide the latency of dot, and registers for them.
+template <int V>
+constexpr int kTileOf = V == 1 ? 8 : kRows;
+
+template <int V, int R, class Source, class Done>
+inline void last_tile(const Source& left, int64_t first_row, int64_t rows, int64_t taps, int64_t groups,
+                      const Right* right, int32_t* sums, bool add, const Done& done) {
+  if constexpr (R > 0) {
+    if (rows < R) return last_tile<V, R - 1>(left, first_row, rows, taps, groups, right, sums, add, done);
+    tile_of<R, V>(left, first_row, taps, groups, right, sums, add);
+    done(first_row, R);
+  }
+}
+
+template <int V, class Source, class Done>
+inline void tiles_of(const Source& left, int64_t rows, int64_t taps, int64_t groups, const Right* right,
                      int32_t* sums, bool add, const Done& done) {
+  constexpr int R = kTileOf<V>;
   int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    tile_of<kRows>(left, i, taps, groups, right, sums + i * kPanel, add);
-    done(i, kRows);
+  for (; i + R <= rows; i += R) {
+    tile_of<R, V>(left, i, taps, groups, right, sums + i * kPanel, add);
+    done(i, R);
   }
-  int32_t* rest = sums + i * kPanel;
-  switch (rows - i) {
-    case 1: tile_of<1>(left, i, taps, groups, right, rest, add); break;
-    case 2: tile_of<2>(left, i, taps, groups, right, rest, add); break;
-    case 3: tile_of<3>(left, i, taps, groups, right, rest, add); break;
-    case 4: tile_of<4>(left, i, taps, groups, right, rest, add); break;
-    case 5: tile_of<5>(left, i, taps, groups, right, rest, add); break;
-  }
-  if (i < rows) done(i, rows - i);
+  last_tile<V, R - 1>(left, i, rows - i, taps, groups, right, sums + i * kPanel, add, done);
+}
+
+// All rows of a block, and at least the first `columns` of its panel; done(i, n) is called as soon as the sums of rows
+// i … i + n − 1 are there, so that their stores to memory overlap with the next tile's arithmetic.
+template <class Source, class Done>
+inline void block_of(const Source& left, Signs, int64_t rows, int64_t columns, int64_t taps, int64_t groups,
+                     const Right* right, int32_t* sums, bool add, const Done& done) {
+  if (columns <= W) return tiles_of<1>(left, rows, taps, groups, right, sums, add, done);
+  if (columns <= 2 * W) return tiles_of<2>(left, rows, taps, groups, right, sums, add, done);
+  tiles_of<kVectors>(left, rows, taps, groups, right, sums, add, done);
 }
 #endif
 

@@ -31,8 +31,34 @@ struct Epilogue {
   int64_t zero_step;           // 0 for one number, else 1
 };
 
+// Where a row of sums goes: the row of the result, and the sample that it belongs to (row ÷ period, which the callers
+// know without a division).
+struct Place {
+  int64_t row, sample;
+};
+
+// Neighbouring rows of a result of period 1.
+struct Neighbours {
+  static constexpr bool kOnePosition = true;
+  int64_t first;
+
+  Place operator[](int64_t i) const { return {first + i, first + i}; }
+};
+
+// Any rows.
+struct Listed {
+  static constexpr bool kOnePosition = false;
+  const Place* first;
+
+  Place operator[](int64_t i) const { return first[i]; }
+};
+
 inline vf sums_to_float(const int32_t* sums) { return to_float(load<vi>(sums)); }
 inline vf sums_to_float(const int64_t* sums) {
+#if defined(__AVX512DQ__)
+  const __m256 low = _mm512_cvtepi64_ps(_mm512_loadu_si512(sums)), high = _mm512_cvtepi64_ps(_mm512_loadu_si512(sums + 8));
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#endif
   vf value;
   for (int j = 0; j < W; ++j) value[j] = static_cast<float>(sums[j]);
   return value;
@@ -46,9 +72,9 @@ struct RowOf {
   float row_scale;
   const float *column_scale, *left, *right, *bias;
 
-  RowOf(const Epilogue& e, int64_t row, int64_t first_column)
-      : sample(e.period == 1 ? row : row / e.period),
-        position(e.period == 1 ? 0 : row % e.period),
+  RowOf(const Epilogue& e, const Place& place, int64_t first_column)
+      : sample(place.sample),
+        position(place.row - place.sample * e.period),
         first(first_column),
         right_stride(e.period * e.columns),
         rank(e.rank),
@@ -109,12 +135,12 @@ inline void write_floats(const RowOf& row, const Sum* sums, int64_t n, Out* out)
   }
 }
 
-// Writes n ≤ kPanel sums to row `row`, columns first … first + n − 1. Whole panels have a length that the compiler
+// Writes n ≤ kPanel sums to one row, columns first … first + n − 1. Whole panels have a length that the compiler
 // knows; the sums are readable up to the panel's end either way.
 template <bool Whole, class Sum>
-inline void write_part(const Epilogue& e, const Sum* sums, int64_t row, int64_t first, int64_t width) {
+inline void write_part(const Epilogue& e, const Sum* sums, const Place& place, int64_t first, int64_t width) {
   const int64_t n = Whole ? kPanel : width;
-  const int64_t at = row * e.columns + first;
+  const int64_t at = place.row * e.columns + first;
   if (e.type == kInt32) {
     int32_t* out = static_cast<int32_t*>(e.out) + at;
     for (int64_t j = 0; j < n; ++j) out[j] = static_cast<int32_t>(sums[j]);
@@ -125,7 +151,7 @@ inline void write_part(const Epilogue& e, const Sum* sums, int64_t row, int64_t 
     for (int64_t j = 0; j < n; ++j) out[j] = sums[j];
     return;
   }
-  const RowOf context(e, row, first);
+  const RowOf context(e, place, first);
   Sum centred[kPanel];
   if (e.zero) {
     subtract_zero(e, context, sums, n, centred);
@@ -139,80 +165,93 @@ inline void write_part(const Epilogue& e, const Sum* sums, int64_t row, int64_t 
 }
 
 template <class Sum>
-inline void write_row(const Epilogue& e, const Sum* sums, int64_t row, int64_t first, int64_t n) {
+inline void write_row(const Epilogue& e, const Sum* sums, const Place& place, int64_t first, int64_t n) {
   if (n == kPanel) {
-    write_part<true>(e, sums, row, first, n);
+    write_part<true>(e, sums, place, first, n);
   } else {
-    write_part<false>(e, sums, row, first, n);
+    write_part<false>(e, sums, place, first, n);
   }
 }
 
-// n rows of a whole panel as floats; what belongs to the columns stays in registers. Shared: all rows have one position.
-template <bool Shared, int Rank, class Out, class RowIndex>
-void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const RowIndex& row_of, int64_t first) {
-  const bool has_zero = e.zero, has_bias = e.bias;
-  const int64_t right_stride = e.period * e.columns, columns = e.columns, period = e.period;
+template <int V>
+inline void store_all(float* out, const vf (&value)[V]) {
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) store(out + v * W, value[v]);
+}
+template <int V>
+inline void store_all(uint16_t* out, const vf (&value)[V]) {
+#pragma GCC unroll 8
+  for (int v = 0; v + 2 <= V; v += 2) store_bfloat16(out + v * W, value[v], value[v + 1]);
+  if (V % 2) store(out + (V - 1) * W, to_bfloat16(value[V - 1]));
+}
+
+// n rows of V whole vectors as floats; what belongs to the columns stays in registers. No zero but for Neighbours.
+template <int V, int Rank, class Out, class Places>
+void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places places, int64_t first) {
+  constexpr bool kOnePosition = Places::kOnePosition;
+  const int64_t columns = e.columns, period = e.period, right_stride = e.period * e.columns;
   const int64_t scale_step = e.row_scale ? e.row_scale_step : 0, zero_step = e.zero_step;
   const float one = 1.0f, *row_scale = e.row_scale ? e.row_scale : &one, *lefts = e.left, *rights = e.right + first;
+  const float* column_scales = e.column_scale ? e.column_scale : &one;
   const int32_t* zeros = e.zero;
-  const int64_t* all_ones = e.ones + first;
   Out* all = static_cast<Out*>(e.out) + first;
-  vf column_scale[kVectors], bias[kVectors], right[Rank + 1][kVectors];
-  vi ones[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    column_scale[v] = !e.column_scale         ? splat(1.0f)
-                      : e.column_scale_step ? load<vf>(e.column_scale + first + v * W)
-                                            : splat(*e.column_scale);
-    bias[v] = has_bias ? load<vf>(e.bias + first + v * W) : vf{};
-    for (int r = 0; r < Rank; ++r) right[r][v] = Shared ? load<vf>(rights + r * right_stride + v * W) : vf{};
-    ones[v] = has_zero ? load_low(all_ones + v * W) : vi{};
+  vf column_scale[V], bias[V], right[Rank + 1][V];
+  vi ones[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    column_scale[v] = e.column_scale_step ? load<vf>(column_scales + first + v * W) : splat(*column_scales);
+    bias[v] = e.bias ? load<vf>(e.bias + first + v * W) : splat(-0.0f);  // x + −0 is x, also for x = −0
+    ones[v] = kOnePosition && zeros ? load_low(e.ones + first + v * W) : vi{};
+#pragma GCC unroll 2
+    for (int r = 0; r < Rank; ++r) right[r][v] = kOnePosition ? load<vf>(rights + r * right_stride + v * W) : vf{};
   }
   for (int64_t i = 0; i < n; ++i, sums += kPanel) {
-    const int64_t row = row_of(i), sample = Shared ? row : row / period;
-    const int64_t place = Shared ? 0 : row % period * columns;
-    Out* out = all + row * columns;
-    const vf scale = splat(row_scale[sample * scale_step]);
-    const vi zero = splat(has_zero ? zeros[sample * zero_step] : 0);
+    const Place place = places[i];
+    const float* from = rights + (place.row - place.sample * period) * columns;
+    const vf scale = splat(row_scale[place.sample * scale_step]);
+    const vi zero = splat(kOnePosition && zeros ? zeros[place.sample * zero_step] : 0);
+    vf value[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       vi sum = load<vi>(sums + v * W);
-      if (has_zero) {  // modulo 2³²: the difference fits
-        const vi o = Shared ? ones[v] : load_low(all_ones + place + v * W);
-        sum = (vi)((vu)sum - (vu)zero * (vu)o);
-      }
-      vf value = to_float(sum) * scale * column_scale[v];
+      if (kOnePosition && zeros) sum = (vi)((vu)sum - (vu)zero * (vu)ones[v]);  // modulo 2³²: the difference fits
+      value[v] = to_float(sum) * scale * column_scale[v];
 #pragma GCC unroll 2
       for (int r = 0; r < Rank; ++r) {
-        const vf part = Shared ? right[r][v] : load<vf>(rights + r * right_stride + place + v * W);
-        value += splat(lefts[sample * Rank + r]) * part;
+        const vf part = kOnePosition ? right[r][v] : load<vf>(from + r * right_stride + v * W);
+        value[v] += splat(lefts[place.sample * Rank + r]) * part;
       }
-      if (has_bias) value += bias[v];
-      store(out + v * W, as_stored(value, out));
+      value[v] += bias[v];
     }
+    store_all(all + place.row * columns, value);
   }
 }
 
-template <class Out, class RowIndex>
-void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const RowIndex& row_of, int64_t first) {
-  const bool shared = e.period == 1;
-  if (e.rank == 0 && shared) return write_tile<true, 0, Out>(e, sums, n, row_of, first);
-  if (e.rank == 0) return write_tile<false, 0, Out>(e, sums, n, row_of, first);
-  if (e.rank == 1 && shared) return write_tile<true, 1, Out>(e, sums, n, row_of, first);
-  if (e.rank == 1) return write_tile<false, 1, Out>(e, sums, n, row_of, first);
-  if (shared) return write_tile<true, 2, Out>(e, sums, n, row_of, first);
-  return write_tile<false, 2, Out>(e, sums, n, row_of, first);
+template <int V, class Out, class Places>
+void write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places& places, int64_t first) {
+  if (e.rank == 0) return write_tile<V, 0, Out>(e, sums, n, places, first);
+  if (e.rank == 1) return write_tile<V, 1, Out>(e, sums, n, places, first);
+  return write_tile<V, 2, Out>(e, sums, n, places, first);
 }
 
-// Writes n rows of `width` ≤ kPanel sums, at distances of kPanel, to the rows row_of(0) … row_of(n − 1).
-template <class Sum, class RowIndex>
-void write_rows(const Epilogue& e, const Sum* sums, int64_t n, const RowIndex& row_of, int64_t first, int64_t width) {
+template <int V, class Places>
+bool write_tile(const Epilogue& e, const int32_t* sums, int64_t n, const Places& places, int64_t first) {
+  if (e.type == kFloat32) return write_tile<V, float>(e, sums, n, places, first), true;
+  if (e.type == kBfloat16) return write_tile<V, uint16_t>(e, sums, n, places, first), true;
+  return false;
+}
+
+// Writes n rows of `width` ≤ kPanel sums, at distances of kPanel, to places[0] … places[n − 1].
+template <class Sum, class Places>
+void write_rows(const Epilogue& e, const Sum* sums, int64_t n, const Places& places, int64_t first, int64_t width) {
   if constexpr (std::is_same_v<Sum, int32_t>) {
-    if (width == kPanel && e.rank <= 2 && (e.type == kFloat32 || e.type == kBfloat16)) {
-      if (e.type == kFloat32) return write_tile<float>(e, sums, n, row_of, first);
-      return write_tile<uint16_t>(e, sums, n, row_of, first);
+    if (e.rank <= 2 && (Places::kOnePosition || !e.zero)) {
+      if (width == kPanel && write_tile<kVectors>(e, sums, n, places, first)) return;
+      if (width == 2 * W && write_tile<2>(e, sums, n, places, first)) return;
+      if (width == W && write_tile<1>(e, sums, n, places, first)) return;
     }
   }
-  for (int64_t i = 0; i < n; ++i) write_row(e, sums + i * kPanel, row_of(i), first, width);
+  for (int64_t i = 0; i < n; ++i) write_row(e, sums + i * kPanel, places[i], first, width);
 }
 
 }  // namespace fqt

@@ -144,7 +144,7 @@ void finish_rows(const Epilogue& e, Sum* sums, int64_t first_row, int64_t rows, 
       row[j] = static_cast<Sum>(row[j] + add + (u.by_column ? u.by_column[j] : 0));
     }
   }
-  write_rows(e, sums, rows, [&](int64_t i) { return first_row + i; }, first_column, columns);
+  write_rows(e, sums, rows, Neighbours{first_row}, first_column, columns);
 }
 
 // One panel of a block of rows: all slices of k.
@@ -152,7 +152,7 @@ struct Block {
   const LeftOperand& left;
   bool right_signed;
   const Right* panel;
-  int64_t first_row, rows, k;
+  int64_t first_row, rows, columns, k;
 
   template <class Done>
   void slice(int64_t at, int32_t* sums, bool add, const Done& done) const {
@@ -161,10 +161,10 @@ struct Block {
     const Signs signs{left.is_signed, right_signed};
     if (left.group_stride) {
       const LeftInterleaved source{left.first + g * left.group_stride + first_row * kGroup, left.group_stride};
-      block_of(source, signs, rows, 1, groups, right, sums, add, done);
+      block_of(source, signs, rows, columns, 1, groups, right, sums, add, done);
     } else {
       const LeftStrided source{left.first + first_row * left.row_stride + at, left.row_stride};
-      block_of(source, signs, rows, 1, groups, right, sums, add, done);
+      block_of(source, signs, rows, columns, 1, groups, right, sums, add, done);
     }
   }
 
@@ -241,7 +241,8 @@ FQT_API int fqt_matmul(const uint8_t* a, int a_signed, int64_t a_row_stride, int
     for (int64_t p = first_panel; p < panels && p < first_panel + panels_per_item; ++p) {
       const Unshift unshift{t, left.sums.get(), s ? by_column.get() + p * kPanel : nullptr};
       const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
-      const Block block{left, right_codes.is_signed, right.get() + p * groups * kPanel * kGroup, first_row, rows, k};
+      const Block block{left, right_codes.is_signed, right.get() + p * groups * kPanel * kGroup, first_row, rows,
+                        columns, k};
       const auto done = [&](auto* done_sums, int64_t i, int64_t count) {
         finish_rows(*e, done_sums, first_row + i, count, p * kPanel, columns, unshift);
       };

@@ -85,9 +85,9 @@ inline void interleave_16(const uint8_t* const* row, int64_t i, __m128i flip, vo
 }
 #endif
 
-// out[i][kGroup] for i < width: kGroup rows, interleaved.
+// out[i][kGroup] for i < width: kGroup rows, interleaved. A reader of its own, which no byte stored can alias.
 template <class Operand, class Read>
-inline void interleave_group(const uint8_t* const* row, int64_t width, const Read& read, Operand* out) {
+inline void interleave_group(const uint8_t* const* row, int64_t width, const Read read, Operand* out) {
   int64_t i = 0;
 #if defined(__AVX512VNNI__)
   const __m512i flip = _mm512_set1_epi8(read.shift() ? -128 : 0);  // ± 128 modulo 256 is one flipped bit
@@ -103,7 +103,7 @@ inline void interleave_group(const uint8_t* const* row, int64_t width, const Rea
 // `rows` or `width` holds `missing` too.
 template <class Operand, class Read>
 void interleave_rows(const uint8_t* const* row, int64_t rows, int64_t width, int64_t padded_width, Operand missing,
-                     const Read& read, Operand* out) {
+                     const Read read, Operand* out) {
   bool whole = rows == kGroup;
   for (int64_t j = 0; j < rows; ++j) whole = whole && row[j];
   int64_t i = 0;

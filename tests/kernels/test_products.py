@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,43 @@ def test_matmul_epilogue(dtype: torch.dtype) -> None:
             got = products.matmul(a, b, e)
             assert got.dtype == dtype
             assert torch.equal(got, wanted), (m, n, k)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the sign of zero; any NaN equals any other."""
+    zeros = torch.equal(torch.signbit(a) & (a == 0), torch.signbit(b) & (b == 0))
+    return zeros and torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
+
+
+EDGES = torch.tensor([1.0, -0.0, 1e-40, float("inf"), -3e38, float("nan"), 0.25])
+"""Factors whose products are no ordinary numbers."""
+
+
+@pytest.mark.parametrize("width", [64, 130, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_of_epilogues(width: int, dtype: torch.dtype) -> None:
+    """Every selection of parts, for whole and partial panels of columns; with NaN, infinity, −0 and denormals."""
+    n, g, draw = 7, Geometry(padding=(1, 1)), torch.Generator().manual_seed(3)
+    x, w = codes((n, 8, 3, 5), U8, 1), codes((width, 8, 3, 3), S8, 2)
+    a, b = codes((n, 16), U8, 3), codes((16, width), S8, 4)
+    x[:, :, :2, :2], a[0] = 0, 0  # some sums are 0
+    image = F.conv2d(x.double(), w.double(), padding=1).long().permute(0, 2, 3, 1).reshape(n, 15, width)
+    matrix = (a.long() @ b.long()).view(n, 1, width)
+    for rank, by_row, by_column, bias in itertools.product(range(4), (0, 1), (0, 1), (0, 1)):
+        scale = EDGES[torch.arange(width) % len(EDGES)] if by_column else torch.tensor(-0.7)
+        e = Epilogue(
+            row_scale=EDGES if by_row else torch.tensor([0.3]),
+            column_scale=scale,
+            left=torch.randn(n, rank, generator=draw) if rank else None,
+            bias=torch.randn(width, generator=draw) if bias else None,
+            dtype=dtype,
+        )
+        of_matrix = replace(e, right=torch.randn(rank, width, generator=draw) if rank else None)
+        of_image = replace(e, right=torch.randn(rank, 3, 5, width, generator=draw) if rank else None)
+        got = products.matmul(a, b, of_matrix)
+        assert same_bits(got, by_hand(matrix, of_matrix).view(n, width)), e
+        got = products.conv2d(x, w, g, of_image).permute(0, 2, 3, 1).reshape(n, 15, width)
+        assert same_bits(got, by_hand(image, of_image)), e
 
 
 def test_matmul_epilogue_of_a_long_sum() -> None:
