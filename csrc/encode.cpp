@@ -6,30 +6,14 @@
 #include <new>
 #include <type_traits>
 
-#include "grid.h"
+#include "encode.h"
 #include "parallel.h"
-#include "philox.h"
 #include "platform.h"
 #include "range.h"
-#include "source.h"
 
 using namespace fqt;
 
 namespace {
-
-enum Rounding : int { kNearest = 0, kStochastic = 1, kDithered = 2, kStochasticFixed = 3, kDitheredFixed = 4 };
-
-constexpr int64_t kChunk = 2048;  // a multiple of kNoiseWords
-static_assert(kChunk % kNoiseWords == 0, "chunks start at whole vectors of noise");
-
-struct Task {
-  const Source& source;
-  const float *step, *offset;
-  int64_t columns;
-  float low, high;
-  uint8_t* codes;
-  const uint32_t *row_noise, *column_noise;  // dithered only
-};
 
 // What one run of neighbouring entries of a row needs beside its entries.
 struct Run {
@@ -118,6 +102,18 @@ void encode_group(const Task& task, const Philox& philox, Group group, int64_t r
   }
 }
 
+template <int Rounding>
+void encode_piece(const Task& task, const Philox& philox, Group group, int64_t row, int64_t column, const float* x,
+                  int64_t n) {
+  uint32_t noise[kChunk + 2 * W];
+  Run run{column, Groups::of(group), nullptr, 0};
+  if (is_dithered(Rounding)) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
+  const int64_t at = row * task.columns + column, skipped = at % 4;
+  if (is_stochastic(Rounding)) philox.fill_u24(at - skipped, n + skipped, noise);
+  run.noise = noise + skipped;
+  encode_run<Rounding, false>(task, run, x, task.codes + at, n);
+}
+
 // Rows as groups: range, step and codes of a row while it is in the cache. step and offset are written.
 template <int Rounding>
 void quantize_rows(const Task& task, int64_t rows, int symmetric, int steps, uint64_t seed, float* step,
@@ -159,6 +155,15 @@ void encode_groups(const Task& task, int64_t rows, bool by_row, bool by_column, 
 }
 
 }  // namespace
+
+EncodePiece fqt::piece_encoder(int rounding, int low) {
+  const bool fixed = kFixedPoint && low == 0;
+  switch (rounding) {
+    case kNearest: return encode_piece<kNearest>;
+    case kStochastic: return fixed ? encode_piece<kStochasticFixed> : encode_piece<kStochastic>;
+    default: return fixed ? encode_piece<kDitheredFixed> : encode_piece<kDithered>;
+  }
+}
 
 // codes (rows, columns) bytes of the source: unsigned where low is 0, else signed.
 // step and offset hold one number, one per row, or one per column. Contract, checked by the caller:
