@@ -117,6 +117,7 @@ FQT_API int fqt_householder_codes(const Source* source, int64_t rows, int64_t co
   for (int64_t g = 0; g < rows; ++g) {
     f[g] = 1 / (1 - 1 / square_root(std::max(grouping.rows[g], 2.0)));
     factor[g] = static_cast<float>(f[g]);
+    if (grouping.rows[g] <= 1) continue;
     scales(grouping.rows[g], grouping.big[g], grouping.small[g], rigorous != 0, &large[g], &small[g]);
   }
   std::vector<RowScaling> scaling(rows);

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +29,7 @@ NAMES = ("shq8", "shq4d", "shq2", "shq5n", "bhq8", "bhq8d", "bhq3", "bhq4n")
 
 
 def matrix(shape: tuple[int, int], kind: str) -> Tensor:
-    """Rows of equal sizes, of sizes e⁻⁶ to e⁶, constant ones among them, near the ends of the floats, or two-valued."""
+    """Rows of equal sizes, of sizes e⁻⁶ to e⁶, with constant ones, near the ends of the floats, or two-valued."""
     generator = torch.Generator().manual_seed(hash((shape, len(kind))) % 1000)
     x = torch.randn(shape, generator=generator)
     if kind in ("scaled", "constant"):
@@ -38,7 +41,9 @@ def matrix(shape: tuple[int, int], kind: str) -> Tensor:
         size = torch.tensor([3.3e38, 1e-44, 1.0, 1e30, 1e-30])[torch.arange(shape[0]) % 5]
         x = x / x.abs().amax().clamp(min=1e-3) * size[:, None]
     elif kind == "flat":  # the rows of a later half take two values: mixing them costs
-        x[shape[0] // 2 :] = x[shape[0] // 2 :].sign() * (1 + torch.rand(shape[0] - shape[0] // 2, 1, generator=generator))
+        x[shape[0] // 2 :] = x[shape[0] // 2 :].sign() * (
+            1 + torch.rand(shape[0] - shape[0] // 2, 1, generator=generator)
+        )
     return x
 
 
@@ -52,7 +57,9 @@ def differences(a: QuantizedTensor, b: QuantizedTensor) -> list[str]:
     assert b.mixing is not None
     assert (a.noise is None) == (b.noise is None)
     pairs = {name: (getattr(a, name), getattr(b, name)) for name in ("matrix_codes", "matrix_step", "group_offset")}
-    pairs |= {name: (getattr(a.mixing, name), getattr(b.mixing, name)) for name in ("inverse_scale", "offset", "cost")}
+    pairs |= {
+        name: (getattr(a.mixing, name), getattr(b.mixing, name)) for name in ("inverse_scale", "offset", "cost")
+    }
     left, right = vars(a.mixing.matrix), vars(b.mixing.matrix)
     pairs |= {name: (left[name], right[name]) for name in left if isinstance(left[name], Tensor)}
     if a.noise is not None and b.noise is not None:
@@ -143,7 +150,8 @@ def test_the_comparison_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
     for name, guarded in (("shq8", "keep"), ("bhq8", "normal")):
         q = fqt.quantizer(name)
         with plain_torch(monkeypatch):
-            other_seed, unguarded, shifted = q.quantize(x, 1), members(name)[1].quantize(x, 0), q.quantize(x.roll(1, 0), 0)
+            other_seed, unguarded = q.quantize(x, 1), members(name)[1].quantize(x, 0)
+            shifted = q.quantize(x.roll(1, 0), 0)
         quantized = q.quantize(x, 0)
         assert "matrix_codes" in differences(quantized, other_seed)
         assert {guarded, "matrix_step", "inverse_scale", "offset", "cost"} <= set(differences(quantized, unguarded))
@@ -175,7 +183,8 @@ def test_what_goes_step_by_step(calls: list[bool]) -> None:
     for name in ("shq8", "bhq8"):
         q = fqt.quantizer(name)
         for y in (bad, x.double(), x[:0], x[:, :0]):
-            assert bool(torch.isnan(q.quantize(y, 0, nonfinite="propagate").dequantize()).all()) == (y is bad or not y.numel())
+            value = q.quantize(y, 0, nonfinite="propagate").dequantize()
+            assert bool(torch.isnan(value).all()) == (y is bad or not y.numel())
         assert calls == [False] * 4
         calls.clear()
         with pytest.raises(fqt.FqtError, match="NaN or Inf"):
@@ -208,3 +217,20 @@ def test_roots_are_right_to_two_units() -> None:
         error = (n * p**3 - d * q**3) / (d * q**3)  # of integers: rounded once
         assert abs(error) < 3 * 2**-51
         assert math.isclose(root, math.sqrt(a), rel_tol=2**-51)
+
+
+@needs_native
+@pytest.mark.parametrize("level", native.LEVELS)
+def test_every_level_gives_the_same_codes(level: str) -> None:
+    """The comparison again, on kernels of a lower level."""
+    have = native.status().level
+    if "FQT_KERNELS" in os.environ or native.LEVELS.index(level) >= native.LEVELS.index(have):
+        pytest.skip(f"this runs on {have} anyway")
+    chosen = "test_one_call and scaled and (shq4d or bhq3) or test_factors"
+    arguments = [__file__, "-q", "-p", "no:cacheprovider", "-k", chosen]
+    code = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
+    environment = {**os.environ, "FQT_KERNELS": level}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout

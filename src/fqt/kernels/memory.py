@@ -2,9 +2,9 @@
 
 A fresh allocation of some megabytes costs a page fault per four kilobytes: at the speed of the kernels up to a
 third of a training step. The C library hands such memory back to the system and asks for it anew, so the results of
-the native kernels come from blocks that are kept here. Blocks in use and kept ones together are never more than half
-as much again as was in use at one time: no less, since a step that needs a few sizes, not all at once, would otherwise
-lose a block in every round.
+the native kernels come from blocks that are kept here. Blocks in use and kept ones together are never more than
+half as much again as was in use at one time; no less, since a step that needs a few sizes, not all at once, would
+otherwise lose a block in every round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Transform, guard, ranges and codes of a matrix in one call of the native kernels, where they can.
 
-What they compute is defined step by step in `fqt.quant.transform`: parameters, codes and the guard's choice are equal
-to that bit for bit. In one call mixed rows stay in the cache, and some sixty small operations are saved.
+What they compute is defined step by step in `fqt.quant.transform`: parameters, codes and the guard's choice are
+equal to that bit for bit. In one call mixed rows stay in the cache, and some sixty small operations are saved.
 """
 
 from __future__ import annotations
@@ -65,9 +65,20 @@ class _Mixed(ctypes.Structure):
     """`Mixed` of csrc/mixed.h."""
 
     _fields_ = [
-        *[("seed", _P), ("guard", _I), ("levels", _I), ("high", _I), ("rounding", _I)],
-        *[(name, _P) for name in ("inverse", "middle", "cost", "step", "offset")],
-        *[(name, _P) for name in ("row_dither", "column_dither", "keep", "codes")],
+        ("seed", _P),
+        ("guard", _I),
+        ("levels", _I),
+        ("high", _I),
+        ("rounding", _I),
+        ("inverse", _P),
+        ("middle", _P),
+        ("cost", _P),
+        ("step", _P),
+        ("offset", _P),
+        ("row_dither", _P),
+        ("column_dither", _P),
+        ("keep", _P),
+        ("codes", _P),
         ("finite", _I),
     ]
 
@@ -155,7 +166,6 @@ class _Work:
         return bool(self._how.finite)
 
     def result(self) -> MixedCodes:
-        """They."""
+        """The results, once the call is over."""
         inverse, offset_back, step, offset, _ = self._parts[:5]
         return MixedCodes(self._codes, step, offset, self._dither, inverse, offset_back, self._cost, self._keep)
-

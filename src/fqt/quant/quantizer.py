@@ -119,7 +119,7 @@ class Quantizer:
     def _mixed_at_once(
         self, matrix: Tensor, view: RowView, factor: Tensor | None, dtype: torch.dtype, key: Tensor | None
     ) -> QuantizedTensor | None:
-        """What `_rounded` gives, in one call of a kernel; None where there is none for it. Its values are finite."""
+        """What `_rounded` gives, in one call of a kernel; None where there is none for it. All finite."""
         if self.rounding == "best" or self.scale.mode != "affine":
             return None
         high = Plan.codes(self.scale.mode, self.grid, self.rounding)[1]

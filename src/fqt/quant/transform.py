@@ -230,7 +230,9 @@ class ScaledHadamard:
             return None
         blocks, deal = _hadamard_blocks(x.shape[0], self.block)
         found = mixed.hadamard_codes(x, factor, deal, blocks, replace(how, guard=bool(self.guard)))
-        return None if found is None else (found[0], Mixing.of(found[0], Butterflies(found[1], blocks, found[0].keep)))
+        return (
+            None if found is None else (found[0], Mixing.of(found[0], Butterflies(found[1], blocks, found[0].keep)))
+        )
 
 
 Transform = Identity | BlockHouseholder | ScaledHadamard
