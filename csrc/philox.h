@@ -15,7 +15,7 @@
 
 namespace fqt {
 
-enum Stream : uint32_t { kRounding = 0, kDitherRow = 1, kDitherColumn = 2 };
+enum Stream : uint32_t { kRounding = 0, kDitherRow = 1, kDitherColumn = 2, kSign = 3 };
 
 constexpr int kBlocks = W / 2;         // blocks per vector
 constexpr int kNoiseWords = 4 * kBlocks;  // words per call of Philox::words; a multiple of W

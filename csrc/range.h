@@ -16,6 +16,8 @@ void group_parameters(float lo, float hi, int mode, int steps, float* step, floa
 
 }  // namespace fqt
 
+FQT_API int fqt_range_rows(const fqt::Source* source, int64_t rows, int64_t columns, float* lo, float* hi,
+                           int threads);
 FQT_API int fqt_range_tensor(const fqt::Source* source, int64_t n, float* lo, float* hi, int threads);
 FQT_API int fqt_range_columns(const fqt::Source* source, int64_t rows, int64_t columns, float* lo, float* hi,
                               int threads);

@@ -1,4 +1,4 @@
-"""Memory that is used again: never while somebody holds it, and never more than once was needed."""
+"""Memory that is used again: never while somebody holds it, and little more than once was needed."""
 
 from __future__ import annotations
 
@@ -53,15 +53,29 @@ def test_small_tensors_are_torchs() -> None:
     assert memory._blocks.used == 0
 
 
-def test_never_more_is_kept_than_was_in_use(blocks: memory._Blocks) -> None:
+def test_kept_memory_is_bounded_by_what_was_in_use(blocks: memory._Blocks) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         held = [memory.empty((int(n),), torch.uint8) for n in torch.randint(MB, 9 * MB, (3,), generator=generator)]
-        assert blocks.held <= blocks.peak
+        assert blocks.held + blocks.used <= 1.5 * blocks.peak
         del held
-    assert blocks.held <= blocks.peak <= 3 * 10 * MB
+    assert blocks.held <= 1.5 * blocks.peak <= 1.5 * 3 * 10 * MB
     memory.release()
     assert (blocks.held, blocks.peak, blocks.used) == (0, 0, 0)
+
+
+def test_a_step_that_repeats_loses_no_block() -> None:
+    """Sizes that are not all in use at once add up to more than ever was in use."""
+
+    def step() -> set[int]:
+        a, b = memory.empty((8 * MB,), torch.uint8), memory.empty((4 * MB,), torch.uint8)
+        seen = {a.data_ptr(), b.data_ptr()}
+        del a
+        c = memory.empty((6 * MB,), torch.uint8)
+        return seen | {c.data_ptr()}
+
+    first = step()
+    assert all(step() == first for _ in range(5))
 
 
 def test_threads() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqt.kernels import ops
+from fqt.kernels import mixed, ops
 from fqt.quant import Integers
 from fqt.quant.transform import Mixing
 
@@ -22,6 +22,13 @@ transform_module = importlib.import_module("fqt.quant.transform")
 
 Patch = pytest.MonkeyPatch
 Rounding = Callable[[Tensor, Tensor], Tensor]
+
+
+def _step_by_step(patch: Patch) -> None:
+    """Nothing in one call, so that a defect planted in a step shows."""
+    patch.setattr(ops, "quantize", ops.quantize_in_steps)
+    for name in ("hadamard_codes", "householder_codes"):
+        patch.setattr(mixed, name, lambda *_: None)
 
 
 def _rounding(rule: Rounding, noise_shape: Callable[[Tensor], tuple[int, ...]] = lambda t: tuple(t.shape)):
@@ -34,7 +41,7 @@ def _rounding(rule: Rounding, noise_shape: Callable[[Tensor], tuple[int, ...]] =
             return rule(t, u.to(t.dtype).expand(t.shape)).clamp(low, high).to(torch.uint8)
 
         patch.setattr(ops, "encode", encode)
-        patch.setattr(ops, "quantize", ops.quantize_in_steps)
+        _step_by_step(patch)
 
     return mutant
 
@@ -57,7 +64,7 @@ def _steps(factor: float) -> Callable[[Patch], None]:
             return step * factor, offset
 
         patch.setattr(ops, "parameters", parameters)
-        patch.setattr(ops, "quantize", ops.quantize_in_steps)
+        _step_by_step(patch)
 
     return mutant
 
@@ -92,6 +99,7 @@ def transform_dropped(patch: Patch) -> None:
         return x if after is None else after(x)
 
     patch.setattr(ops, "reflect", reflect)
+    _step_by_step(patch)
 
 
 def reflection_too_long(patch: Patch) -> None:
@@ -99,12 +107,14 @@ def reflection_too_long(patch: Patch) -> None:
     patch.setattr(
         ops, "reflect", lambda x, group, normal, factor, *a, **kw: right(x, group, normal, factor * 1.05, *a, **kw)
     )
+    _step_by_step(patch)
 
 
 def _grouping(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
     def mutant(patch: Patch) -> None:
         right = transform_module.householder_blocks
         patch.setattr(transform_module, "householder_blocks", lambda size: right(change(size)))
+        _step_by_step(patch)
 
     return mutant
 
@@ -118,6 +128,7 @@ def no_guard(patch: Patch) -> None:
     patch.setattr(
         transform_module, "_guarded", lambda guard, cost, x, y, c, group: torch.ones_like(group, dtype=torch.bool)
     )
+    _step_by_step(patch)
 
 
 def column_steps_shared(patch: Patch) -> None:
@@ -129,7 +140,7 @@ def column_steps_shared(patch: Patch) -> None:
         return (lo.expand(1, x.shape[1]), hi.expand(1, x.shape[1])) if group == "column" else (lo, hi)
 
     patch.setattr(ops, "value_range", value_range)
-    patch.setattr(ops, "quantize", ops.quantize_in_steps)
+    _step_by_step(patch)
 
 
 def dither_not_subtracted(patch: Patch) -> None:
@@ -146,3 +157,4 @@ def dither_shared_by_rows(patch: Patch) -> None:
         return row[:1].expand(rows, 1).contiguous(), column
 
     patch.setattr(ops, "dither_noise", dither_noise)
+    _step_by_step(patch)

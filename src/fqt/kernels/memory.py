@@ -2,7 +2,9 @@
 
 A fresh allocation of some megabytes costs a page fault per four kilobytes: at the speed of the kernels up to a
 third of a training step. The C library hands such memory back to the system and asks for it anew, so the results of
-the native kernels come from blocks that are kept here. Never more memory is kept than was in use at one time.
+the native kernels come from blocks that are kept here. Blocks in use and kept ones together are never more than
+half as much again as was in use at one time; no less, since a step that needs a few sizes, not all at once, would
+otherwise lose a block in every round.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class _Blocks:
             if found:
                 self.held -= size
                 return found.pop()
+            self._trim(size)
         # Private: what a forked child writes stays its own.
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -52,10 +55,14 @@ class _Blocks:
             self.used -= size
             self.free.setdefault(size, []).append(block)
             self.held += size
-            for other in sorted(self.free, key=lambda s: s == size):  # of other sizes first
-                while self.held > self.peak and self.free[other]:
-                    self.free[other].pop()
-                    self.held -= other
+            self._trim(size)
+
+    def _trim(self, size: int) -> None:
+        """Drops free blocks beyond the bound, of other sizes first."""
+        for other in sorted(self.free, key=lambda s: s == size):
+            while self.held + self.used > self.peak * 3 // 2 and self.free[other]:
+                self.free[other].pop()
+                self.held -= other
 
 
 _blocks = _Blocks()

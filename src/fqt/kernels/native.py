@@ -55,6 +55,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_conv_grad_input": (_P, _P, _P, _I, _P, _I, _P, _I),
     "fqt_conv_grad_weight": (_P, _P, _P, _I, _P, _I),
     "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
+    "fqt_hadamard_codes": (_P, _L, _L, _P, _P, _L, _P, _P, _I),
+    "fqt_householder_codes": (_P, _L, _L, _I, _P, _P, _P, _P, _I),
 }
 
 

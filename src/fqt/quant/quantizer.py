@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.kernels import native, ops, reference
+from fqt.kernels import mixed, native, ops, reference
 from fqt.kernels.ops import Findings
 from fqt.kernels.philox import as_seed
 from fqt.kernels.reference import Quantized
@@ -86,7 +86,13 @@ class Quantizer:
         Raises:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
-        return self.rounded(x, seed, axis=axis, nonfinite=nonfinite, factor=factor, findings=findings)[1]
+        matrix, view, factor = self._matrix(x, axis, factor)
+        key = self._key(seed, x.device)
+        quantized = self._mixed_at_once(matrix, view, factor, x.dtype, key)
+        if quantized is None:
+            return self._checked(nonfinite, *self._rounded(matrix, view, factor, x.dtype, key, findings))[1]
+        _check_nonfinite(nonfinite)
+        return quantized
 
     def rounded(
         self,
@@ -96,7 +102,6 @@ class Quantizer:
         axis: int | tuple[int, ...] = 0,
         nonfinite: str = "raise",
         factor: Tensor | None = None,
-        findings: Findings | None = None,
     ) -> tuple[Tensor, QuantizedTensor]:
         """`quantize`, and the matrix that it rounds: rows less their offset and mixed, or x as it is.
 
@@ -104,14 +109,32 @@ class Quantizer:
         correlates rows. Arguments and errors are those of `quantize`; the matrix lacks the factor.
         """
         matrix, view, factor = self._matrix(x, axis, factor)
-        if nonfinite not in ("raise", "propagate"):
-            raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
-        y, quantized = self._rounded(matrix, view, factor, x.dtype, self._key(seed, x.device), findings)
+        key = self._key(seed, x.device)
+        return self._checked(nonfinite, *self._rounded(matrix, view, factor, x.dtype, key, None))
+
+    @staticmethod
+    def _checked(nonfinite: str, y: Tensor, quantized: QuantizedTensor) -> tuple[Tensor, QuantizedTensor]:
+        _check_nonfinite(nonfinite)
         # A group's range shows what it holds: no pass over the values is needed.
         parameters = [quantized.matrix_step, *([] if quantized.mixing is None else [quantized.mixing.offset])]
         if nonfinite == "raise" and any(bool(torch.isnan(p).any()) for p in parameters):
             raise FqtError("cannot quantize NaN or Inf; pass nonfinite='propagate' to get NaN back instead")
         return y, quantized
+
+    def _mixed_at_once(
+        self, matrix: Tensor, view: RowView, factor: Tensor | None, dtype: torch.dtype, key: Tensor | None
+    ) -> QuantizedTensor | None:
+        """What `_rounded` gives, in one call of a kernel; None where there is none for it. All finite."""
+        if self.rounding == "best" or self.scale.mode != "affine":
+            return None
+        high = Plan.codes(self.scale.mode, self.grid, self.rounding)[1]
+        how = mixed.Rounding(True, self.grid.affine_steps, high, self.rounding, key)
+        found = self.transform.codes(matrix, factor, how)
+        if found is None:
+            return None
+        codes, mixing = found
+        dither = None if codes.dither is None else Dither(*codes.dither)
+        return QuantizedTensor(view, dtype, codes.codes, codes.step, codes.offset, dither, mixing)
 
     def _rounded(
         self,
@@ -432,6 +455,11 @@ def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tenso
     unit = torch.eye(full.shape[0], dtype=mixing.offset.dtype, device=full.device)
     inverse = mixing.undo(unit) - mixing.offset  # S⁻¹ itself
     return inverse.double().square().T @ full
+
+
+def _check_nonfinite(nonfinite: str) -> None:
+    if nonfinite not in ("raise", "propagate"):
+        raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
 
 
 _cached_view = lru_cache(maxsize=1024)(RowView.of)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.kernels import ops
+from fqt.kernels import mixed, ops
+from fqt.kernels.mixed import MixedCodes, Rounding
 from fqt.kernels.philox import STREAM_SIGN, random_words
 from fqt.kernels.reference import Scaling, Unscaling
+from fqt.kernels.roots import inverse_cube_root, square_root
 
 RowCost = Callable[[Tensor], Tensor]
 
@@ -84,6 +86,11 @@ class Mixing:
     matrix: Reflections | Butterflies
     cost: Tensor
 
+    @staticmethod
+    def of(found: MixedCodes, matrix: Reflections | Butterflies) -> Mixing:
+        """The state that came with codes."""
+        return Mixing(found.inverse_scale, found.row_offset, matrix, found.cost)
+
     def undo(self, y: Tensor) -> Tensor:
         """S⁻¹ y + z, (N, D); finite where y is (values beyond the largest float are clamped to it)."""
         return self.matrix.unmixed(y, Unscaling(self.inverse_scale, self.offset, dtype=y.dtype))
@@ -105,6 +112,9 @@ class Identity:
     def apply(self, x: Tensor, seed: Tensor | None, row_cost: RowCost) -> tuple[Tensor, Mixing | None]:
         """x itself, and nothing to undo."""
         return x, None
+
+    def codes(self, x: Tensor, factor: Tensor | None, how: Rounding) -> None:
+        """Nothing: there are no rows to mix."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +146,9 @@ class BlockHouseholder:
         size, big, small = (value[group] for value in blocks)
         scale = torch.where(large, *_householder_scales(size, big, small, self.small_rows))
         in_block = size > 1
-        root = size.clamp(min=2).sqrt()
+        root = square_root(size.clamp(min=2))
         normal = torch.where(large, 1 / root - 1, 1 / root) * in_block
-        factor = 1 / (1 - 1 / blocks[0].clamp(min=2).sqrt())
+        factor = 1 / (1 - 1 / square_root(blocks[0].clamp(min=2)))
         scale = torch.where(in_block, scale, 1.0).masked_fill(rows.constant, 0.0)
         inverse = _inverse(scale)
 
@@ -152,6 +162,14 @@ class BlockHouseholder:
         keep = in_block & _guarded(self.guard, row_cost, x, y, cost, group)
         mix = replace(mix, normal=mix.normal * keep[:, None])
         return _assemble(x, y, rows, inverse, cost, keep, mix)
+
+    def codes(self, x: Tensor, factor: Tensor | None, how: Rounding) -> tuple[MixedCodes, Mixing] | None:
+        """`apply` and its codes at once; None where only the steps can do it. `how.guard` is overridden."""
+        if self.guard == "exact":
+            return None
+        how = replace(how, guard=bool(self.guard))
+        found = mixed.householder_codes(x, factor, self.small_rows == "rigorous", how)
+        return None if found is None else (found[0], Mixing.of(found[0], Reflections(*found[1:])))
 
 
 @dataclass(frozen=True)
@@ -192,7 +210,7 @@ class ScaledHadamard:
         sizes = torch.tensor(blocks, dtype=torch.long, device=x.device)
         block_of = torch.repeat_interleave(torch.arange(len(blocks), device=x.device), sizes, output_size=n)
         by_size = torch.sort(rows.range, descending=True, stable=True).indices
-        order = by_size[torch.tensor(deal, dtype=torch.long, device=x.device)]
+        order = by_size[deal.to(x.device)]
         group = torch.empty_like(order).index_copy_(0, order, block_of)
         size = torch.tensor(blocks, dtype=torch.float64, device=x.device)[group]
 
@@ -205,6 +223,16 @@ class ScaledHadamard:
         keep = (size > 1) & _guarded(self.guard, row_cost, x, y, cost, group)
         mix = Butterflies(order, blocks, keep[:, None])
         return _assemble(x, y, rows, inverse * size.rsqrt(), cost, keep, mix)
+
+    def codes(self, x: Tensor, factor: Tensor | None, how: Rounding) -> tuple[MixedCodes, Mixing] | None:
+        """`apply` and its codes at once; None where only the steps can do it. `how.guard` is overridden."""
+        if self.guard == "exact" or how.seed is None:
+            return None
+        blocks, deal = _hadamard_blocks(x.shape[0], self.block)
+        found = mixed.hadamard_codes(x, factor, deal, blocks, replace(how, guard=bool(self.guard)))
+        return (
+            None if found is None else (found[0], Mixing.of(found[0], Butterflies(found[1], blocks, found[0].keep)))
+        )
 
 
 Transform = Identity | BlockHouseholder | ScaledHadamard
@@ -310,20 +338,20 @@ def householder_blocks(size: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tens
 
 def _householder_scales(k: Tensor, big: Tensor, small: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """s1 of a block's large row and s2 of its small ones, from w1^(−1/3) and (w2/(k − 1))^(−1/3)."""
-    root = k.clamp(min=2).sqrt()
+    root = square_root(k.clamp(min=2))
     if rule == "rigorous":
         w2 = small * (k - 1) / root
     else:
-        off_diagonal = torch.where(k > 2, 1 / (k.clamp(min=3) - k.clamp(min=3).sqrt()), 0.0)
+        three = k.clamp(min=3)
+        off_diagonal = torch.where(k > 2, 1 / (three - square_root(three)), 0.0)
         diagonal = (1 - 1 / (k.clamp(min=2) - root)).abs()
         w2 = small * torch.maximum(torch.maximum(off_diagonal, diagonal), 1 / root)
-    third = -1.0 / 3.0
     # Where all small rows are constant w2 is 0 and their scale is replaced by 0 later.
-    return (big / root).pow(third), torch.where(w2 > 0, (w2 / (k - 1).clamp(min=1)).pow(third), 1.0)
+    return inverse_cube_root(big / root), torch.where(w2 > 0, inverse_cube_root(w2 / (k - 1).clamp(min=1)), 1.0)
 
 
 @lru_cache(maxsize=64)
-def _hadamard_blocks(n: int, largest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _hadamard_blocks(n: int, largest: int) -> tuple[tuple[int, ...], Tensor]:
     """Block sizes that sum to n, and which rank (by row size) each position takes."""
     blocks = [largest] * (n // largest)
     rest = n % largest
@@ -335,4 +363,4 @@ def _hadamard_blocks(n: int, largest: int) -> tuple[tuple[int, ...], tuple[int, 
     deal = list(range(n))
     for rank, (_, b, j) in enumerate(wishes):
         deal[starts[b] + j] = rank
-    return tuple(blocks), tuple(deal)
+    return tuple(blocks), torch.tensor(deal, dtype=torch.int64, device="cpu")

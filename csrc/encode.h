@@ -1,0 +1,40 @@
+// Codes of matrices, and of pieces of rows for kernels that make their rows themselves.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "grid.h"
+#include "philox.h"
+#include "source.h"
+
+namespace fqt {
+
+// The first four are the C interface's; the last two are arithmetic for the same codes.
+enum Rounding : int { kNearest = 0, kStochastic = 1, kDithered = 2, kBest = 3, kStochasticFixed = 4, kDitheredFixed = 5 };
+
+constexpr int64_t kChunk = 2048;  // entries whose noise is made at a time; a multiple of kNoiseWords
+static_assert(kChunk % kNoiseWords == 0, "chunks start at whole vectors of noise");
+
+struct Task {
+  const Source& source;
+  const float *step, *offset;
+  int64_t columns;
+  float low, high;
+  uint8_t* codes;
+  const uint32_t *row_noise, *column_noise;  // dithered only
+};
+
+// Codes of the entries x of row `row` from `column` on, at most kChunk of them; they may come from elsewhere than
+// the task's source.
+typedef void (*EncodePiece)(const Task& task, const Philox& philox, Group group, int64_t row, int64_t column,
+                            const float* x, int64_t n);
+EncodePiece piece_encoder(int rounding, int low);
+
+// The dither of a matrix, set in the task; null when there is no memory.
+std::unique_ptr<uint32_t[]> draw_dither(uint64_t seed, int64_t rows, int64_t columns, bool transposed, Task* task);
+
+// Codes of the whole matrix; dithered rounding finds its noise in the task.
+void encode_matrix(Task task, int64_t rows, bool by_row, bool by_column, int rounding, uint64_t seed, int threads);
+
+}  // namespace fqt

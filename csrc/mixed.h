@@ -1,0 +1,52 @@
+// The C interface of the kernels that mix rows and round them: what is asked, and where the results go.
+#pragma once
+
+#include <cstdint>
+
+#include "mixed_codes.h"
+
+namespace fqt {
+
+// Every array has one entry per row but for `column_dither` (one per column) and `codes` (rows × columns).
+struct Mixed {
+  const int64_t* seed;  // null only for kNearest
+  int32_t guard, levels, high, rounding;  // as in MixedRounding; kNearest, kStochastic or kDithered
+  float *inverse, *middle;                // 1/s, and what is added back; 1 and 0 where rows stay plain
+  double* cost;                           // of a step on the transformed row; 1 where it stays plain
+  float *step, *offset;
+  float *row_dither, *column_dither;  // dithered only
+  bool* keep;
+  uint8_t* codes;
+  int32_t finite;  // result: 0 if an entry is NaN or infinite, and then nothing else is written
+};
+
+// Codes, and the results that do not depend on the transform. inverse, cost: of mixed rows.
+template <class Mixer>
+int mixed_codes(const Mixer& mixer, const RowGroups& groups, int64_t blocks, const PlainRows& plain,
+                const std::vector<double>& inverse, const std::vector<double>& cost, const Source& source,
+                int64_t columns, const Mixed& how, int threads) {
+  const int64_t rows = inverse.size();
+  const uint64_t seed = how.seed ? static_cast<uint64_t>(*how.seed) : 0;
+  Task task{source, how.step, how.offset, columns, 0.0f, static_cast<float>(how.high), how.codes, nullptr, nullptr};
+  std::vector<uint32_t> noise(how.rounding == kDithered ? rows + columns + 2 * kNoiseWords : 0);
+  if (how.rounding == kDithered) {
+    uint32_t *row = noise.data(), *column = row + rows + kNoiseWords;
+    Philox(seed, kDitherRow).fill_u24(0, rows, row);
+    Philox(seed, kDitherColumn).fill_u24(0, columns, column);
+    for (int64_t r = 0; r < rows; ++r) how.row_dither[r] = static_cast<float>(row[r]) * 0x1p-24f;
+    for (int64_t j = 0; j < columns; ++j) how.column_dither[j] = static_cast<float>(column[j]) * 0x1p-24f;
+    task.row_noise = row;
+    task.column_noise = column;
+  }
+  const MixedRounding rounding{how.guard != 0, how.levels, how.high, task, piece_encoder(how.rounding, 0),
+                               Philox(seed, kRounding), how.step, how.offset, how.keep};
+  const int status = MixedCodes<Mixer>(mixer, groups, plain, cost.data(), rounding).run(blocks, threads);
+  for (int64_t r = 0; r < rows; ++r) {
+    how.inverse[r] = how.keep[r] ? static_cast<float>(inverse[r]) : 1.0f;
+    how.middle[r] = how.keep[r] ? plain.middle[r] : 0.0f;
+    how.cost[r] = how.keep[r] ? cost[r] : 1.0;
+  }
+  return status;
+}
+
+}  // namespace fqt

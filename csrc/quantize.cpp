@@ -1,0 +1,218 @@
+// Range, parameters and codes of a matrix in one call.
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "encode.h"
+#include "parallel.h"
+#include "platform.h"
+#include "range.h"
+#include "variance.h"
+
+using namespace fqt;
+
+namespace fqt {
+
+// What one quantizer's pass over a matrix finds out for others; the matrix has no factors then.
+struct Findings {
+  float lo, hi;       // of all entries: a result, or known and used
+  int32_t known;
+  int32_t has_sums;   // a result: whether `sums` was written
+  double* sums;       // (period,) Σ of the values by column of the matrix (entries ÷ period, period); null: not wanted
+  int64_t period;
+};
+
+}  // namespace fqt
+
+namespace {
+
+// Σ of values by column of a matrix with `period` columns, of which the rows that are seen are whole rows: runs of 32
+// in float32, runs in float64.
+class ColumnSums {
+ public:
+  ColumnSums(float* run, double* total, int64_t period) : run_(run), total_(total), period_(period) {
+    for (int64_t j = 0; j < period; ++j) run[j] = 0, total[j] = 0;
+  }
+
+  // The next n entries, in the order of the matrix.
+  void add(const float* x, int64_t n) {
+    for (int64_t i = 0; i < n;) {
+      const int64_t length = period_ - at_ < n - i ? period_ - at_ : n - i;
+      float* to = run_ + at_;
+      for (int64_t j = 0; j < length; ++j) to[j] += x[i + j];
+      i += length;
+      at_ += length;
+      if (at_ == period_) {
+        at_ = 0;
+        if (++rows_ == 32) flush();
+      }
+    }
+  }
+
+  void flush() {
+    for (int64_t j = 0; j < period_; ++j) total_[j] += run_[j], run_[j] = 0;
+    rows_ = 0;
+  }
+
+ private:
+  float* run_;
+  double* total_;
+  int64_t period_, at_ = 0, rows_ = 0;
+};
+
+// The range of all entries from those of the rows; NaN if there is one.
+void find_range(const float* lo, const float* hi, int64_t rows, Findings* findings) {
+  findings->lo = lo[0], findings->hi = hi[0];
+  for (int64_t r = 1; r < rows; ++r) {
+    if (findings->lo == findings->lo && !(lo[r] >= findings->lo)) findings->lo = lo[r];
+    if (findings->hi == findings->hi && !(hi[r] <= findings->hi)) findings->hi = hi[r];
+  }
+  findings->known = 1;
+}
+
+// Rows as groups: range, step and codes of a row while it is in the cache. step and offset are written. In items of
+// rows whose number does not depend on the threads, so that sums do not either.
+bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, EncodePiece encode, uint64_t seed, float* step,
+                   float* offset, Findings* findings, int threads) {
+  const Philox philox(seed, kRounding);
+  const int64_t columns = task.columns, per_item = 1 + 8 * kChunk / columns, items = ceil_div(rows, per_item);
+  const int64_t period = findings && findings->sums ? findings->period : 0;
+  std::unique_ptr<float[]> lo, hi, runs;
+  std::unique_ptr<double[]> totals;
+  if (findings) {
+    lo.reset(new (std::nothrow) float[rows]), hi.reset(new (std::nothrow) float[rows]);
+    runs.reset(new (std::nothrow) float[items * period]), totals.reset(new (std::nothrow) double[items * period]);
+    if (!lo || !hi || !runs || !totals) return false;
+  }
+  parallel_for(items, rows * columns, threads, [&](int64_t item) {
+    float buffer[kChunk + W];
+    ColumnSums sums(runs.get() + item * period, totals.get() + item * period, period);
+    for (int64_t r = item * per_item; r < rows && r < (item + 1) * per_item; ++r) {
+      const int64_t start = r * columns;
+      float least, greatest;
+      range_of_entries(task.source, start, columns, &least, &greatest);
+      group_parameters(least, greatest, mode, steps, step + r, offset + r);
+      if (findings) lo[r] = least, hi[r] = greatest;
+      const Group group = Group::of(step[r], offset[r]);
+      for (int64_t i = 0; i < columns; i += kChunk) {
+        const int64_t n = columns - i < kChunk ? columns - i : kChunk;
+        const float* x = values(task.source, start + i, n, buffer);
+        encode(task, philox, group, r, i, x, n);
+        if (period) sums.add(x, n);
+      }
+    }
+    if (period) sums.flush();
+  });
+  if (!findings) return true;
+  find_range(lo.get(), hi.get(), rows, findings);
+  findings->has_sums = period != 0;
+  for (int64_t j = 0; j < period; ++j) {
+    findings->sums[j] = 0;
+    for (int64_t item = 0; item < items; ++item) findings->sums[j] += totals[item * period + j];
+  }
+  return true;
+}
+
+// Rows as groups: range, step and the variance of stochastic codes of a row while it is in the cache.
+void measure_rows(const Source& source, int64_t rows, int64_t columns, int mode, int steps, float* lo, float* hi, float* step,
+                  float* offset, int64_t* sums, int threads) {
+  const vf least_code = splat(0.0f), last_code = splat(static_cast<float>(steps));
+  const int64_t per_item = 1 + 8 * kChunk / columns;
+  parallel_for(ceil_div(rows, per_item), rows * columns, threads, [&](int64_t item) {
+    for (int64_t r = item * per_item; r < rows && r < (item + 1) * per_item; ++r) {
+      range_of_entries(source, r * columns, columns, lo + r, hi + r);
+      group_parameters(lo[r], hi[r], mode, steps, step + r, offset + r);
+      const Groups g = Groups::of(Group::of(step[r], offset[r]));
+      sums[r] = 0;
+      for (int64_t j = 0; j < columns; j += kVariancePiece) {
+        const int64_t n = columns - j < kVariancePiece ? columns - j : kVariancePiece;
+        sums[r] += sum_of_variances(source, r * columns + j, n, g, least_code, last_code);
+      }
+    }
+  });
+}
+
+// Whether dithered rounding on an affine grid has the lower exact variance; its steps and offsets are written. In the
+// order of Quantizer's own sum.
+bool dithered_is_better(const float* lo, const float* hi, const float* step, const int64_t* sums, int64_t groups,
+                        int64_t entries, int steps, float* other_step, float* other_offset) {
+  double gain = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    group_parameters(lo[g], hi[g], kAffine, steps - 1, other_step + g, other_offset + g);
+    const double square = static_cast<double>(step[g]) * step[g];
+    const double other = static_cast<double>(other_step[g]) * other_step[g];
+    gain += static_cast<double>(sums[g]) / kLevels * square - other * (entries * (1.0 / 12));
+  }
+  return gain > 0;
+}
+
+}  // namespace
+
+// Range, parameters and codes in one: group 0 the tensor, 1 rows, 2 columns; as fqt_range_*, fqt_parameters with
+// `steps`, fqt_encode. step and offset are results here. At least one entry. Rounding kBest (low = 0, high = steps):
+// stochastic, or dithered on the affine grid of a step less where its exact variance, summed over the matrix, is lower.
+// findings, unless it is null: the range of all entries, taken from it where it is known and needed, else found with
+// rows as groups; so are the sums. The dither that was added, in fractions of a step, goes to row_noise (rows,) and column_noise (columns,); *dithered
+// says whether there was any.
+FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, int group, int mode, int steps,
+                         int low, int high, int rounding, const int64_t* seed, int transposed, float* step,
+                         float* offset, uint8_t* codes, float* row_noise, float* column_noise, int32_t* dithered,
+                         Findings* findings, int threads) {
+  const int64_t groups = group == 0 ? 1 : group == 1 ? rows : columns;
+  std::unique_ptr<float[]> range;
+  bool known = false;  // step and offset
+  if (group != 1 || rounding == kBest) {
+    range.reset(new (std::nothrow) float[4 * groups]);
+    if (!range) return kNoMemory;
+  }
+  float *lo = range.get(), *hi = lo + groups;
+  if (group != 1) {
+    int status = kDone;
+    if (group == 2) {
+      status = fqt_range_columns(source, rows, columns, lo, hi, threads);
+    } else if (findings && findings->known) {
+      *lo = findings->lo, *hi = findings->hi;
+    } else {
+      status = fqt_range_tensor(source, rows * columns, lo, hi, threads);
+    }
+    if (status != kDone) return status;
+    for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], mode, steps, step + g, offset + g);
+    known = true;
+  }
+  if (rounding == kBest) {
+    const std::unique_ptr<int64_t[]> sums(new (std::nothrow) int64_t[groups]);
+    if (!sums) return kNoMemory;
+    if (group == 1) {
+      measure_rows(*source, rows, columns, mode, steps, lo, hi, step, offset, sums.get(), threads);
+      if (findings) find_range(lo, hi, rows, findings);
+      known = true;
+    } else {
+      fqt_variance_sums(source, rows, columns, step, offset, 0, group == 2, low, high, sums.get(), threads);
+    }
+    float *other_step = hi + groups, *other_offset = other_step + groups;
+    const int64_t entries = rows * columns / groups;
+    rounding = kStochastic;
+    if (dithered_is_better(lo, hi, step, sums.get(), groups, entries, steps, other_step, other_offset)) {
+      rounding = kDithered;
+      --high;
+      std::memcpy(step, other_step, groups * sizeof(float));
+      std::memcpy(offset, other_offset, groups * sizeof(float));
+    }
+  }
+  *dithered = rounding == kDithered;
+  const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
+  Task task{*source, step, offset, columns, static_cast<float>(low), static_cast<float>(high), codes, nullptr, nullptr};
+  const std::unique_ptr<uint32_t[]> noise = rounding == kDithered ? draw_dither(key, rows, columns, transposed != 0, &task)
+                                                                  : nullptr;
+  if (rounding == kDithered) {
+    if (!noise) return kNoMemory;
+    for (int64_t i = 0; i < rows; ++i) row_noise[i] = static_cast<float>(task.row_noise[i]) * 0x1p-24f;
+    for (int64_t j = 0; j < columns; ++j) column_noise[j] = static_cast<float>(task.column_noise[j]) * 0x1p-24f;
+  }
+  if (known) {
+    encode_matrix(task, rows, group == 1, group == 2, rounding, key, threads);
+    return kDone;
+  }
+  const EncodePiece encode = piece_encoder(rounding, low);
+  return quantize_rows(task, rows, mode, steps, encode, key, step, offset, findings, threads) ? kDone : kNoMemory;
+}
