@@ -37,7 +37,7 @@ struct HadamardBlocks {
 std::vector<double> random_signs(uint64_t seed, int64_t rows) {
   std::vector<uint32_t> words(rows + kNoiseWords);
   const Philox philox(seed, kSign);
-  for (int64_t i = 0; i < rows; i += kNoiseWords) philox.words(i / 4, 31, words.data() + i);
+  for (int64_t i = 0; i < rows; i += kNoiseWords) philox.words<1>(i / 4, 31, words.data() + i);
   std::vector<double> signs(rows);
   for (int64_t r = 0; r < rows; ++r) signs[r] = words[r] ? -1.0 : 1.0;
   return signs;

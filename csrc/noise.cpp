@@ -12,10 +12,10 @@ FQT_API int fqt_random(const int64_t* seed, uint32_t stream, int shift, int64_t 
   parallel_for(ceil_div(n, kChunk), n, threads, [&](int64_t chunk) {
     const int64_t end = n < (chunk + 1) * kChunk ? n : (chunk + 1) * kChunk;
     int64_t i = chunk * kChunk;
-    for (; i + kNoiseWords <= end; i += kNoiseWords) philox.words(i / 4, shift, out + i);
+    for (; i + kNoiseWords <= end; i += kNoiseWords) philox.words<1>(i / 4, shift, out + i);
     if (i < end) {
       uint32_t last[kNoiseWords];
-      philox.words(i / 4, shift, last);
+      philox.words<1>(i / 4, shift, last);
       std::memcpy(out + i, last, 4 * (end - i));
     }
   });

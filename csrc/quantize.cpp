@@ -36,16 +36,42 @@ class ColumnSums {
 
   // The next n entries, in the order of the matrix.
   void add(const float* x, int64_t n) {
+    if (at_ == 0 && n % period_ == 0) {  // few columns stay in registers; through memory every row waits for the last
+      switch (period_) {
+        case 1 * W: return add_rows<1>(x, n / period_);
+        case 2 * W: return add_rows<2>(x, n / period_);
+        case 4 * W: return add_rows<4>(x, n / period_);
+        case 8 * W: return add_rows<8>(x, n / period_);
+      }
+    }
     for (int64_t i = 0; i < n;) {
       const int64_t length = period_ - at_ < n - i ? period_ - at_ : n - i;
       float* to = run_ + at_;
-      for (int64_t j = 0; j < length; ++j) to[j] += x[i + j];
+      int64_t j = 0;
+      for (; j + W <= length; j += W) store(to + j, load<vf>(to + j) + load<vf>(x + i + j));
+      for (; j < length; ++j) to[j] += x[i + j];
       i += length;
       at_ += length;
       if (at_ == period_) {
         at_ = 0;
         if (++rows_ == 32) flush();
       }
+    }
+  }
+
+  template <int Vectors>
+  void add_rows(const float* x, int64_t n) {
+    while (n) {
+      const int64_t now = 32 - rows_ < n ? 32 - rows_ : n;
+      vf sum[Vectors];
+      for (int v = 0; v < Vectors; ++v) sum[v] = load<vf>(run_ + v * W);
+      for (int64_t r = 0; r < now; ++r, x += Vectors * W) {
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[v] += load<vf>(x + v * W);
+      }
+      for (int v = 0; v < Vectors; ++v) store(run_ + v * W, sum[v]);
+      n -= now;
+      if ((rows_ += now) == 32) flush();
     }
   }
 
@@ -106,9 +132,9 @@ bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, EncodePi
   if (!findings) return true;
   find_range(lo.get(), hi.get(), rows, findings);
   findings->has_sums = period != 0;
-  for (int64_t j = 0; j < period; ++j) {
-    findings->sums[j] = 0;
-    for (int64_t item = 0; item < items; ++item) findings->sums[j] += totals[item * period + j];
+  for (int64_t j = 0; j < period; ++j) findings->sums[j] = 0;
+  for (int64_t item = 0; item < items; ++item) {
+    for (int64_t j = 0; j < period; ++j) findings->sums[j] += totals[item * period + j];
   }
   return true;
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fqt
 from fqt import Recipe
+from fqt.kernels.ops import Findings
 
 from . import checks
 from .cases import FEW, LAYERS, Case, converted, equal, gradients, ids, loss_of, small_batch, small_net
@@ -59,7 +60,8 @@ def test_the_check_sees_one_quantizer_used_for_both(monkeypatch: pytest.MonkeyPa
     real = function._grad_weight
 
     def crossed(grad: Tensor, *args: object) -> Tensor:
-        return real(function._Gradient.of(grad, "grad_input", args[1]).value(None), *args)
+        call, unused = args[1], Findings()
+        return real(function._Gradient.of(grad, "grad_input", call, unused).value(None), *args)
 
     monkeypatch.setattr(function, "_grad_weight", crossed)
     with pytest.raises(AssertionError):

@@ -2,9 +2,9 @@
 
 The gradient is an unbiased estimate of the straight-through gradient of the forward-quantized network (QAT),
 up to the rounding of the output dtype; its two quantizers of grad_output are independent. Saved for backward
-are the input's 8-bit codes, not floats, and the weight itself, whose codes are made again: they would cost memory
-that the weight does not. Products run on integer codes where `fqt.nn.arithmetic` says so, else on the values that
-the codes stand for.
+are the input's 8-bit codes, not floats (once for all layers that read it), and the weight itself, whose codes are
+made again: they would cost memory that the weight does not. Products run on integer codes where
+`fqt.nn.arithmetic` says so, else on the values that the codes stand for.
 
 The noise belongs to the forward call: a second backward through the same graph (`retain_graph=True`) draws the
 same noise again, as activation checkpointing needs.
@@ -30,6 +30,7 @@ from fqt.nn import integer
 from fqt.nn.arithmetic import on_integers
 from fqt.nn.linear_map import LinearMap, rows
 from fqt.nn.recipe import Recipe
+from fqt.nn.sharing import shared
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.tensor import QuantizedTensor, RowView
 
@@ -115,7 +116,7 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         ctx.call, ctx.shapes = call, (input.shape, weight.shape)
         ctx.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
-        output, x = forward(input, weight, bias, call)
+        output, x = forward(input, weight, bias, call, share=ctx.needs_input_grad[1])
         # The input is needed only for the weight's gradient, and the other way round.
         saved = x.tensors if ctx.needs_input_grad[1] else ()
         ctx.view = None if x.codes is None else (x.codes.view, x.codes.dtype)
@@ -130,10 +131,12 @@ class _Products(torch.autograd.Function):
         return *backward(grad_output, weight, saved, *rest), None
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, _Operand]:
-    """The output, and the input as it was multiplied."""
+def forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, share: bool = False
+) -> tuple[Tensor, _Operand]:
+    """The output, and the input as it was multiplied; with `share`, in the codes of a layer that read it before."""
     with torch.autocast(input.device.type, enabled=False):
-        x, w = _Operand.input(input, call), _Operand.weight(weight, call)
+        x, w = _Operand.input(input, call, share), _Operand.weight(weight, call)
         output = _output(x, w, bias, call)
     return call.as_laid_out(output.to(call.dtype)), x
 
@@ -201,12 +204,16 @@ class _Operand:
     is_input: bool
 
     @staticmethod
-    def input(x: Tensor, call: Call) -> _Operand:
+    def input(x: Tensor, call: Call, share: bool) -> _Operand:
         q = call.recipe.operand("input")
         if q is None:
             return _Operand(x, None, True)
         axis = rows(call.map, q.scale.axis, x.ndim)
-        return _Operand(None, q.quantize(call.map.lay(x), axis=axis, nonfinite="propagate"), True)
+
+        def quantize() -> QuantizedTensor:
+            return q.quantize(call.map.lay(x), axis=axis, nonfinite="propagate")
+
+        return _Operand(None, shared(x, q, axis, quantize) if share else quantize(), True)
 
     @staticmethod
     def weight(w: Tensor, call: Call) -> _Operand:
