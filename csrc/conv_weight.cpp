@@ -14,6 +14,7 @@
 #include "pack.h"
 #include "parallel.h"
 #include "platform.h"
+#include "products.h"
 
 using namespace fqt;
 
@@ -39,11 +40,13 @@ struct Task {
   LeftReader read_grad;
   RightReader read_input;
   int64_t group;
+  const Planes* planes;
 
   int64_t outputs() const { return c.out_channels / c.groups; }
+  int64_t rows() const { return outputs() + (planes ? planes->count : 0); }
   int64_t inputs() const { return c.channels / c.groups; }
   int64_t columns() const { return c.kernel_height * c.kernel_width * inputs(); }
-  int64_t padded() const { return ceil_div(outputs(), 16) * 16; }
+  int64_t padded() const { return ceil_div(rows(), 16) * 16; }
   int64_t left_width() const { return padded() + 16; }  // so that groups do not share cache sets
   int64_t groups_per_line() const { return ceil_div(c.out_width, kGroup); }
   int64_t line_terms() const { return groups_per_line() * kGroup; }
@@ -61,7 +64,7 @@ struct Part {
   Buffer<Right> right;          // a panel of the input under it
   Buffer<int32_t> sums;         // [panel][padded output][kPanel]
   Buffer<int64_t> total;        // the same, for more than kMaxTerms terms; else null
-  Buffer<int64_t> left_sums;    // (outputs,) Σ of grad_output's operands
+  Buffer<int64_t> left_sums;    // (rows,) Σ of grad_output's operands
   Buffer<int64_t> right_sums;   // (panels · kPanel,) Σ of the input's
 
   bool allocate(const Task& task, int64_t panels, bool wide) {
@@ -70,22 +73,31 @@ struct Part {
     right = make_buffer<Right>(terms * kPanel);
     sums = make_buffer<int32_t>(size);
     if (wide) total = make_buffer<int64_t>(size);
-    left_sums = make_buffer<int64_t>(task.outputs());
+    left_sums = make_buffer<int64_t>(task.rows());
     right_sums = make_buffer<int64_t>(panels * kPanel);
     return left && right && sums && (total || !wide) && left_sums && right_sums;
   }
 };
 
-// grad_output of a run of lines: [group of pixels][left_width][kGroup], zeros beyond a line's end and the last output.
+// grad_output and the planes of a run of lines: [group of pixels][left_width][kGroup], zeros beyond a line's end. AMX
+// reads rows up to a multiple of 16, and has zeros there.
 void pack_grad(const Task& task, int64_t first_line, int64_t lines, Left* out) {
   const int64_t left_width = task.left_width(), pixel = task.c.out_channels, width = task.c.out_width;
+  const int64_t outputs = task.outputs(), count = task.rows() - outputs, tokens = task.lines() * width;
+  const int64_t end = kTileRows > 1 ? task.padded() : task.rows();
   for (int64_t line = first_line; line < first_line + lines; ++line) {
-    const uint8_t* from = task.grad + line * width * pixel + task.group * task.outputs();
+    const uint8_t* from = task.grad + line * width * pixel + task.group * outputs;
     for (int64_t g = 0; g < task.groups_per_line(); ++g, out += left_width * kGroup) {
       const uint8_t* row[kGroup];
-      const int64_t n = width - g * kGroup < kGroup ? width - g * kGroup : kGroup;
-      for (int64_t j = 0; j < n; ++j) row[j] = from + (g * kGroup + j) * pixel;
-      interleave_rows<Left>(row, n, task.outputs(), task.padded(), 0, task.read_grad, out);
+      const int64_t at = g * kGroup, n = width - at < kGroup ? width - at : kGroup;
+      for (int64_t j = 0; j < n; ++j) row[j] = from + (at + j) * pixel;
+      interleave_rows<Left>(row, n, outputs, outputs, 0, task.read_grad, out);
+      Left* to = out + outputs * kGroup;
+      for (int64_t k = 0; k < count; ++k, to += kGroup) {
+        const uint8_t* plane = task.planes->codes + k * tokens + line * width + at;
+        for (int64_t j = 0; j < kGroup; ++j) to[j] = j < n ? plane[j] : 0;
+      }
+      std::memset(to, 0, (end - outputs - count) * kGroup * sizeof(Left));
     }
   }
 }
@@ -160,11 +172,11 @@ void sum_rows(const Left* packed, int64_t groups, int64_t width, int64_t outputs
 // The sums of lines first … last − 1 of panels first_panel … first_panel + panels − 1.
 void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel, int64_t panels, Part* part) {
   const Conv& c = task.c;
-  const int64_t outputs = task.outputs(), padded = task.padded(), width = task.left_width();
+  const int64_t rows = task.rows(), padded = task.padded(), width = task.left_width();
   const int64_t per_line = task.groups_per_line(), step = task.block_lines(), size = panels * padded * kPanel;
   if (part->total) std::memset(part->total.get(), 0, size * sizeof(int64_t));
   if (first == last || per_line == 0) std::memset(part->sums.get(), 0, size * sizeof(int32_t));
-  for (int64_t i = 0; i < outputs; ++i) part->left_sums[i] = 0;
+  for (int64_t i = 0; i < rows; ++i) part->left_sums[i] = 0;
   for (int64_t i = 0; i < panels * kPanel; ++i) part->right_sums[i] = 0;
   const Signs signs{task.read_grad.is_signed, task.read_input.is_signed};
   int64_t terms = 0;  // in sums
@@ -181,7 +193,7 @@ void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
     const int64_t next = line + lines, end = last - next < step ? last : next + step;
     Ahead grad_ahead = task.ahead(task.grad, c.samples * c.out_height * c.out_width * c.out_channels, next, end);
     Ahead input_ahead = task.ahead(task.input, c.samples * c.height * c.width * c.channels, next, end);
-    if (task.read_input.shift()) sum_rows(left, groups, width, outputs, part->left_sums.get());
+    if (task.read_input.shift()) sum_rows(left, groups, width, rows, part->left_sums.get());
     const int64_t all = ceil_div(groups * kGroup, kTerms) * kTerms / kGroup;
     std::memset(left + groups * width * kGroup, 0, (all - groups) * width * kGroup * sizeof(Left));
     finish_interleaved(all, width, left);
@@ -189,10 +201,10 @@ void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
       pack_input(task, line, lines, (first_panel + p) * kPanel, right);
       if (task.read_grad.shift()) sum_columns(right, groups, part->right_sums.get() + p * kPanel);
       const int64_t columns = task.columns() - (first_panel + p) * kPanel;
-      block_of(LeftInterleaved{left, width * kGroup}, signs, outputs, columns, 1, groups, right,
+      block_of(LeftInterleaved{left, width * kGroup}, signs, rows, columns, 1, groups, right,
                part->sums.get() + p * padded * kPanel, terms != 0, [&](int64_t i, int64_t n) {
-                 grad_ahead.fetch(p * outputs + i + n, panels * outputs);
-                 input_ahead.fetch(p * outputs + i + n, panels * outputs);
+                 grad_ahead.fetch(p * rows + i + n, panels * rows);
+                 input_ahead.fetch(p * rows + i + n, panels * rows);
                });
     }
     terms += groups * kGroup;
@@ -223,20 +235,16 @@ void add_up(const Task& task, const Part* parts, int64_t count, int64_t row, int
 
 }  // namespace
 
-// The weight's gradient from codes of grad_output and input: rows are output channels, columns
-// (kernel_height, kernel_width, channels ÷ groups); finished by *e with period 1. Missing taps count as code 0.
-// Exact: partial sums of at most kMaxTerms products in int32, added up in int64. Contract, checked by the caller: a
-// line of the output has at most kMaxTerms pixels; kInt32 only where the exact sum fits.
-FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const uint8_t* input, int input_signed,
-                                   const Conv* conv, const Epilogue* e, int threads) {
+int fqt::conv_grad_weight(const uint8_t* grad, int grad_signed, const uint8_t* input, int input_signed,
+                          const Conv* conv, const Planes* planes, const Epilogue* e, int threads) {
   const Conv& c = *conv;
   for (int64_t group = 0; group < c.groups; ++group) {
-    const Task task{c, grad, input, LeftReader{grad_signed != 0}, RightReader{input_signed != 0}, group};
-    const int64_t outputs = task.outputs(), columns = task.columns();
+    const Task task{c, grad, input, LeftReader{grad_signed != 0}, RightReader{input_signed != 0}, group, planes};
+    const int64_t outputs = task.outputs(), columns = task.columns(), rows = task.rows();
     const int64_t panels = ceil_div(columns, kPanel), lines = task.lines();
     if (outputs == 0 || columns == 0) return kDone;
-    const int64_t work = lines * c.out_width * outputs * columns / 256;
-    int64_t chunk = kChunkBytes / (outputs * kPanel * 4);
+    const int64_t work = lines * c.out_width * rows * columns / 256;
+    int64_t chunk = kChunkBytes / (rows * kPanel * 4);
     chunk = chunk < 1 ? 1 : chunk > panels ? panels : chunk;
     int64_t parts = threads < lines ? threads : lines;
     if (parts > work / kGrain) parts = work / kGrain;
@@ -252,16 +260,40 @@ FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const u
       parallel_for(parts, work, threads, [&](int64_t i) {
         run_part(task, lines * i / parts, lines * (i + 1) / parts, first_panel, now, &part[i]);
       });
-      parallel_for(outputs, outputs * now * kPanel, threads, [&](int64_t row) {
-        const int64_t to = group * outputs + row;
+      // f(sums, column, n) for the panels of one row.
+      const auto each_panel = [&](int64_t row, const auto& f) {
         for (int64_t p = 0; p < now; ++p) {
           const int64_t first = (first_panel + p) * kPanel, n = columns - first < kPanel ? columns - first : kPanel;
           int64_t sums[kPanel];
           add_up(task, part.get(), parts, row, p, sums);
-          write_row(*e, sums, Place{to, to}, first, n);
+          f(sums, first, n);
         }
+      };
+      for (int64_t k = 0; k < rows - outputs; ++k) {
+        each_panel(outputs + k, [&](const int64_t* sums, int64_t first, int64_t n) {
+          std::memcpy(planes->sums + k * columns + first, sums, n * sizeof *sums);
+        });
+      }
+      if (planes) {
+        const int64_t last = (first_panel + now) * kPanel;
+        planes->ready(planes->state, first_panel * kPanel, last < columns ? last : columns);
+      }
+      parallel_for(outputs, outputs * now * kPanel, threads, [&](int64_t row) {
+        const int64_t to = group * outputs + row;
+        each_panel(row, [&](const int64_t* sums, int64_t first, int64_t n) {
+          write_row(*e, sums, Place{to, to}, first, n);
+        });
       });
     }
   }
   return kDone;
+}
+
+// The weight's gradient from codes of grad_output and input: rows are output channels, columns
+// (kernel_height, kernel_width, channels ÷ groups); finished by *e with period 1. Missing taps count as code 0.
+// Exact: partial sums of at most kMaxTerms products in int32, added up in int64. Contract, checked by the caller: a
+// line of the output has at most kMaxTerms pixels; kInt32 only where the exact sum fits.
+FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const uint8_t* input, int input_signed,
+                                   const Conv* conv, const Epilogue* e, int threads) {
+  return conv_grad_weight(grad, grad_signed, input, input_signed, conv, nullptr, e, threads);
 }

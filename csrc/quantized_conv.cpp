@@ -211,57 +211,76 @@ FQT_API int fqt_conv_grad_input(const Quantized* g, const Quantized* w, const Co
   return fqt_conv2d(g->codes, g->is_signed, w->codes, conv, 1, &e, threads);
 }
 
+namespace {
+
+// What the weight gradient's columns need, made of the sums of its planes: of ones and, with dither, of the three bytes
+// of the pixels' noise. Columns are (tap, channel).
+struct Windows {
+  double step, offset;     // of the input
+  int64_t columns, channels;
+  const int64_t *met;      // (taps,): how many pixels of all samples a tap serves
+  const int64_t *totals;   // (taps,): Σ of their noise; null without dither
+  int64_t* sums;           // of the planes
+  float* right;            // (rank, columns): Σ of the values that a tap reads, plain and weighted by noise
+
+  static void ready(void* state, int64_t first, int64_t last) {
+    const Windows& s = *static_cast<const Windows*>(state);
+    for (int64_t j = first; j < last; ++j) {
+      const int64_t tap = j / s.channels;
+      s.right[j] = static_cast<float>(s.step * static_cast<double>(s.sums[j]) + s.offset * static_cast<double>(s.met[tap]));
+      if (!s.totals) continue;
+      const double weighted = from_bytes(s.sums[s.columns + j], s.sums[2 * s.columns + j], s.sums[3 * s.columns + j]);
+      const double total = static_cast<double>(s.totals[tap]) * 0x1p-24;
+      s.right[s.columns + j] = static_cast<float>(s.step * weighted + s.offset * total);
+    }
+  }
+};
+
+}  // namespace
+
 // The weight's gradient, (out_channels, kernel_height, kernel_width, channels) float32. g (samples · out_height ·
-// out_width, out_channels): one step or one per column, its noise along pixels and along channels; x: one step, or
-// steps per sample that are in g already if `folded`.
+// out_width, out_channels), unsigned: one step or one per column, its noise along pixels and along channels; x: one
+// step, or steps per sample that are in g already if `folded`.
 FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const Conv* conv, int folded, float* out,
                                  int threads) {
   const Conv& c = *conv;
-  const Taps reads = input_taps(c), serves = output_taps(c);
-  const int64_t n = reads.taps(), columns = n * c.channels, outputs = c.out_channels;
-  const int64_t in = c.height * c.width * c.channels, places = c.out_height * c.out_width, tokens = c.samples * places;
+  const Taps serves = output_taps(c);
+  const int64_t n = serves.taps(), columns = n * c.channels, outputs = c.out_channels;
+  const int64_t places = c.out_height * c.out_width, tokens = c.samples * places;
   const float x_step = folded ? 1.0f : x->step[0], x_offset = folded ? 0.0f : x->offset[0];
-  const double step = x_step, offset = x_offset;
   const bool dithered = g->row_noise, shifted = x_offset != 0;
-  const int rank = 1 + dithered;
-  Buffer<int64_t> summed = make_buffer<int64_t>(in > places * outputs ? in : places * outputs);
-  Buffer<int64_t> windows = make_buffer<int64_t>(columns), by_tap = make_buffer<int64_t>(n * outputs);
-  Buffer<int64_t> met = make_buffer<int64_t>(n), totals = make_buffer<int64_t>(n);
+  const int rank = 1 + dithered, count = dithered ? 4 : 1;
+  Buffer<uint8_t> codes = make_buffer<uint8_t>(count * tokens);
+  Buffer<int64_t> sums = make_buffer<int64_t>(count * columns), by_tap = make_buffer<int64_t>(n * outputs);
+  Buffer<int64_t> summed = make_buffer<int64_t>(places * outputs), met = make_buffer<int64_t>(n);
+  Buffer<int64_t> totals = make_buffer<int64_t>(n);
   Buffer<float> left = make_buffer<float>((rank + 1) * outputs), right = make_buffer<float>(rank * columns);
   Buffer<int32_t> zero = make_buffer<int32_t>(outputs);
-  if (!reads.there() || !serves.there() || !summed || !windows || !by_tap || !met || !totals || !left || !right || !zero) {
+  if (!serves.there() || !codes || !sums || !by_tap || !summed || !met || !totals || !left || !right || !zero) {
     return kNoMemory;
   }
-  int status = fqt_column_sums(x->codes, x->is_signed, c.samples, in, nullptr, summed.get(), nullptr, threads);
-  if (status != kDone) return status;
-  if (!sum_over_pixels(reads, summed.get(), c.channels, windows.get())) return kNoMemory;
   for (int64_t t = 0; t < n; ++t) {
     met[t] = c.samples * serves.rows.count(t / c.kernel_width) * serves.columns.count(t % c.kernel_width);
-    for (int64_t j = t * c.channels; j < (t + 1) * c.channels; ++j) {
-      right[j] = static_cast<float>(step * static_cast<double>(windows[j]) + offset * static_cast<double>(met[t]));
-    }
   }
+  std::memset(codes.get(), 1, tokens);
   if (dithered) {
-    Buffer<uint8_t> planes = make_buffer<uint8_t>(3 * tokens);
-    Buffer<int64_t> sums = make_buffer<int64_t>(3 * columns);
-    if (!planes || !sums) return kNoMemory;
     std::memset(summed.get(), 0, places * sizeof(int64_t));
-    for (int64_t t = 0; t < tokens; ++t) {
-      summed[t % places] += noise_integer(g->row_noise[t]);
-      for (int k = 0; k < 3; ++k) planes[3 * t + k] = noise_byte(g->row_noise[t], k);
+    for (int64_t s = 0; s < c.samples; ++s) {
+      const float* noise = g->row_noise + s * places;
+      uint8_t* plane = codes.get() + tokens + s * places;
+      for (int64_t i = 0; i < places; ++i) {
+        const int32_t integer = noise_integer(noise[i]);
+        summed[i] += integer;
+        plane[i] = static_cast<uint8_t>(integer >> 16);
+        plane[tokens + i] = static_cast<uint8_t>(integer >> 8);
+        plane[2 * tokens + i] = static_cast<uint8_t>(integer);
+      }
     }
     if (!sum_over_pixels(serves, summed.get(), 1, totals.get())) return kNoMemory;
-    Conv three = c;
-    three.out_channels = 3;
-    const Epilogue exact{sums.get(), kInt64, 0, columns, 1};
-    status = fqt_conv2d_grad_weight(planes.get(), 0, x->codes, x->is_signed, &three, &exact, threads);
-    if (status != kDone) return status;
-    for (int64_t j = 0; j < columns; ++j) {
-      const double weighted = from_bytes(sums[j], sums[columns + j], sums[2 * columns + j]);
-      const double total = static_cast<double>(totals[j / c.channels]) * 0x1p-24;
-      right[columns + j] = static_cast<float>(step * weighted + offset * total);
-    }
   }
+  Windows windows{x_step, x_offset, columns, c.channels, met.get(), dithered ? totals.get() : nullptr,
+                  sums.get(), right.get()};
+  const Planes planes{codes.get(), count, sums.get(), Windows::ready, &windows};
   float* scale = left.get() + rank * outputs;
   for (int64_t o = 0; o < outputs; ++o) {
     const Channel channel = Channel::of(*g, o);
@@ -271,11 +290,11 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
   }
   Epilogue e{out, kFloat32, rank, columns, 1};
   e.row_scale = scale, e.row_scale_step = 1, e.column_scale = &x_step;
-  e.left = left.get(), e.right = right.get(), e.zero = zero.get(), e.zero_step = 1, e.ones = windows.get();
-  status = fqt_conv2d_grad_weight(g->codes, g->is_signed, x->codes, x->is_signed, conv, &e, threads);
+  e.left = left.get(), e.right = right.get(), e.zero = zero.get(), e.zero_step = 1, e.ones = sums.get();
+  int status = conv_grad_weight(g->codes, 0, x->codes, x->is_signed, conv, &planes, &e, threads);
   if (status != kDone || !shifted) return status;
   // The offset of x meets every code of g that a tap serves: one number per tap and channel, added last.
-  status = fqt_column_sums(g->codes, g->is_signed, c.samples, places * outputs, nullptr, summed.get(), nullptr, threads);
+  status = fqt_column_sums(g->codes, 0, c.samples, places * outputs, nullptr, summed.get(), nullptr, threads);
   if (status != kDone) return status;
   if (!sum_over_pixels(serves, summed.get(), outputs, by_tap.get())) return kNoMemory;
   parallel_for(outputs, outputs * columns, threads, [&](int64_t o) {

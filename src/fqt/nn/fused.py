@@ -80,7 +80,7 @@ def grad_weight(
         _meet("input", x.shape[-1:], (sizes[1],))
         return kernels.dense_grad_weight(_operand(g), _operand(x), sizes, folded)
     conv = _conv(map, x.shape[0], x.shape[1:-1], (shape[0], *shape[2:], shape[1]))
-    if conv is None or conv.out_width > _LONGEST_LINE:
+    if conv is None or conv.out_width > _LONGEST_LINE or g.matrix_codes.dtype != torch.uint8:
         return None
     _meet("grad_output", g.shape, _output_shape(conv, map))
     _meet("input", x.shape[-1:], shape[1:2])
