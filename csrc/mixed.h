@@ -1,6 +1,7 @@
 // The C interface of the kernels that mix rows and round them: what is asked, and where the results go.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "mixed_codes.h"
@@ -18,14 +19,17 @@ struct Mixed {
   bool* keep;
   uint8_t* codes;
   int32_t finite;  // result: 0 if an entry is NaN or infinite, and then nothing else is written
+  float lo, hi;    // result: the least and the greatest entry
 };
 
 // Codes, and the results that do not depend on the transform. inverse, cost: of mixed rows.
 template <class Mixer>
 int mixed_codes(const Mixer& mixer, const RowGroups& groups, int64_t blocks, const PlainRows& plain,
                 const std::vector<double>& inverse, const std::vector<double>& cost, const Source& source,
-                int64_t columns, const Mixed& how, int threads) {
+                int64_t columns, Mixed& how, int threads) {
   const int64_t rows = inverse.size();
+  how.lo = *std::min_element(plain.lo.begin(), plain.lo.end());
+  how.hi = *std::max_element(plain.hi.begin(), plain.hi.end());
   const uint64_t seed = how.seed ? static_cast<uint64_t>(*how.seed) : 0;
   Task task{source, how.step, how.offset, columns, 0.0f, static_cast<float>(how.high), how.codes, nullptr, nullptr};
   std::vector<uint32_t> noise(how.rounding == kDithered ? rows + columns + 2 * kNoiseWords : 0);

@@ -234,3 +234,19 @@ def test_every_level_gives_the_same_codes(level: str) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+@needs_native
+@pytest.mark.parametrize("method", ["bhq8", "shq4d"])
+def test_the_range_is_taken_down_for_others(method: str) -> None:
+    """Quantizing whole tensors by a range that a transform's pass came by changes nothing."""
+    x = torch.randn(70, 33, generator=torch.Generator().manual_seed(0)) + 0.3
+    findings = native.Findings()
+    fqt.quantizer(method).quantize(x, 1, findings=findings)
+    assert findings.known
+    assert (findings.lo, findings.hi) == (float(x.min()), float(x.max()))
+    whole = fqt.quantizer("ptq8")
+    assert torch.equal(whole.quantize(x, 2, findings=findings).codes, whole.quantize(x, 2).codes)
+    scaled = native.Findings()
+    fqt.quantizer(method).quantize(x, 1, findings=scaled, factor=torch.rand(33))
+    assert not scaled.known

@@ -49,6 +49,7 @@ class MixedCodes:
         inverse_scale, row_offset: (N, 1), 1/s and what is added back; 1 and 0 where rows stay plain.
         cost: (N,) float64, of a step on the transformed row; 1 where it stays plain.
         keep: (N, 1) bool, whether the row is mixed.
+        range: the least and the greatest entry before mixing.
     """
 
     codes: Tensor
@@ -59,6 +60,7 @@ class MixedCodes:
     row_offset: Tensor
     cost: Tensor
     keep: Tensor
+    range: tuple[float, float]
 
 
 class _Mixed(ctypes.Structure):
@@ -80,6 +82,8 @@ class _Mixed(ctypes.Structure):
         ("keep", _P),
         ("codes", _P),
         ("finite", _I),
+        ("lo", ctypes.c_float),
+        ("hi", ctypes.c_float),
     ]
 
 
@@ -168,4 +172,5 @@ class _Work:
     def result(self) -> MixedCodes:
         """The results, once the call is over."""
         inverse, offset_back, step, offset, _ = self._parts[:5]
-        return MixedCodes(self._codes, step, offset, self._dither, inverse, offset_back, self._cost, self._keep)
+        rest = (inverse, offset_back, self._cost, self._keep, (self._how.lo, self._how.hi))
+        return MixedCodes(self._codes, step, offset, self._dither, *rest)

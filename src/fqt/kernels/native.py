@@ -283,6 +283,11 @@ class Findings(ctypes.Structure):
         if channels:
             self.pointer, self.period = self._sums.data_ptr(), channels
 
+    def found(self, range: tuple[float, float]) -> None:
+        """Takes down the range of all entries."""
+        self.lo, self.hi = range
+        self.known = 1
+
     @property
     def sums(self) -> Tensor | None:
         """(channels,) float64, as `ops.value_sums`; None if no pass found them."""

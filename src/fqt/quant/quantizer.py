@@ -88,7 +88,7 @@ class Quantizer:
         """
         matrix, view, factor = self._matrix(x, axis, factor)
         key = self._key(seed, x.device)
-        quantized = self._mixed_at_once(matrix, view, factor, x.dtype, key)
+        quantized = self._mixed_at_once(matrix, view, factor, x.dtype, key, findings)
         if quantized is None:
             return self._checked(nonfinite, *self._rounded(matrix, view, factor, x.dtype, key, findings))[1]
         _check_nonfinite(nonfinite)
@@ -122,7 +122,13 @@ class Quantizer:
         return y, quantized
 
     def _mixed_at_once(
-        self, matrix: Tensor, view: RowView, factor: Tensor | None, dtype: torch.dtype, key: Tensor | None
+        self,
+        matrix: Tensor,
+        view: RowView,
+        factor: Tensor | None,
+        dtype: torch.dtype,
+        key: Tensor | None,
+        findings: Findings | None,
     ) -> QuantizedTensor | None:
         """What `_rounded` gives, in one call of a kernel; None where there is none for it. All finite."""
         if self.rounding == "best" or self.scale.mode != "affine":
@@ -133,6 +139,8 @@ class Quantizer:
         if found is None:
             return None
         codes, mixing = found
+        if findings is not None and factor is None:
+            findings.found(codes.range)
         dither = None if codes.dither is None else Dither(*codes.dither)
         return QuantizedTensor(view, dtype, codes.codes, codes.step, codes.offset, dither, mixing)
 
