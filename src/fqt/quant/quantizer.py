@@ -470,18 +470,20 @@ def _check_nonfinite(nonfinite: str) -> None:
         raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
 
 
-_cached_view = lru_cache(maxsize=1024)(RowView.of)
-
-
 def _view(x: Tensor, axis: int | tuple[int, ...], may_transpose: bool) -> RowView:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise FqtError(f"cannot quantize {getattr(x, 'dtype', type(x).__name__)}: give a floating-point tensor")
-    if x.ndim == 0:
-        raise FqtError("cannot quantize a scalar: give a tensor with at least one axis")
     axes = (axis,) if isinstance(axis, int) else axis
     if not isinstance(axes, tuple | list) or not all(isinstance(a, int) for a in axes):
         raise FqtError(f"axis must be an int or a tuple of ints, not {axis!r}")
-    normal = tuple(a + x.ndim if a < 0 else a for a in axes)
-    if any(a not in range(x.ndim) for a in normal) or len(set(normal)) != len(normal):
-        raise FqtError(f"axis {axis!r} does not name distinct axes of a tensor of shape {tuple(x.shape)}")
-    return _cached_view(x.shape, normal, may_transpose)
+    return _view_of(x.shape, tuple(axes), may_transpose)
+
+
+@lru_cache(maxsize=1024)
+def _view_of(shape: torch.Size, axes: tuple[int, ...], may_transpose: bool) -> RowView:
+    if not shape:
+        raise FqtError("cannot quantize a scalar: give a tensor with at least one axis")
+    normal = tuple(a + len(shape) if a < 0 else a for a in axes)
+    if any(a not in range(len(shape)) for a in normal) or len(set(normal)) != len(normal):
+        raise FqtError(f"axis {axes!r} does not name distinct axes of a tensor of shape {tuple(shape)}")
+    return RowView.of(shape, normal, may_transpose)
