@@ -16,6 +16,7 @@ doubles the forward cost and keeps float activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +136,7 @@ def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, share: bool = False
 ) -> tuple[Tensor, _Operand]:
     """The output, and the input as it was multiplied; with `share`, in the codes of a layer that read it before."""
-    with torch.autocast(input.device.type, enabled=False):
+    with _no_autocast(input.device.type):
         x, w = _Operand.input(input, call, share), _Operand.weight(weight, call)
         output = _output(x, w, bias, call)
     return call.as_laid_out(output.to(call.dtype)), x
@@ -166,7 +167,7 @@ def backward(
     assert input_dtype is not None
     assert weight_dtype is not None
     grad_input = grad_weight = grad_bias = None
-    with torch.autocast(grad_output.device.type, enabled=False):
+    with _no_autocast(grad_output.device.type):
         if reference.compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
             grad_output = grad_output.double()
         if call.seed is not None:  # laid out once for both quantizers
@@ -184,6 +185,11 @@ def backward(
             sums = call.map.grad_bias(grad_output) if findings.sums is None else findings.sums
             grad_bias = sums.to(bias_dtype)
     return grad_input, grad_weight, grad_bias
+
+
+def _no_autocast(device: str) -> AbstractContextManager:
+    """Operands have the dtype they are given; entering torch's context costs something even where nothing changes."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def input_view(shape: torch.Size, call: Call) -> RowView | None:
