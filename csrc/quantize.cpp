@@ -101,8 +101,10 @@ void find_range(const float* lo, const float* hi, int64_t rows, Findings* findin
 bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, EncodePiece encode, uint64_t seed, float* step,
                    float* offset, Findings* findings, int threads) {
   const Philox philox(seed, kRounding);
-  const int64_t columns = task.columns, per_item = 1 + 8 * kChunk / columns, items = ceil_div(rows, per_item);
-  const int64_t period = findings && findings->sums ? findings->period : 0;
+  const int64_t columns = task.columns, period = findings && findings->sums && columns % findings->period == 0 ? findings->period : 0;
+  // With sums at most 64 items: each has sums of its own.
+  const int64_t few = 1 + 8 * kChunk / columns, many = ceil_div(rows, 64), per_item = period && many > few ? many : few;
+  const int64_t items = ceil_div(rows, per_item);
   std::unique_ptr<float[]> lo, hi, runs;
   std::unique_ptr<double[]> totals;
   if (findings) {

@@ -54,7 +54,7 @@ void add_weighted_rows(const uint8_t* codes, int64_t columns, int64_t begin, int
         }
       }
       for (int64_t i = 0; i < n; ++i) {
-        weighted[j + i] += low[i / W][i % W] + (static_cast<int64_t>(high[i / W][i % W]) << 12);
+        weighted[j + i] += low[i / W][i % W] + static_cast<int64_t>(high[i / W][i % W]) * 4096;
       }
     }
   }

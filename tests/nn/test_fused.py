@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fqt
 from fqt.kernels import native
-from fqt.nn import fused
+from fqt.nn import function, fused
 from fqt.nn.linear_map import ConvMap, DenseMap
 from fqt.quant import Scale
 
@@ -134,6 +134,47 @@ def test_gradients_and_inputs_at_the_edge(
     else:
         upstream *= 1e30 if kind == "huge" else 1e-38
     check(layer, x, monkeypatch, upstream)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 2000), nn.Conv2d(3, 500, 1)], ids=["linear", "conv"])
+def test_a_bias_that_does_not_fit(layer: nn.Module) -> None:
+    """It must not be read beyond its end."""
+    layer = copy.deepcopy(layer)
+    layer.bias = nn.Parameter(torch.zeros(1))
+    x = torch.randn(4, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="bias has shape"):
+        fqt.quantize_(layer, "psq8")(x)
+
+
+@pytest.mark.parametrize("name", ["psq8", "ptq4", "folded", "shq4", "default", "psq8x"])
+@pytest.mark.parametrize("kind", LARGE)
+def test_what_one_quantizer_finds_for_the_other_changes_nothing(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gradient quantizer with findings of its own: the same bits, but for the order of the bias's sum."""
+    folded = fqt.Recipe(
+        input=FORWARD["rows"].input, weight="psq8", grad_input="psq8", grad_weight="ptq8", fold="always"
+    )
+    layer, shape = LARGE[kind]
+    case = Case(kind, copy.deepcopy, (layer,), shape, {})
+    module, x = converted(case, folded if name == "folded" else name, torch.float32), case.input(torch.float32)
+    real = function._Gradient.of
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(5)
+        return gradients(module, x)
+
+    together = run()
+    monkeypatch.setattr(
+        function._Gradient,
+        "of",
+        staticmethod(lambda grad, role, call, _: real(grad, role, call, native.Findings())),
+    )
+    apart = run()
+    *same, bias = zip(together, apart, strict=True)
+    for a, b in same if layer.bias is not None else [*same, bias]:
+        assert torch.equal(a, b)
+    assert torch.allclose(*bias, rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_that_do_not_meet() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fqt.kernels import native
 from fqt.kernels.memory import empty
-from fqt.kernels.native import _ROUNDINGS, _sizes, _source
+from fqt.kernels.native import ROUNDINGS, block_sizes, source_of
 
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 
@@ -107,7 +107,8 @@ def hadamard_codes(
         return None
     work = _Work(x, factor, how, more=0)
     order = torch.empty(x.shape[0], dtype=torch.int64, device="cpu")
-    lists = (deal.data_ptr(), ctypes.addressof(_sizes(blocks)), len(blocks))
+    sizes = block_sizes(blocks)
+    lists = (deal.data_ptr(), ctypes.addressof(sizes), len(blocks))
     native.call("fqt_hadamard_codes", *work.arguments, *lists, work.how, order.data_ptr())
     return (work.result(), order) if work.finite else None
 
@@ -140,7 +141,7 @@ class _Work:
 
     def __init__(self, x: Tensor, factor: Tensor | None, how: Rounding, more: int) -> None:
         n, d = x.shape
-        self._source, self._alive = _source(x.detach(), factor)
+        self._source, self._alive = source_of(x.detach(), factor)
         self._seed = how.seed
         dithered = how.rounding == "dithered"
         self._parts = torch.empty((5 + more, n, 1), dtype=torch.float32, device="cpu").unbind(0)
@@ -155,7 +156,7 @@ class _Work:
             int(how.guard),
             how.levels,
             how.high,
-            _ROUNDINGS[how.rounding],
+            ROUNDINGS[how.rounding],
             *(t.data_ptr() for t in (inverse, offset_back, self._cost, step, offset, row_dither, self._column)),
             self._keep.data_ptr(),
             self._codes.data_ptr(),

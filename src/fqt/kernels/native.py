@@ -26,7 +26,7 @@ from fqt.kernels.reference import Quantized, Scaling, Unscaling
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
 _ABI = 9  # FQT_ABI of csrc/platform.h
-_ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2, "best": 3}
+ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2, "best": 3}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -187,7 +187,7 @@ def takes_source(x: Tensor, factor: Tensor | None) -> bool:
     return takes(*(() if factor is None else (factor,))) and _plain(x) and x.dtype in _IN_TYPES
 
 
-def _source(x: Tensor, factor: Tensor | None) -> tuple[_Source, tuple[Tensor | None, ...]]:
+def source_of(x: Tensor, factor: Tensor | None) -> tuple[_Source, tuple[Tensor | None, ...]]:
     """The C form of x (N, D) times a factor (P,) that repeats along its rows, and what must outlive it."""
     x = x.contiguous()
     if factor is None:
@@ -204,7 +204,7 @@ def _source(x: Tensor, factor: Tensor | None) -> tuple[_Source, tuple[Tensor | N
 
 def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As the reference; no axis that is reduced may be empty."""
-    source, _alive = _source(x, factor)
+    source, _alive = source_of(x, factor)
     rows, columns = x.shape
     shape = {"tensor": (1, 1), "row": (rows, 1), "column": (1, columns)}[group]
     lo, hi = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
@@ -227,7 +227,7 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
 
 def value_sums(x: Tensor) -> Tensor:
     """As the reference."""
-    source, _alive = _source(x, None)
+    source, _alive = source_of(x, None)
     sums = torch.empty(x.shape[1], dtype=torch.float64, device="cpu")
     call("fqt_value_sums", ctypes.addressof(source), *x.shape, sums.data_ptr())
     return sums
@@ -245,13 +245,13 @@ def encode(
     transposed: bool = False,
 ) -> Tensor:
     """As the reference."""
-    source, _alive = _source(x, factor)
+    source, _alive = source_of(x, factor)
     step, offset = step.contiguous(), offset.contiguous()
     codes = empty(x.shape, torch.uint8 if low == 0 else torch.int8)
     key = None if seed is None else seed.data_ptr()
     groups = _group(step, *x.shape)
     pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
-    rest = (_ROUNDINGS[rounding], key, int(transposed), codes.data_ptr())
+    rest = (ROUNDINGS[rounding], key, int(transposed), codes.data_ptr())
     call("fqt_encode", *pointers, *groups, low, high, *rest)
     return codes
 
@@ -307,7 +307,7 @@ def quantize(
     findings: Findings | None = None,
 ) -> Quantized:
     """As `ops.quantize`, and for rounding "best", which `Quantizer` defines; at least one entry."""
-    source, _alive = _source(x, factor)
+    source, _alive = source_of(x, factor)
     rows, columns = x.shape
     shape = (rows if group == "row" else 1, columns if group == "column" else 1)
     step, offset = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
@@ -320,7 +320,7 @@ def quantize(
         noise = both[:rows].view(rows, 1), both[rows:].view(1, columns)
         pointers = noise[0].data_ptr(), noise[1].data_ptr()
     dithered = ctypes.c_int32()
-    how = (_GROUPS[group], _MODES[mode], high, low, high, _ROUNDINGS[rounding], key, int(transposed))
+    how = (_GROUPS[group], _MODES[mode], high, low, high, ROUNDINGS[rounding], key, int(transposed))
     found = None if findings is None or factor is not None else ctypes.addressof(findings)
     results = (step.data_ptr(), offset.data_ptr(), codes.data_ptr(), *pointers, ctypes.addressof(dithered), found)
     call("fqt_quantize", ctypes.addressof(source), rows, columns, *how, *results)
@@ -331,7 +331,7 @@ def variance_sums(
     x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, factor: Tensor | None = None
 ) -> Tensor:
     """As the reference."""
-    source, _alive = _source(x, factor)
+    source, _alive = source_of(x, factor)
     step, offset = step.contiguous(), offset.contiguous()
     sums = torch.empty(step.shape, dtype=torch.int64, device="cpu")
     pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
@@ -382,7 +382,8 @@ def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) 
 
 
 @lru_cache(maxsize=64)
-def _sizes(blocks: tuple[int, ...]) -> ctypes.Array:
+def block_sizes(blocks: tuple[int, ...]) -> ctypes.Array:
+    """In C's form; keep a reference during the call."""
     return (ctypes.c_int64 * len(blocks))(*blocks)
 
 
@@ -396,7 +397,8 @@ def hadamard(
 ) -> Tensor:
     """As the reference."""
     order = order.contiguous()
-    sizes = (ctypes.addressof(_sizes(blocks)), len(blocks))
+    held = block_sizes(blocks)
+    sizes = (ctypes.addressof(held), len(blocks))
     work = _RowWork(x, before, after)
     kept = None if keep is None else keep.contiguous()
     arguments = (order.data_ptr(), *sizes, *work.before, None if kept is None else _per_row(kept, x), *work.after)
@@ -424,7 +426,7 @@ class _RowWork:
     """The arguments of a transform of rows that are scaled on the way in or out."""
 
     def __init__(self, x: Tensor, before: Scaling | None, after: Unscaling | None) -> None:
-        self._source, held = _source(x, None)
+        self._source, held = source_of(x, None)
         alive: list[Tensor | None] = [*held]
         self.source = ctypes.addressof(self._source)
         self.before: tuple[int | None, ...] = (None,) * 3
@@ -455,7 +457,7 @@ def _per_row(parameter: Tensor, x: Tensor) -> int:
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     """As the reference; y contiguous."""
-    source, _alive = _source(x, None)
+    source, _alive = source_of(x, None)
     keep = keep.contiguous()
     call("fqt_replace_rows", y.data_ptr(), *y.shape, _per_row(keep, y), ctypes.addressof(source))
     return y

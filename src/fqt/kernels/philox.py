@@ -119,7 +119,7 @@ def fork_seed(seed: Tensor, index: int) -> Tensor:
         n = (ctypes.c_int64.from_address(seed.data_ptr()).value + step) & _WORD
         n = (n ^ (n >> 30)) * mix1 & _WORD
         n = (n ^ (n >> 27)) * mix2 & _WORD
-        return torch.tensor(_signed(n ^ (n >> 31)), dtype=torch.int64)
+        return torch.tensor(_signed(n ^ (n >> 31)), dtype=torch.int64, device="cpu")
     z = seed + _signed(step)
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _signed(mix1)
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _signed(mix2)

@@ -2,8 +2,8 @@
 
 The gradient is an unbiased estimate of the straight-through gradient of the forward-quantized network (QAT),
 up to the rounding of the output dtype; its two quantizers of grad_output are independent. Saved for backward
-are the input's 8-bit codes, not floats (once for all layers that read it), and the weight itself, whose codes are
-made again: they would cost memory that the weight does not. Products run on integer codes where
+are the input's 8-bit codes, not floats (in eager mode once for all layers that read it), and the weight itself,
+whose codes are made again: they would cost memory that the weight does not. Products run on integer codes where
 `fqt.nn.arithmetic` says so, else on the values that the codes stand for.
 
 The noise belongs to the forward call: a second backward through the same graph (`retain_graph=True`) draws the
@@ -188,7 +188,7 @@ def backward(
 
 
 def _no_autocast(device: str) -> AbstractContextManager:
-    """Operands have the dtype they are given; entering torch's context costs something even where nothing changes."""
+    """Operands keep their dtype; entering torch's context costs something even where nothing changes."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
@@ -219,7 +219,7 @@ class _Operand:
         def quantize() -> QuantizedTensor:
             return q.quantize(call.map.lay(x), axis=axis, nonfinite="propagate")
 
-        return _Operand(None, shared(x, q, axis, quantize) if share else quantize(), True)
+        return _Operand(None, shared(x, q, axis, type(call.map), quantize) if share else quantize(), True)
 
     @staticmethod
     def weight(w: Tensor, call: Call) -> _Operand:

@@ -25,7 +25,10 @@ def output(
     """As `integer.output`."""
     if not _fits(x, w) or x.noise is not None or w.noise is not None:
         return None
-    bias = None if bias is None else bias.detach().float().contiguous()
+    if bias is not None:
+        bias = bias.detach().float().contiguous()
+        if bias.shape != w.shape[:1] or not native.takes(bias):
+            return None  # the formulas say what is wrong
     if isinstance(map, DenseMap):
         tokens = x.shape[:-1].numel()
         run = tokens // x.matrix_step.numel()

@@ -15,33 +15,37 @@ from torch import Tensor
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.tensor import QuantizedTensor, RowView
 
-_Key = tuple[Quantizer, tuple[int, ...]]
+_Key = tuple[Quantizer, tuple[int, ...], type]
 _Parts = tuple[RowView, weakref.ref[Tensor], Tensor, Tensor]
-_known: dict[int, tuple[weakref.ref[Tensor], int, dict[_Key, _Parts]]] = {}
+_known: dict[int, tuple[weakref.ref[Tensor], tuple, dict[_Key, _Parts]]] = {}
 
 
 def shared(
-    x: Tensor, quantizer: Quantizer, axis: tuple[int, ...], quantize: Callable[[], QuantizedTensor]
+    x: Tensor, quantizer: Quantizer, axis: tuple[int, ...], kind: type, quantize: Callable[[], QuantizedTensor]
 ) -> QuantizedTensor:
     """The codes of `x` by a deterministic quantizer: those of an earlier call if they still live, else new ones.
 
+    Only for what autograd computed: a leaf (a buffer, a parameter under a fused optimizer) may be written to in
+    ways that no version counter sees.
+
     Args:
         x: the input as the layer got it.
-        quantizer, axis: what the codes depend on beside x.
+        quantizer, axis, kind: what the codes depend on beside x: `kind` of linear map, which lays x out.
         quantize: makes them.
     """
-    if x.is_inference():  # its writes are not counted
+    if x.is_leaf or x.is_inference():
         return quantize()
-    place, now = id(x), x._version
+    place, now = id(x), (x._version, x.data_ptr(), x.shape)
     entry = _known.get(place)
     if entry is None or entry[0]() is not x or entry[1] != now:
         entry = (weakref.ref(x, lambda _: _known.pop(place, None)), now, {})
         _known[place] = entry
-    found = entry[2].get((quantizer, axis))
+    key = (quantizer, axis, kind)
+    found = entry[2].get(key)
     codes = None if found is None else found[1]()
     if found is not None and codes is not None:
         view, _, step, offset = found
         return QuantizedTensor(view, x.dtype, codes, step, offset)
     q = quantize()
-    entry[2][quantizer, axis] = (q.view, weakref.ref(q.matrix_codes), q.matrix_step, q.group_offset)
+    entry[2][key] = (q.view, weakref.ref(q.matrix_codes), q.matrix_step, q.group_offset)
     return q

@@ -86,7 +86,10 @@ class Quantizer:
         Raises:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
+        scaled = factor is not None
         matrix, view, factor = self._matrix(x, axis, factor)
+        if scaled or view.order[-1] != x.ndim - 1:
+            findings = None  # they are of x itself, with its last axis innermost
         key = self._key(seed, x.device)
         quantized = self._mixed_at_once(matrix, view, factor, x.dtype, key, findings)
         if quantized is None:
@@ -226,13 +229,14 @@ class Quantizer:
                 cost = None if mixing is None else mixing.cost
                 entries = None if weight is None else _entry_weight(weight, view, mixing)
             plan = member._rounding_plan(y, None, ranges, cost)
+            taken = plan.taken() if isinstance(plan, Either) else plan
             if entries is None:
-                rows, upper = plan.row_variance(y), plan.row_bound(y)
-                exact.append((rows if cost is None else rows * cost).sum())
+                upper = taken.row_bound(y)
+                exact.append(taken.variance(y, cost))
                 bound.append((upper if cost is None else upper * cost).sum())
             else:
-                exact.append((plan.entry_variance(y) * entries).sum())
-                bound.append((plan.entry_bound(y) * entries).sum())
+                exact.append(taken.weighted_variance(y, entries))
+                bound.append(taken.weighted_bound(y, entries))
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
         return (torch.stack(exact), torch.stack(bound)) if members else (empty, empty)
 
@@ -360,6 +364,15 @@ class Plan:
         size = y.numel() // max(self.step.numel(), 1)
         return self.step.double().square() * (size * _UNIT_BOUND[self.rounding])
 
+    def variance(self, y: Tensor, cost: Tensor | None) -> Tensor:
+        """float64 scalar: Σ_i cost_i Σ_j of the entries' exact variances; to 2⁻²⁵ of a squared step each."""
+        by_row = self.step.shape == (y.shape[0], 1)
+        if cost is None:
+            return self.group_variance(y, None).sum()
+        if by_row:
+            return (self.group_variance(y, None).squeeze(1) * cost).sum()
+        return (self.row_variance(y) * cost).sum()
+
     def row_variance(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' exact variances."""
         if self.rounding != "stochastic":
@@ -386,6 +399,23 @@ class Plan:
         """(N, D) float64: the entries' variance bounds, before a transform is undone."""
         return (self.step.double().square() * _UNIT_BOUND[self.rounding]).expand(y.shape)
 
+    def weighted_variance(self, y: Tensor, weight: Tensor) -> Tensor:
+        """float64 scalar: Σ of the entries' exact variances times weights (N, D), or (1, D) for all rows."""
+        if self.rounding != "stochastic":
+            return self.weighted_bound(y, weight)
+        if weight.shape[0] != 1 or self.step.shape[1] != 1:
+            return (self.entry_variance(y) * weight).sum()
+        unit = ops.code_variance(y, self.step, self.offset, self.low, self.high)
+        rows = _row_sums(unit.mul_(weight.to(unit.dtype)))
+        return (rows * self.step.double().square().squeeze(1)).sum()
+
+    def weighted_bound(self, y: Tensor, weight: Tensor) -> Tensor:
+        """float64 scalar: Σ of the entries' variance bounds times weights, as above."""
+        if weight.shape[0] != 1 or self.step.shape[1] != 1:
+            return (self.entry_bound(y) * weight).sum()
+        steps = self.step.double().square().expand(y.shape[0], 1).sum()
+        return steps * (weight.sum() * _UNIT_BOUND[self.rounding])
+
 
 @dataclass(frozen=True)
 class Either:
@@ -403,6 +433,14 @@ class Either:
         if not ops.at_hand(self.take_first):
             return None
         return self.first if bool(self.take_first) else self.second
+
+    def taken(self) -> Plan | Either:
+        """The plan taken, where asking costs nothing; else both."""
+        return self._on_cpu() or self
+
+    def variance(self, y: Tensor, cost: Tensor | None) -> Tensor:
+        """float64 scalar."""
+        return self._pick(self.first.variance(y, cost), self.second.variance(y, cost))
 
     def encode(self, x: _Entries, key: Tensor | None) -> Tensor:
         """(N, D) codes."""
@@ -439,6 +477,14 @@ class Either:
         """(N, D) float64."""
         return self._pick(self.first.entry_bound(y), self.second.entry_bound(y))
 
+    def weighted_variance(self, y: Tensor, weight: Tensor) -> Tensor:
+        """float64 scalar."""
+        return self._pick(self.first.weighted_variance(y, weight), self.second.weighted_variance(y, weight))
+
+    def weighted_bound(self, y: Tensor, weight: Tensor) -> Tensor:
+        """float64 scalar."""
+        return self._pick(self.first.weighted_bound(y, weight), self.second.weighted_bound(y, weight))
+
 
 def _row_sums(x: Tensor) -> Tensor:
     """(N,) float64 from (N, D) entries that are not negative, to 1e-7.
@@ -454,12 +500,14 @@ def _row_sums(x: Tensor) -> Tensor:
 
 def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:
     """Σ_i (S⁻¹)_ir² weight_ij, what an error of the rounded matrix weighs; broadcasts to (N, D)."""
+    shape = (1,) * (len(view.shape) - weight.ndim) + weight.shape
+    if not view.transposed and all(shape[d] == 1 for d in view.axis):  # equal in all rows: mixing changes nothing
+        one_row = torch.Size(1 if d in view.axis else n for d, n in enumerate(view.shape))
+        row = RowView(one_row, view.axis).matrix(weight.expand(one_row)).double()
+        return row if mixing is None else mixing.cost[:, None] * row
     full = view.matrix(weight.expand(view.shape)).double()
     if mixing is None:
         return full
-    shape = (1,) * (len(view.shape) - weight.ndim) + weight.shape
-    if all(shape[d] == 1 for d in view.axis):  # equal in all rows: mixing them changes nothing
-        return mixing.cost[:, None] * full[:1]
     unit = torch.eye(full.shape[0], dtype=mixing.offset.dtype, device=full.device)
     inverse = mixing.undo(unit) - mixing.offset  # S⁻¹ itself
     return inverse.double().square().T @ full

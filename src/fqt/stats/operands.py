@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
+from fqt.kernels import ops
 from fqt.nn import GradientOperand
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import Integers
@@ -233,7 +234,8 @@ def nuclear_norm(matrix: Tensor) -> float:
 
 
 def _range_ratio(matrix: Tensor) -> Tensor:
-    ranges = (matrix.amax(1) - matrix.amin(1)).double().cpu()
+    least, greatest = ops.value_range(matrix, "row")
+    ranges = (greatest - least).double().flatten().cpu()
     mean = ranges.mean()
     return torch.where(mean > 0, ranges.amax() / mean, 1.0).reshape(1)
 
