@@ -178,7 +178,7 @@ class Quantizer:
 
         Over the rounding noise, given the transform (random signs included) that this seed draws:
         Σ_i ‖S⁻¹e_i‖² step_i² Σ_j p_ij(1 − p_ij), with 1/12 for p(1 − p) when dithered.
-        One pass, no sampling. Zero for nearest rounding, which is biased instead.
+        One pass, no sampling; each p(1 − p) to 2⁻²⁵. Zero for nearest rounding, which is biased instead.
 
         Returns:
             float64 scalar tensor, in squared units of x.
@@ -244,8 +244,11 @@ class Quantizer:
         matrix, view, _ = self._matrix(x, axis, None)
         matrix = reference.values(matrix)
         y, _, mixing, plan = self._plan(matrix, None, view.transposed, self._key(seed, x.device))
-        rows = plan.row_variance(y) if exact else plan.row_bound(y)
-        return (rows if mixing is None else rows * mixing.cost).sum()
+        cost = None if mixing is None else mixing.cost
+        if exact:
+            return plan.variance(y, cost)
+        rows = plan.row_bound(y)
+        return (rows if cost is None else rows * cost).sum()
 
     def _matrix(
         self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None
