@@ -34,6 +34,11 @@ EncodePiece piece_encoder(int rounding, int low);
 // The dither of a matrix, set in the task; null when there is no memory.
 std::unique_ptr<uint32_t[]> draw_dither(uint64_t seed, int64_t rows, int64_t columns, bool transposed, Task* task);
 
+// 24-bit integers in fractions of a step.
+inline void as_fractions(const uint32_t* noise, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(noise[i]) * 0x1p-24f;
+}
+
 // Codes of the whole matrix; dithered rounding finds its noise in the task.
 void encode_matrix(Task task, int64_t rows, bool by_row, bool by_column, int rounding, uint64_t seed, int threads);
 

@@ -32,15 +32,12 @@ int mixed_codes(const Mixer& mixer, const RowGroups& groups, int64_t blocks, con
   how.hi = *std::max_element(plain.hi.begin(), plain.hi.end());
   const uint64_t seed = how.seed ? static_cast<uint64_t>(*how.seed) : 0;
   Task task{source, how.step, how.offset, columns, 0.0f, static_cast<float>(how.high), how.codes, nullptr, nullptr};
-  std::vector<uint32_t> noise(how.rounding == kDithered ? rows + columns + 2 * kNoiseWords : 0);
+  std::unique_ptr<uint32_t[]> noise;
   if (how.rounding == kDithered) {
-    uint32_t *row = noise.data(), *column = row + rows + kNoiseWords;
-    Philox(seed, kDitherRow).fill_u24(0, rows, row);
-    Philox(seed, kDitherColumn).fill_u24(0, columns, column);
-    for (int64_t r = 0; r < rows; ++r) how.row_dither[r] = static_cast<float>(row[r]) * 0x1p-24f;
-    for (int64_t j = 0; j < columns; ++j) how.column_dither[j] = static_cast<float>(column[j]) * 0x1p-24f;
-    task.row_noise = row;
-    task.column_noise = column;
+    noise = draw_dither(seed, rows, columns, false, &task);
+    if (!noise) return kNoMemory;
+    as_fractions(task.row_noise, rows, how.row_dither);
+    as_fractions(task.column_noise, columns, how.column_dither);
   }
   const MixedRounding rounding{how.guard != 0, how.levels, how.high, task, piece_encoder(how.rounding, 0),
                                Philox(seed, kRounding), how.step, how.offset, how.keep};

@@ -234,8 +234,8 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
                                                                   : nullptr;
   if (rounding == kDithered) {
     if (!noise) return kNoMemory;
-    for (int64_t i = 0; i < rows; ++i) row_noise[i] = static_cast<float>(task.row_noise[i]) * 0x1p-24f;
-    for (int64_t j = 0; j < columns; ++j) column_noise[j] = static_cast<float>(task.column_noise[j]) * 0x1p-24f;
+    as_fractions(task.row_noise, rows, row_noise);
+    as_fractions(task.column_noise, columns, column_noise);
   }
   if (known) {
     encode_matrix(task, rows, group == 1, group == 2, rounding, key, threads);

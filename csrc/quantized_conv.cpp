@@ -121,10 +121,10 @@ bool sum_over_pixels(const Taps& t, const int64_t* map, int64_t depth, int64_t* 
 }
 
 // Bytes of 24-bit noise, the highest first.
-inline uint8_t noise_byte(float noise, int plane) { return static_cast<uint8_t>(noise_integer(noise) >> (16 - 8 * plane)); }
+inline uint8_t noise_byte(int32_t noise, int plane) { return static_cast<uint8_t>(noise >> (16 - 8 * plane)); }
 
 // What sums over the three bytes' planes stand for, as fractions again.
-inline double from_bytes(int64_t high, int64_t middle, int64_t low) {
+inline double from_planes(int64_t high, int64_t middle, int64_t low) {
   return (static_cast<double>(high) * 65536 + static_cast<double>(middle) * 256 + static_cast<double>(low)) * 0x1p-24;
 }
 
@@ -187,7 +187,7 @@ FQT_API int fqt_conv_grad_input(const Quantized* g, const Quantized* w, const Co
     Buffer<int64_t> sums = make_buffer<int64_t>(3 * size);
     if (!planes || !sums) return kNoMemory;
     for (int k = 0; k < 3; ++k) {
-      for (int64_t j = 0; j < plane; ++j) planes[k * plane + j] = noise_byte(g->column_noise[j], k);
+      for (int64_t j = 0; j < plane; ++j) planes[k * plane + j] = noise_byte(noise_integer(g->column_noise[j]), k);
     }
     Conv three = c;
     three.samples = 3;
@@ -195,7 +195,7 @@ FQT_API int fqt_conv_grad_input(const Quantized* g, const Quantized* w, const Co
     status = fqt_conv2d(planes.get(), 0, w->codes, &three, 1, &exact, threads);
     if (status != kDone) return status;
     for (int64_t i = 0; i < size; ++i) {
-      right[size + i] = static_cast<float>(from_bytes(sums[i], sums[size + i], sums[2 * size + i]));
+      right[size + i] = static_cast<float>(from_planes(sums[i], sums[size + i], sums[2 * size + i]));
     }
   }
   for (int64_t i = 0; !folded && i < rank * size; ++i) right[i] *= w->step[0];
@@ -229,7 +229,7 @@ struct Windows {
       const int64_t tap = j / s.channels;
       s.right[j] = static_cast<float>(s.step * static_cast<double>(s.sums[j]) + s.offset * static_cast<double>(s.met[tap]));
       if (!s.totals) continue;
-      const double weighted = from_bytes(s.sums[s.columns + j], s.sums[2 * s.columns + j], s.sums[3 * s.columns + j]);
+      const double weighted = from_planes(s.sums[s.columns + j], s.sums[2 * s.columns + j], s.sums[3 * s.columns + j]);
       const double total = static_cast<double>(s.totals[tap]) * 0x1p-24;
       s.right[s.columns + j] = static_cast<float>(s.step * weighted + s.offset * total);
     }
@@ -271,9 +271,7 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
       for (int64_t i = 0; i < places; ++i) {
         const int32_t integer = noise_integer(noise[i]);
         summed[i] += integer;
-        plane[i] = static_cast<uint8_t>(integer >> 16);
-        plane[tokens + i] = static_cast<uint8_t>(integer >> 8);
-        plane[2 * tokens + i] = static_cast<uint8_t>(integer);
+        for (int k = 0; k < 3; ++k) plane[k * tokens + i] = noise_byte(integer, k);
       }
     }
     if (!sum_over_pixels(serves, summed.get(), 1, totals.get())) return kNoMemory;
