@@ -113,3 +113,19 @@ def test_values_that_make_no_sense(small, changes):
 def test_divergence_is_reported_as_without(tmp_path, small, metrics):
     config = small(**{**ADAPT, "lr": 1e30, "momentum": 0.0, "schedule": "constant", "adapt_every": 1})
     assert train(config, tmp_path).diverged
+
+
+def test_a_short_last_batch_is_not_read(tmp_path, small, metrics):
+    """Its sampling variance is not that of the others; one sample has no halves at all."""
+    config = small(**{**ADAPT, "batch_size": 359, "adapt_every": 1, "epochs": 2, "drop_last": False})
+    train(config, tmp_path)
+    lines = metrics(tmp_path)
+    steps = lines[-1]["step"]
+    read = [r["step"] for r in _kinds(lines, "monitor")]
+    per_epoch = steps // 2
+    assert read == [step for step in range(1, steps + 1) if step % per_epoch]
+
+
+def test_a_batch_of_one_is_refused_at_the_start(small):
+    with pytest.raises(FqtError, match="batch_size must be over 1"):
+        small(**{**ADAPT, "batch_size": 1})

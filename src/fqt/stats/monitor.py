@@ -119,6 +119,10 @@ class Monitor:
         self._sampling.update(sampling, self.memory)
         return self.reading()
 
+    def skip(self) -> None:
+        """Call it instead of `step` for a batch smaller than the others, whose sampling variance is another's."""
+        self._random = None
+
     def reading(self) -> dict[str, Any]:
         """The averages as they are; NaN before the first reading."""
         quantization, sampling = self._quantization.value(), self._sampling.value()

@@ -58,12 +58,13 @@ class Adapter:
         self.recipe: Recipe | None = None  # None: still the one that the run was started with
         self.width_sum, self.steps = 0.0, 0
 
-    def step(self, batch: Any, number: int) -> list[dict[str, Any]]:
+    def step(self, batch: Any, number: int, whole: bool = True) -> list[dict[str, Any]]:
         """Call it between backward and the optimizer's step.
 
         Args:
             batch: the step's.
             number: of the step, from 1.
+            whole: whether the batch is of full size; readings wait for one that is.
 
         Returns:
             Records for the metrics: of kind "monitor" for a reading, of kind "adapt" for a change.
@@ -72,6 +73,9 @@ class Adapter:
             self.weight = self._weigh(batch)
         self.width_sum += self._mean_width()
         self.steps += 1
+        if not whole:
+            self.monitor.skip()
+            return []
         reading = self.monitor.step(batch)
         if reading is None:
             return []

@@ -108,6 +108,9 @@ class TrainConfig:
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(self.rho > 0, f"rho must be positive, got {self.rho}")
+        _require(
+            self.batch_size > 1 or not self.adapt, "adapt compares halves of a batch: batch_size must be over 1"
+        )
         _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
         _require(self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0")
         _require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")

@@ -86,7 +86,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.adapter is not None and torch.isfinite(loss):
-            self._events += self.adapter.step(batch, self.step + 1)
+            whole = len(labels) == self.config.batch_size or self.steps_per_epoch == 1
+            self._events += self.adapter.step(batch, self.step + 1, whole)
         self.optimizer.step()
         self.step += 1
         hits = (logits.detach().argmax(1) == labels).sum()
