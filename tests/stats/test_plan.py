@@ -147,6 +147,8 @@ def test_errors() -> None:
     found = diagnosis(count=2)
     with pytest.raises(FqtError, match="not both"):
         fqt.plan(found, rho=0.1, mean_width=3)
+    with pytest.raises(FqtError, match="99 bits is more than the 8"):
+        fqt.plan(found, mean_width=99)
     with pytest.raises(FqtError, match="is asked for"):
         fqt.plan(found, rho=1e-12)
     for rho in (0.0, -1.0, math.nan):

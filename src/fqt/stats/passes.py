@@ -80,7 +80,10 @@ def check_model(model: nn.Module, awake: bool = True) -> dict[str, nn.Module]:
         if _recipe(module).grad_input is not None or _recipe(module).grad_weight is not None
     }
     if not noisy:
-        raise FqtError("no layer quantizes its gradient: convert the model to a recipe such as 'shq8', not 'qat'")
+        raise FqtError(
+            "no layer quantizes its gradient: convert the model to a recipe such as 'shq8', not 'qat' "
+            "(fqt diagnose: --recipe shq8)"
+        )
     asleep = [name or "(model)" for name, module in noisy.items() if not module.training]
     if awake and asleep:
         raise FqtError(

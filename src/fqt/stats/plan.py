@@ -156,9 +156,13 @@ def plan(
     if not isinstance(diagnosis, Diagnosis):
         raise FqtError(f"plan wants what fqt.diagnose returns, not {type(diagnosis).__name__}")
     if diagnosis.table is None:
-        raise FqtError("the diagnosis has no table, which a plan needs: diagnose(…, table=1)")
+        raise FqtError(
+            "the diagnosis has no table, which a plan needs: diagnose(…, table=1), or fqt diagnose --table 1"
+        )
     if rho is not None and mean_width is not None:
         raise FqtError("give rho or mean_width, not both")
+    if mean_width is not None and mean_width > max(widths):
+        raise FqtError(f"a mean width of {mean_width} bits is more than the {max(widths)} of the widest choice")
     costs = Costs.of(diagnosis.table, diagnosis.recipes)
     if rho is not None and not 0 < rho < math.inf:
         raise FqtError(f"rho must be a positive number, not {rho!r}")
