@@ -19,12 +19,11 @@ from fqt.kernels import mixed, native, ops, reference
 from fqt.kernels.ops import Findings
 from fqt.kernels.philox import as_seed
 from fqt.kernels.reference import Quantized
+from fqt.quant.rounding import Either, Entries, Plan
 from fqt.quant.scale import Integers, Scale
 from fqt.quant.tensor import Dither, QuantizedTensor, RowView
 from fqt.quant.transform import Identity, Mixing, Transform
 
-# The largest variance of one entry, in squared steps.
-_UNIT_BOUND = {"nearest": 0.0, "stochastic": 1 / 4, "dithered": 1 / 12}
 ROUNDINGS = ("nearest", "stochastic", "dithered", "best")
 
 
@@ -169,7 +168,7 @@ class Quantizer:
                 dither = None if noise is None else Dither(*noise)
                 return matrix, QuantizedTensor(view, dtype, codes, step, offset, dither)
         y, factor, mixing, plan = self._plan(matrix, factor, view.transposed, key)
-        codes = plan.encode(_Entries(y, factor, view.transposed), key)
+        codes = plan.encode(Entries(y, factor, view.transposed), key)
         decoding = plan.decoding(y, view.transposed, key)
         return y, QuantizedTensor(view, dtype, codes, *decoding, mixing)
 
@@ -311,194 +310,6 @@ class Quantizer:
             gain = gain * cost[:, None]
         # A running sum adds in one order on every backend: the choice must not depend on the machine.
         return Either(gain.flatten().cumsum(0)[-1:].sum() > 0, dithered, stochastic)
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """What is encoded: a matrix, its columns' factor, and whether it lies on its side."""
-
-    matrix: Tensor
-    factor: Tensor | None
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one matrix is rounded: its groups' parameters, the range of t, and the rounding."""
-
-    step: Tensor
-    offset: Tensor
-    low: int
-    high: int
-    rounding: str
-
-    @staticmethod
-    def of(lo: Tensor, hi: Tensor, mode: str, grid: Integers, rounding: str) -> Plan:
-        """The plan for groups with ranges [lo, hi]."""
-        low, high = Plan.codes(mode, grid, rounding)
-        return Plan(*ops.parameters(lo, hi, mode, high), low, high, rounding)
-
-    @staticmethod
-    def codes(mode: str, grid: Integers, rounding: str) -> tuple[int, int]:
-        """The range that positions are clamped to; its end is also the number of steps."""
-        if mode == "symmetric":
-            return -grid.symmetric_steps, grid.symmetric_steps
-        # Dithered codes may round up by almost two steps' worth: one step of head-room keeps them in 0 … B.
-        return 0, grid.affine_steps - (rounding == "dithered")
-
-    def encode(self, x: _Entries, key: Tensor | None) -> Tensor:
-        """(N, D) codes."""
-        rest = (self.low, self.high, self.rounding, key, x.factor, x.transposed)
-        return ops.encode(x.matrix, self.step, self.offset, *rest)
-
-    def decoding(
-        self, matrix: Tensor, transposed: bool, key: Tensor | None
-    ) -> tuple[Tensor, Tensor, Dither | None]:
-        """Step, offset and dither."""
-        if self.rounding != "dithered":
-            return self.step, self.offset, None
-        return self.step, self.offset, Dither(*ops.dither(key, matrix, self.step.dtype, transposed))
-
-    def group_variance(self, y: Tensor, factor: Tensor | None) -> Tensor:
-        """float64, of step's shape: Σ over the group of its entries' variances (to 2⁻²⁵ of a squared step each)."""
-        if self.rounding == "stochastic":
-            sums = ops.variance_sums(y, self.step, self.offset, self.low, self.high, factor)
-            return sums.double() / reference.DITHER_LEVELS * self.step.double().square()
-        size = y.numel() // max(self.step.numel(), 1)
-        return self.step.double().square() * (size * _UNIT_BOUND[self.rounding])
-
-    def variance(self, y: Tensor, cost: Tensor | None) -> Tensor:
-        """float64 scalar: Σ_i cost_i Σ_j of the entries' exact variances; to 2⁻²⁵ of a squared step each."""
-        by_row = self.step.shape == (y.shape[0], 1)
-        if cost is None:
-            return self.group_variance(y, None).sum()
-        if by_row:
-            return (self.group_variance(y, None).squeeze(1) * cost).sum()
-        return (self.row_variance(y) * cost).sum()
-
-    def row_variance(self, y: Tensor) -> Tensor:
-        """(N,) float64: Σ_j of the entries' exact variances."""
-        if self.rounding != "stochastic":
-            return self.row_bound(y)
-        unit = ops.code_variance(y, self.step, self.offset, self.low, self.high)
-        if self.step.shape[1] == 1:
-            return _row_sums(unit) * self.step.double().square().squeeze(1)
-        return (unit * self.step.double().square()).sum(1)
-
-    def row_bound(self, y: Tensor) -> Tensor:
-        """(N,) float64: Σ_j of the entries' variance bounds."""
-        square = self.step.double().square()
-        rows = square.sum(1) if square.shape[1] == y.shape[1] else square[:, 0] * y.shape[1]
-        return (rows * _UNIT_BOUND[self.rounding]).expand(y.shape[0])
-
-    def entry_variance(self, y: Tensor) -> Tensor:
-        """(N, D) float64: the entries' exact variances, before a transform is undone."""
-        if self.rounding != "stochastic":
-            return self.entry_bound(y)
-        unit = ops.code_variance(y, self.step, self.offset, self.low, self.high)
-        return unit * self.step.double().square()
-
-    def entry_bound(self, y: Tensor) -> Tensor:
-        """(N, D) float64: the entries' variance bounds, before a transform is undone."""
-        return (self.step.double().square() * _UNIT_BOUND[self.rounding]).expand(y.shape)
-
-    def weighted_variance(self, y: Tensor, weight: Tensor) -> Tensor:
-        """float64 scalar: Σ of the entries' exact variances times weights (N, D), or (1, D) for all rows."""
-        if self.rounding != "stochastic":
-            return self.weighted_bound(y, weight)
-        if weight.shape[0] != 1 or self.step.shape[1] != 1:
-            return (self.entry_variance(y) * weight).sum()
-        unit = ops.code_variance(y, self.step, self.offset, self.low, self.high)
-        rows = _row_sums(unit.mul_(weight.to(unit.dtype)))
-        return (rows * self.step.double().square().squeeze(1)).sum()
-
-    def weighted_bound(self, y: Tensor, weight: Tensor) -> Tensor:
-        """float64 scalar: Σ of the entries' variance bounds times weights, as above."""
-        if weight.shape[0] != 1 or self.step.shape[1] != 1:
-            return (self.entry_bound(y) * weight).sum()
-        steps = self.step.double().square().expand(y.shape[0], 1).sum()
-        return steps * (weight.sum() * _UNIT_BOUND[self.rounding])
-
-
-@dataclass(frozen=True)
-class Either:
-    """Two plans and a boolean scalar that takes the first; the choice stays on the device."""
-
-    take_first: Tensor
-    first: Plan
-    second: Plan
-
-    def _pick(self, first: Tensor, second: Tensor) -> Tensor:
-        return torch.where(self.take_first, first, second)
-
-    def _on_cpu(self) -> Plan | None:
-        """The plan taken, where asking costs nothing."""
-        if not ops.at_hand(self.take_first):
-            return None
-        return self.first if bool(self.take_first) else self.second
-
-    def taken(self) -> Plan | Either:
-        """The plan taken, where asking costs nothing; else both."""
-        return self._on_cpu() or self
-
-    def variance(self, y: Tensor, cost: Tensor | None) -> Tensor:
-        """float64 scalar."""
-        return self._pick(self.first.variance(y, cost), self.second.variance(y, cost))
-
-    def encode(self, x: _Entries, key: Tensor | None) -> Tensor:
-        """(N, D) codes."""
-        taken = self._on_cpu()
-        if taken is not None:
-            return taken.encode(x, key)
-        return self._pick(self.first.encode(x, key), self.second.encode(x, key))
-
-    def decoding(
-        self, matrix: Tensor, transposed: bool, key: Tensor | None
-    ) -> tuple[Tensor, Tensor, Dither | None]:
-        """Step, offset and dither of the plan taken."""
-        taken = self._on_cpu()
-        if taken is not None:
-            return taken.decoding(matrix, transposed, key)
-        step, offset, dither = self.first.decoding(matrix, transposed, key)
-        assert dither is not None
-        picked = self._pick(step, self.second.step), self._pick(offset, self.second.offset)
-        return *picked, dither.where(self.take_first)
-
-    def row_variance(self, y: Tensor) -> Tensor:
-        """(N,) float64."""
-        return self._pick(self.first.row_variance(y), self.second.row_variance(y))
-
-    def row_bound(self, y: Tensor) -> Tensor:
-        """(N,) float64."""
-        return self._pick(self.first.row_bound(y), self.second.row_bound(y))
-
-    def entry_variance(self, y: Tensor) -> Tensor:
-        """(N, D) float64."""
-        return self._pick(self.first.entry_variance(y), self.second.entry_variance(y))
-
-    def entry_bound(self, y: Tensor) -> Tensor:
-        """(N, D) float64."""
-        return self._pick(self.first.entry_bound(y), self.second.entry_bound(y))
-
-    def weighted_variance(self, y: Tensor, weight: Tensor) -> Tensor:
-        """float64 scalar."""
-        return self._pick(self.first.weighted_variance(y, weight), self.second.weighted_variance(y, weight))
-
-    def weighted_bound(self, y: Tensor, weight: Tensor) -> Tensor:
-        """float64 scalar."""
-        return self._pick(self.first.weighted_bound(y, weight), self.second.weighted_bound(y, weight))
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """(N,) float64 from (N, D) entries that are not negative, to 1e-7.
-
-    Sums of 256 columns in x's own dtype, then float64: several times faster than float64 from the start.
-    """
-    whole = x.shape[1] - x.shape[1] % 256
-    sums = x[:, whole:].sum(1, dtype=torch.float64)
-    if whole:
-        sums += x[:, :whole].unflatten(1, (-1, 256)).sum(1).sum(1, dtype=torch.float64)
-    return sums
 
 
 def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:
