@@ -170,7 +170,7 @@ def backward(
     with _no_autocast(grad_output.device.type):
         if reference.compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
             grad_output = grad_output.double()
-        if call.seed is not None:  # laid out once for both quantizers
+        if call.seed is not None and (call.recipe.grad_input or call.recipe.grad_weight):  # laid out once for both
             grad_output = call.map.unlay(call.map.lay(grad_output).contiguous())
         findings = Findings(shapes[1][0] if needs[2] and not call.map.transposed else 0)
         if needs[0]:
