@@ -2,26 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
 #include "dot.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace fqt {
-
-struct FreeMemory {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Uninitialised memory on a cache line, null when there is none.
-template <class T>
-using Buffer = std::unique_ptr<T[], FreeMemory>;
-
-template <class T>
-Buffer<T> make_buffer(int64_t n) {
-  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, ceil_div(n * sizeof(T) + 1, 64) * 64)));
-}
 
 // How a code becomes an operand: read as signed or not, then shifted so that it fits the operand.
 template <class Operand>

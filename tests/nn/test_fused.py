@@ -146,18 +146,21 @@ def test_a_bias_that_does_not_fit(layer: nn.Module) -> None:
         fqt.quantize_(layer, "psq8")(x)
 
 
-@pytest.mark.parametrize("name", ["psq8", "ptq4", "folded", "shq4", "default", "psq8x"])
+@pytest.mark.parametrize("name", ["psq8", "ptq4", "folded", "folded_input", "shq4", "default", "psq8x"])
 @pytest.mark.parametrize("kind", LARGE)
 def test_what_one_quantizer_finds_for_the_other_changes_nothing(
     kind: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each gradient quantizer with findings of its own: the same bits, but for the order of the bias's sum."""
-    folded = fqt.Recipe(
-        input=FORWARD["rows"].input, weight="psq8", grad_input="psq8", grad_weight="ptq8", fold="always"
-    )
+    rows = FORWARD["rows"].input
+    recipes = {
+        "folded": fqt.Recipe(input=rows, weight="psq8", grad_input="psq8", grad_weight="ptq8", fold="always"),
+        # grad_input's range is of the gradient itself, grad_weight's of the gradient times the input's steps
+        "folded_input": fqt.Recipe(input=rows, grad_input="psq8", grad_weight="ptq8", fold="always"),
+    }
     layer, shape = LARGE[kind]
     case = Case(kind, copy.deepcopy, (layer,), shape, {})
-    module, x = converted(case, folded if name == "folded" else name, torch.float32), case.input(torch.float32)
+    module, x = converted(case, recipes.get(name, name), torch.float32), case.input(torch.float32)
     real = function._Gradient.of
 
     def run() -> list[Tensor]:

@@ -141,7 +141,7 @@ class Quantizer:
         if found is None:
             return None
         codes, mixing = found
-        if findings is not None and factor is None:
+        if findings is not None:
             findings.found(codes.range)
         dither = None if codes.dither is None else Dither(*codes.dither)
         return QuantizedTensor(view, dtype, codes.codes, codes.step, codes.offset, dither, mixing)
