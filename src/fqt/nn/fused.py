@@ -13,6 +13,7 @@ from torch import Tensor
 from fqt.kernels import native
 from fqt.kernels import native_quantized as kernels
 from fqt.kernels.native_products import Conv
+from fqt.kernels.products import Geometry
 from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.quant.tensor import QuantizedTensor
 
@@ -121,10 +122,7 @@ def _conv(map: ConvMap, samples: int, size: tuple[int, ...], weight: tuple[int, 
 
     stride, padding, dilation = pair(map.stride, 1), pair(map.padding, 0), pair(map.dilation, 1)
     (h, w), kernel = pair(tuple(size), 1), pair(tuple(weight[1:-1]), 1)
-    out = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True)
-    ]
+    out = Geometry(stride, padding, dilation).output_size((h, w), kernel)
     if min(*out, *kernel) < 1 or max(kernel) > _LARGEST_KERNEL:
         return None
     sizes = (samples, h, w, weight[-1], *out, weight[0], *kernel)
