@@ -43,8 +43,23 @@ inline vi floor_int(vf t) {
   return i + (vi)(to_float(i) > t);  // a true comparison is −1
 }
 
-// The nearest integer, ties to even, for |t| < 2²²: adding 1.5·2²³ leaves no bit for a fraction.
-inline vi round_nearest(vf t) { return to_int((t + 0x1.8p23f) - 0x1.8p23f); }
+// t − ⌊t⌋, exact.
+inline vf fraction(vf t) {
+#if defined(__AVX512DQ__)
+  return (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  return t - to_float(floor_int(t));
+#endif
+}
+
+// The nearest integer, ties to even, for |t| < 2²².
+inline vi round_nearest(vf t) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvt_roundps_epi32((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return to_int((t + 0x1.8p23f) - 0x1.8p23f);  // leaves no bit for a fraction
+#endif
+}
 
 // ⌊t⌋ + (u·2⁻²⁴ < t − ⌊t⌋) for 24-bit u.
 inline vi round_stochastic(vf t, vi u) {

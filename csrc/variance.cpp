@@ -10,7 +10,7 @@ namespace {
 
 // p(1 − p), p the fraction of t.
 inline vf unit_variance(vf t) {
-  const vf p = t - to_float(floor_int(t));
+  const vf p = fraction(t);
   return p * (1.0f - p);
 }
 
@@ -76,16 +76,22 @@ FQT_API int fqt_variance_sums(const Source* source, int64_t rows, int64_t column
       const int64_t first = item % strips * kStrip, width = columns - first < kStrip ? columns - first : kStrip;
       const int64_t band = item / strips, begin = rows * band / bands, end = rows * (band + 1) / bands;
       float buffer[kStrip + W];
+      Groups groups[kStrip / W];
+      for (int64_t j = 0; j < width; j += W) {
+        const int64_t n = width - j < W ? width - j : W;
+        groups[j / W] = Groups::of(load_part<vf>(step + first + j, n), load_part<vf>(offset + first + j, n));
+      }
       int64_t total[kStrip] = {};
       for (int64_t start = begin; start < end; start += 256) {
         vi sum[kStrip / W] = {};
         for (int64_t r = start; r < end && r < start + 256; ++r) {
           const float* x = values(*source, r * columns + first, width, buffer);
-          for (int64_t j = 0; j < width; j += W) {
-            const int64_t n = width - j;
-            const Groups g = n >= W ? Groups::of(load<vf>(step + first + j), load<vf>(offset + first + j))
-                                    : Groups::of(load_part<vf>(step + first + j, n), load_part<vf>(offset + first + j, n));
-            sum[j / W] += counted_variance(position(n >= W ? load<vf>(x + j) : load_part<vf>(x + j, n), g, least_code, last_code));
+          int64_t j = 0;
+          for (; j + W <= width; j += W)
+            sum[j / W] += counted_variance(position(load<vf>(x + j), groups[j / W], least_code, last_code));
+          if (j < width) {
+            const vf last = load_part<vf>(x + j, width - j);
+            sum[j / W] += counted_variance(position(last, groups[j / W], least_code, last_code));
           }
         }
         for (int64_t j = 0; j < width; ++j) total[j] += sum[j / W][j % W];

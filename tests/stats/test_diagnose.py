@@ -99,6 +99,18 @@ def test_a_folded_step_is_divided_out() -> None:
     assert abs(float(z)) < 5
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
+def test_nuclear_norm_in_float32(scale: float) -> None:
+    torch.manual_seed(0)
+    full = torch.randn(20, 300) * torch.logspace(-5, 0, 20)[:, None]
+    single = torch.randn(20, 1) @ torch.randn(1, 300)
+    for x, tolerance in ((full, 1e-5), (full + 100.0, 1e-3), (single, 1e-2)):
+        exact = torch.linalg.svdvals((x.double() - x.double().mean(1, keepdim=True)) * scale).sum()
+        assert nuclear_norm(x * scale) == pytest.approx(float(exact), rel=tolerance)
+    assert nuclear_norm(torch.zeros(3, 5)) == 0
+    assert math.isnan(nuclear_norm(torch.full((3, 5), torch.inf)))
+
+
 def test_nuclear_norm_and_the_limit_on_bounds() -> None:
     x = torch.randn(12, 40, dtype=torch.float64) * torch.logspace(0, -3, 12)[:, None]
     centred = x - x.mean(1, keepdim=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fqt.errors import FqtError
+from fqt.stats.passes import energy
 from fqt.stats.spread import Estimate, Spread, ratio
 
 GROUPS = {"a.weight": "a", "a.bias": "a", "b.weight": "b"}
@@ -66,3 +67,13 @@ def test_ratio() -> None:
     assert found.value == 0.5
     assert found.error == pytest.approx(0.5 * math.hypot(0.1, 0.1))
     assert math.isnan(ratio(found, Estimate(value=0.0, error=0.0)).value)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e25])
+def test_energy_of_large_tensors(scale: float) -> None:
+    torch.manual_seed(0)
+    for shape in ((2, 3, 50, 41), (5, 4096), (4096,)):
+        x = torch.randn(shape) * scale
+        for laid in (x, x.to(memory_format=torch.channels_last) if x.ndim == 4 else x.movedim(0, -1)):
+            assert float(energy(laid)) == pytest.approx(float(laid.double().square().sum()), rel=1e-6)
+    assert float(energy(torch.full((5000,), torch.inf))) == torch.inf

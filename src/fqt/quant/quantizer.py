@@ -231,7 +231,7 @@ class Quantizer:
             taken = plan.taken() if isinstance(plan, Either) else plan
             if entries is None:
                 upper = taken.row_bound(y)
-                exact.append(taken.variance(y, cost))
+                exact.append(plan.variance(y, cost))
                 bound.append((upper if cost is None else upper * cost).sum())
             else:
                 exact.append(taken.weighted_variance(y, entries))
@@ -305,11 +305,12 @@ class Quantizer:
             return Plan.of(lo, hi, self.scale.mode, self.grid, self.rounding)
         stochastic = Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic")
         dithered = Plan.of(lo, hi, "affine", self.grid, "dithered")
-        gain = stochastic.group_variance(y, factor) - dithered.group_variance(y, factor)
+        groups = dithered.group_variance(y, factor), stochastic.group_variance(y, factor)
+        gain = groups[1] - groups[0]
         if cost is not None:
             gain = gain * cost[:, None]
         # A running sum adds in one order on every backend: the choice must not depend on the machine.
-        return Either(gain.flatten().cumsum(0)[-1:].sum() > 0, dithered, stochastic)
+        return Either(gain.flatten().cumsum(0)[-1:].sum() > 0, dithered, stochastic, groups)
 
 
 def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:

@@ -70,14 +70,15 @@ class Plan:
         size = y.numel() // max(self.step.numel(), 1)
         return self.step.double().square() * (size * _UNIT_BOUND[self.rounding])
 
-    def variance(self, y: Tensor, cost: Tensor | None) -> Tensor:
-        """float64 scalar: Σ_i cost_i Σ_j of the entries' exact variances; to 2⁻²⁵ of a squared step each."""
-        by_row = self.step.shape == (y.shape[0], 1)
-        if cost is None:
-            return self.group_variance(y, None).sum()
-        if by_row:
-            return (self.group_variance(y, None).squeeze(1) * cost).sum()
-        return (self.row_variance(y) * cost).sum()
+    def variance(self, y: Tensor, cost: Tensor | None, groups: Tensor | None = None) -> Tensor:
+        """float64 scalar: Σ_i cost_i Σ_j of the entries' exact variances; to 2⁻²⁵ of a squared step each.
+
+        `groups` is `group_variance(y, None)` where it is known.
+        """
+        if cost is not None and self.step.shape != (y.shape[0], 1):
+            return (self.row_variance(y) * cost).sum()
+        groups = self.group_variance(y, None) if groups is None else groups
+        return groups.sum() if cost is None else (groups.squeeze(1) * cost).sum()
 
     def row_variance(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' exact variances."""
@@ -125,11 +126,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Either:
-    """Two plans and a boolean scalar that takes the first; the choice stays on the device."""
+    """Two plans and a boolean scalar that takes the first; the choice stays on the device.
+
+    Attributes:
+        take_first: bool scalar tensor.
+        first, second: the plans.
+        groups: their group variances, which the choice was made on.
+    """
 
     take_first: Tensor
     first: Plan
     second: Plan
+    groups: tuple[Tensor, Tensor]
 
     def _pick(self, first: Tensor, second: Tensor) -> Tensor:
         return torch.where(self.take_first, first, second)
@@ -145,8 +153,9 @@ class Either:
         return self._on_cpu() or self
 
     def variance(self, y: Tensor, cost: Tensor | None) -> Tensor:
-        """float64 scalar."""
-        return self._pick(self.first.variance(y, cost), self.second.variance(y, cost))
+        """float64 scalar, of the matrix the choice was made on."""
+        plans = zip((self.first, self.second), self.groups, strict=True)
+        return self._pick(*(plan.variance(y, cost, groups) for plan, groups in plans))
 
     def encode(self, x: Entries, key: Tensor | None) -> Tensor:
         """(N, D) codes."""

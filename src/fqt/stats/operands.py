@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class Operand:
         bound: the closed form by width: ¼ of a squared step per entry (1/12 when dithered), on measured ranges.
         limit: by width, what the bound of no left transform with a common range falls below,
             ‖X‖_*²/(N·B²) with rows centred (dithered: a third of that, with B − 1). It limits bounds, not the
-            variance. None where a step was folded in, or the matrix has more than 1,024 rows and columns.
+            variance. Its ratio to the bound is that of the first batch. None where a step was folded in, or the
+            matrix has more than 1,024 rows and columns.
         range_ratio: largest range of a row over the mean one: 1 for equal rows, N for a single large row.
         histogram: how often each code occurred in the first batch, at the recipe's width.
         empty: share of codes that never did.
@@ -92,8 +94,9 @@ class Operands:
         self._moments: dict[tuple[str, str], Moments] = {}
         self._last: dict[tuple[str, str], _Sums] = {}
         self._histograms: dict[tuple[str, str], Tensor] = {}
+        self._limits: dict[tuple[str, str], Tensor] = {}
         self._fresh = True
-        self._norm: tuple[Any, Tensor, float] | None = None
+        self._seen: tuple[Any, Tensor, _Matrix] | None = None
 
     def __call__(self, name: str, operand: GradientOperand) -> None:
         """Takes one operand of the pass under way."""
@@ -102,28 +105,34 @@ class Operands:
         if not self.order or self.order[-1] != name:
             self.order.append(name)
         key = (name, operand.role)
-        norm = self._nuclear(operand) if self.full else math.nan
-        sums = _Sums.of(self.model.get_submodule(name), operand, self.widths, self.full, norm)
+        matrix = self._matrix(operand) if self.full else None
+        sums = _Sums.of(self.model.get_submodule(name), operand, self.widths, matrix)
         self._now[key] = sums if key not in self._now else self._now[key].plus(sums)
         self.uses[name] = max(self.uses.get(name, 0), self._now[key].uses)
-        if self.full and key not in self._moments:
-            seen, codes = self._histograms.get(key), _histogram(operand)
-            self._histograms[key] = codes if seen is None else seen + codes
+        if matrix is not None and key not in self._moments:
+            norm = math.nan if sums.folded else matrix.nuclear
+            self._add(self._limits, key, _limits(norm, sums.shape[0], operand.quantizer, self.widths))
+            self._add(self._histograms, key, _histogram(operand))
 
-    def _nuclear(self, operand: GradientOperand) -> float:
-        """The nuclear norm, computed once where both products quantize one tensor by the same rows."""
+    @staticmethod
+    def _add(sums: dict[tuple[str, str], Tensor], key: tuple[str, str], value: Tensor) -> None:
+        sums[key] = sums[key] + value if key in sums else value
+
+    def _matrix(self, operand: GradientOperand) -> _Matrix:
+        """The gradient as a matrix; one object where both products quantize one tensor by the same rows."""
         x = operand.gradient
         key = (x.data_ptr(), x.shape, x.stride(), operand.rows)
-        if self._norm is None or self._norm[0] != key:
-            matrix = RowView(x.shape, operand.rows).matrix(x)
-            norm = nuclear_norm(matrix) if min(matrix.shape) <= LARGEST_GRAM else math.nan
-            self._norm = (key, x, norm)  # x is held, so that nothing else gets its address meanwhile
-        return self._norm[2]
+        if self._seen is None or self._seen[0] != key:
+            # x is held, so that nothing else gets its address meanwhile
+            self._seen = (key, x, _Matrix.of(x, operand.rows))
+        return self._seen[2]
 
     def end(self) -> None:
         """The pass is complete."""
-        self._norm = None
+        self._seen = None
         for key, sums in self._now.items():
+            if key in self._limits and key not in self._moments:
+                self._limits[key] /= sums.bounds  # from now on their ratio to the bounds
             self._moments.setdefault(key, Moments()).update([sums.figures])
         self._last, self._now, self._fresh = self._now, {}, True
 
@@ -153,8 +162,11 @@ class Operands:
     def _operand(self, key: tuple[str, str]) -> Operand:
         last, found, n = self._last[key], estimates(self._moments[key]), len(self.widths)
         histogram = tuple(self._histograms[key].tolist())
-        bounds, limits = found[1 + n : 1 + 2 * n], found[1 + 2 * n : 1 + 3 * n]
-        by_width = lambda values: {b: e.value for b, e in zip(self.widths, values, strict=True)}
+        bounds = [e.value for e in found[1 + n : 1 + 2 * n]]
+        # A bound of zero has a limit of zero.
+        limits = [
+            bound * share if bound else 0.0 for bound, share in zip(bounds, self._limits[key].tolist(), strict=True)
+        ]
         return Operand(
             layer=key[0],
             role=key[1],
@@ -163,8 +175,8 @@ class Operands:
             multiplications=last.multiplications,
             energy=found[0],
             variance=dict(zip(self.widths, found[1 : 1 + n], strict=True)),
-            bound=by_width(bounds),
-            limit=None if math.isnan(limits[0].value) else by_width(limits),
+            bound=dict(zip(self.widths, bounds, strict=True)),
+            limit=None if last.folded or math.isnan(limits[0]) else dict(zip(self.widths, limits, strict=True)),
             range_ratio=found[-1].value,
             histogram=histogram,
             empty=sum(count == 0 for count in histogram) / len(histogram),
@@ -172,18 +184,50 @@ class Operands:
 
 
 @dataclass(frozen=True)
+class _Matrix:
+    """A gradient as the matrix that is quantized: rows by columns, or on its side where that saves a copy."""
+
+    values: Tensor
+    on_side: bool
+
+    @staticmethod
+    def of(x: Tensor, rows: tuple[int, ...]) -> _Matrix:
+        view = RowView.of(x.shape, rows, may_transpose=True)
+        return _Matrix(view.matrix(x), view.transposed)
+
+    @cached_property
+    def nuclear(self) -> float:
+        """‖X‖_* of the matrix with its rows centred; NaN where it would take long."""
+        x = self.values.T if self.on_side else self.values
+        return nuclear_norm(x) if min(x.shape) <= LARGEST_GRAM else math.nan
+
+    @cached_property
+    def range_ratio(self) -> Tensor:
+        """The largest range of a row over the mean one, float64 (1,)."""
+        least, greatest = ops.value_range(self.values, "column" if self.on_side else "row")
+        ranges = (greatest - least).double().flatten().cpu()
+        mean = ranges.mean()
+        return torch.where(mean > 0, ranges.amax() / mean, 1.0).reshape(1)
+
+
+@dataclass(frozen=True)
 class _Sums:
-    """One pass's figures as a float64 vector: energy, variances, and if full: bounds, limits, range ratio."""
+    """One pass's figures as a float64 vector: energy, variances, and if full: bounds, range ratio.
+
+    `folded` tells whether a step other than 1 was folded in.
+    """
 
     quantizer: Quantizer
     shape: tuple[int, int]
     multiplications: int
     figures: Tensor
     full: bool
+    folded: bool
     uses: int = 1
 
     @staticmethod
-    def of(module: nn.Module, operand: GradientOperand, widths: tuple[int, ...], full: bool, norm: float) -> _Sums:
+    def of(module: nn.Module, operand: GradientOperand, widths: tuple[int, ...], matrix: _Matrix | None) -> _Sums:
+        """Of one operand; full with its matrix, only energy and variances without."""
         q, x, folded = operand.quantizer, operand.gradient, operand.folded
         if folded is not None and bool((folded == 1).all()):
             folded = None
@@ -193,11 +237,16 @@ class _Sums:
         shape = (rows, x.numel() // max(rows, 1))
         unfolded = energy(x if folded is None else x / folded)
         figures = [unfolded.reshape(1), variances.cpu()]
-        if full:
-            matrix = RowView(x.shape, operand.rows).matrix(x)
-            norm = math.nan if folded is not None else norm
-            figures += [bounds.cpu(), _limits(norm, rows, q, widths), _range_ratio(matrix)]
-        return _Sums(q, shape, multiplications(module, x), torch.cat(figures), full)
+        if matrix is not None:
+            figures += [bounds.cpu(), matrix.range_ratio]
+        count = multiplications(module, x)
+        return _Sums(q, shape, count, torch.cat(figures), matrix is not None, folded is not None)
+
+    @property
+    def bounds(self) -> Tensor:
+        """By width; only if full."""
+        n = (len(self.figures) - 2) // 2
+        return self.figures[1 + n : 1 + 2 * n]
 
     def plus(self, other: _Sums) -> _Sums:
         """Two uses of one layer: sums of all but the range ratio, of which the larger."""
@@ -205,7 +254,8 @@ class _Sums:
         if self.full:
             figures[-1] = torch.maximum(self.figures[-1], other.figures[-1])
         count = self.multiplications + other.multiplications
-        return _Sums(self.quantizer, self.shape, count, figures, self.full, self.uses + other.uses)
+        folded = self.folded or other.folded
+        return _Sums(self.quantizer, self.shape, count, figures, self.full, folded, self.uses + other.uses)
 
 
 def _limits(norm: float, rows: int, q: Quantizer, widths: tuple[int, ...]) -> Tensor:
@@ -223,21 +273,22 @@ def _limits(norm: float, rows: int, q: Quantizer, widths: tuple[int, ...]) -> Te
 def nuclear_norm(matrix: Tensor) -> float:
     """The sum of singular values of a matrix (N, D) whose rows are centred first.
 
-    From the eigenvalues of the smaller Gram matrix in float64: singular values below 1e-8 of the largest are lost.
+    From the eigenvalues, in float64, of the smaller Gram matrix in the matrix's own precision, which keeps small
+    rows beside large ones. In float32 it is off by 1e-7 on matrices of full rank, however their rows differ in
+    size, and by 0.5 % at rank one, where all other singular values are rounding.
     """
-    centred = matrix.double()
-    centred = centred - centred.mean(1, keepdim=True)
-    gram = centred @ centred.T if matrix.shape[0] <= matrix.shape[1] else centred.T @ centred
+    gram = _gram(matrix if matrix.dtype == torch.float64 else matrix.float())
+    if not 1e-20 < float(gram.trace()) < 1e30:  # near the ends of float32's range
+        gram = _gram(matrix.double())
     if not bool(torch.isfinite(gram).all()):
         return math.nan
     return float(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum())
 
 
-def _range_ratio(matrix: Tensor) -> Tensor:
-    least, greatest = ops.value_range(matrix, "row")
-    ranges = (greatest - least).double().flatten().cpu()
-    mean = ranges.mean()
-    return torch.where(mean > 0, ranges.amax() / mean, 1.0).reshape(1)
+def _gram(x: Tensor) -> Tensor:
+    """The smaller Gram matrix of x (N, D), its rows centred; in float64."""
+    centred = x - x.mean(1, keepdim=True)
+    return (centred @ centred.T if x.shape[0] <= x.shape[1] else centred.T @ centred).double()
 
 
 def _histogram(operand: GradientOperand) -> Tensor:

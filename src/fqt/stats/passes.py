@@ -41,6 +41,7 @@ __all__ = [
 ROLES = ("grad_input", "grad_weight")
 LossFn = Callable[[nn.Module, Any], Tensor]
 Sink = Callable[[str, Tensor], None]
+_PIECE = 4096
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -228,5 +229,17 @@ def check_batches(batches: Sequence[Any], least: int) -> None:
 
 
 def energy(x: Tensor) -> Tensor:
-    """‖x‖², float64 scalar on the CPU; no copy of x is made."""
-    return torch.linalg.vector_norm(x.detach(), dtype=torch.float64).square().cpu()
+    """‖x‖², float64 scalar on the CPU.
+
+    Of large float32 tensors to 1e-6: norms of 4,096 entries in float32, then float64, which is several times as
+    fast as float64 from the start.
+    """
+    x, norm = x.detach(), torch.linalg.vector_norm
+    if x.dtype == torch.float32 and x.numel() >= _PIECE:
+        flat = (x.permute(0, 2, 3, 1) if x.ndim == 4 and x.stride(1) == 1 else x).reshape(-1)
+        whole = flat.numel() - flat.numel() % _PIECE
+        norms = torch.cat([norm(flat[:whole].view(-1, _PIECE), dim=1), norm(flat[whole:])[None]])
+        square = norms.double().square().sum().cpu()
+        if 1e-20 < square < 1e30:  # else squares in float32 may have left its range
+            return square
+    return norm(x, dtype=torch.float64).square().cpu()
