@@ -1,5 +1,7 @@
 """`fqt diagnose`, `fqt plan` and `fqt train --adapt` as a user meets them."""
 
+import shutil
+
 import pytest
 
 from fqt.nn import load_recipe
@@ -33,7 +35,7 @@ def test_diagnose_plan_train(run, trained, tmp_path):
         "diagnose", trained, "--batches", 3, "--recipe", "shq3", "--at", "halfway", "--out", record
     )
     assert status == 0, err
-    for text in ("gradient noise by layer", "Theorem 2", "classifier", "whole gradient", "range"):
+    for text in ("Gradient noise by layer", "Theorem 2", "classifier", "whole gradient", "range"):
         assert text in out
     assert read_json(record)["step"] == 2
     status, out, err = run("plan", record, "--mean-width", 4, "--check", 2, "--out", "p.toml")
@@ -99,12 +101,36 @@ def test_a_plan_wants_a_diagnosis(run, trained, tmp_path):
     (tmp_path / "undiagnosed").mkdir()
     status, _, err = run("plan", tmp_path / "undiagnosed")
     assert (status, "run `fqt diagnose" in err) == (2, True)
+    status, _, err = run("diagnose", trained.parent)
+    assert (status, "those below it are r: name one" in err) == (2, True)
     status, _, err = run("diagnose", "nosuch")
     assert (status, "holds no run of `fqt train`" in err, "--resume" in err) == (2, True, False)
     status, _, err = run("plan", trained, "--check", -1)
     assert status == 2
     status, _, err = run("train", "digits", "--rho", 0.1, *FAST)
     assert (status, "add --adapt" in err) == (2, True)
+
+
+def test_a_run_that_diverged_says_so(run, trained, tmp_path):
+    ended = tmp_path / "e"
+    shutil.copytree(trained, ended)
+    (ended / "halfway.pt").unlink()
+    for line, message in (("", "ended without"), ('"diverged": true', "diverged at step 5 before keeping it")):
+        if line:
+            metrics = (ended / "metrics.jsonl").read_text()
+            (ended / "metrics.jsonl").write_text(metrics.replace('"diverged": false', line))
+        status, _, err = run("diagnose", ended, "--at", "halfway")
+        assert (status, message in err) == (2, True), err
+
+
+def test_the_page_shows_what_was_measured(run, trained, tmp_path):
+    assert run("diagnose", trained, "--batches", 2, "--out", tmp_path / "s" / "diagnosis.json")[0] == 0
+    assert run("certify", "psq4", "--draws", 64, "--json", tmp_path / "s" / "psq4.json")[0] == 0
+    status, _, err = run("report", "s")
+    assert (status, err) == (0, "")
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "Theorem 2: whose quantizer adds what" in page
+    assert "Certificate of psq4: exact" in page
 
 
 def test_tables_are_whole_on_a_narrow_screen(run, trained, tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ import click
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import Progress, TextColumn
-from rich.table import Table
 
 import fqt
 from fqt import bench
@@ -31,11 +30,13 @@ from fqt.report import (
     markdown,
     plan_table,
     read_comparison,
+    rich_table,
     save_figure,
     summarize,
     terminal_table,
     write_page,
 )
+from fqt.report.section import Table
 from fqt.stats import diagnosis_from, diagnosis_record, quantization_variance
 from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
@@ -296,9 +297,9 @@ def plan_command(
 
 def _print_whole(table: Table) -> None:
     """A table at the width it needs: cut columns say nothing, and a pipe has no width."""
-    console = Console()
-    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(console.width, needed)).print(table)
+    console, shown = Console(), rich_table(table)
+    needed = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
+    Console(width=max(console.width, needed)).print(shown)
 
 
 cli.add_command(reproduce_command)
@@ -393,7 +394,12 @@ def _task_model(config: TrainConfig) -> Any:
     show_default=True,
     help="Of a function: the axis it may mix: rows, features or none. Correlation there is not judged.",
 )
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the certificate to this file, too.")
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Write the certificate to this file, too; `fqt report` shows it.",
+)
 def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str, file: Path | None) -> int:
     """Test whether SUBJECT is an unbiased estimate with independent noise, on inputs chosen to break it.
 
@@ -416,8 +422,9 @@ def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str
             progress=lambda name, done, total: bars.update(task, completed=done, total=total, input=name),
         )
     if file is not None:
-        write_json(file, certificate.to_dict())
-    Console().print(certificate_table(certificate))
+        write_json(file, {**certificate.to_dict(), "environment": environment(sys.argv)})
+    screen = Console()
+    screen.print(certificate_table(certificate, screen.width))
     return 0 if certificate.exact else 1
 
 

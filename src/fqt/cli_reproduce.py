@@ -131,7 +131,7 @@ def _read(name: str, out: Path, source: Path | None, *, asked: bool) -> bool:
     if source is None:
         if path.exists():
             return True
-        hint = "--comparison, a folder of `fqt compare`"
+        hint = "--comparison, a folder of `fqt compare` (make one: fqt compare cifar10 --data DATA --out FOLDER)"
         if asked:
             raise FqtError(f"{name} needs {hint}")
         print(f"fqt: {name} is left out: it needs {hint}", file=sys.stderr)
@@ -154,4 +154,4 @@ def _show(path: Path) -> None:
     if not console.is_terminal:
         console = Console(width=160)  # into a file or a pipe nothing needs to be cut
     for table in paper_tables(record):
-        console.print(rich_table(table.title, table.header, table.rows, table.text_columns))
+        console.print(rich_table(table))

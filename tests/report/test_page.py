@@ -262,7 +262,7 @@ def test_a_record_of_the_wrong_form_becomes_a_problem(run_folder, layer_table, t
 
 
 def test_a_layer_by_layer_table(layer_table, tmp_path):
-    write_json(tmp_path / "m.json", {"format": "fqt diagnosis 1", "table": layer_table})
+    write_json(tmp_path / "m.json", {"format": "fqt table 1", "table": layer_table})
     page, problems = read(tmp_path / "m.json")
     assert problems == []
     values = {tuple(cells[:2]): (x, y, cells[2]) for x, y, cells in page.values}

@@ -9,7 +9,7 @@ from fqt.report.diagnosis import diagnosis_tables, plan_table
 from fqt.report.figures import comparison_figure, save_figure
 from fqt.report.page import render, write_page
 from fqt.report.summary import Row, Spread, read_comparison, summarize
-from fqt.report.tables import markdown, terminal_table
+from fqt.report.tables import markdown, rich_table, terminal_table
 
 __all__ = [
     "Row",
@@ -22,6 +22,7 @@ __all__ = [
     "plan_table",
     "read_comparison",
     "render",
+    "rich_table",
     "save_figure",
     "summarize",
     "terminal_table",

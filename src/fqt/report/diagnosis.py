@@ -1,4 +1,4 @@
-"""The tables of a diagnosis and of a plan, for the terminal."""
+"""A diagnosis and a plan as tables, for the terminal and for the page, and a diagnosis as a section of the page."""
 
 from __future__ import annotations
 
@@ -6,9 +6,39 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
+from fqt.report.diagnosis_charts import diagnosis_panels
+from fqt.report.section import Section, Table, facts
+from fqt.report.summary import number
 
-__all__ = ["diagnosis_tables", "plan_table"]
+__all__ = ["diagnosis_section", "diagnosis_tables", "plan_table"]
+
+
+def diagnosis_section(name: str, record: Mapping[str, Any]) -> Section:
+    """The tables, the variances by bits and by layer, the codes, and the layer × layer picture.
+
+    Raises:
+        KeyError, TypeError: the record is damaged.
+    """
+    widths = sorted({o["bits"] for o in record["operands"]})
+    bits = " and ".join(map(str, widths)) if len(widths) < 3 else f"{widths[0]} to {widths[-1]}"
+    where = f"At step {record['step']}: " if "step" in record else ""
+    lead = (
+        f"{where}ρ of the whole gradient is {with_error(record['total']['rho'])}, gradients in {bits} bits; from "
+        f"{record['batches']} batches and {record['draws']} quantized gradients of each."
+    )
+    drowned = record["drowned"]
+    warnings = (
+        [f"‖g‖ < √3 · noise, where quantized training ceases to work: {', '.join(drowned)}"] if drowned else []
+    )
+    return Section(
+        title=f"Diagnosis: {record.get('run', name)}",
+        lead=lead,
+        warnings=warnings,
+        tables=diagnosis_tables(record),
+        charts=[panel.chart() for panel in diagnosis_panels(record)],
+        details=[facts("Recipes", record["recipes"]), facts("Environment", record.get("environment", {}))],
+        footer=name,
+    )
 
 
 def diagnosis_tables(record: Mapping[str, Any]) -> list[Table]:
@@ -18,87 +48,86 @@ def diagnosis_tables(record: Mapping[str, Any]) -> list[Table]:
 
 
 def _noise(record: Mapping[str, Any]) -> Table:
-    table = Table(
-        title="gradient noise by layer",
-        caption="variances summed over entries; ρ = quantization / sampling; √3: ‖g‖ below √3 · noise",
-        caption_justify="left",
-    )
-    for name in ("layer", "sampling", "quantization", "ρ", "√3"):
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    rows = []
     for name, noise in (*record["layers"].items(), ("whole gradient", record["total"])):
         drowned = name in record["drowned"] or (
-            name == "whole gradient" and noise["energy"]["value"] < 3 * noise["quantization"]["value"]
+            name == "whole gradient"
+            and number(noise["energy"]["value"]) < 3 * number(noise["quantization"]["value"])
         )
-        cells = (_with_error(noise[key]) for key in ("sampling", "quantization", "rho"))
-        table.add_row(name or "(model)", *cells, "!" if drowned else "")
-    return table
+        cells = [with_error(noise[key]) for key in ("sampling", "quantization", "rho")]
+        rows.append((name or "(model)", *cells, "!" if drowned else ""))
+    return Table(
+        "Gradient noise by layer",
+        ("layer", "sampling", "quantization", "ρ", "√3"),
+        rows,
+        note="Variances summed over entries; ρ = quantization / sampling; √3: ‖g‖ below √3 · noise.",
+    )
 
 
 def _operands(record: Mapping[str, Any]) -> Table:
     widths = list(record["operands"][0]["variance"]) if record["operands"] else []
-    table = Table(
-        title="gradient operands: exact variance over energy, by bits",
-        caption="limit: what no left transform's bound falls below, over the bound; ranges: largest row over mean",
-        caption_justify="left",
-    )
-    for name in ("layer", "for", "bits", *map(str, widths), "limit", "ranges", "empty"):
-        table.add_column(name, justify="left" if name in ("layer", "for") else "right", no_wrap=True)
+    rows = []
     for o in record["operands"]:
-        energy = o["energy"]["value"]
-        shares = [_short(o["variance"][b]["value"] / energy if energy else math.nan) for b in widths]
-        at = widths[-1]
-        limit = None if not o["limit"] or not o["bound"][at] else o["limit"][at] / o["bound"][at]
-        table.add_row(
-            o["layer"] or "(model)",
-            o["role"],
-            str(o["bits"]),
-            *shares,
-            "–" if limit is None else _short(limit),
-            _short(o["range_ratio"]),
-            f"{100 * o['empty']:.0f} %",
+        energy, at = o["energy"]["value"], str(o["bits"])
+        shares = [short(o["variance"][b]["value"] / energy if energy else math.nan) for b in widths]
+        exact, bound = o["variance"][at]["value"], o["bound"][at]
+        limit = None if not o["limit"] or not bound else o["limit"][at] / bound
+        rows.append(
+            (
+                o["layer"] or "(model)",
+                o["role"],
+                at,
+                *shares,
+                short(bound / exact if exact else None),
+                short(limit),
+                short(o["range_ratio"]),
+                f"{100 * o['empty']:.0f} %",
+            )
         )
-    return table
+    return Table(
+        "Gradient operands: exact variance over energy, by bits",
+        ("layer", "for", "bits", *widths, "bound", "limit", "ranges", "empty"),
+        rows,
+        text_columns=2,
+        note=(
+            "At the layer's bits: bound: the closed form over the exact variance; limit: what no left transform's "
+            "bound falls below, over the bound. Ranges: largest row over mean; empty: share of codes never used."
+        ),
+    )
 
 
 def _sources(record: Mapping[str, Any]) -> Table:
     found = record["table"]
     whole = found["total"]["*"]
-    share = _short(100 * found["gap"]["*"]["value"] / whole["value"]) if whole["value"] else "–"
-    table = Table(
-        title="Theorem 2: whose quantizer adds what",
-        caption=f"measured directly: {_with_error(whole)}; sum of parts off by {share} % of it",
-        caption_justify="left",
-    )
-    for name in ("layer", "through grad_input", "own grad_weight", "share %"):
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    share = short(100 * found["gap"]["*"]["value"] / whole["value"]) if whole["value"] else "–"
+    rows = []
     for layer in found["sources"]:
         effect = found["effect"][layer]
-        both = sum(e["value"] for e in effect.values())
+        both = sum(number(e["value"]) for e in effect.values())
         percent = 100 * both / whole["value"] if whole["value"] else math.nan
-        table.add_row(
-            layer or "(model)",
-            _with_error(effect["grad_input"]),
-            _with_error(effect["grad_weight"]),
-            _short(percent),
-        )
-    return table
+        cells = (with_error(effect["grad_input"]), with_error(effect["grad_weight"]), short(percent))
+        rows.append((layer or "(model)", *cells))
+    return Table(
+        "Theorem 2: whose quantizer adds what",
+        ("layer", "through grad_input", "own grad_weight", "share %"),
+        rows,
+        note=f"Measured directly: {with_error(whole)}; the sum of parts is off by {share} % of it.",
+    )
 
 
 def plan_table(widths: Mapping[str, int], weight: Mapping[str, int]) -> Table:
     """Bits by layer, with each layer's share of the multiplications."""
-    table = Table(title="bits of grad_input")
-    for name in ("layer", "bits", "multiplications %"):
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     total = max(sum(weight.values()), 1)
-    for layer, bits in widths.items():
-        table.add_row(layer or "(model)", str(bits), f"{100 * weight[layer] / total:.1f}")
-    return table
+    rows = [(layer or "(model)", str(bits), f"{100 * weight[layer] / total:.1f}") for layer, bits in widths.items()]
+    return Table("Bits of grad_input", ("layer", "bits", "multiplications %"), rows)
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
+    """Two digits, or a dash for what is not finite."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.2g}"
 
 
-def _with_error(estimate: Mapping[str, float | None]) -> str:
-    error = _short(estimate["error"])
-    return _short(estimate["value"]) + (f" ± {error}" if error != "–" else "")
+def with_error(estimate: Mapping[str, float | None]) -> str:
+    """An estimate with its standard error, where it has one."""
+    error = short(estimate["error"])
+    return short(estimate["value"]) + (f" ± {error}" if error != "–" else "")

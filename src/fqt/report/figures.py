@@ -23,7 +23,16 @@ from fqt.report.runs import Curve, RunRecord
 from fqt.report.summary import Row, number, ratios_of, runs_of
 from fqt.report.tables import caption
 
-__all__ = ["comparison_charts", "comparison_figure", "figure_of", "lines", "log_axis", "run_charts", "save_figure"]
+__all__ = [
+    "comparison_charts",
+    "comparison_figure",
+    "figure_of",
+    "lines",
+    "log_axis",
+    "name_layers",
+    "run_charts",
+    "save_figure",
+]
 
 Panel = Callable[[Axes], list[Point]]
 NAMED = 16
@@ -164,6 +173,12 @@ def lines(
     if points and len(series) <= NAMED:
         axes.legend(fontsize=8, ncols=1 + (len(series) > 8))
     return points
+
+
+def name_layers(axes: Axes, names: Sequence[str]) -> None:
+    """Layers' names along the x axis, as many as there is room for."""
+    places = range(0, len(names), max(1, len(names) // 20))
+    axes.set_xticks(places, [plain(names[k] or "(model)", 20) for k in places], rotation=90, fontsize=7)
 
 
 def log_axis(axes: Axes) -> None:

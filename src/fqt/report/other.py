@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fqt.report.certificate import certificate_section
+from fqt.report.diagnosis import diagnosis_section
 from fqt.report.matrix import is_matrix, matrix_panel, matrix_table
-from fqt.report.paper import FORMAT, paper_section
+from fqt.report.paper import FORMAT as PAPER
+from fqt.report.paper import paper_section
 from fqt.report.section import Facts, Section, Table, facts, flatten, show
+from fqt.stats.certification.certificate import FORMAT as CERTIFICATE
+from fqt.stats.record import FORMAT as DIAGNOSIS
 
 __all__ = ["other_section"]
 
+_SECTIONS = {PAPER: paper_section, DIAGNOSIS: diagnosis_section, CERTIFICATE: certificate_section}
 ROWS = 500  # of a table; the record has them all
 
 
 def other_section(name: str, record: Mapping[str, Any]) -> Section:
-    """A section for a record; of one that is no figure of the paper only the form is known.
+    """A section for a record; of a format that is not known only the form is used.
 
     Raises:
         FqtError: it is damaged.
     """
-    if record.get("format") == FORMAT:
-        return paper_section(name, record)
+    known = _SECTIONS.get(str(record.get("format")))
+    if known is not None:
+        return known(name, record)
     rest = {key: value for key, value in record.items() if key not in ("format", "environment")}
     charts, tables = [], []
     if is_matrix(record):

@@ -86,7 +86,12 @@ def _builders(found: Collection) -> list[tuple[str, Any]]:
         builders.append((f"{task}, {model}", lambda t=task, m=model, r=runs: _curves(t, m, r)))
     builders += [(c.name, lambda c=c: _comparison(c)) for c in found.comparisons]
     builders += [(name, lambda n=name, r=record: other_section(n, r)) for name, record in found.others]
-    builders += [(run.name, lambda r=run: _run(r)) for run in found.runs]
+    labels = [run.label for run in found.runs]
+    for run in found.runs:
+        heading = (
+            run.label if labels.count(run.label) == 1 or run.label == run.name else f"{run.label} ({run.name})"
+        )
+        builders.append((run.name, lambda r=run, h=heading: _run(r, h)))
     return builders
 
 
@@ -176,14 +181,14 @@ def _comparison(comparison: ComparisonRecord) -> Section:
     )
 
 
-def _run(run: RunRecord) -> Section:
+def _run(run: RunRecord, heading: str) -> Section:
     end = {"incomplete": f"incomplete, {_progress(run)} steps", "finished": "finished", "diverged": "diverged"}
     evaluations = [(format(step, "g"), _number(value, 100, ".2f")) for step, value in run.accuracy]
     tables = [Table("Evaluations", ("step", "accuracy %"), evaluations)] if evaluations else []
     details = [facts("Configuration", run.config), facts("Recipe in full", run.recipe)]
     details += [_environment(stamp) for stamp in run.stamps]
     return Section(
-        title=f"Run: {run.label}",
+        title=f"Run: {heading}",
         note=f"{run.name}: {end[run.state]}.",
         warnings=list(run.problems),
         tables=tables,

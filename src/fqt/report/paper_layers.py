@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from fqt.report.chart import Point, colour, plain, style
-from fqt.report.figures import log_axis
+from fqt.report.chart import Point, colour, style
+from fqt.report.figures import log_axis, name_layers
 from fqt.report.panel import METHODS, Built, Panel
 from fqt.report.section import Table
 from fqt.stats.bits import extra_bits, variance_law
@@ -35,9 +35,7 @@ def profile(record: Mapping[str, Any]) -> Built:
             for k, value in enumerate(values):
                 points.append(Point(k, value, (rows[k]["layer"], method, f"{value:.3g}")))
         log_axis(axes)
-        every = max(1, len(rows) // 20)
-        places = range(0, len(rows), every)
-        axes.set_xticks(places, [plain(rows[k]["layer"], 20) for k in places], rotation=90, fontsize=7)
+        name_layers(axes, [row["layer"] for row in rows])
         axes.set_ylabel("variance / squared norm")
         axes.legend(fontsize=8, ncols=2)
         return points

@@ -15,12 +15,13 @@ WORDS = 400  # a value longer than this is cut
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first `text_columns` columns are words, the others numbers."""
+    """A table; the first `text_columns` columns are words, the others numbers; `note` says what they mean."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     text_columns: int = 1
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,13 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the page under a heading."""
+    """A part of the page under a heading.
+
+    `lead` stands before the tables, `note` after them.
+    """
 
     title: str
+    lead: str = ""
     note: str = ""
     warnings: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
+from fqt.report.section import Table
 from fqt.report.summary import Row, Spread
 
 __all__ = ["caption", "cells", "header", "markdown", "provenance", "rich_table", "terminal_table", "title"]
 
 
-def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> Table:
+def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> RichTable:
     """A table for a `rich.console.Console`."""
-    table = Table(title=title(record), caption=caption(record), caption_justify="left")
+    table = RichTable(title=title(record), caption=caption(record), caption_justify="left")
     for i, name in enumerate(header(record)):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
@@ -24,14 +25,15 @@ def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> Table:
     return table
 
 
-def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> Table:
-    """Any table for a console; the first columns are words, the others numbers."""
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if i < text_columns else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+def rich_table(table: Table) -> RichTable:
+    """Any table for a console."""
+    rich = RichTable(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
+    for i, name in enumerate(table.header):
+        justify: Literal["left", "right"] = "left" if i < table.text_columns else "right"
+        rich.add_column(Text(name), justify=justify, no_wrap=True)
+    for row in table.rows:
+        rich.add_row(*map(Text, row))
+    return rich
 
 
 def markdown(record: Mapping[str, Any], rows: Sequence[Row]) -> str:

@@ -114,6 +114,13 @@ class Plan:
     uniform: dict[int, float]
     costs: Costs
 
+    def __str__(self) -> str:
+        lines = [
+            f"{'layer':24} {'bits':>4}",
+            *(f"{layer or '(model)':24} {b:4d}" for layer, b in self.widths.items()),
+        ]
+        return "\n".join([*lines, self._heading()])
+
     def save(self, path: str | Path) -> None:
         """Writes the recipe as TOML.
 

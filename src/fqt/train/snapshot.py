@@ -16,6 +16,7 @@ from fqt.nn import Recipe, load_recipe
 from fqt.train.checkpoint import load_checkpoint
 from fqt.train.config import TrainConfig
 from fqt.train.loaders import Batch, Loader
+from fqt.train.results import is_finished, read_result
 from fqt.train.run import continue_config
 from fqt.train.tasks import load_task
 from fqt.train.trainer import load_weights, make_model, pick_device, training_loss
@@ -66,10 +67,19 @@ class Snapshot:
             FqtError: there is no such run, it has not come that far, or its data is missing.
         """
         if not (folder / "config.toml").is_file():
-            raise FqtError(f"{folder} holds no run of `fqt train` (no config.toml)")
+            inside = sorted(path.parent.name for path in folder.glob("*/config.toml"))
+            below = f"; those below it are {', '.join(inside)}: name one" if inside else ""
+            raise FqtError(f"{folder} holds no run of `fqt train` (no config.toml){below}")
         config = continue_config(folder, machine)
         path = folder / f"{at}.pt"
         if not path.is_file():
+            if is_finished(folder):
+                result = read_result(folder)
+                raise FqtError(
+                    f"{folder} has no {path.name}: it "
+                    + (f"diverged at step {result.steps} before" if result.diverged else "ended without")
+                    + " keeping it; name another run"
+                )
             raise FqtError(f"{folder} has no {path.name} yet: let the run come further, or name another one")
         return Snapshot.of_config(config, path)
 

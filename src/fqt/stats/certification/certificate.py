@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fqt.errors import FqtError
+
+FORMAT = "fqt certificate 1"
 BIAS_TESTS = ("finite", "mean, each entry", "mean, each row", "mean, all entries", "magnitude", "no clipping")
 NOISE_TESTS = (
     "variance law",
@@ -62,6 +65,12 @@ class Finding:
     def meaning(self) -> str:
         """What `effect` measures."""
         return _EFFECTS[self.test]
+
+    def __str__(self) -> str:
+        outcome = ("pass" if self.passed else "FAIL") if self.judged else "reported"
+        place = self.input + (f", {self.where}" if self.where else "")
+        meaning = f" ({self.meaning})" if self.meaning else ""
+        return f"{self.test}: {outcome}, score {self.score:.3g}, effect {self.effect:.3g}{meaning}, on {place}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ class Certificate:
         return sorted(best.values(), key=lambda f: (not f.judged, order.index(f.test)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; infinite scores become None."""
+        """Plain data for JSON, which `from_dict` reads; infinite scores become None."""
 
         def plain(f: Finding) -> dict[str, Any]:
             row = asdict(f)
@@ -139,6 +148,7 @@ class Certificate:
             return {**row, "passed": f.passed, "meaning": f.meaning}
 
         return {
+            "format": FORMAT,
             "subject": self.subject,
             "verdict": self.verdict,
             "rate": self.rate,
@@ -149,6 +159,29 @@ class Certificate:
             "convicted": {name: [f.test for f in found] for name, found in self.convicted.items()},
             "findings": [plain(f) for f in self.findings],
         }
+
+    @staticmethod
+    def from_dict(record: Any) -> Certificate:
+        """The certificate of such plain data.
+
+        Raises:
+            FqtError: it is none.
+        """
+        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+            raise FqtError("this is no record of fqt certify")
+        try:
+            return Certificate(
+                subject=record["subject"],
+                verdict=record["verdict"],
+                rate=float(record["rate"]),
+                draws=int(record["draws"]),
+                seed=int(record["seed"]),
+                findings=tuple(map(_finding, record["findings"])),
+                notes=tuple(record["notes"]),
+                power=Power(**{name: float(value) for name, value in record["power"].items()}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FqtError(f"the record of fqt certify is damaged ({type(error).__name__}: {error})") from error
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table's cells: test, outcome, statistic over threshold, effect, its meaning, where."""
@@ -181,6 +214,15 @@ class Certificate:
         width = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, width, strict=True)).rstrip() for row in table]
         return "\n".join([f"certificate of {self.subject}", *lines, *self.summary()])
+
+
+def _finding(row: Mapping[str, Any]) -> Finding:
+    fields = {name: row[name] for name in ("test", "input", "where", "judged")}
+    if fields["test"] not in _EFFECTS:
+        raise ValueError(f"unknown test {fields['test']!r}")
+    score = math.inf if row["score"] is None else float(row["score"])
+    effect = math.nan if row["effect"] is None else float(row["effect"])
+    return Finding(score=score, effect=effect, **fields)
 
 
 HEADER = ("test", "outcome", "score", "effect", "what the effect is", "where the score is largest")
