@@ -207,5 +207,5 @@ def test_a_network_that_moved(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "copy")
     assert Snapshot.of_run(tmp_path / "copy", data="").step == 2
     (tmp_path / "copy" / "halfway.pt").unlink()
-    with pytest.raises(FqtError, match=r"has no halfway\.pt yet: let the run come further"):
+    with pytest.raises(FqtError, match=r"has no halfway\.pt: it ended without keeping it"):
         Snapshot.of_run(tmp_path / "copy")
