@@ -12,12 +12,12 @@ namespace fqt {
 struct Planes {
   const uint8_t* codes;  // (count, samples · out_height · out_width)
   int64_t count;
-  int64_t* sums;         // (count, kernel_height · kernel_width · channels), exact
-  void (*ready)(void* state, int64_t first, int64_t last);  // sums of columns first … last − 1 are there
+  int64_t* sums;         // (count, kernel_height · kernel_width · channels ÷ groups), exact; of one group after the other
+  void (*ready)(void* state, int64_t first, int64_t last);  // sums of its columns first … last − 1 are there
   void* state;
 };
 
-// fqt_conv2d_grad_weight with planes, or null; with planes one group and unsigned codes of grad_output.
+// fqt_conv2d_grad_weight with planes, or null; with planes unsigned codes of grad_output.
 int conv_grad_weight(const uint8_t* grad, int grad_signed, const uint8_t* input, int input_signed, const Conv* conv,
                      const Planes* planes, const Epilogue* e, int threads);
 

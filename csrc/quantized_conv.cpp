@@ -120,6 +120,23 @@ bool sum_over_pixels(const Taps& t, const int64_t* map, int64_t depth, int64_t* 
   return true;
 }
 
+// by_tap (taps, channels): the sum of the weight's codes over the output channels that an input channel meets.
+int sum_over_outputs(const uint8_t* weight, const Conv& c, int64_t taps, int64_t* by_tap, int threads) {
+  if (c.groups == 1) return fqt_column_sums(weight, 1, c.out_channels, taps * c.channels, nullptr, by_tap, nullptr, threads);
+  const int64_t in = c.channels / c.groups, rows = c.out_channels / c.groups, columns = taps * in;
+  Buffer<int64_t> sums = make_buffer<int64_t>(columns);
+  if (!sums) return kNoMemory;
+  for (int64_t group = 0; group < c.groups; ++group) {
+    const uint8_t* codes = weight + group * rows * columns;
+    const int status = fqt_column_sums(codes, 1, rows, columns, nullptr, sums.get(), nullptr, threads);
+    if (status != kDone) return status;
+    for (int64_t t = 0; t < taps; ++t) {
+      std::memcpy(by_tap + t * c.channels + group * in, sums.get() + t * in, in * sizeof *by_tap);
+    }
+  }
+  return kDone;
+}
+
 // Bytes of 24-bit noise, the highest first.
 inline uint8_t noise_byte(int32_t noise, int plane) { return static_cast<uint8_t>(noise >> (16 - 8 * plane)); }
 
@@ -131,7 +148,7 @@ inline double from_planes(int64_t high, int64_t middle, int64_t low) {
 }  // namespace
 
 // The output, (samples, out_height, out_width, out_channels) floats of `type`. x: with `many` one step per sample; w
-// (out_channels, kernel_height, kernel_width, channels), symmetric; bias or null. One group, at least one entry each.
+// (out_channels, kernel_height, kernel_width, channels ÷ groups), symmetric; bias or null. At least one entry each.
 FQT_API int fqt_conv_output(const Quantized* x, const Quantized* w, const float* bias, const Conv* conv, int type,
                             void* out, int threads) {
   const Conv& c = *conv;
@@ -147,7 +164,7 @@ FQT_API int fqt_conv_output(const Quantized* x, const Quantized* w, const float*
     Buffer<int64_t> map = make_buffer<int64_t>(pixels * outputs);
     left = make_buffer<float>(c.samples), right = make_buffer<float>(pixels * outputs);
     if (!taps.there() || !by_tap || !sums || !map || !left || !right) return kNoMemory;
-    const int status = fqt_row_sums(w->codes, 1, outputs * n, c.channels, sums.get(), threads);
+    const int status = fqt_row_sums(w->codes, 1, outputs * n, c.channels / c.groups, sums.get(), threads);
     if (status != kDone) return status;
     for (int64_t o = 0; o < outputs; ++o) {
       for (int64_t t = 0; t < n; ++t) by_tap[t * outputs + o] = sums[o * n + t];
@@ -177,7 +194,7 @@ FQT_API int fqt_conv_grad_input(const Quantized* g, const Quantized* w, const Co
   Buffer<int64_t> by_tap = make_buffer<int64_t>(n * c.channels), map = make_buffer<int64_t>(size);
   Buffer<float> left = make_buffer<float>(rank * c.samples), right = make_buffer<float>(rank * size);
   if (!taps.there() || !by_tap || !map || !left || !right) return kNoMemory;
-  int status = fqt_column_sums(w->codes, 1, c.out_channels, n * c.channels, nullptr, by_tap.get(), nullptr, threads);
+  int status = sum_over_outputs(w->codes, c, n, by_tap.get(), threads);
   if (status != kDone) return status;
   if (!sum_over_taps(taps, by_tap.get(), c.channels, map.get())) return kNoMemory;
   for (int64_t i = 0; i < size; ++i) right[i] = static_cast<float>(map[i]);
@@ -217,7 +234,7 @@ namespace {
 // of the pixels' noise. Columns are (tap, channel).
 struct Windows {
   double step, offset;     // of the input
-  int64_t columns, channels;
+  int64_t columns, channels;  // of one group
   const int64_t *met;      // (taps,): how many pixels of all samples a tap serves
   const int64_t *totals;   // (taps,): Σ of their noise; null without dither
   int64_t* sums;           // of the planes
@@ -238,14 +255,14 @@ struct Windows {
 
 }  // namespace
 
-// The weight's gradient, (out_channels, kernel_height, kernel_width, channels) float32. g (samples · out_height ·
+// The weight's gradient, (out_channels, kernel_height, kernel_width, channels ÷ groups) float32. g (samples · out_height ·
 // out_width, out_channels), unsigned: one step or one per column, its noise along pixels and along channels; x: one
 // step, or steps per sample that are in g already if `folded`.
 FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const Conv* conv, int folded, float* out,
                                  int threads) {
   const Conv& c = *conv;
   const Taps serves = output_taps(c);
-  const int64_t n = serves.taps(), columns = n * c.channels, outputs = c.out_channels;
+  const int64_t n = serves.taps(), channels = c.channels / c.groups, columns = n * channels, outputs = c.out_channels;
   const int64_t places = c.out_height * c.out_width, tokens = c.samples * places;
   const float x_step = folded ? 1.0f : x->step[0], x_offset = folded ? 0.0f : x->offset[0];
   const bool dithered = g->row_noise, shifted = x_offset != 0;
@@ -276,7 +293,7 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
     }
     if (!sum_over_pixels(serves, summed.get(), 1, totals.get())) return kNoMemory;
   }
-  Windows windows{x_step, x_offset, columns, c.channels, met.get(), dithered ? totals.get() : nullptr,
+  Windows windows{x_step, x_offset, columns, channels, met.get(), dithered ? totals.get() : nullptr,
                   sums.get(), right.get()};
   const Planes planes{codes.get(), count, sums.get(), Windows::ready, &windows};
   float* scale = left.get() + rank * outputs;
@@ -298,8 +315,8 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
   parallel_for(outputs, outputs * columns, threads, [&](int64_t o) {
     for (int64_t t = 0; t < n; ++t) {
       const float add = static_cast<float>(by_tap[t * outputs + o] - zero[o] * met[t]) * (scale[o] * x_offset);
-      float* to = out + o * columns + t * c.channels;
-      for (int64_t j = 0; j < c.channels; ++j) to[j] += add;
+      float* to = out + o * columns + t * channels;
+      for (int64_t j = 0; j < channels; ++j) to[j] += add;
     }
   });
   return kDone;

@@ -16,6 +16,7 @@ LAYERS = {
     "linear": lambda: nn.Linear(4, 4),
     "conv": lambda: nn.Conv2d(4, 4, 3),
     "grouped": lambda: nn.Conv2d(4, 4, 3, groups=2),
+    "wide groups": lambda: nn.Conv2d(64, 96, 3, groups=2),
     "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
 }
 ROWS = Recipe(input="psq8", weight="psq8", grad_input="psq4", grad_weight="psq4")
@@ -49,6 +50,11 @@ TABLE = [
     ("linear", Recipe(grad_weight="shq4@channel"), "grad_weight", INTEGER),
     # A transform over channels mixes groups whose patches differ, so that it cannot be undone after the product.
     ("grouped", Recipe(grad_weight="bhq4@channel"), "grad_weight", "group"),
+    ("grouped", "psq4", "output", "fewer than 16 channels"),
+    ("wide groups", "psq4", "output", INTEGER),
+    ("wide groups", "bhq4", "grad_input", INTEGER),
+    ("wide groups", "default", "grad_weight", INTEGER),
+    ("wide groups", Recipe(grad_weight="bhq4@channel"), "grad_weight", "mixes channels of different groups"),
     ("transposed", "psq4", "grad_weight", "transposed"),
 ]
 

@@ -29,6 +29,8 @@ MORE = (
     Case("conv_wide_dilation", nn.Conv2d, (3, 8, 5), (2, 3, 17, 19), {"stride": 3, "padding": 4, "dilation": 2}),
     Case("conv_strided_1x1", nn.Conv2d, (8, 16, 1), (3, 8, 9, 9), {"stride": 2}),
     Case("conv_only_padding", nn.Conv2d, (2, 3, 3), (2, 2, 1, 1), {"padding": 3, "stride": 2}),
+    Case("conv_grouped", nn.Conv2d, (64, 96, 3), (2, 64, 7, 9), {"padding": 1, "stride": 2, "groups": 2}),
+    Case("conv1d_grouped", nn.Conv1d, (96, 96, 3), (3, 96, 11), {"padding": 2, "groups": 3}),
     Case("conv1d_dilated", nn.Conv1d, (12, 33, 5), (4, 12, 37), {"padding": 2, "dilation": 2}),
 )
 

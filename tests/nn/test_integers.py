@@ -41,6 +41,7 @@ LARGE = {
     "linear": (nn.Linear(96, 70), (50, 96)),
     "linear_tokens": (nn.Linear(64, 130), (3, 40, 64)),
     "conv2d": (nn.Conv2d(16, 70, 3, padding=1), (6, 16, 12, 12)),
+    "conv2d_grouped": (nn.Conv2d(64, 128, 3, padding=1, groups=2), (4, 64, 8, 8)),
     "conv2d_strided": (nn.Conv2d(20, 24, 3, stride=2, padding=1, bias=False), (5, 20, 13, 11)),
     "conv1d": (nn.Conv1d(12, 33, 5, padding=2), (4, 12, 37)),
 }

@@ -84,7 +84,8 @@ def conv_grad_input(
 
 
 def conv_grad_weight(g: Operand, x: Operand, conv: Conv, folded: bool) -> Tensor:
-    """(O, kh, kw, C) float32."""
-    out = empty((conv.out_channels, conv.kernel_height, conv.kernel_width, conv.channels), torch.float32)
+    """(O, kh, kw, C/groups) float32."""
+    depth = conv.channels // conv.groups
+    out = empty((conv.out_channels, conv.kernel_height, conv.kernel_width, depth), torch.float32)
     call("fqt_conv_grad_weight", addressof(g), addressof(x), addressof(conv), int(folded), out.data_ptr())
     return out

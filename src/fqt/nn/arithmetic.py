@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import native
-from fqt.nn.linear_map import DenseMap, LinearMap
+from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
 from fqt.quant.quantizer import Quantizer
+from fqt.quant.transform import Identity
+
+GROUP_CHANNELS = 16
+"""Of a grouped convolution, from which on the integer kernels pay (measured: csrc/LOG.md)."""
 
 OPERANDS = {
     "output": ("input", "weight"),
@@ -52,6 +56,7 @@ def obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
     assert right is not None
     return (
         _unsupported(map)
+        or _mixes_groups(product, map, left)
         or _column(left, name)
         or _column(right, other)
         or _contracted(product, map, left)
@@ -65,11 +70,18 @@ def _unsupported(map: LinearMap) -> str:
         return ""
     if map.transposed:
         return "transposed convolutions have no integer kernel"
-    if map.groups > 1:
-        return "grouped convolutions have too few channels per group for the integer kernels to pay"
+    if map.groups > 1 and map.group_channels < GROUP_CHANNELS:
+        return f"groups of fewer than {GROUP_CHANNELS} channels are slower on the integer kernels"
     if len(map.stride) > 2:
         return "three-dimensional convolutions have no integer kernel"
     return "padding that differs from side to side has no integer kernel" if map.extra else ""
+
+
+def _mixes_groups(product: str, map: LinearMap, q: Quantizer) -> str:
+    grouped = isinstance(map, ConvMap) and map.groups > 1
+    if product != "grad_weight" or not grouped or isinstance(q.transform, Identity):
+        return ""
+    return "the transform of grad_weight mixes channels of different groups"
 
 
 def _column(q: Quantizer, name: str) -> str:

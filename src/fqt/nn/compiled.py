@@ -34,17 +34,17 @@ def numbers(map: LinearMap) -> list[int]:
     if isinstance(map, DenseMap):
         return []
     more = [*map.output_padding, *map.extra]
-    sizes = [len(map.stride), len(map.output_padding), map.groups, int(map.transposed)]
+    sizes = [len(map.stride), len(map.output_padding), map.groups, int(map.transposed), map.group_channels]
     return [*sizes, *map.stride, *map.padding, *map.dilation, *more]
 
 
 def _map(values: list[int]) -> LinearMap:
     if not values:
         return DenseMap()
-    (dims, output, groups, transposed), rest = values[:4], tuple(values[4:])
+    (dims, output, groups, transposed, channels), rest = values[:5], tuple(values[5:])
     parts = [rest[i * dims : (i + 1) * dims] for i in range(3)]
     more = rest[3 * dims :]
-    return ConvMap(parts[0], parts[1], parts[2], groups, bool(transposed), more[:output], more[output:])
+    return ConvMap(parts[0], parts[1], parts[2], groups, bool(transposed), more[:output], more[output:], channels)
 
 
 def _call(

@@ -40,7 +40,7 @@ def output(
     conv = _conv(map, x.shape[0], x.shape[1:-1], w.shape)
     if conv is None:
         return None
-    _meet("input", x.shape[-1:], w.shape[-1:])
+    _meet("input", x.shape[-1:], (conv.channels,))
     return _image(kernels.conv_output(_operand(x), _operand(w), bias, conv, dtype), map)
 
 
@@ -63,7 +63,7 @@ def grad_input(
     if conv is None or g.view.axis != (0,):
         return None
     _meet("grad_output", g.shape, _output_shape(conv, map))
-    _meet("input", shape[1:2], w.shape[-1:])
+    _meet("input", shape[1:2], (conv.channels,))
     out, ones = kernels.conv_grad_input(_operand(g), _operand(w), conv, folded, dtype, wants_ones)
     return _image(out, map), ones
 
@@ -87,7 +87,7 @@ def grad_weight(
     if conv is None or conv.out_width > _LONGEST_LINE or g.matrix_codes.dtype != torch.uint8:
         return None
     _meet("grad_output", g.shape, _output_shape(conv, map))
-    _meet("input", x.shape[-1:], shape[1:2])
+    _meet("input", x.shape[-1:], (conv.channels,))
     return _image(kernels.conv_grad_weight(_operand(g), _operand(x), conv, folded), map)
 
 
@@ -115,7 +115,10 @@ def _operand(q: QuantizedTensor) -> kernels.Operand:
 
 
 def _conv(map: ConvMap, samples: int, size: tuple[int, ...], weight: tuple[int, ...]) -> Conv | None:
-    """The geometry in two dimensions; None where the products refuse it. size: of the input; weight: (O, *, C)."""
+    """The geometry in two dimensions; None where the products refuse it.
+
+    size: of the input; weight: (O, *, C/groups).
+    """
 
     def pair(values: tuple[int, ...], first: int) -> tuple[int, int]:
         return (first, values[0]) if len(values) == 1 else (values[0], values[1])
@@ -123,10 +126,10 @@ def _conv(map: ConvMap, samples: int, size: tuple[int, ...], weight: tuple[int, 
     stride, padding, dilation = pair(map.stride, 1), pair(map.padding, 0), pair(map.dilation, 1)
     (h, w), kernel = pair(tuple(size), 1), pair(tuple(weight[1:-1]), 1)
     out = Geometry(stride, padding, dilation).output_size((h, w), kernel)
-    if min(*out, *kernel) < 1 or max(kernel) > _LARGEST_KERNEL:
+    if min(*out, *kernel) < 1 or max(kernel) > _LARGEST_KERNEL or weight[0] % map.groups:
         return None
-    sizes = (samples, h, w, weight[-1], *out, weight[0], *kernel)
-    return Conv(*sizes, *stride, *padding, *dilation, 1)
+    sizes = (samples, h, w, weight[-1] * map.groups, *out, weight[0], *kernel)
+    return Conv(*sizes, *stride, *padding, *dilation, map.groups)
 
 
 def _output_shape(conv: Conv, map: ConvMap) -> tuple[int, ...]:

@@ -20,13 +20,15 @@ same bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fqt.kernels import ops
 from fqt.kernels.products import Epilogue
 from fqt.nn import fused
-from fqt.nn.linear_map import DenseMap, LinearMap
+from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.low_rank import Channels, ConvCodes, DenseCodes, row_offset
 from fqt.quant.tensor import QuantizedTensor
 
@@ -116,33 +118,55 @@ def grad_weight(map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: 
     at_once = fused.grad_weight(map, g, x, folded, shape)
     if at_once is not None:
         return at_once
-    product, channels = _of(map), Channels.of(g)
+    channels = Channels.of(g)
+    if (
+        isinstance(map, ConvMap) and map.groups > 1
+    ):  # of one convolution per group; no transform mixes their channels
+        alone, part = _of(replace(map, groups=1)), torch.Size((shape[0] // map.groups, *shape[1:]))
+        each = zip(channels.chunk(map.groups), _chunk(x, map.groups), strict=True)
+        return torch.cat([_weight_product(alone, c, q, folded, part)[0] for c, q in each])
+    product = _of(map)
+    result, ones = _weight_product(product, channels, x, folded, shape)
+    if g.mixing is not None:
+        rows = map.lay(result).reshape(shape[0], ones.numel())
+        result = product.weight_restored(g.mixing.undo_product(rows, ones, torch.float32), shape)
+    return result
+
+
+def _weight_product(
+    product: DenseCodes | ConvCodes, g: Channels, x: QuantizedTensor, folded: bool, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """The weight's gradient before a transform is undone, and 1·X by column."""
     step, offset = x.matrix_step.flatten(), x.group_offset.flatten()
     if folded:
         step, offset = step.new_ones(1), offset.new_zeros(1)
     o = shape[0]
-    scale = channels.step.expand(o)
-    ones, dithered, sums_of_x = product.vectors_times_input(channels, x, step, offset, shape)
-    rest, zero = _zero_point(channels)
+    scale = g.step.expand(o)
+    ones, dithered, sums_of_x = product.vectors_times_input(g, x, step, offset, shape)
+    rest, zero = _zero_point(g)
     left, right = [rest.expand(o)], [ones]
     if dithered is not None:
         left, right = [*left, -scale], [*right, dithered]
     if not _all_zero(offset):
-        sums, columns = product.sums_by_tap(channels, x, shape, zero.expand(o))
+        sums, columns = product.sums_by_tap(g, x, shape, zero.expand(o))
         left, right = [*left, *(sums.T * (scale * offset))], [*right, *columns]
     epilogue = Epilogue(
-        row_scale=channels.step,
+        row_scale=g.step,
         column_scale=step,
         left=torch.stack(left, 1),
         right=torch.stack(right),
         zero=zero,
         ones=sums_of_x,
     )
-    result = product.grad_weight(channels, x, shape, epilogue)
-    if g.mixing is not None:
-        rows = map.lay(result).reshape(o, ones.numel())
-        result = product.weight_restored(g.mixing.undo_product(rows, ones, torch.float32), shape)
-    return result
+    return product.grad_weight(g, x, shape, epilogue), ones
+
+
+def _chunk(x: QuantizedTensor, groups: int) -> list[QuantizedTensor]:
+    """The input's channels in as many equal groups."""
+    shape = torch.Size((*x.shape[:-1], x.shape[-1] // groups))
+    view = replace(x.view, shape=shape)
+    parts = x.matrix_codes.reshape(x.shape).chunk(groups, -1)
+    return [replace(x, view=view, matrix_codes=codes.reshape(view.size)) for codes in parts]
 
 
 def _zero_point(g: Channels) -> tuple[Tensor, Tensor]:

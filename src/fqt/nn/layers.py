@@ -104,7 +104,8 @@ def linear_map(layer: nn.Module) -> LinearMap:
             padding = tuple(left for left, _ in sides)
         else:
             padding, extra = (0,) * dims, tuple(both)  # type: ignore[assignment]
-    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, extra=extra)
+    group_channels = min(layer.in_channels, layer.out_channels) // layer.groups
+    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, extra=extra, group_channels=group_channels)
 
 
 def _batched(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:

@@ -73,6 +73,7 @@ class ConvMap:
         transposed: whether it is the transposed form.
         extra: further zero padding of the input, as `torch.nn.functional.pad` takes it, for padding that
             differs from side to side ("same" with an even kernel).
+        group_channels: of a group's input or output channels the fewer; 0 if it is not known.
     """
 
     stride: tuple[int, ...]
@@ -82,6 +83,7 @@ class ConvMap:
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
     extra: tuple[int, ...] = ()
+    group_channels: int = 0
 
     aligned_tokens = False
     habit = "sample"

@@ -76,6 +76,13 @@ class Channels:
         offset = offset + step * (g.noise.centre - channel.flatten())
         return Channels(codes, step, offset, _integers(token), g.shape)
 
+    def chunk(self, groups: int) -> list[Channels]:
+        """The channels in as many equal groups."""
+        parts = lambda v: v.chunk(groups) if v.numel() > 1 else [v] * groups
+        shape = torch.Size((*self.shape[:-1], self.shape[-1] // groups))
+        each = zip(self.codes.chunk(groups, 1), parts(self.step), parts(self.offset), strict=True)
+        return [Channels(*values, self.token_noise, shape) for values in each]
+
 
 class DenseCodes:
     """A Linear's products: tokens are rows."""
@@ -194,13 +201,14 @@ class ConvCodes:
 
     @staticmethod
     def of(map: ConvMap) -> ConvCodes:
-        """From a map of one or two dimensions, not transposed, of one group."""
+        """From a map of one or two dimensions, not transposed."""
         flat = len(map.stride) == 1
 
         def pair(values: tuple[int, ...], first: int) -> Sizes:
             return (first, values[0]) if flat else (values[0], values[1])
 
-        return ConvCodes(Geometry(pair(map.stride, 1), pair(map.padding, 0), pair(map.dilation, 1)), flat)
+        steps = pair(map.stride, 1), pair(map.padding, 0), pair(map.dilation, 1)
+        return ConvCodes(Geometry(*steps, map.groups), flat)
 
     def _image(self, codes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """Codes (N, C, H, W), channels-last, from codes of the laid-out shape (N, *, C)."""
