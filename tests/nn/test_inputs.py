@@ -39,6 +39,19 @@ def test_empty_batch(case: Case, recipe: str) -> None:
     assert equal(mine, [torch.zeros_like(t) for t in truth])
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("recipe", ["default", "psq4", "shq4d"])
+@pytest.mark.parametrize("sizes", [(4, 0), (0, 4)])
+def test_a_layer_without_features(sizes: tuple[int, int], recipe: str) -> None:
+    model = nn.Sequential(nn.Linear(*sizes))
+    fqt.quantize_(model, recipe)
+    x = torch.randn(3, sizes[0], requires_grad=True)
+    output = model(x)
+    output.sum().backward()
+    assert output.shape == (3, sizes[1])
+    assert equal([x.grad, model[0].weight.grad], [torch.zeros(3, sizes[0]), torch.zeros(sizes[::-1])])
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("case", FEW, ids=ids)
 def test_batch_of_one(case: Case, recipe: str) -> None:

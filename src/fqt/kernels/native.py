@@ -190,7 +190,7 @@ def takes_source(x: Tensor, factor: Tensor | None) -> bool:
 def source_of(x: Tensor, factor: Tensor | None) -> tuple[_Source, tuple[Tensor | None, ...]]:
     """The C form of x (N, D) times a factor (P,) that repeats along its rows, and what must outlive it."""
     x = x.contiguous()
-    if factor is None:
+    if factor is None or (factor.ndim == 1 and not factor.numel() and not x.shape[1]):
         return _Source(x.data_ptr(), None, 1, _IN_TYPES[x.dtype]), (x,)
     if factor.ndim != 1 or not factor.numel() or x.shape[1] % factor.numel():
         raise ValueError(f"factors of shape {tuple(factor.shape)} for rows of {x.shape[1]}")

@@ -374,11 +374,12 @@ def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
     shapes, out, epilogue = _check_conv2d(input, weight, rest)
     if native.takes_codes(input, weight) and weight.numel():
         return native_products.conv2d(input, weight, shapes, out, epilogue, backward=False)
-    if not weight.numel():  # no terms, where torch.nn.functional.conv2d loses the output's channels
+    # No terms, where torch.nn.functional.conv2d loses the output's channels, or no output, which it refuses.
+    if not weight.numel() or 0 in shapes.output:
         sums = input.new_zeros(shapes.output, dtype=torch.float64)
     else:
         sums = F.conv2d(input.double(), weight.double(), None, *rest[:4])  # type: ignore[call-overload]
-    return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
+    return _finish(sums.permute(0, 2, 3, 1).contiguous(), out, epilogue).permute(0, 3, 1, 2)
 
 
 def _conv2d_shape(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
@@ -423,11 +424,11 @@ def _conv2d_grad_input(grad: Tensor, weight: Tensor, input_size: list[int], *res
     shapes, out, epilogue = _check_grad_input(grad, weight, input_size, rest)
     if native.takes_codes(grad, weight) and weight.numel():
         return native_products.conv2d(grad, weight, shapes, out, epilogue, backward=True)
-    if not weight.numel():  # no terms, which convolution_backward refuses
+    if not weight.numel() or 0 in shapes.output:  # no terms, which convolution_backward refuses
         sums = grad.new_zeros(shapes.input, dtype=torch.float64)
     else:
         sums = _grad_input(grad.double(), weight.double(), input_size, *rest[:4])  # type: ignore[arg-type]
-    return _finish(sums.permute(0, 2, 3, 1), out, epilogue).permute(0, 3, 1, 2)
+    return _finish(sums.permute(0, 2, 3, 1).contiguous(), out, epilogue).permute(0, 3, 1, 2)
 
 
 def _conv2d_grad_input_shape(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
