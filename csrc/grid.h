@@ -43,10 +43,11 @@ inline vi floor_int(vf t) {
   return i + (vi)(to_float(i) > t);  // a true comparison is −1
 }
 
-// t − ⌊t⌋, exact.
+// t − ⌊t⌋.
 inline vf fraction(vf t) {
-#if defined(__AVX512DQ__)
-  return (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#if defined(__AVX512F__)
+  // Not vreduceps: it rounds the difference down, too, which for −2⁻²⁵ < t < 0 is not 1.
+  return t - (vf)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
   return t - to_float(floor_int(t));
 #endif

@@ -98,11 +98,13 @@ def test_a_recipe_without_gradient_quantizers_is_refused(run, trained):
 
 
 def test_a_plan_wants_a_diagnosis(run, trained, tmp_path):
-    (tmp_path / "undiagnosed").mkdir()
+    shutil.copytree(trained, tmp_path / "undiagnosed", ignore=shutil.ignore_patterns("diagnosis.json"))
     status, _, err = run("plan", tmp_path / "undiagnosed")
     assert (status, "run `fqt diagnose" in err) == (2, True)
     status, _, err = run("diagnose", trained.parent)
-    assert (status, "those below it are r: name one" in err) == (2, True)
+    assert (status, f"name one below it: {trained}" in err) == (2, True)
+    status, _, err = run("plan", trained.parent)
+    assert (status, f"name one below it: {trained}" in err) == (2, True)
     status, _, err = run("diagnose", "nosuch")
     assert (status, "holds no run of `fqt train`" in err, "--resume" in err) == (2, True, False)
     status, _, err = run("plan", trained, "--check", -1)
@@ -131,6 +133,7 @@ def test_the_page_shows_what_was_measured(run, trained, tmp_path):
     page = (tmp_path / "s" / "report.html").read_text()
     assert "Theorem 2: whose quantizer adds what" in page
     assert "Certificate of psq4: exact" in page
+    assert f"Diagnosis: {trained} with shq4" in page
 
 
 def test_tables_are_whole_on_a_narrow_screen(run, trained, tmp_path, monkeypatch):

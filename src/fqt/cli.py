@@ -43,7 +43,7 @@ from fqt.train.compare import recipe_label
 from fqt.train.config import SCHEDULES, UNITS
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
-from fqt.train.snapshot import Snapshot
+from fqt.train.snapshot import Snapshot, check_run
 from fqt.train.trainer import make_model, pick_device
 
 __all__ = ["cli", "main"]
@@ -243,10 +243,12 @@ def diagnose_command(
     console = Console(stderr=True)
     with console.status("measuring gradients", spinner="line"):
         found = fqt.diagnose(snapshot.model(recipe), snapshot.loss, snapshot.batches(batches), **given)
+    adapted = ", adapted" if recipe is None and snapshot.recipe != snapshot.config.recipe else ""
     record = {
         "run": str(folder),
         "step": snapshot.step,
         "at": at,
+        "recipe": recipe_label(recipe or snapshot.config.recipe) + adapted,
         **diagnosis_record(found),
         "environment": environment(sys.argv),
     }
@@ -277,6 +279,7 @@ def plan_command(
     """Plan each layer's bits from SOURCE, a diagnosed run's folder or the record, for `fqt train --recipe`."""
     path = source / "diagnosis.json" if source.is_dir() else source
     if source.is_dir() and not path.is_file():
+        check_run(source)
         raise FqtError(f"{source} has no diagnosis yet: run `fqt diagnose {source}` first")
     if check == 1:
         raise FqtError("--check needs at least 2 batches, to tell how sure the measurement is")
@@ -424,6 +427,8 @@ def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str
     if file is not None:
         write_json(file, {**certificate.to_dict(), "environment": environment(sys.argv)})
     screen = Console()
+    if not screen.is_terminal:
+        screen = Console(width=160)  # into a file or a pipe nothing needs to be cut
     screen.print(certificate_table(certificate, screen.width))
     return 0 if certificate.exact else 1
 

@@ -106,6 +106,18 @@ def test_code_variance(kind: str, group: str) -> None:
         assert same(native.code_variance(x, step, offset, 0, 15), wanted), shape
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e-7, 1e-9, 1e-12])
+@pytest.mark.parametrize("codes", [1, 7, 127])
+def test_variances_beside_code_zero(codes: int, scale: float) -> None:
+    """Positions just below a whole number, whose fraction rounds to 1."""
+    x = scale * torch.linspace(-1, 1, 333).repeat(3, 1)
+    x[:, 0] = 1.0
+    step, offset = torch.full((3, 1), 1 / codes), torch.zeros(3, 1)
+    arguments = (x, step, offset, -codes, codes)
+    assert same(native.code_variance(*arguments), reference.code_variance(*arguments))
+    assert torch.equal(native.variance_sums(*arguments), reference.variance_sums(*arguments))
+
+
 BLOCKS = [(), (1,), (2,), (4, 1), (8, 2, 1), (128, 64, 2), (16, 16, 16), (512,), (64, 32, 16, 8, 4, 2, 1)]
 
 

@@ -103,7 +103,7 @@ def test_certificates(tmp_path):
     assert str(again) == str(certificate)
     page, problems = page_of(tmp_path, record)
     assert problems == []
-    for text in ("biased", "convicted on gaussian", "mean, each row", "FAIL", "64 draws per input"):
+    for text in ("biased", "convicted on “gaussian”", "mean, each row", "FAIL", "64 draws per input"):
         assert text in page.text
     assert "biased" not in page_of(tmp_path, fqt.certify("psq4", draws=64).to_dict())[0].text
     for damage in ({"findings": [{"test": "other"}]}, {"rate": "x"}, {"power": None}):

@@ -217,7 +217,7 @@ def test_table_and_json() -> None:
     certificate = fqt.certify(DEFECTS["one random number per row"].function, draws=64, mixes=None)
     text = str(certificate)
     assert "verdict: dependent" in text
-    assert "convicted on gaussian: " in text
+    assert "convicted on “gaussian”: " in text
     assert max(len(line) for line in text.splitlines() if "FAIL" in line or "pass" in line) < 160
     record = json.loads(json.dumps(certificate.to_dict(), allow_nan=False))
     assert record["verdict"] == "dependent"

@@ -13,9 +13,9 @@ from torch import nn
 
 import fqt
 from fqt.errors import FqtError
-from fqt.nn import observe
+from fqt.nn import GradientOperand, observe
 from fqt.stats import quantization_variance, sampling_variance
-from fqt.stats.operands import multiplications, nuclear_norm
+from fqt.stats.operands import WIDTHS, multiplications, nuclear_norm
 
 from .nets import Attention, InARow, Twice, batches, loss, make, mlp
 
@@ -126,6 +126,29 @@ def test_nuclear_norm_and_the_limit_on_bounds() -> None:
     dithered = fqt.diagnose(make(recipe="shq4d"), loss, batches(2, n=32), table=0).operands[0]
     assert dithered.limit is not None
     assert dithered.limit[8] == pytest.approx(operand.limit[8] / 3 * (255 / 254) ** 2, rel=0.2)
+
+
+@pytest.mark.parametrize("recipe", ["psq4", "psq4d", "psq4x"])
+def test_the_limit_by_value(recipe: str) -> None:
+    """Of the first batch's matrix, scaled to the mean energy; whichever rounding a batch takes."""
+    model, three = make(recipe=recipe), batches(3, n=32)
+    found = fqt.diagnose(model, loss, three, table=0)
+    norms, energies = [], []
+
+    def take(name: str, operand: GradientOperand) -> None:
+        if operand.role == "grad_input" and not norms:  # the last layer's comes first
+            x = operand.gradient.double()
+            norms.append(float(torch.linalg.matrix_norm(x - x.mean(1, keepdim=True), "nuc")) ** 2 / len(x))
+            energies.append(float(x.square().sum()))
+
+    with observe(model, take):
+        loss(model, three[0]).backward()
+    operand = next(o for o in found.operands if o.role == "grad_input")
+    assert operand.limit is not None
+    for b in WIDTHS:
+        either = {"": norms[0] / (2**b - 1) ** 2, "d": norms[0] / (3 * (2**b - 2) ** 2)}
+        one = min(either.values()) if recipe[4:] == "x" else either[recipe[4:]]
+        assert operand.limit[b] == pytest.approx(one / energies[0] * operand.energy.value, rel=1e-3)
 
 
 def test_codes_are_those_of_the_product() -> None:

@@ -48,16 +48,13 @@ def certificate_section(name: str, record: Mapping[str, Any]) -> Section:
     certificate = Certificate.from_dict(record)
     head, *rest = certificate.summary()
     convicted = [line for line in rest if line.startswith("convicted on ")]
-    # The words first, then the numbers.
-    order = [i for i, column in enumerate(HEADER) if column not in _NUMBERS] + [HEADER.index(n) for n in _NUMBERS]
-    rows = [[row[i] for i in order] for row in certificate.rows()]
-    words = len(order) - len(_NUMBERS)
+    words = tuple(i for i, column in enumerate(HEADER) if column not in _NUMBERS)
     return Section(
         title=f"Certificate of {certificate.subject}: {certificate.verdict}",
         lead=f"{head.capitalize()}.",
         warnings=convicted,
-        tables=[Table("The largest score of each kind of test", [HEADER[i] for i in order], rows, words)],
-        note=" ".join(f"{line}." for line in rest if line not in convicted),
+        tables=[Table("The largest score of each kind of test", HEADER, certificate.rows(), words=words)],
+        note=" ".join(f"{line[0].upper()}{line[1:]}." for line in rest if line not in convicted),
         details=[facts("Environment", record.get("environment", {}))],
         footer=name,
     )

@@ -77,13 +77,13 @@ def collect(paths: Sequence[Path]) -> Collection:
     return found
 
 
-def _visit(folder: Path, found: Collection, depth: int) -> None:
-    covered: set[str] = set()
+def _visit(folder: Path, found: Collection, depth: int, *, covered_run: bool = False) -> None:
+    covered: set[str] = set()  # runs that a comparison's record holds, whose folders may hold other records
     if (folder / "compare.json").is_file():
         comparison = _keep(found.comparisons, found, lambda: _comparison(folder))
         if comparison is not None:
             covered = {f"{run['recipe']}-seed{run['seed']}" for run in comparison.record["runs"]}
-    if is_run(folder):
+    if is_run(folder) and not covered_run:
         _keep(found.runs, found, lambda: read_run(folder))
     try:
         inside = sorted(folder.iterdir())
@@ -93,8 +93,8 @@ def _visit(folder: Path, found: Collection, depth: int) -> None:
     for path in inside:
         if path.name.startswith("."):
             continue
-        if path.is_dir() and depth and path.name not in covered:
-            _visit(path, found, depth - 1)
+        if path.is_dir() and depth:
+            _visit(path, found, depth - 1, covered_run=path.name in covered)
         elif path.suffix == ".json" and path.name not in SKIPPED and path.is_file():
             record = _keep([], found, lambda path=path: read_json(path))
             if _is_record(record):

@@ -26,14 +26,12 @@ def diagnosis_section(name: str, record: Mapping[str, Any]) -> Section:
         f"{where}ρ of the whole gradient is {with_error(record['total']['rho'])}, gradients in {bits} bits; from "
         f"{record['batches']} batches and {record['draws']} quantized gradients of each."
     )
-    drowned = record["drowned"]
-    warnings = (
-        [f"‖g‖ < √3 · noise, where quantized training ceases to work: {', '.join(drowned)}"] if drowned else []
-    )
+    recipe = f" with {record['recipe']}" if "recipe" in record else ""
+    drowned = f"‖g‖ < √3 · noise, where quantized training becomes ineffective: {', '.join(record['drowned'])}"
     return Section(
-        title=f"Diagnosis: {record.get('run', name)}",
+        title=f"Diagnosis: {record.get('run', name)}{recipe}",
         lead=lead,
-        warnings=warnings,
+        warnings=[drowned] if record["drowned"] else [],
         tables=diagnosis_tables(record),
         charts=[panel.chart() for panel in diagnosis_panels(record)],
         details=[facts("Recipes", record["recipes"]), facts("Environment", record.get("environment", {}))],

@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm
 
 from fqt.report.chart import Point, colour, plain
 from fqt.report.figures import log_axis, name_layers
-from fqt.report.matrix import is_matrix, matrix_panel
+from fqt.report.matrix import is_matrix, labelled, matrix_panel
 from fqt.report.panel import Panel
 from fqt.report.summary import number
 
@@ -34,7 +34,7 @@ def diagnosis_panels(record: Mapping[str, Any]) -> list[Panel]:
             title="ρ by layer: quantization variance over mini-batch variance",
             columns=("layer", "ρ"),
             draw=lambda axes: _rho(axes, record),
-            note="Bars are standard errors; a cross is a layer with ‖g‖ < √3 · noise.",
+            note="Bars are standard errors, cut short of 0; a cross is a layer with ‖g‖ < √3 · noise.",
             size=(6.0, 3.8),
         )
     ]
@@ -51,7 +51,7 @@ def diagnosis_panels(record: Mapping[str, Any]) -> list[Panel]:
     if operands:
         panels.append(
             Panel(
-                title="How often codes occur: share of the codes' range, by operand",
+                title="Share of the entries by code, from the lowest code to the highest",
                 columns=("layer", "for", "codes", "share"),
                 draw=lambda axes: _codes(axes, operands),
                 note=f"Logarithmic, {DECADES} decades; empty where no code occurs.",
@@ -134,7 +134,8 @@ def _by_bits(axes: Axes, operands: Operands) -> list[Point]:
             continue
         shares = [[_share(o, value(o, str(b))) for o in chosen] for b in widths]
         middle = [statistics.median(at) for at in shares]
-        axes.plot(widths, middle, line, color=colour(i + 1), label=name, markersize=3.5, linewidth=1.2)
+        of = "" if len(chosen) == len(operands) else f" ({len(chosen)} of {len(operands)} layers)"
+        axes.plot(widths, middle, line, color=colour(i + 1), label=name + of, markersize=3.5, linewidth=1.2)
         if name == "exact" and len(chosen) > 1:
             low, high = [min(at) for at in shares], [max(at) for at in shares]
             axes.fill_between(widths, low, high, color=colour(i + 1), alpha=0.12, linewidth=0)
@@ -168,7 +169,8 @@ def _codes(axes: Axes, operands: Operands) -> list[Point]:
     axes.set_xticks([-0.5, BINS - 0.5], ["lowest", "highest"])
     axes.set_xlabel("codes")
     names = [f"{plain(o['layer'] or '(model)', 16)} {o['role'].removeprefix('grad_')}" for o in operands]
-    axes.set_yticks(range(len(names)), names, fontsize=6)
+    places = labelled(len(names))
+    axes.set_yticks(places, [names[k] for k in places], fontsize=6)
     return points
 
 

@@ -61,7 +61,7 @@ def render(found: Collection) -> tuple[str, list[str]]:
             section = build()
             key = next(keys)
             drawings = [(chart, drawing(chart, f"{key}c{i}")) for i, chart in enumerate(section.charts)]
-        except (FqtError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (FqtError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             # Records come from anywhere: whatever a wrong shape raises, it is this record that is wrong.
             problems.append(f"{name} cannot be shown: it is no complete record ({type(error).__name__}: {error})")
             continue

@@ -15,13 +15,21 @@ WORDS = 400  # a value longer than this is cut
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first `text_columns` columns are words, the others numbers; `note` says what they mean."""
+    """A table; the first `text_columns` columns and those in `words` are words, the others numbers.
+
+    `note` says what they mean.
+    """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     text_columns: int = 1
     note: str = ""
+    words: tuple[int, ...] = ()
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column is of words."""
+        return column < self.text_columns or column in self.words
 
 
 @dataclass(frozen=True)

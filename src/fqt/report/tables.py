@@ -29,7 +29,7 @@ def rich_table(table: Table) -> RichTable:
     """Any table for a console."""
     rich = RichTable(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
     for i, name in enumerate(table.header):
-        justify: Literal["left", "right"] = "left" if i < table.text_columns else "right"
+        justify: Literal["left", "right"] = "left" if table.is_text(i) else "right"
         rich.add_column(Text(name), justify=justify, no_wrap=True)
     for row in table.rows:
         rich.add_row(*map(Text, row))

@@ -148,6 +148,8 @@ def diagnose(
         variance, energies = _sampling(model, loss_fn, batches, parameters, layers, seed)
         operands = Operands(model)
         quantization = _quantization(model, loss_fn, batches, parameters, groups, draws, seed, operands)
+        if not operands.order:
+            raise FqtError("no converted layer that quantizes its gradient takes part in the loss")
         decomposition = decompose(model, loss_fn, batches, table, seed) if table else None
     noise = {
         name: Noise(

@@ -49,8 +49,8 @@ class Operand:
         bound: the closed form by width: ¼ of a squared step per entry (1/12 when dithered), on measured ranges.
         limit: by width, what the bound of no left transform with a common range falls below,
             ‖X‖_*²/(N·B²) with rows centred (dithered: a third of that, with B − 1). It limits bounds, not the
-            variance. Its ratio to the bound is that of the first batch. None where a step was folded in, or the
-            matrix has more than 1,024 rows and columns.
+            variance. ‖X‖_*² relative to the energy is the first batch's, since it takes as long as a backward
+            pass. None where a step was folded in, or the matrix has more than 1,024 rows and columns.
         range_ratio: largest range of a row over the mean one: 1 for equal rows, N for a single large row.
         histogram: how often each code occurred in the first batch, at the recipe's width.
         empty: share of codes that never did.
@@ -94,7 +94,8 @@ class Operands:
         self._moments: dict[tuple[str, str], Moments] = {}
         self._last: dict[tuple[str, str], _Sums] = {}
         self._histograms: dict[tuple[str, str], Tensor] = {}
-        self._limits: dict[tuple[str, str], Tensor] = {}
+        self._norms: dict[tuple[str, str], float] = {}
+        self._concentration: dict[tuple[str, str], float] = {}
         self._fresh = True
         self._seen: tuple[Any, Tensor, _Matrix] | None = None
 
@@ -109,14 +110,12 @@ class Operands:
         sums = _Sums.of(self.model.get_submodule(name), operand, self.widths, matrix)
         self._now[key] = sums if key not in self._now else self._now[key].plus(sums)
         self.uses[name] = max(self.uses.get(name, 0), self._now[key].uses)
-        if matrix is not None and key not in self._moments:
-            norm = math.nan if sums.folded else matrix.nuclear
-            self._add(self._limits, key, _limits(norm, sums.shape[0], operand.quantizer, self.widths))
-            self._add(self._histograms, key, _histogram(operand))
-
-    @staticmethod
-    def _add(sums: dict[tuple[str, str], Tensor], key: tuple[str, str], value: Tensor) -> None:
-        sums[key] = sums[key] + value if key in sums else value
+        if matrix is not None and key not in self._concentration:
+            square = math.nan if sums.folded else matrix.nuclear**2 / max(sums.shape[0], 1)
+            self._norms[key] = self._norms.get(key, 0.0) + square
+        if self.full and key not in self._moments:
+            seen, codes = self._histograms.get(key), _histogram(operand)
+            self._histograms[key] = codes if seen is None else seen + codes
 
     def _matrix(self, operand: GradientOperand) -> _Matrix:
         """The gradient as a matrix; one object where both products quantize one tensor by the same rows."""
@@ -131,9 +130,10 @@ class Operands:
         """The pass is complete."""
         self._seen = None
         for key, sums in self._now.items():
-            if key in self._limits and key not in self._moments:
-                self._limits[key] /= sums.bounds  # from now on their ratio to the bounds
+            if key in self._norms and sums.figures[0] > 0:
+                self._concentration[key] = self._norms[key] / float(sums.figures[0])
             self._moments.setdefault(key, Moments()).update([sums.figures])
+        self._norms = {}
         self._last, self._now, self._fresh = self._now, {}, True
 
     def variances(self) -> dict[tuple[str, str], dict[int, float]]:
@@ -163,10 +163,7 @@ class Operands:
         last, found, n = self._last[key], estimates(self._moments[key]), len(self.widths)
         histogram = tuple(self._histograms[key].tolist())
         bounds = [e.value for e in found[1 + n : 1 + 2 * n]]
-        # A bound of zero has a limit of zero.
-        limits = [
-            bound * share if bound else 0.0 for bound, share in zip(bounds, self._limits[key].tolist(), strict=True)
-        ]
+        square = self._concentration.get(key, 0.0) * found[0].value  # 0: no batch had a gradient here
         return Operand(
             layer=key[0],
             role=key[1],
@@ -176,7 +173,7 @@ class Operands:
             energy=found[0],
             variance=dict(zip(self.widths, found[1 : 1 + n], strict=True)),
             bound=dict(zip(self.widths, bounds, strict=True)),
-            limit=None if last.folded or math.isnan(limits[0]) else dict(zip(self.widths, limits, strict=True)),
+            limit=None if math.isnan(square) else {b: _limit(square, last.quantizer, b) for b in self.widths},
             range_ratio=found[-1].value,
             histogram=histogram,
             empty=sum(count == 0 for count in histogram) / len(histogram),
@@ -242,12 +239,6 @@ class _Sums:
         count = multiplications(module, x)
         return _Sums(q, shape, count, torch.cat(figures), matrix is not None, folded is not None)
 
-    @property
-    def bounds(self) -> Tensor:
-        """By width; only if full."""
-        n = (len(self.figures) - 2) // 2
-        return self.figures[1 + n : 1 + 2 * n]
-
     def plus(self, other: _Sums) -> _Sums:
         """Two uses of one layer: sums of all but the range ratio, of which the larger."""
         figures = self.figures + other.figures
@@ -258,16 +249,12 @@ class _Sums:
         return _Sums(self.quantizer, self.shape, count, figures, self.full, folded, self.uses + other.uses)
 
 
-def _limits(norm: float, rows: int, q: Quantizer, widths: tuple[int, ...]) -> Tensor:
-    """‖X‖_*²/(N·B²) by width, in the form of the quantizer's rounding; NaN from NaN."""
-    square = norm**2 / max(rows, 1)
-    values = []
-    for bits in widths:
-        steps = Integers(bits).affine_steps
-        stochastic, dithered = square / steps**2, square / (3 * (steps - 1) ** 2)
-        both = {"stochastic": stochastic, "dithered": dithered, "best": min(stochastic, dithered), "nearest": 0.0}
-        values.append(both[q.rounding])
-    return torch.tensor(values, dtype=torch.float64)
+def _limit(square: float, q: Quantizer, bits: int) -> float:
+    """‖X‖_*²/(N·B²) in the form of the quantizer's rounding; `square` is ‖X‖_*²/N."""
+    steps = Integers(bits).affine_steps
+    stochastic, dithered = square / steps**2, square / (3 * (steps - 1) ** 2)
+    both = {"stochastic": stochastic, "dithered": dithered, "best": min(stochastic, dithered), "nearest": 0.0}
+    return both[q.rounding]
 
 
 def nuclear_norm(matrix: Tensor) -> float:
@@ -275,7 +262,8 @@ def nuclear_norm(matrix: Tensor) -> float:
 
     From the eigenvalues, in float64, of the smaller Gram matrix in the matrix's own precision, which keeps small
     rows beside large ones. In float32 it is off by 1e-7 on matrices of full rank, however their rows differ in
-    size, and by 0.5 % at rank one, where all other singular values are rounding.
+    size; at low rank all other singular values are rounding, which adds 0.5 % at rank one of 128 rows, 2 % of
+    1,024.
     """
     gram = _gram(matrix if matrix.dtype == torch.float64 else matrix.float())
     if not 1e-20 < float(gram.trace()) < 1e30:  # near the ends of float32's range

@@ -231,7 +231,7 @@ def check_batches(batches: Sequence[Any], least: int) -> None:
 def energy(x: Tensor) -> Tensor:
     """‖x‖², float64 scalar on the CPU.
 
-    Of large float32 tensors to 1e-6: norms of 4,096 entries in float32, then float64, which is several times as
+    Of large float32 tensors to 1e-5: norms of 4,096 entries in float32, then float64, which is several times as
     fast as float64 from the start.
     """
     x, norm = x.detach(), torch.linalg.vector_norm

@@ -21,7 +21,19 @@ from fqt.train.run import continue_config
 from fqt.train.tasks import load_task
 from fqt.train.trainer import load_weights, make_model, pick_device, training_loss
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "check_run"]
+
+
+def check_run(folder: Path) -> None:
+    """Refuses a folder that holds no run; the message names the runs in the folders just below it.
+
+    Raises:
+        FqtError: it holds none.
+    """
+    if not (folder / "config.toml").is_file():
+        inside = sorted(str(path.parent) for path in folder.glob("*/config.toml"))
+        below = f"; name one below it: {', '.join(inside)}" if inside else ""
+        raise FqtError(f"{folder} holds no run of `fqt train` (no config.toml){below}")
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,7 @@ class Snapshot:
         Raises:
             FqtError: there is no such run, it has not come that far, or its data is missing.
         """
-        if not (folder / "config.toml").is_file():
-            inside = sorted(path.parent.name for path in folder.glob("*/config.toml"))
-            below = f"; those below it are {', '.join(inside)}: name one" if inside else ""
-            raise FqtError(f"{folder} holds no run of `fqt train` (no config.toml){below}")
+        check_run(folder)
         config = continue_config(folder, machine)
         path = folder / f"{at}.pt"
         if not path.is_file():

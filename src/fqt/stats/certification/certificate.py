@@ -201,7 +201,7 @@ class Certificate:
         """The lines below the table."""
         lines = [f"verdict: {self.verdict}"]
         for name, found in self.convicted.items():
-            lines.append(f"convicted on {name}: " + "; ".join(f"{f.test} ({f.effect:.3g})" for f in found))
+            lines.append(f"convicted on “{name}”: " + "; ".join(f"{f.test} ({f.effect:.3g})" for f in found))
         lines.append(
             f"{self.draws} draws per input, seed {self.seed}; false alarms at most {self.rate:g} in all; a bias of "
             f"{self.power.entry:.3f} steps of one entry, or {self.power.row:.4f} steps common to a row of 128, is "
