@@ -119,9 +119,8 @@ def grad_weight(map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: 
     if at_once is not None:
         return at_once
     channels = Channels.of(g)
-    if (
-        isinstance(map, ConvMap) and map.groups > 1
-    ):  # of one convolution per group; no transform mixes their channels
+    if isinstance(map, ConvMap) and map.groups > 1:
+        # A convolution per group: no transform mixes their channels (`fqt.nn.arithmetic`).
         alone, part = _of(replace(map, groups=1)), torch.Size((shape[0] // map.groups, *shape[1:]))
         each = zip(channels.chunk(map.groups), _chunk(x, map.groups), strict=True)
         return torch.cat([_weight_product(alone, c, q, folded, part)[0] for c, q in each])
