@@ -50,7 +50,8 @@ class Operand:
         limit: by width, what the bound of no left transform with a common range falls below,
             ‖X‖_*²/(N·B²) with rows centred (dithered: a third of that, with B − 1). It limits bounds, not the
             variance. ‖X‖_*² relative to the energy is the first batch's: to compute it for all layers takes
-            half a training step. None where a step was folded in, or the matrix has more than 1,024 rows and columns.
+            half a training step. None where a step was folded in, or the matrix has more than 1,024 rows and
+            columns.
         range_ratio: largest range of a row over the mean one: 1 for equal rows, N for a single large row.
         histogram: how often each code occurred in the first batch, at the recipe's width.
         empty: share of codes that never did.
