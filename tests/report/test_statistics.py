@@ -89,6 +89,22 @@ def test_a_diagnosis_without_what_may_be_missing(tmp_path, diagnosis):
     assert "no complete record" in problems[0]
 
 
+def test_numbers_that_no_arithmetic_takes(tmp_path, diagnosis):
+    damaged = copy.deepcopy(diagnosis)
+    damaged["operands"][0]["histogram"] = []
+    assert "no complete record" in page_of(tmp_path, damaged)[1][0]
+
+
+def test_a_diagnosis_of_a_run_inside_a_comparison(tmp_path, diagnosis, record, run_folder):
+    write_json(tmp_path / "c" / "compare.json", record)
+    run = run_folder("c/bhq4-seed0")
+    write_json(run / "diagnosis.json", {**diagnosis, "recipe": "psq2"})
+    text, problems = render(collect([tmp_path / "c"]))
+    assert problems == []
+    assert "Diagnosis: r with psq2" in Page(text).text
+    assert "Run: bhq4, seed 3" not in Page(text).text  # the comparison has it
+
+
 def defective(x, seed):
     """Rounds up less often than it should."""
     g = torch.Generator().manual_seed(seed)

@@ -128,6 +128,16 @@ def test_nuclear_norm_and_the_limit_on_bounds() -> None:
     assert dithered.limit[8] == pytest.approx(operand.limit[8] / 3 * (255 / 254) ** 2, rel=0.2)
 
 
+@pytest.mark.parametrize("table", [0, 1])
+def test_layers_that_the_loss_does_not_reach(table: int) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(6, 3), "idle": nn.Linear(6, 3)})
+    fqt.quantize_(model["idle"], "shq4")
+    used = lambda m, batch: nn.functional.cross_entropy(m["used"](batch[0]), batch[1])
+    two = [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(2)]
+    with pytest.raises(FqtError, match="takes part in the loss"):
+        fqt.diagnose(model, used, two, table=table)
+
+
 @pytest.mark.parametrize("recipe", ["psq4", "psq4d", "psq4x"])
 def test_the_limit_by_value(recipe: str) -> None:
     """Of the first batch's matrix, scaled to the mean energy; whichever rounding a batch takes."""
