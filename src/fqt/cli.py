@@ -37,6 +37,7 @@ from fqt.report import (
     write_page,
 )
 from fqt.report.section import Table
+from fqt.report.tables import screen
 from fqt.stats import diagnosis_from, diagnosis_record, quantization_variance
 from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
@@ -426,10 +427,8 @@ def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str
         )
     if file is not None:
         write_json(file, {**certificate.to_dict(), "environment": environment(sys.argv)})
-    screen = Console()
-    if not screen.is_terminal:
-        screen = Console(width=160)  # into a file or a pipe nothing needs to be cut
-    screen.print(certificate_table(certificate, screen.width))
+    wide = screen()
+    wide.print(certificate_table(certificate, wide.width))
     return 0 if certificate.exact else 1
 
 

@@ -13,7 +13,7 @@ from fqt.errors import FqtError
 from fqt.records import environment, read_json, write_json
 from fqt.report import collect, read_comparison, save_figure, write_page
 from fqt.report.paper import accuracy_record, check_paper, layers_record, paper_figure, paper_tables
-from fqt.report.tables import rich_table
+from fqt.report.tables import rich_table, screen
 from fqt.train.progress import ConsoleObserver
 from fqt.train.reproduce import FULL, MEASURED, QUICK, Reproduction, trained_network
 from fqt.train.snapshot import Snapshot
@@ -150,8 +150,6 @@ def _show(path: Path) -> None:
     record = read_json(path)
     check_paper(record, str(path))
     save_figure(paper_figure(record), path.with_suffix(".png"))  # the page has it as SVG
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # into a file or a pipe nothing needs to be cut
+    console = screen()
     for table in paper_tables(record):
         console.print(rich_table(table))

@@ -46,12 +46,11 @@ def certificate_section(name: str, record: Mapping[str, Any]) -> Section:
         FqtError: the record is damaged.
     """
     certificate = Certificate.from_dict(record)
-    head, *rest = certificate.summary()
+    _, *rest = certificate.summary()
     convicted = [line for line in rest if line.startswith("convicted on ")]
     words = tuple(i for i, column in enumerate(HEADER) if column not in _NUMBERS)
     return Section(
         title=f"Certificate of {certificate.subject}: {certificate.verdict}",
-        lead=f"{head.capitalize()}.",
         warnings=convicted,
         tables=[Table("The largest score of each kind of test", HEADER, certificate.rows(), words=words)],
         note=" ".join(f"{line[0].upper()}{line[1:]}." for line in rest if line not in convicted),

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "Chart", "Drawing", "Point", "colour", "drawing", "make_chart", "plain", "style"]
+__all__ = ["COLOURS", "Chart", "Drawing", "Point", "colour", "drawing", "labelled", "make_chart", "plain", "style"]
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; further series repeat it dashed
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999")
@@ -127,6 +127,11 @@ def thin(points: Sequence[Point]) -> Sequence[Point]:
         return points
     last = len(points) - 1
     return [points[round(i * last / (POINTS - 1))] for i in range(POINTS)]
+
+
+def labelled(count: int, room: int) -> range:
+    """Which of so many rows or columns get a label, where there is room for that many."""
+    return range(0, count, max(1, -(-count // room)))
 
 
 def colour(i: int) -> str:

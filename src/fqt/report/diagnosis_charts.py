@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from fqt.report.chart import Point, colour, plain
+from fqt.report.chart import Point, colour, labelled, plain
 from fqt.report.figures import log_axis, name_layers
-from fqt.report.matrix import is_matrix, labelled, matrix_panel
+from fqt.report.matrix import LABELS, is_matrix, matrix_panel
 from fqt.report.panel import Panel
 from fqt.report.summary import number
 
@@ -169,7 +169,7 @@ def _codes(axes: Axes, operands: Operands) -> list[Point]:
     axes.set_xticks([-0.5, BINS - 0.5], ["lowest", "highest"])
     axes.set_xlabel("codes")
     names = [f"{plain(o['layer'] or '(model)', 16)} {o['role'].removeprefix('grad_')}" for o in operands]
-    places = labelled(len(names))
+    places = labelled(len(names), LABELS)
     axes.set_yticks(places, [names[k] for k in places], fontsize=6)
     return points
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from fqt.records import write_bytes
-from fqt.report.chart import Chart, Point, colour, make_chart, plain, style
+from fqt.report.chart import Chart, Point, colour, labelled, make_chart, plain, style
 from fqt.report.runs import Curve, RunRecord
 from fqt.report.summary import Row, number, ratios_of, runs_of
 from fqt.report.tables import caption
@@ -26,6 +26,7 @@ from fqt.report.tables import caption
 __all__ = [
     "comparison_charts",
     "comparison_figure",
+    "distinct",
     "figure_of",
     "lines",
     "log_axis",
@@ -116,7 +117,7 @@ def comparison_charts(record: Mapping[str, Any], rows: Sequence[Row]) -> list[Ch
 
 def run_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Loss, accuracy, ρ and width of single runs over their steps; a chart without any value is left out."""
-    names = _distinct(runs)
+    names = distinct(runs)
     loss = {name: run.loss for name, run in names.items()}
     accuracy = {name: _percent(run.accuracy) for name, run in names.items()}
     training = {name: _percent(run.train_accuracy) for name, run in names.items()}
@@ -177,7 +178,7 @@ def lines(
 
 def name_layers(axes: Axes, names: Sequence[str]) -> None:
     """Layers' names along the x axis, as many as there is room for."""
-    places = range(0, len(names), max(1, len(names) // 20))
+    places = labelled(len(names), 39)
     axes.set_xticks(places, [plain(names[k] or "(model)", 20) for k in places], rotation=90, fontsize=7)
 
 
@@ -199,7 +200,7 @@ def _percent(curve: Curve) -> Curve:
     return [(step, 100 * value) for step, value in curve]
 
 
-def _distinct(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
+def distinct(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
     """Runs by label, or by folder where two would share one."""
     labels = [run.label for run in runs]
     return {run.label if labels.count(run.label) == 1 else run.name: run for run in runs}

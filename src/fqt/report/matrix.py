@@ -15,21 +15,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from fqt.report.chart import Point, plain
+from fqt.report.chart import Point, labelled, plain
 from fqt.report.panel import Panel
 from fqt.report.section import Table
 from fqt.report.summary import TEXT, check_shape, number
 
-__all__ = ["check_matrix", "is_matrix", "labelled", "matrix_panel", "matrix_table"]
+__all__ = ["LABELS", "check_matrix", "is_matrix", "matrix_panel", "matrix_table"]
 
 DECADES = 6  # below the largest part; what is smaller is drawn as the smallest
 LABELS = 48  # names on an axis
 Part = tuple[float, float]
-
-
-def labelled(count: int) -> range:
-    """Which of so many rows or columns have room for a name."""
-    return range(0, count, max(1, -(-count // LABELS)))
 
 
 def is_matrix(record: Mapping[str, Any]) -> bool:
@@ -96,7 +91,7 @@ def _matrix(axes: Axes, sources: Sequence[str], targets: Sequence[str], parts: l
     image = axes.imshow(shown, norm=LogNorm(floor, top), cmap="viridis", aspect="auto", interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     for names, ticks in ((sources, axes.set_xticks), (targets, axes.set_yticks)):
-        places = labelled(len(names))
+        places = labelled(len(names), LABELS)
         ticks(places, [plain(names[i] or "(model)", 16) for i in places], fontsize=6)
     axes.tick_params(axis="x", labelrotation=90)
     points = []

@@ -19,7 +19,7 @@ from fqt.errors import FqtError
 from fqt.records import write_bytes
 from fqt.report.chart import Chart, Drawing, drawing
 from fqt.report.collect import Collection, ComparisonRecord
-from fqt.report.figures import comparison_charts, run_charts
+from fqt.report.figures import comparison_charts, distinct, run_charts
 from fqt.report.other import other_section
 from fqt.report.runs import RunRecord
 from fqt.report.section import Facts, Section, Table, facts, show
@@ -86,12 +86,7 @@ def _builders(found: Collection) -> list[tuple[str, Any]]:
         builders.append((f"{task}, {model}", lambda t=task, m=model, r=runs: _curves(t, m, r)))
     builders += [(c.name, lambda c=c: _comparison(c)) for c in found.comparisons]
     builders += [(name, lambda n=name, r=record: other_section(n, r)) for name, record in found.others]
-    labels = [run.label for run in found.runs]
-    for run in found.runs:
-        heading = (
-            run.label if labels.count(run.label) == 1 or run.label == run.name else f"{run.label} ({run.name})"
-        )
-        builders.append((run.name, lambda r=run, h=heading: _run(r, h)))
+    builders += [(run.name, lambda r=run, n=name: _run(r, n)) for name, run in distinct(found.runs).items()]
     return builders
 
 
@@ -181,14 +176,14 @@ def _comparison(comparison: ComparisonRecord) -> Section:
     )
 
 
-def _run(run: RunRecord, heading: str) -> Section:
+def _run(run: RunRecord, name: str) -> Section:
     end = {"incomplete": f"incomplete, {_progress(run)} steps", "finished": "finished", "diverged": "diverged"}
     evaluations = [(format(step, "g"), _number(value, 100, ".2f")) for step, value in run.accuracy]
     tables = [Table("Evaluations", ("step", "accuracy %"), evaluations)] if evaluations else []
     details = [facts("Configuration", run.config), facts("Recipe in full", run.recipe)]
     details += [_environment(stamp) for stamp in run.stamps]
     return Section(
-        title=f"Run: {heading}",
+        title=f"Run: {name}",
         note=f"{run.name}: {end[run.state]}.",
         warnings=list(run.problems),
         tables=tables,

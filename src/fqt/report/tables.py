@@ -6,13 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from fqt.report.section import Table
 from fqt.report.summary import Row, Spread
 
-__all__ = ["caption", "cells", "header", "markdown", "provenance", "rich_table", "terminal_table", "title"]
+__all__ = [
+    "caption",
+    "cells",
+    "header",
+    "markdown",
+    "provenance",
+    "rich_table",
+    "screen",
+    "terminal_table",
+    "title",
+]
 
 
 def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> RichTable:
@@ -23,6 +34,12 @@ def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> RichTable:
     for row in rows:
         table.add_row(*cells(row))
     return table
+
+
+def screen() -> Console:
+    """A console for tables; into a file or a pipe nothing needs to be cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def rich_table(table: Table) -> RichTable:

@@ -66,11 +66,20 @@ class Finding:
         """What `effect` measures."""
         return _EFFECTS[self.test]
 
+    @property
+    def outcome(self) -> str:
+        """In a word."""
+        return ("pass" if self.passed else "FAIL") if self.judged else "reported"
+
+    @property
+    def place(self) -> str:
+        """The input, and where in it."""
+        return self.input + (f", {self.where}" if self.where else "")
+
     def __str__(self) -> str:
-        outcome = ("pass" if self.passed else "FAIL") if self.judged else "reported"
-        place = self.input + (f", {self.where}" if self.where else "")
         meaning = f" ({self.meaning})" if self.meaning else ""
-        return f"{self.test}: {outcome}, score {self.score:.3g}, effect {self.effect:.3g}{meaning}, on {place}"
+        figures = f"score {self.score:.3g}, effect {self.effect:.3g}{meaning}"
+        return f"{self.test}: {self.outcome}, {figures}, on {self.place}"
 
 
 @dataclass(frozen=True)
@@ -188,11 +197,11 @@ class Certificate:
         return [
             (
                 f.test,
-                ("pass" if f.passed else "FAIL") if f.judged else "reported",
+                f.outcome,
                 f"{f.score:.2f}" if f.judged else "",
                 f"{f.effect:.3g}",
                 f.meaning,
-                f.input + (f", {f.where}" if f.where else ""),
+                f.place,
             )
             for f in self.worst()
         ]
