@@ -5,17 +5,7 @@
 
 namespace fqt {
 
-typedef uint16_t vh __attribute__((vector_size(2 * W)));
-
-inline vf from_bfloat16(vh v) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
-#elif defined(__AVX2__)
-  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
-#else
-  return (vf)(__builtin_convertvector(v, vu) << 16);
-#endif
-}
+inline vf from_bfloat16(vh v) { return (vf)(from_halves(v) << 16); }
 
 // The nearest bfloat16, ties to even, in the upper half; not for NaNs.
 inline vu round_upper(vf value) {

@@ -15,19 +15,21 @@ using namespace fqt;
 
 namespace {
 
-// What one run of neighbouring entries of a row needs beside its entries.
+// What one run of neighbouring entries of a row needs beside its entries; the noise is that of the first one on.
 struct Run {
-  int64_t column;         // of the first entry
-  Groups groups;          // unless the groups are columns
-  const uint32_t* noise;  // of the first entry, stochastic only
-  int32_t row_noise;      // dithered only
+  int64_t column;        // of the first entry
+  Groups groups;         // unless the groups are columns
+  const uint16_t* high;  // stochastic only
+  const uint8_t* low;    // stochastic only, once it is needed
+  int32_t row_noise;     // dithered only
 };
 
 constexpr bool is_stochastic(int rounding) { return rounding == kStochastic || rounding == kStochasticFixed; }
 constexpr bool is_dithered(int rounding) { return rounding == kDithered || rounding == kDitheredFixed; }
 
-template <int Rounding, bool Columns>
-inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64_t n) {
+// Sure: with all bits of the noise. Else lanes of *sure are 0 where the low ones matter.
+template <int Rounding, bool Columns, bool Sure>
+inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64_t n, vu* sure) {
   const int64_t column = run.column + i;
   Groups g = run.groups;
   if (Columns) {
@@ -39,8 +41,13 @@ inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64
   if (Rounding == kNearest) {
     code = round_nearest(t);
   } else if (is_stochastic(Rounding)) {
-    const vi u = load<vi>(run.noise + i);
-    code = Rounding == kStochastic ? round_stochastic(t, u) : round_stochastic_fixed(t, u);
+    vi u = from_halves(load<vh>(run.high + i)) << 8;
+    if (Sure) {
+      u |= from_bytes<false>(load<vb>(run.low + i));
+      code = Rounding == kStochastic ? round_stochastic(t, u) : round_stochastic_fixed(t, u);
+    } else {
+      code = Rounding == kStochastic ? round_stochastic_high(t, u, sure) : round_stochastic_fixed_high(t, u, sure);
+    }
   } else {
     const uint32_t* noise = task.column_noise + column;
     const vi k = run.row_noise + (n == W ? load<vi>(noise) : load_part<vi>(noise, n));
@@ -49,37 +56,54 @@ inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64
   return to_bytes(code);
 }
 
-template <int Rounding, bool Columns>
-void encode_run(Task task, Run run, const float* x, uint8_t* codes, int64_t n) {  // copies: no store can reach them
+// Whether they are the codes for any low bits of the noise. Task and run are copies that no store can reach.
+template <int Rounding, bool Columns, bool Sure>
+bool encode_vectors(Task task, Run run, const float* x, uint8_t* codes, int64_t n) {
+  vu sure = ~vu{};
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(codes + i, encode_vector<Rounding, Columns>(task, run, load<vf>(x + i), i, W));
+  for (; i + W <= n; i += W) {
+    store(codes + i, encode_vector<Rounding, Columns, Sure>(task, run, load<vf>(x + i), i, W, &sure));
+  }
   if (i < n) {
     const vf last = load_part<vf>(x + i, n - i);
-    store_part(codes + i, encode_vector<Rounding, Columns>(task, run, last, i, n - i), n - i);
+    store_part(codes + i, encode_vector<Rounding, Columns, Sure>(task, run, last, i, n - i, &sure), n - i);
   }
+  return !any((vi)(sure == 0));
+}
+
+// Codes of the n ≤ kNoiseChunk entries (if rounding is stochastic) from the flat index `at` on.
+template <int Rounding, bool Columns>
+void encode_run(const Task& task, Run run, const RoundingNoise& noise, int64_t at, const float* x, int64_t n) {
+  uint8_t* codes = task.codes + at;
+  if (encode_vectors<Rounding, Columns, !is_stochastic(Rounding)>(task, run, x, codes, n)) return;
+  uint32_t low[kNoiseChunk / 4 + kNoiseWords];
+  noise.low.fill(at / 16, n / 4 + 4, 0, low);
+  run.low = reinterpret_cast<const uint8_t*>(low) + at % 16;
+  encode_vectors<Rounding, Columns, true>(task, run, x, codes, n);
 }
 
 template <int Rounding, bool Rows, bool Columns>
 void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
   const int64_t size = rows * task.columns;
-  const Philox philox(seed, kRounding);
+  const RoundingNoise noise(seed);
   parallel_for(ceil_div(size, 8 * kChunk), size, threads, [&](int64_t item) {
-    uint32_t noise[kChunk + W];  // the tail of the last row may read one vector past the noise
-    float buffer[kChunk + W];
-    for (int64_t start = item * 8 * kChunk; start < size && start < (item + 1) * 8 * kChunk; start += kChunk) {
-      const int64_t end = start + kChunk < size ? start + kChunk : size;
-      if (is_stochastic(Rounding)) philox.fill_u24(start, end - start, noise);
+    constexpr int64_t length = is_stochastic(Rounding) ? kNoiseChunk : kChunk;
+    uint32_t high[kNoiseChunk / 2 + W];  // the tail of the last row may read one vector past the noise
+    float buffer[length + W];
+    for (int64_t start = item * 8 * kChunk; start < size && start < (item + 1) * 8 * kChunk; start += length) {
+      const int64_t end = start + length < size ? start + length : size;
+      if (is_stochastic(Rounding)) noise.high.fill(start / 8, (end - start + 1) / 2, 0, high);
       const float* x = values(task.source, start, end - start, buffer);
       for (int64_t i = start; i < end;) {
         const int64_t row = i / task.columns, column = i % task.columns;
         const int64_t n = task.columns - column < end - i ? task.columns - column : end - i;
-        Run run{column, {}, noise + (i - start), 0};
+        Run run{column, {}, reinterpret_cast<const uint16_t*>(high) + (i - start), nullptr, 0};
         if (!Columns) {
           const int64_t group = Rows ? row : 0;
           run.groups = Groups::of(Group::of(task.step[group], task.offset[group]));
         }
         if (is_dithered(Rounding)) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
-        encode_run<Rounding, Columns>(task, run, x + (i - start), task.codes + i, n);
+        encode_run<Rounding, Columns>(task, run, noise, i, x + (i - start), n);
         i += n;
       }
     }
@@ -87,15 +111,19 @@ void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
 }
 
 template <int Rounding>
-void encode_piece(const Task& task, const Philox& philox, Group group, int64_t row, int64_t column, const float* x,
-                  int64_t n) {
-  uint32_t noise[kChunk + 2 * W];
-  Run run{column, Groups::of(group), nullptr, 0};
+void encode_piece(const Task& task, const RoundingNoise& noise, Group group, int64_t row, int64_t column,
+                  const float* x, int64_t n) {
+  uint32_t high[kNoiseChunk / 2 + kNoiseWords + W];
+  Run run{column, Groups::of(group), nullptr, nullptr, 0};
   if (is_dithered(Rounding)) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
-  const int64_t at = row * task.columns + column, skipped = at % 4;
-  if (is_stochastic(Rounding)) philox.fill_u24(at - skipped, n + skipped, noise);
-  run.noise = noise + skipped;
-  encode_run<Rounding, false>(task, run, x, task.codes + at, n);
+  const int64_t at = row * task.columns + column, skipped = at % 8;
+  const int64_t length = is_stochastic(Rounding) ? kNoiseChunk : n;
+  run.high = reinterpret_cast<const uint16_t*>(high) + skipped;
+  for (int64_t i = 0; i < n; i += length, run.column += length) {
+    const int64_t now = length < n - i ? length : n - i;
+    if (is_stochastic(Rounding)) noise.high.fill((at + i) / 8, (skipped + now + 1) / 2, 0, high);
+    encode_run<Rounding, false>(task, run, noise, at + i, x + i, now);
+  }
 }
 
 template <int Rounding>
@@ -124,8 +152,8 @@ std::unique_ptr<uint32_t[]> fqt::draw_dither(uint64_t seed, int64_t rows, int64_
   std::unique_ptr<uint32_t[]> noise(new (std::nothrow) uint32_t[rows + columns + 2 * kNoiseWords]);
   if (!noise) return noise;
   uint32_t* column_noise = noise.get() + rows + kNoiseWords;
-  Philox(seed, transposed ? kDitherColumn : kDitherRow).fill_u24(0, rows, noise.get());
-  Philox(seed, transposed ? kDitherRow : kDitherColumn).fill_u24(0, columns, column_noise);
+  Philox(seed, transposed ? kDitherColumn : kDitherRow).fill(0, rows, 8, noise.get());
+  Philox(seed, transposed ? kDitherRow : kDitherColumn).fill(0, columns, 8, column_noise);
   task->row_noise = noise.get();
   task->column_noise = column_noise;
   return noise;

@@ -68,6 +68,15 @@ inline vi round_stochastic(vf t, vi u) {
   return i - (vi)(to_float(u) * 0x1p-24f < t - to_float(i));
 }
 
+// The same for u whose low 8 bits are not known yet and zero here: right in the lanes of *sure that are not zero.
+inline vi round_stochastic_high(vf t, vi u, vu* sure) {
+  const vi i = floor_int(t);
+  const vf p = (t - to_float(i)) * 0x1p24f, least = to_float(u);
+  const vi up = (vi)(least < p);
+  *sure &= ~(vu)(up & (vi)(least + 255.0f >= p));
+  return i - up;
+}
+
 // ⌊t + k·2⁻²⁴⌋ in exact arithmetic, for 0 ≤ k < 2²⁵.
 inline vi round_dithered(vf t, vi k) {
   const vi i = floor_int(t), u = k & (kLevels - 1);
@@ -75,7 +84,7 @@ inline vi round_dithered(vf t, vi k) {
   return i + (k >> 24) - (vi)(t - to_float(i) >= threshold);
 }
 
-// The last two in fixed point, for 0 ≤ t ≤ 255: t·2²⁴ is exact and fits 32 bits, and ⌊x + n⌋ = ⌊x⌋ + n for integers.
+// They in fixed point, for 0 ≤ t ≤ 255: t·2²⁴ is exact and fits 32 bits, and ⌊x + n⌋ = ⌊x⌋ + n for integers.
 #if defined(__AVX512F__)
 constexpr bool kFixedPoint = true;
 inline vu fixed_down(vf t) { return (vu)_mm512_cvttps_epu32((__m512)(t * 0x1p24f)); }
@@ -90,6 +99,13 @@ inline vu fixed_up(vf) { return vu{}; }
 
 // u·2⁻²⁴ < t − ⌊t⌋ exactly if u < ⌈(t − ⌊t⌋)·2²⁴⌉.
 inline vi round_stochastic_fixed(vf t, vi u) { return (vi)((fixed_up(t) + ((vu)u ^ (kLevels - 1))) >> 24); }
+
+inline vi round_stochastic_fixed_high(vf t, vi u, vu* sure) {
+  const vu sum = fixed_up(t) + ((vu)u ^ 0xffff00);  // the low bits would add up to 255
+  const vu gap = ~sum & 0xffff00;
+  *sure = gap < *sure ? gap : *sure;
+  return (vi)(sum >> 24);
+}
 
 // For t ≤ 254.
 inline vi round_dithered_fixed(vf t, vi k) { return (vi)((fixed_down(t) + (vu)k) >> 24); }

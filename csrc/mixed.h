@@ -40,7 +40,7 @@ int mixed_codes(const Mixer& mixer, const RowGroups& groups, int64_t blocks, con
     as_fractions(task.column_noise, columns, how.column_dither);
   }
   const MixedRounding rounding{how.guard != 0, how.levels, how.high, task, piece_encoder(how.rounding, 0),
-                               Philox(seed, kRounding), how.step, how.offset, how.keep};
+                               RoundingNoise(seed), how.step, how.offset, how.keep};
   const int status = MixedCodes<Mixer>(mixer, groups, plain, cost.data(), rounding).run(blocks, threads);
   for (int64_t r = 0; r < rows; ++r) {
     how.inverse[r] = how.keep[r] ? static_cast<float>(inverse[r]) : 1.0f;

@@ -25,7 +25,7 @@ struct MixedRounding {
   int levels, high;  // steps of a range for the guard, and for the codes
   Task task;         // its step and offset are the results below
   EncodePiece encode;
-  Philox philox;
+  RoundingNoise noise;
   float *step, *offset;
   bool* keep;  // whether the row's block is mixed
 };
@@ -158,7 +158,7 @@ class MixedCodes {
       const int64_t n = width - j < kPieceColumns ? width - j : kPieceColumns;
       const float* x = how_.keep[r] ? mixer_.piece(b, member, first, j, n, width, scratch, buffer)
                                     : values(how_.task.source, r * how_.task.columns + first + j, n, buffer);
-      how_.encode(how_.task, how_.philox, group, r, first + j, x, n);
+      how_.encode(how_.task, how_.noise, group, r, first + j, x, n);
     }
   }
 

@@ -15,7 +15,7 @@
 
 namespace fqt {
 
-enum Stream : uint32_t { kRounding = 0, kDitherRow = 1, kDitherColumn = 2, kSign = 3 };
+enum Stream : uint32_t { kRounding = 0, kDitherRow = 1, kDitherColumn = 2, kSign = 3, kRoundingLow = 4 };
 
 constexpr int kBlocks = W / 2;         // blocks per vector
 constexpr int kNoiseWords = 4 * kBlocks;  // words per call of Philox::words; a multiple of W
@@ -118,12 +118,11 @@ class Philox {
     }
   }
 
-  // 24-bit integers start … start + n − 1 of the stream, for start a multiple of 4; may write up to
-  // kNoiseWords − 1 more.
-  void fill_u24(uint64_t start, int64_t n, uint32_t* out) const {
+  // n words from the first of `block` on, shifted right by `shift`; may write up to kNoiseWords − 1 more.
+  void fill(uint64_t block, int64_t n, int shift, uint32_t* out) const {
     int64_t i = 0;
-    for (; i + kTogether * kNoiseWords <= n; i += kTogether * kNoiseWords) words<kTogether>((start + i) / 4, 8, out + i);
-    for (; i < n; i += kNoiseWords) words<1>((start + i) / 4, 8, out + i);
+    for (; i + kTogether * kNoiseWords <= n; i += kTogether * kNoiseWords) words<kTogether>(block + i / 4, shift, out + i);
+    for (; i < n; i += kNoiseWords) words<1>(block + i / 4, shift, out + i);
   }
 
  private:

@@ -100,7 +100,7 @@ void find_range(const float* lo, const float* hi, int64_t rows, Findings* findin
 // rows whose number does not depend on the threads, so that sums do not either.
 bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, EncodePiece encode, uint64_t seed, float* step,
                    float* offset, Findings* findings, int threads) {
-  const Philox philox(seed, kRounding);
+  const RoundingNoise noise(seed);
   const int64_t columns = task.columns, period = findings && findings->sums && columns % findings->period == 0 ? findings->period : 0;
   // With sums at most 64 items: each has sums of its own.
   const int64_t few = 1 + 8 * kChunk / columns, many = ceil_div(rows, 64), per_item = period && many > few ? many : few;
@@ -124,8 +124,9 @@ bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, EncodePi
       const Group group = Group::of(step[r], offset[r]);
       for (int64_t i = 0; i < columns; i += kChunk) {
         const int64_t n = columns - i < kChunk ? columns - i : kChunk;
+        if (columns <= kChunk) prefetch(task.source, start + columns, n);  // the next row, while this one computes
         const float* x = values(task.source, start + i, n, buffer);
-        encode(task, philox, group, r, i, x, n);
+        encode(task, noise, group, r, i, x, n);
         if (period) sums.add(x, n);
       }
     }

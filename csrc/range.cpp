@@ -49,17 +49,9 @@ inline float largest_of(vf v) {
   return largest;
 #endif
 }
-inline bool any(vi mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#else
-  int32_t set = 0;
-  for (int j = 0; j < W; ++j) set |= mask[j];
-  return set != 0;
-#endif
-}
 
-constexpr int64_t kPiece = 4096;  // entries that are read through a buffer at a time
+constexpr int64_t kPiece = 1024;  // entries that are read at a time
+constexpr int64_t kAhead = 2048;  // entries
 
 Range range_of(const float* x, int64_t n) {
   constexpr int kLanes = 4;  // independent chains, so that the latency of a minimum does not limit the rate
@@ -98,6 +90,7 @@ Range range_of(const Source& source, int64_t start, int64_t n) {
   Range range;
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t length = n - i < kPiece ? n - i : kPiece;
+    if (n > kAhead) prefetch(source, start + i + kAhead, length);  // hardware stops at the ends of pages
     const Range part = range_of(values(source, start + i, length, buffer), length);
     range.add(part.least(), part.greatest());
   }

@@ -25,6 +25,7 @@ constexpr int W = 4;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef int8_t vs __attribute__((vector_size(W)));
 
@@ -99,6 +100,27 @@ inline vi from_bytes(vb v) {
   return (vi)(Signed ? _mm_srai_epi32(top, 24) : _mm_srli_epi32(top, 24));
 #else
   return Signed ? __builtin_convertvector((vs)v, vi) : __builtin_convertvector(v, vi);
+#endif
+}
+
+inline vi from_halves(vh v) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return (vi)__builtin_convertvector(v, vu);
+#endif
+}
+
+// Whether a lane is not zero.
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  int32_t set = 0;
+  for (int j = 0; j < W; ++j) set |= mask[j];
+  return set != 0;
 #endif
 }
 

@@ -20,6 +20,13 @@ struct Source {
   int32_t type;
 };
 
+// Asks for n entries from the flat index `start` on; they may lie beyond the end.
+inline void prefetch(const Source& s, int64_t start, int64_t n) {
+  const int64_t width = s.type == kFloat32In ? 4 : 2;
+  const char* from = static_cast<const char*>(s.x) + start * width;
+  for (int64_t i = 0; i < n * width; i += 64) __builtin_prefetch(from + i);
+}
+
 // n entries from the flat index `start`: where they lie, or made in `buffer` (n entries, and W more that are scratch).
 inline const float* values(const Source& s, int64_t start, int64_t n, float* buffer) {
   if (s.type == kFloat32In && !s.factor) return static_cast<const float*>(s.x) + start;

@@ -322,6 +322,20 @@ def test_noise() -> None:
         assert same(a, b)
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (3, 259), (37, 100), (5, 5000)])
+@pytest.mark.parametrize("low", [0, -127])
+def test_low_bits_of_the_noise(shape: tuple[int, int], low: int) -> None:
+    """Where the fraction is the noise itself or one unit more, every bit of the noise decides."""
+    noise = philox.rounding_noise(SEED, shape[0] * shape[1]).view(shape)
+    one = torch.ones(1, 1)
+    for more in (0, 1):
+        x = (noise + more).float() * 2.0**-24
+        for group in ("tensor", "row", "column"):
+            step = one.expand_as(reference.value_range(x, group)[0]).contiguous()
+            codes = ops.encode(x, step, torch.zeros_like(step), low, 127, "stochastic", SEED)
+            assert bool((codes == more).all()), (group, more)
+
+
 def test_large_matrices_on_one_and_two_threads() -> None:
     x = torch.randn(513, 1027, generator=torch.Generator().manual_seed(3))
     before = torch.get_num_threads()

@@ -165,6 +165,12 @@ def words(seed: int, stream: int, n: int) -> list[int]:
     return out[:n]
 
 
+def rounding_noise(seed: int, n: int) -> list[int]:
+    high = b"".join(w.to_bytes(4, "little") for w in words(seed, 0, n // 2 + 1))
+    low = b"".join(w.to_bytes(4, "little") for w in words(seed, 4, n // 4 + 1))
+    return [int.from_bytes(high[2 * i : 2 * i + 2], "little") << 8 | low[i] for i in range(n)]
+
+
 def signs(seed: int, n: int) -> np.ndarray:
     """The signs of the scaled Hadamard transform: the top bit of stream 3."""
     return np.array([1.0 if w < 1 << 31 else -1.0 for w in words(seed, 3, n)])

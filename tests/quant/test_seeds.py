@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fqt.errors import FqtError
-from fqt.kernels.philox import random_u24, random_words
+from fqt.kernels.philox import random_u24, random_words, rounding_noise
 
 from . import oracles
 from .cases import METHODS, build, gaussian, plain
@@ -38,12 +38,17 @@ def test_words_are_philox(seed: int, stream: int) -> None:
     assert random_u24(torch.tensor(seed), stream, 11).tolist() == [w >> 8 for w in oracles.words(seed, stream, 11)]
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 50])
+def test_noise_of_rounding(n: int) -> None:
+    assert rounding_noise(torch.tensor(-7), n).tolist() == oracles.rounding_noise(-7, n)
+
+
 def test_stochastic_codes_follow_the_noise_at_their_place() -> None:
-    """⌊t⌋ + (u < frac t) with u the top 24 bits of the word at the entry's row-major index."""
+    """⌊t⌋ + (u < frac t), u the entry's half word of stream 0 and below it its byte of stream 4."""
     x = torch.rand(3, 7, generator=torch.Generator().manual_seed(0)) * 15
     x[0, 0], x[2, 6] = 0, 15
     qx = plain("affine", "tensor", 4).quantize(x, 99)
-    noise = torch.tensor([w >> 8 for w in oracles.words(99, 0, 21)]).view(3, 7) / 2.0**24
+    noise = torch.tensor(oracles.rounding_noise(99, 21)).view(3, 7) / 2.0**24
     assert torch.equal(qx.codes.float(), x.floor() + (noise < x - x.floor()))
 
 

@@ -25,7 +25,7 @@ from fqt.kernels.memory import empty
 from fqt.kernels.reference import Quantized, Scaling, Unscaling
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 10  # FQT_ABI of csrc/platform.h
+_ABI = 11  # FQT_ABI of csrc/platform.h
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2, "best": 3}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32

@@ -24,6 +24,7 @@ STREAM_ROUNDING = 0
 STREAM_DITHER_ROW = 1
 STREAM_DITHER_COLUMN = 2
 STREAM_SIGN = 3
+STREAM_ROUNDING_LOW = 4
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -85,6 +86,27 @@ def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
         (n,) int32, independent and uniform on 0 … 2²⁴ − 1. As a fraction of 2²⁴ each is exact in float32.
     """
     return (random_words(seed, stream, n) >> 8).to(torch.int32)
+
+
+def rounding_noise(seed: Tensor, n: int) -> Tensor:
+    """The noise of stochastic rounding for the first `n` entries of a matrix, row-major.
+
+    Its high 16 bits are the entry's half word of `STREAM_ROUNDING` (the low half of a word comes first), its low 8
+    the entry's byte of `STREAM_ROUNDING_LOW` (the lowest first). The low bits matter to one entry in 65,536: fast
+    backends make the second stream only there, and half the random words.
+
+    Returns:
+        (n,) int32, independent and uniform on 0 … 2²⁴ − 1.
+    """
+    high, low = _parts(seed, STREAM_ROUNDING, n, 16), _parts(seed, STREAM_ROUNDING_LOW, n, 8)
+    return (high << 8 | low).to(torch.int32)
+
+
+def _parts(seed: Tensor, stream: int, n: int, bits: int) -> Tensor:
+    """The first `n` integers of `bits` bits each, the words of a stream taken apart from their low ends."""
+    words = random_words(seed, stream, -(-n * bits // 32))
+    shifts = torch.arange(0, 32, bits, device=seed.device)
+    return ((words[:, None] >> shifts) & ((1 << bits) - 1)).view(-1)[:n]
 
 
 def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from fqt.kernels.philox import (
     STREAM_DITHER_COLUMN,
     STREAM_DITHER_ROW,
-    STREAM_ROUNDING,
     random_u24,
+    rounding_noise,
 )
 
 DITHER_LEVELS = 1 << 24
@@ -211,7 +211,7 @@ def encode(
     else:
         assert seed is not None
         if rounding == "stochastic":
-            codes = round_stochastic(t, random_u24(seed, STREAM_ROUNDING, x.numel()).view(x.shape))
+            codes = round_stochastic(t, rounding_noise(seed, x.numel()).view(x.shape))
         else:
             codes = round_dithered(t, *dither_noise(seed, x.shape[0], x.shape[1], transposed))
     return codes.to(torch.uint8 if low == 0 else torch.int8)
