@@ -56,9 +56,11 @@ inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64
   return to_bytes(code);
 }
 
-// Whether they are the codes for any low bits of the noise. Task and run are copies that no store can reach.
+// Whether they are the codes for any low bits of the noise. No store can reach task and run where the callers' copies
+// stay in registers: what takes their addresses is inlined.
 template <int Rounding, bool Columns, bool Sure>
-bool encode_vectors(Task task, Run run, const float* x, uint8_t* codes, int64_t n) {
+[[gnu::always_inline]] inline bool encode_vectors(const Task& task, const Run& run, const float* x, uint8_t* codes,
+                                                  int64_t n) {
   vu sure = ~vu{};
   int64_t i = 0;
   for (; i + W <= n; i += W) {
@@ -71,39 +73,58 @@ bool encode_vectors(Task task, Run run, const float* x, uint8_t* codes, int64_t 
   return !any((vi)(sure == 0));
 }
 
-// Codes of the n ≤ kNoiseChunk entries (if rounding is stochastic) from the flat index `at` on.
+// All bits of the noise, for the few runs that need them. Copies, so that the caller's stay in registers.
 template <int Rounding, bool Columns>
-void encode_run(const Task& task, Run run, const RoundingNoise& noise, int64_t at, const float* x, int64_t n) {
-  uint8_t* codes = task.codes + at;
-  if (encode_vectors<Rounding, Columns, !is_stochastic(Rounding)>(task, run, x, codes, n)) return;
+[[gnu::noinline]] void encode_surely(Task task, Run run, const RoundingNoise& noise, int64_t at, const float* x,
+                                     int64_t n) {
   uint32_t low[kNoiseChunk / 4 + kNoiseWords];
   noise.low.fill(at / 16, n / 4 + 4, 0, low);
   run.low = reinterpret_cast<const uint8_t*>(low) + at % 16;
-  encode_vectors<Rounding, Columns, true>(task, run, x, codes, n);
+  encode_vectors<Rounding, Columns, true>(task, run, x, task.codes + at, n);
+}
+
+// Codes of n entries from the flat index `at` on.
+template <int Rounding, bool Columns>
+[[gnu::always_inline]] inline void encode_run(const Task& task, Run run, NoiseChunk* noise, int64_t at, const float* x,
+                                              int64_t n) {
+  if (!is_stochastic(Rounding)) {
+    encode_vectors<Rounding, Columns, true>(task, run, x, task.codes + at, n);
+    return;
+  }
+  while (n) {
+    const int64_t number = at / kNoiseChunk, skipped = at % kNoiseChunk;
+    const int64_t now = n < kNoiseChunk - skipped ? n : kNoiseChunk - skipped;
+    if (noise->number != number) noise->noise.high.fill(number * (kNoiseChunk / 8), kNoiseChunk / 2, 0, noise->high);
+    noise->number = number;
+    run.high = reinterpret_cast<const uint16_t*>(noise->high) + skipped;
+    if (!encode_vectors<Rounding, Columns, false>(task, run, x, task.codes + at, now)) {
+      encode_surely<Rounding, Columns>(task, run, noise->noise, at, x, now);
+    }
+    at += now, x += now, n -= now, run.column += now;
+  }
 }
 
 template <int Rounding, bool Rows, bool Columns>
-void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
-  const int64_t size = rows * task.columns;
+void encode_all(const Task& all, int64_t rows, uint64_t seed, int threads) {
+  const int64_t size = rows * all.columns;
   const RoundingNoise noise(seed);
   parallel_for(ceil_div(size, 8 * kChunk), size, threads, [&](int64_t item) {
-    constexpr int64_t length = is_stochastic(Rounding) ? kNoiseChunk : kChunk;
-    uint32_t high[kNoiseChunk / 2 + W];  // the tail of the last row may read one vector past the noise
-    float buffer[length + W];
-    for (int64_t start = item * 8 * kChunk; start < size && start < (item + 1) * 8 * kChunk; start += length) {
-      const int64_t end = start + length < size ? start + length : size;
-      if (is_stochastic(Rounding)) noise.high.fill(start / 8, (end - start + 1) / 2, 0, high);
+    const Task task = all;
+    NoiseChunk chunk(noise);
+    float buffer[kChunk + W];
+    for (int64_t start = item * 8 * kChunk; start < size && start < (item + 1) * 8 * kChunk; start += kChunk) {
+      const int64_t end = start + kChunk < size ? start + kChunk : size;
       const float* x = values(task.source, start, end - start, buffer);
       for (int64_t i = start; i < end;) {
         const int64_t row = i / task.columns, column = i % task.columns;
         const int64_t n = task.columns - column < end - i ? task.columns - column : end - i;
-        Run run{column, {}, reinterpret_cast<const uint16_t*>(high) + (i - start), nullptr, 0};
+        Run run{column, {}, nullptr, nullptr, 0};
         if (!Columns) {
           const int64_t group = Rows ? row : 0;
           run.groups = Groups::of(Group::of(task.step[group], task.offset[group]));
         }
         if (is_dithered(Rounding)) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
-        encode_run<Rounding, Columns>(task, run, noise, i, x + (i - start), n);
+        encode_run<Rounding, Columns>(task, run, &chunk, i, x + (i - start), n);
         i += n;
       }
     }
@@ -111,19 +132,12 @@ void encode_all(const Task& task, int64_t rows, uint64_t seed, int threads) {
 }
 
 template <int Rounding>
-void encode_piece(const Task& task, const RoundingNoise& noise, Group group, int64_t row, int64_t column,
-                  const float* x, int64_t n) {
-  uint32_t high[kNoiseChunk / 2 + kNoiseWords + W];
+void encode_piece(const Task& whole, NoiseChunk* noise, Group group, int64_t row, int64_t column, const float* x,
+                  int64_t n) {
+  const Task task = whole;
   Run run{column, Groups::of(group), nullptr, nullptr, 0};
   if (is_dithered(Rounding)) run.row_noise = static_cast<int32_t>(task.row_noise[row]);
-  const int64_t at = row * task.columns + column, skipped = at % 8;
-  const int64_t length = is_stochastic(Rounding) ? kNoiseChunk : n;
-  run.high = reinterpret_cast<const uint16_t*>(high) + skipped;
-  for (int64_t i = 0; i < n; i += length, run.column += length) {
-    const int64_t now = length < n - i ? length : n - i;
-    if (is_stochastic(Rounding)) noise.high.fill((at + i) / 8, (skipped + now + 1) / 2, 0, high);
-    encode_run<Rounding, false>(task, run, noise, at + i, x + i, now);
-  }
+  encode_run<Rounding, false>(task, run, noise, row * task.columns + column, x, n);
 }
 
 template <int Rounding>

@@ -14,8 +14,7 @@ namespace fqt {
 enum Rounding : int { kNearest = 0, kStochastic = 1, kDithered = 2, kBest = 3, kStochasticFixed = 4, kDitheredFixed = 5 };
 
 constexpr int64_t kChunk = 2048;  // entries that are read at a time
-// Entries whose noise is made at a time: so few that the processor makes the next ones' beside these ones' divisions.
-constexpr int64_t kNoiseChunk = 256;
+constexpr int64_t kNoiseChunk = 256;  // entries whose noise is made at a time
 static_assert(kNoiseChunk % (2 * kNoiseWords) == 0, "chunks start at whole vectors of noise");
 
 // The noise of stochastic rounding, 24 bits an entry: the high 16 are half words of one stream, the low 8 bytes of
@@ -24,6 +23,15 @@ struct RoundingNoise {
   Philox high, low;
 
   explicit RoundingNoise(uint64_t seed) : high(seed, kRounding), low(seed, kRoundingLow) {}
+};
+
+// One thread's noise, chunk by chunk.
+struct NoiseChunk {
+  const RoundingNoise& noise;
+  int64_t number = -1;                // of the chunk of the flat index whose high bits are here
+  uint32_t high[kNoiseChunk / 2 + W];  // the tail of a row may read one vector past it
+
+  explicit NoiseChunk(const RoundingNoise& all) : noise(all) {}
 };
 
 struct Task {
@@ -37,7 +45,7 @@ struct Task {
 
 // Codes of the entries x of row `row` from `column` on, at most kChunk of them; they may come from elsewhere than
 // the task's source.
-typedef void (*EncodePiece)(const Task& task, const RoundingNoise& noise, Group group, int64_t row, int64_t column,
+typedef void (*EncodePiece)(const Task& task, NoiseChunk* noise, Group group, int64_t row, int64_t column,
                             const float* x, int64_t n);
 EncodePiece piece_encoder(int rounding, int low);
 

@@ -153,12 +153,13 @@ class MixedCodes {
   void encode(int64_t b, int64_t member, int64_t first, int64_t width, const float* scratch) const {
     const int64_t r = row(b, member);
     const Group group = Group::of(how_.step[r], how_.offset[r]);
+    NoiseChunk chunk(how_.noise);
     float buffer[kPieceColumns + W];
     for (int64_t j = 0; j < width; j += kPieceColumns) {
       const int64_t n = width - j < kPieceColumns ? width - j : kPieceColumns;
       const float* x = how_.keep[r] ? mixer_.piece(b, member, first, j, n, width, scratch, buffer)
                                     : values(how_.task.source, r * how_.task.columns + first + j, n, buffer);
-      how_.encode(how_.task, how_.noise, group, r, first + j, x, n);
+      how_.encode(how_.task, &chunk, group, r, first + j, x, n);
     }
   }
 

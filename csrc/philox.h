@@ -89,7 +89,7 @@ class Philox {
   // Words 4·block … 4·block + N·kNoiseWords − 1, shifted right by `shift`: N vectors of blocks side by side, since one
   // round waits for the multiplication of the one before.
   template <int N>
-  inline void words(uint64_t block, int shift, uint32_t* out) const {
+  [[gnu::always_inline]] inline void words(uint64_t block, int shift, uint32_t* out) const {
     vq c0[N], c1[N], c2[N], c3[N];
     for (int n = 0; n < N; ++n) {
       for (int i = 0; i < kBlocks; ++i) c0[n][i] = i;
@@ -119,7 +119,7 @@ class Philox {
   }
 
   // n words from the first of `block` on, shifted right by `shift`; may write up to kNoiseWords − 1 more.
-  void fill(uint64_t block, int64_t n, int shift, uint32_t* out) const {
+  [[gnu::always_inline]] inline void fill(uint64_t block, int64_t n, int shift, uint32_t* out) const {
     int64_t i = 0;
     for (; i + kTogether * kNoiseWords <= n; i += kTogether * kNoiseWords) words<kTogether>(block + i / 4, shift, out + i);
     for (; i < n; i += kNoiseWords) words<1>(block + i / 4, shift, out + i);

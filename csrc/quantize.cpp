@@ -113,6 +113,7 @@ bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, EncodePi
     if (!lo || !hi || !runs || !totals) return false;
   }
   parallel_for(items, rows * columns, threads, [&](int64_t item) {
+    NoiseChunk chunk(noise);
     float buffer[kChunk + W];
     ColumnSums sums(runs.get() + item * period, totals.get() + item * period, period);
     for (int64_t r = item * per_item; r < rows && r < (item + 1) * per_item; ++r) {
@@ -126,7 +127,7 @@ bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, EncodePi
         const int64_t n = columns - i < kChunk ? columns - i : kChunk;
         if (columns <= kChunk) prefetch(task.source, start + columns, n);  // the next row, while this one computes
         const float* x = values(task.source, start + i, n, buffer);
-        encode(task, noise, group, r, i, x, n);
+        encode(task, &chunk, group, r, i, x, n);
         if (period) sums.add(x, n);
       }
     }
