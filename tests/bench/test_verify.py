@@ -14,7 +14,7 @@ from fqt.bench.contestants import Contestant, Runner, contestants, noiseless
 from fqt.bench.integers import IntegerProduct, best_product
 from fqt.bench.kept import Kept, kept_bytes
 from fqt.bench.measure import _check
-from fqt.bench.quantizing import Copy, Quantization
+from fqt.bench.quantizing import Copy, Quantization, draw_all
 from fqt.bench.verify import MOST_BIAS, bias, relative_error
 from fqt.errors import FqtError
 
@@ -124,23 +124,29 @@ def test_noiseless_is_the_expectation_with_rules_too():
 
 
 def test_the_quantizer(monkeypatch):
+    sources = draw_all(replace(MATRIX.workload, matrices=3))
+    assert not torch.equal(sources[0], sources[1])
     for recipe in ("psq8", "psq8d", "bhq8", "shq4"):
-        found = Quantization.of(MATRIX.workload, recipe).verify(4)
+        found = Quantization(sources, recipe).verify(4)
         assert found.problem == ""
         assert found.bias == pytest.approx(1, abs=0.1)
     with pytest.raises(FqtError, match="quantizes no gradient"):
-        Quantization.of(MATRIX.workload, "qat")
-    quantization = Quantization.of(MATRIX.workload, "psq8")
+        Quantization(sources, "qat")
+    quantization = Quantization(sources, "psq8")
     right = quantization.quantize
     monkeypatch.setattr(quantization, "quantize", lambda seed: right(0), raising=False)
     assert "biased" in quantization.verify(4).problem  # the same noise each time does not average out
-    wrong = Quantization.of(MATRIX.workload, "psq8")
+    wrong = Quantization(sources, "psq8")
     monkeypatch.setattr(
         wrong, "quantize", lambda seed: replace(right(seed), group_offset=right(0).step), raising=False
     )
     assert "squared error" in wrong.verify(4).problem
-    copy = Copy(MATRIX.workload)
+    copy = Copy(sources)
     assert copy.verify().problem == ""
+    for call in (copy, quantization):
+        for _ in sources:
+            call()
+    assert all(torch.equal(target, source) for target, source in zip(copy.targets, sources, strict=True))
     assert copy.bytes == 2 * 4 * 64 * 256
     assert quantization.bytes == 64 * 256 * 5 + 64 * 8
 

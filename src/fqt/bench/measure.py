@@ -17,7 +17,7 @@ from fqt.bench.cases import Case, kind
 from fqt.bench.contestants import Contestant, Runner, Unavailable, contestants, noiseless, torchao_version
 from fqt.bench.integers import SHAPES, IntegerProduct, Shape, best_product
 from fqt.bench.kept import kept_bytes
-from fqt.bench.quantizing import Copy, Quantization
+from fqt.bench.quantizing import Copy, Quantization, draw_all
 from fqt.bench.verify import Verification, check_bias, check_error
 from fqt.bench.workloads import Layer, Quantize, Step, count_macs
 from fqt.errors import FqtError
@@ -295,7 +295,8 @@ def _prepare_quantizer(
     workload: Quantize, recipes: Sequence[str], plan: Plan, entry: dict[str, Any], observer: Observer
 ) -> Calls:
     observer.case(entry["title"], 1 + len(recipes) + plan.repeats)
-    copy = Copy(workload)
+    sources = draw_all(workload)
+    copy = Copy(sources)
     calls: Calls = {}
     if _verified(_row(entry, "copy", "copy", bytes=copy.bytes), copy.verify()):
         calls["copy"] = copy
@@ -303,7 +304,7 @@ def _prepare_quantizer(
     for recipe in recipes:
         observer.say(f"verifying {recipe}")
         try:
-            quantization = Quantization.of(workload, recipe)
+            quantization = Quantization(sources, recipe)
         except FqtError as reason:
             _row(entry, recipe, "ours", recipe=recipe, status="skipped", reason=str(reason))
         else:

@@ -1,9 +1,10 @@
-"""The quantizer alone, against the rate at which this machine copies memory."""
+"""The quantizer alone, against the rate at which this machine copies memory: both from memory to memory."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -17,59 +18,70 @@ from fqt.quant import QuantizedTensor, Quantizer
 _ROUNDING = 2.0**-20  # float32 arithmetic on values of a few units, relative to a row's range
 
 
-class Copy:
-    """`Tensor.copy_` of the matrix to another of its size."""
+def draw_all(workload: Quantize) -> list[Tensor]:
+    """The workload's matrices."""
+    return [draw(workload.input, 1 + number) for number in range(workload.matrices)]
 
-    def __init__(self, workload: Quantize) -> None:
-        self.source = draw(workload.input, 1)
-        self.target = torch.zeros_like(self.source)
+
+class Copy:
+    """`Tensor.copy_` of each matrix in turn to another of its size.
+
+    Args:
+        sources: the matrices.
+    """
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        self.source = sources[0]
+        self.targets = [torch.zeros_like(source) for source in sources]
+        self._turns = cycle(zip(self.targets, sources, strict=True))
 
     def __call__(self) -> None:
         """What is timed."""
-        self.target.copy_(self.source)
+        target, source = next(self._turns)
+        target.copy_(source)
 
     @property
     def bytes(self) -> int:
         """Read and written by a call."""
-        return self.source.nbytes + self.target.nbytes
+        return 2 * self.source.nbytes
 
     def verify(self) -> Verification:
         """Whether the copy is one."""
         self()
-        right = torch.equal(self.source, self.target)
+        right = torch.equal(self.source, self.targets[0])
         return Verification(0.0, problem="" if right else "the copy differs")
 
 
-@dataclass
 class Quantization:
-    """A recipe's quantizer of gradients on the matrix, range and codes, as the layers call it.
+    """A recipe's quantizer of gradients on each matrix in turn, range and codes, as the layers call it.
 
-    Attributes:
-        workload: on what.
-        quantizer: which.
+    Args:
+        sources: the matrices. The last result of each is held, so that codes leave the caches as matrices do.
+        recipe: names the quantizer.
+
+    Raises:
+        FqtError: the recipe quantizes no gradient.
     """
 
-    workload: Quantize
-    quantizer: Quantizer
-
-    def __post_init__(self) -> None:
-        self.source = draw(self.workload.input, 1)
-        self.bytes = self.source.nbytes + _nbytes(self.quantize(0))
-
-    @classmethod
-    def of(cls, workload: Quantize, recipe: str) -> Quantization:
-        """Raises FqtError: the recipe quantizes no gradient."""
+    def __init__(self, sources: Sequence[Tensor], recipe: str) -> None:
         q = load_recipe(recipe).operand("grad_input")
         if q is None:
             raise FqtError(f"recipe {recipe!r} quantizes no gradient: it has no place in this case")
-        return cls(workload, q)
+        self.quantizer: Quantizer = q
+        self.source = sources[0]
+        self.bytes = self.source.nbytes + _nbytes(self.quantize(0))
+        self._held: list[QuantizedTensor | None] = [None] * len(sources)
+        self._turns = cycle(enumerate(sources))
+        for _ in sources:  # memory for all results
+            self()
 
     def __call__(self) -> None:
         """What is timed."""
-        self.quantize(0)
+        index, source = next(self._turns)
+        self._held[index] = self.quantizer.quantize(source, 0, nonfinite="propagate")
 
     def quantize(self, seed: int) -> QuantizedTensor:
-        """The codes."""
+        """The first matrix's codes."""
         return self.quantizer.quantize(self.source, seed, nonfinite="propagate")
 
     def verify(self, seeds: int) -> Verification:

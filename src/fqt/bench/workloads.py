@@ -53,13 +53,15 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """Range and codes of one contiguous float32 matrix, a step per row.
+    """Range and codes of contiguous float32 matrices, a step per row.
 
     Attributes:
         input: (N, D).
+        matrices: how many take turns: so many that each has left the caches when its turn comes again.
     """
 
     input: tuple[int, int]
+    matrices: int = 1
 
 
 Workload = Layer | Step | Quantize
