@@ -85,6 +85,7 @@ void first_pass(const SourceRows& rows, int64_t size, int64_t first, int64_t wid
       const int64_t n = width - start < kPiece ? width - start : kPiece;
       const float* x[R];
       for (int k = 0; k < R; ++k) {
+        if (base + R < size) prefetch(*rows.source, rows.order[base + R + k] * rows.columns + first + start, n);
         x[k] = values(*rows.source, rows.order[base + k] * rows.columns + first + start, n, buffer[k]);
         if (n % W && x[k] != buffer[k]) std::memcpy(buffer[k], x[k], n * sizeof(float)), x[k] = buffer[k];
         if (n % W) std::memset(buffer[k] + n, 0, (W - n % W) * sizeof(float));

@@ -156,6 +156,7 @@ void measure_rows(const Source& source, int64_t rows, int64_t columns, int mode,
       sums[r] = 0;
       for (int64_t j = 0; j < columns; j += kVariancePiece) {
         const int64_t n = columns - j < kVariancePiece ? columns - j : kVariancePiece;
+        if (columns <= kChunk) prefetch(source, (r + 1) * columns + j, n);
         sums[r] += sum_of_variances(source, r * columns + j, n, g, least_code, last_code);
       }
     }

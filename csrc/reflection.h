@@ -32,6 +32,7 @@ inline void reflection_sum(const SourceRows& rows, const int64_t* members, int64
   for (int64_t i = 0; i < size; ++i) {
     const int64_t r = members[i];
     const float n = normal[r];
+    if (i + 1 < size) prefetch(*rows.source, members[i + 1] * rows.columns + first, width);
     const float* x = row_piece<Scaled>(rows, r, first, width, buffer);
     for (int64_t j = 0; j < width; j += W) store(total + j, load<vf>(total + j) + load<vf>(x + j) * n);
   }
