@@ -121,3 +121,52 @@ def test_compiled_noise_is_fresh_and_unbiased() -> None:
     sample = torch.stack(drawn).double()
     assert (sample.std(0) > 0).all()
     assert ((sample.mean(0) - exact).abs() <= 6 * sample.std(0) / 200**0.5 + 1e-5).all()
+
+
+class Residual(nn.Module):
+    """Sums of two things of which only one is kept, each read by a convolution through a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 1, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution, norm in zip(self.convolutions, self.norms, strict=False):
+            x = torch.relu(norm(convolution(x)) + x)
+        return self.convolutions[3](x)
+
+
+def test_a_compiled_graph_keeps_no_mask_of_a_relu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But without the marks it does; and someone else's pass stays where it is."""
+    config = pytest.importorskip("torch._inductor.config")
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Nothing(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            pass
+
+        def uuid(self) -> str:
+            return "nothing"
+
+    torch.manual_seed(0)
+    model, x = fqt.quantize_(Residual(), "qat"), torch.randn(3, 4, 6, 5, requires_grad=True)
+
+    def run(module: nn.Module) -> tuple[list[torch.dtype], list[Tensor]]:
+        kept: list[torch.dtype] = []
+        model.zero_grad()
+        x.grad = None
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+            output = module(x)
+        output.square().sum().backward()
+        return kept, [t.grad.clone() for t in (x, *model.parameters())]  # type: ignore[union-attr]
+
+    truth = run(model)[1]
+    for mine, keeps_mask in ((None, False), (Nothing(), True)):
+        monkeypatch.setattr(config, "joint_custom_post_pass", mine)
+        torch._dynamo.reset()
+        kept, found = run(torch.compile(model, fullgraph=True))
+        assert (torch.bool in kept) == keeps_mask
+        assert mine is None or config.joint_custom_post_pass is mine
+        for a, b in zip(found, truth, strict=True):
+            assert (a - b).norm() <= 1e-3 * b.norm()

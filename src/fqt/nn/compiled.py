@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqt.nn import masks
 from fqt.nn.function import Call, backward, forward, input_view
 from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
@@ -79,6 +80,7 @@ def _empty(shape: Any, dtype: torch.dtype, like: Tensor, channels_last: bool) ->
 def _layer_shape(
     input: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    masks.install()
     call = _call(*rest)
     shape = call.map.output(input.float(), weight.float()).shape
     output = _empty(shape, call.dtype, input, call.channels_last)
@@ -136,7 +138,7 @@ def _layer_backward(
     saved = (input,) if view is None else (codes, step, offset)
     found = backward(grad, weight, saved, None if view is None else (view, dtypes[0]), shapes, dtypes, needs, call)
     none = grad.new_empty(0)
-    grad_weight = none if found[1] is None else found[1].contiguous()
+    grad_weight = None if found[1] is None else call.as_laid_out(found[1])
     return tuple(none if g is None else g for g in (found[0], grad_weight, found[2]))  # type: ignore[return-value]
 
 
@@ -150,7 +152,7 @@ def _layer_backward_shape(
     none = grad.new_empty(0)
     return (
         _empty(input_shape, dtypes[0], grad, call[5]) if needs[0] else none,
-        grad.new_empty(weight_shape, dtype=dtypes[1]) if needs[1] else none,
+        _empty(weight_shape, dtypes[1], grad, call[5]) if needs[1] else none,
         grad.new_empty((channels,), dtype=dtypes[2]) if needs[2] else none,
     )
 

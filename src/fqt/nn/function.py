@@ -71,7 +71,7 @@ class Call:
             gradient is exact.
         rank: the distributed rank, mixed into the noise so that equal seeds on all ranks stay independent.
         dtype: of the output.
-        channels_last: whether the output and the input's gradient are laid out so; else they are contiguous.
+        channels_last: whether the output and the gradients are laid out so; else they are contiguous.
         observer: told of every gradient operand before it is quantized.
     """
 
