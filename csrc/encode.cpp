@@ -27,7 +27,7 @@ struct Run {
 constexpr bool is_stochastic(int rounding) { return rounding == kStochastic || rounding == kStochasticFixed; }
 constexpr bool is_dithered(int rounding) { return rounding == kDithered || rounding == kDitheredFixed; }
 
-// Sure: with all bits of the noise. Else lanes of *sure are 0 where the low ones matter.
+// Sure: with all bits of the noise. Else *sure falls below 255 in lanes where the low ones may matter.
 template <int Rounding, bool Columns, bool Sure>
 inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64_t n, vu* sure) {
   const int64_t column = run.column + i;
@@ -56,8 +56,8 @@ inline vb encode_vector(const Task& task, const Run& run, vf x, int64_t i, int64
   return to_bytes(code);
 }
 
-// Whether they are the codes for any low bits of the noise. No store can reach task and run where the callers' copies
-// stay in registers: what takes their addresses is inlined.
+// Codes of n entries; whether they are right for any low bits of the noise. Inlined, with a task and a run that are
+// locals of the caller and go nowhere else: bytes stored could otherwise be theirs, and they were loaded anew each time.
 template <int Rounding, bool Columns, bool Sure>
 [[gnu::always_inline]] inline bool encode_vectors(const Task& task, const Run& run, const float* x, uint8_t* codes,
                                                   int64_t n) {
@@ -70,15 +70,15 @@ template <int Rounding, bool Columns, bool Sure>
     const vf last = load_part<vf>(x + i, n - i);
     store_part(codes + i, encode_vector<Rounding, Columns, Sure>(task, run, last, i, n - i, &sure), n - i);
   }
-  return !any((vi)(sure == 0));
+  return !any((vi)(sure < 255));
 }
 
-// All bits of the noise, for the few runs that need them. Copies, so that the caller's stay in registers.
+// With all bits of the noise, for the few runs that need them. Task and run are copies, so that the caller's go nowhere.
 template <int Rounding, bool Columns>
 [[gnu::noinline]] void encode_surely(Task task, Run run, const RoundingNoise& noise, int64_t at, const float* x,
                                      int64_t n) {
   uint32_t low[kNoiseChunk / 4 + kNoiseWords];
-  noise.low.fill(at / 16, n / 4 + 4, 0, low);
+  noise.low.fill(at / 16, (at % 16 + n + 3) / 4, 0, low);
   run.low = reinterpret_cast<const uint8_t*>(low) + at % 16;
   encode_vectors<Rounding, Columns, true>(task, run, x, task.codes + at, n);
 }
@@ -94,9 +94,7 @@ template <int Rounding, bool Columns>
   while (n) {
     const int64_t number = at / kNoiseChunk, skipped = at % kNoiseChunk;
     const int64_t now = n < kNoiseChunk - skipped ? n : kNoiseChunk - skipped;
-    if (noise->number != number) noise->noise.high.fill(number * (kNoiseChunk / 8), kNoiseChunk / 2, 0, noise->high);
-    noise->number = number;
-    run.high = reinterpret_cast<const uint16_t*>(noise->high) + skipped;
+    run.high = noise->high(number, skipped, skipped + now);
     if (!encode_vectors<Rounding, Columns, false>(task, run, x, task.codes + at, now)) {
       encode_surely<Rounding, Columns>(task, run, noise->noise, at, x, now);
     }

@@ -25,13 +25,30 @@ struct RoundingNoise {
   explicit RoundingNoise(uint64_t seed) : high(seed, kRounding), low(seed, kRoundingLow) {}
 };
 
-// One thread's noise, chunk by chunk.
-struct NoiseChunk {
-  const RoundingNoise& noise;
-  int64_t number = -1;                // of the chunk of the flat index whose high bits are here
-  uint32_t high[kNoiseChunk / 2 + W];  // the tail of a row may read one vector past it
+// One thread's high bits, for some entries of a chunk of the flat index.
+class NoiseChunk {
+ public:
+  explicit NoiseChunk(const RoundingNoise& noise) : noise(noise) {}
 
-  explicit NoiseChunk(const RoundingNoise& all) : noise(all) {}
+  // The high bits of entries first … last − 1 of a chunk; a vector more may be read.
+  [[gnu::always_inline]] inline const uint16_t* high(int64_t number, int64_t first, int64_t last) {
+    if (number != number_ || first < first_ || last > last_) make(number, first, last);
+    return reinterpret_cast<const uint16_t*>(words_) + first;
+  }
+
+  const RoundingNoise& noise;
+
+ private:
+  // All of a chunk that is read from its beginning, or from several rows: the next row goes on in it. Rows that are
+  // no neighbours get no more than they need.
+  [[gnu::always_inline]] inline void make(int64_t number, int64_t first, int64_t last) {
+    const bool all = first == 0 || number == number_;
+    first_ = all ? 0 : first / 8 * 8, last_ = all ? kNoiseChunk : last, number_ = number;
+    noise.high.fill((number * kNoiseChunk + first_) / 8, (last_ - first_ + 1) / 2, 0, words_ + first_ / 2);
+  }
+
+  int64_t number_ = -1, first_ = 0, last_ = 0;
+  uint32_t words_[kNoiseChunk / 2 + kNoiseWords + W] = {};
 };
 
 struct Task {
@@ -43,8 +60,7 @@ struct Task {
   const uint32_t *row_noise, *column_noise;  // dithered only
 };
 
-// Codes of the entries x of row `row` from `column` on, at most kChunk of them; they may come from elsewhere than
-// the task's source.
+// Codes of n entries x of row `row` from `column` on; they may come from elsewhere than the task's source.
 typedef void (*EncodePiece)(const Task& task, NoiseChunk* noise, Group group, int64_t row, int64_t column,
                             const float* x, int64_t n);
 EncodePiece piece_encoder(int rounding, int low);

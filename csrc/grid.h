@@ -68,7 +68,7 @@ inline vi round_stochastic(vf t, vi u) {
   return i - (vi)(to_float(u) * 0x1p-24f < t - to_float(i));
 }
 
-// The same for u whose low 8 bits are not known yet and zero here: right in the lanes of *sure that are not zero.
+// The same for u whose low 8 bits are not known yet and zero here: right in the lanes whose *sure stays at 255 or more.
 inline vi round_stochastic_high(vf t, vi u, vu* sure) {
   const vi i = floor_int(t);
   const vf p = (t - to_float(i)) * 0x1p24f, least = to_float(u);
@@ -84,7 +84,7 @@ inline vi round_dithered(vf t, vi k) {
   return i + (k >> 24) - (vi)(t - to_float(i) >= threshold);
 }
 
-// They in fixed point, for 0 ≤ t ≤ 255: t·2²⁴ is exact and fits 32 bits, and ⌊x + n⌋ = ⌊x⌋ + n for integers.
+// Stochastic and dithered rounding in fixed point, for 0 ≤ t ≤ 255: t·2²⁴ is exact and fits 32 bits, and ⌊x + n⌋ = ⌊x⌋ + n for integers.
 #if defined(__AVX512F__)
 constexpr bool kFixedPoint = true;
 inline vu fixed_down(vf t) { return (vu)_mm512_cvttps_epu32((__m512)(t * 0x1p24f)); }
@@ -102,7 +102,7 @@ inline vi round_stochastic_fixed(vf t, vi u) { return (vi)((fixed_up(t) + ((vu)u
 
 inline vi round_stochastic_fixed_high(vf t, vi u, vu* sure) {
   const vu sum = fixed_up(t) + ((vu)u ^ 0xffff00);  // the low bits would add up to 255
-  const vu gap = ~sum & 0xffff00;
+  const vu gap = ~sum & 0xffffff;                           // what may be added without a carry into the code
   *sure = gap < *sure ? gap : *sure;
   return (vi)(sum >> 24);
 }

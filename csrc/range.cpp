@@ -51,7 +51,7 @@ inline float largest_of(vf v) {
 }
 
 constexpr int64_t kPiece = 1024;  // entries that are read at a time
-constexpr int64_t kAhead = 2048;  // entries
+constexpr int64_t kAhead = 2048;  // how many entries ahead memory is asked for
 
 Range range_of(const float* x, int64_t n) {
   constexpr int kLanes = 4;  // independent chains, so that the latency of a minimum does not limit the rate

@@ -322,7 +322,9 @@ def test_noise() -> None:
         assert same(a, b)
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (3, 259), (37, 100), (5, 5000)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3), (3, 259), (37, 100), (5, 5000), (40, 19), (40, 51), (40, 115), (300, 16)]
+)
 @pytest.mark.parametrize("low", [0, -127])
 def test_low_bits_of_the_noise(shape: tuple[int, int], low: int) -> None:
     """Where the fraction is the noise itself or one unit more, every bit of the noise decides."""

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fqt
 from fqt import Recipe
-from fqt.nn import compiled, layers
+from fqt.nn import compiled, layers, masks
 from fqt.nn.linear_map import ConvMap
 
 from .cases import LAYERS, Case, converted, gradients
@@ -137,36 +139,50 @@ class Residual(nn.Module):
         return self.convolutions[3](x)
 
 
-def test_a_compiled_graph_keeps_no_mask_of_a_relu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But without the marks it does; and someone else's pass stays where it is."""
-    config = pytest.importorskip("torch._inductor.config")
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+class Nothing(CustomGraphPass):
+    """A user's own pass."""
 
-    class Nothing(CustomGraphPass):
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            pass
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        pass
 
-        def uuid(self) -> str:
-            return "nothing"
+    def uuid(self) -> str:
+        return "nothing"
 
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiled_graph_keeps_masks_as_int8(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside any pass of the user's; without ours, booleans. No byte more is kept, and gradients are the same."""
     torch.manual_seed(0)
     model, x = fqt.quantize_(Residual(), "qat"), torch.randn(3, 4, 6, 5, requires_grad=True)
+    x.data[0, 0, 0, 0] = torch.nan  # whose ReLU lets gradients through
 
-    def run(module: nn.Module) -> tuple[list[torch.dtype], list[Tensor]]:
-        kept: list[torch.dtype] = []
+    def run(module: nn.Module) -> tuple[set[torch.dtype], int, list[Tensor]]:
+        kept: list[Tensor] = []
         model.zero_grad()
         x.grad = None
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+        with hooks, torch.autocast("cpu", enabled=autocast):
             output = module(x)
-        output.square().sum().backward()
-        return kept, [t.grad.clone() for t in (x, *model.parameters())]  # type: ignore[union-attr]
+        output.float().square().sum().backward()
+        grads = [t.grad.clone() for t in (x, *model.parameters())]  # type: ignore[union-attr]
+        return {t.dtype for t in kept}, sum(t.nbytes for t in kept), grads
 
-    truth = run(model)[1]
-    for mine, keeps_mask in ((None, False), (Nothing(), True)):
-        monkeypatch.setattr(config, "joint_custom_post_pass", mine)
+    def compiled_with(passes: object) -> tuple[set[torch.dtype], int, list[Tensor]]:
         torch._dynamo.reset()
-        kept, found = run(torch.compile(model, fullgraph=True))
-        assert (torch.bool in kept) == keeps_mask
-        assert mine is None or config.joint_custom_post_pass is mine
-        for a, b in zip(found, truth, strict=True):
-            assert (a - b).norm() <= 1e-3 * b.norm()
+        with inductor_config.patch(joint_custom_post_pass=passes):
+            result = run(torch.compile(model, fullgraph=True))
+            there.append(inductor_config.joint_custom_post_pass)
+        return result
+
+    there: list[object] = []
+    found = [compiled_with(passes) for passes in (None, Nothing(), [Nothing()])]
+    ours = masks._pass()
+    assert [[type(p) for p in passes] for passes in there] == [[type(ours)], *[[Nothing, type(ours)]] * 2]  # type: ignore[attr-defined]
+    monkeypatch.setattr(masks, "install", lambda: None)
+    plain_kinds, plain_bytes, plain_grads = compiled_with(None)
+    assert torch.bool in plain_kinds
+    for kinds, size, grads in found:
+        assert torch.int8 in kinds
+        assert torch.bool not in kinds
+        assert size <= plain_bytes
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(grads, plain_grads, strict=True))

@@ -200,3 +200,23 @@ def test_constant_and_zero_operands() -> None:
         layer.weight.zero_()
         layer.bias.zero_()
     assert not layer(torch.randn(4, 3)).any()
+
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", LAYERS, ids=ids)
+def test_outputs_can_be_modified_in_place(case: Case, dtype: torch.dtype, last: bool) -> None:
+    """By a ReLU right behind the layer, as in many published networks."""
+    x = case.input(dtype)
+    if last and x.ndim not in FORMATS:
+        pytest.skip("no such format")
+    x = x.contiguous(memory_format=FORMATS[x.ndim]) if last else x
+    found = []
+    for inplace in (False, True):
+        layer = converted(case, NOISY, dtype)
+        torch.manual_seed(1)
+        found.append(gradients(nn.Sequential(layer, nn.ReLU(inplace=inplace)), x))
+    assert equal(*found)

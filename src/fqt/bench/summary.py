@@ -98,7 +98,7 @@ def _floor(case: Entry, recipe: str, measure: str) -> float | None:
 
 
 def _ratio(case: Entry, recipe: str, measure: str) -> Quantiles | None:
-    """One measure. Ours is under autocast against bf16, without it for "float32", and whichever is fastest else."""
+    """One measure. Like is compared with like: ours under autocast with bf16, ours in float32 with fp32."""
     if measure.startswith("kept/"):
         return _kept(case, recipe, measure.removeprefix("kept/"))
     ours = [row for row in case["contestants"] if row.get("recipe") == recipe]
@@ -115,9 +115,8 @@ def _ratio(case: Entry, recipe: str, measure: str) -> Quantiles | None:
         ratio = _paired(product, best)
         factor = case["macs"] / product["macs"] if product else 0.0
         return ratio and Quantiles(ratio.median * factor, ratio.p10 * factor, ratio.p90 * factor)
-    if measure != "fp32":
-        ours = [row for row in ours if row["autocast"] == (measure == "bf16")]
-    return _paired(_fastest(_group(case, "bf16" if measure == "bf16" else "fp32")), _fastest(ours))
+    same = [row for row in ours if row["autocast"] == (measure == "bf16")]
+    return _paired(_fastest(_group(case, measure)), _fastest(same))
 
 
 def _group(case: Entry, group: str) -> list[Entry]:

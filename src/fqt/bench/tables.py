@@ -13,7 +13,6 @@ from fqt.bench.summary import Result, median_seconds, results
 _HEADINGS = {
     "bf16": "× bf16",
     "fp32": "× fp32",
-    "float32": "× fp32, no autocast",
     "limit": "of the integer limit",
     "psq8": "time / psq8",
     "copy": "of the copy rate",
@@ -23,10 +22,10 @@ _HEADINGS = {
 _SIGN = {">=": "≥", "<=": "≤"}
 CAPTION = (
     "Medians of ratios within a round [10th, 90th percentile], and the floor. × bf16: ours under autocast against "
-    "the better of eager and compiled bf16 autocast. × fp32: the fastest of ours against eager float32; no "
-    "autocast: ours in float32 against it. Integer limit: the case's products alone at the best rate of "
-    "torch._int_mm in the same run. Copy rate: bytes in and out per second against those of a copy, both from "
-    "memory to memory. Kept: bytes the layers keep for backward, weights left out."
+    "the better of eager and compiled bf16 autocast. × fp32: ours in float32 against eager float32. Integer limit: "
+    "the case's products alone at the best rate of torch._int_mm in the same run. Copy rate: bytes in and out per "
+    "second, against those of a copy of the same matrices. Kept: bytes the layers keep for backward, weights left "
+    "out."
 )
 
 

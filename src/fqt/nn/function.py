@@ -71,7 +71,8 @@ class Call:
             gradient is exact.
         rank: the distributed rank, mixed into the noise so that equal seeds on all ranks stay independent.
         dtype: of the output.
-        channels_last: whether the output and the gradients are laid out so; else they are contiguous.
+        channels_last: whether the output and the input's gradient are laid out so, and the weight's in a compiled
+            graph; else they are contiguous.
         observer: told of every gradient operand before it is quantized.
     """
 
@@ -122,7 +123,7 @@ class _Products(torch.autograd.Function):
         saved = x.tensors if ctx.needs_input_grad[1] else ()
         ctx.view = None if x.codes is None else (x.codes.view, x.codes.dtype)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *saved)
-        return output
+        return output.data  # what a kernel wrote may be a view of its memory, which could not be modified in place
 
     @staticmethod
     @once_differentiable
