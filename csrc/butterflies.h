@@ -85,7 +85,10 @@ void first_pass(const SourceRows& rows, int64_t size, int64_t first, int64_t wid
       const int64_t n = width - start < kPiece ? width - start : kPiece;
       const float* x[R];
       for (int k = 0; k < R; ++k) {
-        if (base + R < size) prefetch(*rows.source, rows.order[base + R + k] * rows.columns + first + start, n);
+        // What comes next: these columns of the next R rows, or of the first ones in the strip to the right.
+        const bool last = base + R == size;
+        const int64_t row = rows.order[last ? k : base + R + k], column = first + start + (last ? width : 0);
+        prefetch(*rows.source, row * rows.columns + column, n);
         x[k] = values(*rows.source, rows.order[base + k] * rows.columns + first + start, n, buffer[k]);
         if (n % W && x[k] != buffer[k]) std::memcpy(buffer[k], x[k], n * sizeof(float)), x[k] = buffer[k];
         if (n % W) std::memset(buffer[k] + n, 0, (W - n % W) * sizeof(float));
