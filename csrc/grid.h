@@ -84,7 +84,8 @@ inline vi round_dithered(vf t, vi k) {
   return i + (k >> 24) - (vi)(t - to_float(i) >= threshold);
 }
 
-// Stochastic and dithered rounding in fixed point, for 0 ≤ t ≤ 255: t·2²⁴ is exact and fits 32 bits, and ⌊x + n⌋ = ⌊x⌋ + n for integers.
+// Stochastic and dithered rounding in fixed point, for 0 ≤ t ≤ 255: t·2²⁴ is exact and fits 32 bits, and
+// ⌊x + n⌋ = ⌊x⌋ + n for integers.
 #if defined(__AVX512F__)
 constexpr bool kFixedPoint = true;
 inline vu fixed_down(vf t) { return (vu)_mm512_cvttps_epu32((__m512)(t * 0x1p24f)); }

@@ -123,7 +123,8 @@ class _Products(torch.autograd.Function):
         saved = x.tensors if ctx.needs_input_grad[1] else ()
         ctx.view = None if x.codes is None else (x.codes.view, x.codes.dtype)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *saved)
-        return output.data  # what a kernel wrote may be a view of its memory, which could not be modified in place
+        # A result that is a view of its memory could not be modified in place; nothing that is saved shares it.
+        return output.data
 
     @staticmethod
     @once_differentiable
