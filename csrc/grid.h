@@ -103,7 +103,7 @@ inline vi round_stochastic_fixed(vf t, vi u) { return (vi)((fixed_up(t) + ((vu)u
 
 inline vi round_stochastic_fixed_high(vf t, vi u, vu* sure) {
   const vu sum = fixed_up(t) + ((vu)u ^ 0xffff00);  // the low bits would add up to 255
-  const vu gap = ~sum & 0xffffff;                           // what may be added without a carry into the code
+  const vu gap = ~sum & 0xffffff;                   // what may be added without a carry into the code
   *sure = gap < *sure ? gap : *sure;
   return (vi)(sum >> 24);
 }

@@ -80,6 +80,7 @@ TRANSPOSED = (
     _case("transposed3d", nn.ConvTranspose3d, (2, 4, 2), (2, 2, 3, 2, 3), stride=2, groups=2),
 )
 LAYERS = LINEAR + CONV + PADDED + TRANSPOSED
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 FEW = tuple(c for c in LAYERS if c.name in ("linear_tokens", "conv2d_mixed", "same_even", "transposed2d"))
 
 

@@ -15,7 +15,7 @@ from fqt import Recipe
 from fqt.nn import compiled, layers, masks
 from fqt.nn.linear_map import ConvMap
 
-from .cases import LAYERS, Case, converted, gradients
+from .cases import FORMATS, LAYERS, Case, converted, gradients
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
@@ -45,9 +45,6 @@ def test_the_ops_are_the_layer(case: Case, recipe: Recipe | str, monkeypatch: py
             torch.manual_seed(3)
             found = gradients(layer, x)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

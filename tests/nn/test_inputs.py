@@ -8,7 +8,7 @@ from torch import nn
 
 import fqt
 
-from .cases import FEW, LAYERS, NOISY, Case, converted, equal, gradients, ids
+from .cases import FEW, FORMATS, LAYERS, NOISY, Case, converted, equal, gradients, ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 RECIPES = ("qat", "psq4", "bhq4", "shq4d", "default")
@@ -200,9 +200,6 @@ def test_constant_and_zero_operands() -> None:
         layer.weight.zero_()
         layer.bias.zero_()
     assert not layer(torch.randn(4, 3)).any()
-
-
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

@@ -33,14 +33,9 @@ def install() -> None:
         config.joint_custom_post_pass = [*passes, _pass()]
 
 
-def keep_bytes(graph: Graph) -> int:
-    """Rewrites the masks in a graph of both directions.
-
-    Returns:
-        How many there are.
-    """
-    masks = [node for node in graph.nodes if _is_mask(node)]
-    for mask in masks:
+def keep_bytes(graph: Graph) -> None:
+    """Rewrites the masks in a graph of both directions."""
+    for mask in [node for node in graph.nodes if _is_mask(node)]:
         kind = {"dtype": torch.float32, "device": mask.meta["val"].device}
         with graph.inserting_before(mask.next), mask.meta["val"].fake_mode:
             zero, one = (_add(graph, _aten.full.default, [], value, **kind) for value in (0.0, 1.0))
@@ -49,7 +44,6 @@ def keep_bytes(graph: Graph) -> int:
             again = _add(graph, _aten.le.Scalar, _add(graph, _convert, kept, torch.float32), 0)
         mask.replace_all_uses_with(again, delete_user_cb=lambda user, flag=flag: user is not flag)
         again.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE  # else it would be kept itself: it is used later
-    return len(masks)
 
 
 def _add(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
