@@ -40,7 +40,7 @@ lint: $(VENV)/.installed-dev ## Check style and types
 
 sanitize: $(VENV)/.installed-dev ## Test the native kernels under the address and undefined-behaviour sanitizers
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r src csrc setup.py pyproject.toml tests $(SANITIZED)
-	cd $(SANITIZED) && rm -f src/fqt/kernels/*.so && FQT_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && rm -f src/fqt/kernels/cpu/*.so && FQT_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "not level" \
 		tests/kernels tests/nn/test_fused.py tests/quant/test_mixed_codes.py tests/quant/test_best.py
@@ -50,4 +50,4 @@ format: $(VENV)/.installed-dev ## Lay the code out
 	$(BIN)/ruff format src tests results
 
 clean: ## Remove the virtual environment and build leftovers
-	rm -rf $(VENV) build dist src/*.egg-info src/fqt/kernels/*.so
+	rm -rf $(VENV) build dist src/*.egg-info src/fqt/kernels/cpu/*.so

@@ -41,7 +41,7 @@ headers = sorted(str(p) for p in Path("csrc").glob("*.h"))
 setup(
     ext_modules=[
         Extension(
-            f"fqt.kernels._native_{level}",
+            f"fqt.kernels.cpu._native_{level}",
             sources,
             depends=headers,
             extra_compile_args=[*FLAGS, *flags, "-fopenmp"],

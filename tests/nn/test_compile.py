@@ -12,8 +12,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fqt
 from fqt import Recipe
+from fqt.kernels.linear_map import ConvMap
 from fqt.nn import compiled, layers, masks
-from fqt.nn.linear_map import ConvMap
 
 from .cases import FORMATS, LAYERS, Case, converted, gradients
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fqt.nn import integer
-from fqt.nn.linear_map import ConvMap, DenseMap
+from fqt.kernels import integer
+from fqt.kernels.linear_map import ConvMap, DenseMap
 
 from .cases import FEW, Case, converted, ids
 

@@ -1,4 +1,4 @@
-"""A product in one native call equals the formulas of `fqt.nn.integer`, evaluated one by one, bit for bit."""
+"""A product in one native call equals the formulas of `fqt.kernels.integer`, evaluated one by one, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fqt
 from fqt.kernels import native
+from fqt.kernels.linear_map import ConvMap, DenseMap
 from fqt.nn import function, fused
-from fqt.nn.linear_map import ConvMap, DenseMap
 from fqt.quant import Scale
 
 from .cases import FORWARD, LAYERS, Case, converted, equal, gradients

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import fqt
 from fqt import Recipe
 from fqt.kernels import ops, products
+from fqt.kernels.tensor import Dither
 from fqt.nn import function, fused, integer, low_rank
 from fqt.nn.arithmetic import obstacle
 from fqt.nn.layers import linear_map
-from fqt.quant.tensor import Dither
 
 from .cases import FORWARD, LAYERS, Case, converted, gradients
 

@@ -108,5 +108,5 @@ def _energy(x: Tensor) -> float:
 
 
 def _nbytes(q: QuantizedTensor) -> int:
-    parts = (q.matrix_codes, q.matrix_step, q.matrix_offset, q.matrix_dither)
+    parts = (q.matrix_codes, q.matrix_scales.step, q.matrix_scales.offset, q.matrix_dither)
     return sum(part.nbytes for part in parts if part is not None)

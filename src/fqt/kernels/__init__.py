@@ -1,4 +1,5 @@
 """A handful of operations on raw tensors; no layer, no recipe is known here."""
 
-from fqt.kernels.native import Status as Status
-from fqt.kernels.native import status as status
+from fqt.kernels import cpu as cpu
+from fqt.kernels.cpu.library import Status as Status
+from fqt.kernels.cpu.library import status as status

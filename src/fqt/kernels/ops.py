@@ -1,7 +1,7 @@
-"""The operations the other rooms call; each runs on the fastest backend that can take its input.
+"""The operations that the other rooms call, each declared once.
 
-The plain-torch reference takes everything; the native kernels take float32 on the CPU and give the same bits.
-Arguments and results are as in `fqt.kernels.reference`. No gradient flows through any of them.
+What an operation means is said in `fqt.kernels.reference`, whose functions take everything; `fqt.kernels.cpu`
+registers the native kernels. No gradient flows through any of them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fqt.kernels import native, philox, reference
-from fqt.kernels.native import Findings as Findings
-from fqt.kernels.reference import Quantized, Scaling, Unscaling
-
-GROUPS = ("tensor", "row", "column")
-ROUNDINGS = ("nearest", "stochastic", "dithered")
+from fqt.kernels import philox, reference
+from fqt.kernels.codes import DITHER_LEVELS, Blocks, Dither, Entries, Findings, Levels, Quantized, Scales
+from fqt.kernels.op import Op
+from fqt.kernels.rounding import DITHERED, Coding, Rounding, dither_streams
 
 
 def at_hand(x: Tensor) -> bool:
@@ -22,210 +20,67 @@ def at_hand(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and torch._C._functorch.maybe_current_level() is None
 
 
-def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
-    """As `philox.random_u24`."""
-    if native.takes(integers=seed):
-        return native.random_words(seed, stream, n, shift=8)
-    return philox.random_u24(seed, stream, n)
-
-
-def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
-    """As `reference.dither_noise`."""
-    along_rows, along_columns = reference.dither_streams(transposed)
-    row, column = random_u24(seed, along_rows, rows), random_u24(seed, along_columns, columns)
-    return row.view(rows, 1), column.view(1, columns)
-
-
-def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `reference.value_range`."""
-    if group not in GROUPS:
-        raise ValueError(f"unknown group {group!r}; known: {', '.join(GROUPS)}")
-    if x.numel() and native.takes_source(x, factor):
-        return native.value_range(x.detach(), group, factor)
-    return reference.value_range(x, group, factor)
-
-
-def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
-    """As `reference.parameters`."""
-    if native.takes(lo, hi) and lo.shape == hi.shape:
-        return native.parameters(lo, hi, mode, steps)
-    return reference.parameters(lo, hi, mode, steps)
-
-
-def encode(
-    x: Tensor,
-    step: Tensor,
-    offset: Tensor,
-    low: int,
-    high: int,
-    rounding: str,
-    seed: Tensor | None,
-    factor: Tensor | None = None,
-    transposed: bool = False,
-) -> Tensor:
-    """As `reference.encode`.
-
-    Raises:
-        ValueError: an unknown rounding, a missing seed, codes that no byte holds, or parameters whose shape is
-            not (1, 1), (N, 1) or (1, D).
-    """
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDINGS)}")
-    if seed is None and rounding != "nearest":
+def _check_encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None) -> None:
+    if seed is None and rounding.draws:
         raise ValueError(f"{rounding} rounding needs a seed")
-    last = high + (rounding == "dithered")
-    if not (low == 0 <= last <= 255 or -128 <= low <= last <= 127):
-        raise ValueError(f"codes {low} … {last} do not fit a byte")
-    if _native_groups(x, step, offset, factor) and native.takes(integers=seed):
-        return native.encode(x.detach(), step, offset, low, high, rounding, seed, factor, transposed)
-    return reference.encode(x, step, offset, low, high, rounding, seed, factor, transposed)
+    if rounding == DITHERED and not (levels.uniform and levels.dtype != torch.float32):
+        raise ValueError("dithered rounding needs levels that are one apart and fit a byte")
+    counts = scales.blocks.count(x.shape)
+    if any(tuple(p.shape) not in (counts, x.shape) for p in (scales.step, scales.offset)):
+        raise ValueError(
+            f"parameters of shape {tuple(scales.step.shape)} for a matrix of {x.shape[0]} × {x.shape[1]}"
+        )
 
 
-def quantize(
-    x: Tensor,
-    group: str,
-    mode: str,
-    low: int,
-    high: int,
-    rounding: str,
-    seed: Tensor | None,
-    factor: Tensor | None = None,
-    transposed: bool = False,
-    findings: Findings | None = None,
-) -> Quantized:
-    """Codes of a matrix and what they mean: `value_range`, `parameters` with `high` steps, `encode`, in one.
-
-    Arguments and errors are theirs; `findings` are used and added to where that saves a pass.
-    """
-    known = rounding in ROUNDINGS and (seed is not None or rounding == "nearest")
-    if known and quantizes_at_once(x, seed, factor):
-        return native.quantize(x.detach(), group, mode, low, high, rounding, seed, factor, transposed, findings)
-    return quantize_in_steps(x, group, mode, low, high, rounding, seed, factor, transposed)
+random_u24 = Op(philox.random_u24)
+value_range = Op(reference.value_range)
+parameters = Op(reference.parameters)
+encode = Op(reference.encode, _check_encode)
+decode = Op(reference.decode)
+code_variance = Op(reference.code_variance)
+variance_sums = Op(reference.variance_sums)
+column_sums = Op(reference.column_sums)
+row_sums = Op(reference.row_sums)
+value_sums = Op(reference.value_sums)
+hadamard = Op(reference.hadamard)
+reflect = Op(reference.reflect)
+replace_rows_ = Op(reference.replace_rows_)
 
 
-def quantizes_at_once(x: Tensor, seed: Tensor | None, factor: Tensor | None) -> bool:
-    """Whether `native.quantize` can take these."""
-    return x.numel() > 0 and native.takes_source(x, factor) and native.takes(integers=seed)
-
-
-def quantize_in_steps(
-    x: Tensor,
-    group: str,
-    mode: str,
-    low: int,
-    high: int,
-    rounding: str,
-    seed: Tensor | None,
-    factor: Tensor | None = None,
-    transposed: bool = False,
-    findings: Findings | None = None,
-) -> Quantized:
-    """The same, step by step; finds nothing out for others."""
-    step, offset = parameters(*value_range(x, group, factor), mode, high)
-    codes = encode(x, step, offset, low, high, rounding, seed, factor, transposed)
-    return codes, step, offset, None if rounding != "dithered" else dither(seed, x, step.dtype, transposed)
-
-
-def dither(
-    seed: Tensor | None, matrix: Tensor, dtype: torch.dtype, transposed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The fractions of a step that dithered rounding of a matrix (N, D) adds: (N, 1) and (1, D), of `dtype`."""
+def dither(seed: Tensor | None, x: Entries, dtype: torch.dtype) -> Dither:
+    """What dithered rounding of x adds, of `dtype`."""
     assert seed is not None
-    noise = dither_noise(seed, matrix.shape[0], matrix.shape[1], transposed)
-    row, column = (n.to(dtype) / reference.DITHER_LEVELS for n in noise)
-    return row, column
+    along_rows, along_columns = dither_streams(x.transposed)
+    row, column = random_u24(seed, along_rows, x.shape[0]), random_u24(seed, along_columns, x.shape[1])
+    return Dither(row.view(-1, 1).to(dtype) / DITHER_LEVELS, column.view(1, -1).to(dtype) / DITHER_LEVELS)
 
 
-def _native_groups(x: Tensor, step: Tensor, offset: Tensor, factor: Tensor | None) -> bool:
-    return native.takes_source(x, factor) and native.takes(step, offset) and step.shape == offset.shape
+def scales_of(lo: Tensor, hi: Tensor, coding: Coding, blocks: Blocks) -> Scales:
+    """The parameters of blocks with the ranges [lo, hi]; steps stored as the coding has it."""
+    if coding.store != "float32":
+        step = reference.stored_step(lo, hi, coding.levels.high, coding.store)
+        return Scales(step, torch.zeros_like(step), blocks)
+    return Scales(*parameters(lo, hi, coding.mode, coding.levels.high), blocks)
 
 
-def variance_sums(
-    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, factor: Tensor | None = None
-) -> Tensor:
-    """As `reference.variance_sums`."""
-    if _native_groups(x, step, offset, factor):
-        return native.variance_sums(x.detach(), step, offset, low, high, factor)
-    return reference.variance_sums(x, step, offset, low, high, factor)
+def encoded(x: Entries, scales: Scales, coding: Coding, seed: Tensor | None) -> Quantized:
+    """The codes of x with these parameters, and its dither."""
+    codes = encode(x, scales, coding.levels, coding.rounding, seed)
+    return Quantized(codes, scales, dither(seed, x, scales.step.dtype) if coding.rounding == DITHERED else None)
 
 
-def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """As `reference.column_sums`."""
-    if native.takes_codes(codes) and (weights is None or weights.dtype == torch.int32):
-        return native.column_sums(codes, weights)
-    return reference.column_sums(codes, weights)
+@Op
+def quantize(
+    x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None = None
+) -> Quantized:
+    """Codes of a matrix and what they mean: `value_range`, `parameters` and `encode` in one.
 
-
-def value_sums(x: Tensor) -> Tensor:
-    """As `reference.value_sums`."""
-    return native.value_sums(x.detach()) if native.takes_source(x, None) else reference.value_sums(x)
-
-
-def row_sums(codes: Tensor) -> Tensor:
-    """As `reference.row_sums`."""
-    return native.row_sums(codes) if native.takes_codes(codes) else reference.row_sums(codes)
-
-
-def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
-    """As `reference.decode`."""
-    more = () if dither is None else (dither,)
-    if native.takes(step, offset, *more, integers=codes):
-        if step.numel() == 1 and offset.shape != step.shape:  # one step, but a dither per row in the offset
-            step = step.expand(offset.shape)
-        if step.shape == offset.shape:
-            return native.decode(codes, step, offset, dither)
-    return reference.decode(codes, step, offset, dither)
-
-
-def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
-    """As `reference.code_variance`."""
-    if native.takes(x, step, offset) and step.shape == offset.shape:
-        return native.code_variance(x, step, offset, low, high)
-    return reference.code_variance(x, step, offset, low, high)
-
-
-def hadamard(
-    x: Tensor,
-    order: Tensor,
-    blocks: tuple[int, ...],
-    before: Scaling | None = None,
-    keep: Tensor | None = None,
-    after: Unscaling | None = None,
-) -> Tensor:
-    """As `reference.hadamard`."""
-    if native.takes_source(x, None) and native.takes(*_floats(before, after), integers=order) and _writes(after):
-        return native.hadamard(x.detach(), order, blocks, before, keep, after)
-    return reference.hadamard(x, order, blocks, before, keep, after)
-
-
-def reflect(
-    x: Tensor,
-    group: Tensor,
-    normal: Tensor,
-    factor: Tensor,
-    before: Scaling | None = None,
-    after: Unscaling | None = None,
-) -> Tensor:
-    """As `reference.reflect`."""
-    floats = (normal, factor, *_floats(before, after))
-    if native.takes_source(x, None) and native.takes(*floats, integers=group) and _writes(after):
-        return native.reflect(x.detach(), group, normal, factor, before, after)
-    return reference.reflect(x, group, normal, factor, before, after)
-
-
-def _floats(before: Scaling | None, after: Unscaling | None) -> list[Tensor]:
-    found = [] if before is None else [before.half, before.offset, before.scale]
-    if after is not None:
-        found += [after.scale, after.offset, *(() if after.right is None else (after.right,))]
-    return found
-
-
-def _writes(after: Unscaling | None) -> bool:
-    return after is None or after.dtype in (torch.float32, torch.bfloat16)
-
-
-def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
-    """As `reference.replace_rows_`."""
-    if native.takes(y) and native.takes_source(x, None) and y.is_contiguous() and x.shape == y.shape:
-        return native.replace_rows_(y, keep, x.detach())
-    return reference.replace_rows_(y, keep, x)
+    Args:
+        x: the entries.
+        blocks: who shares a step.
+        coding: how their ranges become codes.
+        seed: int64 scalar; None only for a rounding that draws nothing.
+        known: what is known of x beside it; backends use and complete it where that saves a pass.
+    """
+    scales = scales_of(*value_range(x, blocks), coding, blocks)
+    return encoded(x, scales, coding, seed)._replace(findings=known)

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fqt.kernels import native, native_products
+from fqt.kernels.cpu import products as native_products
+from fqt.kernels.cpu.library import takes_codes
 
 CODES = (torch.uint8, torch.int8)
 _RESULTS = (torch.float32, torch.bfloat16)
@@ -310,7 +311,7 @@ def _check_matmul(a: Tensor, b: Tensor, epilogue: tuple) -> torch.dtype:
 
 def _matmul(a: Tensor, b: Tensor, *epilogue: object) -> Tensor:
     out = _check_matmul(a, b, epilogue)
-    if native.takes_codes(a, b) and a.shape[1] < 1 << 23:
+    if takes_codes(a, b) and a.shape[1] < 1 << 23:
         return native_products.matmul(a, b, out, epilogue)
     return _finish(a.double() @ b.double(), out, epilogue)
 
@@ -372,7 +373,7 @@ def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[_Shapes, 
 
 def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
     shapes, out, epilogue = _check_conv2d(input, weight, rest)
-    if native.takes_codes(input, weight) and weight.numel():
+    if takes_codes(input, weight) and weight.numel():
         return native_products.conv2d(input, weight, shapes, out, epilogue, backward=False)
     # No terms, where torch.nn.functional.conv2d loses the output's channels, or no output, which it refuses.
     if not weight.numel() or 0 in shapes.output:
@@ -422,7 +423,7 @@ def _grad_input(
 
 def _conv2d_grad_input(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
     shapes, out, epilogue = _check_grad_input(grad, weight, input_size, rest)
-    if native.takes_codes(grad, weight) and weight.numel():
+    if takes_codes(grad, weight) and weight.numel():
         return native_products.conv2d(grad, weight, shapes, out, epilogue, backward=True)
     if not weight.numel() or 0 in shapes.output:  # no terms, which convolution_backward refuses
         sums = grad.new_zeros(shapes.input, dtype=torch.float64)
@@ -454,7 +455,7 @@ def _check_grad_weight(
 
 def _conv2d_grad_weight(grad: Tensor, input: Tensor, kernel: list[int], *rest: object) -> Tensor:
     shapes, out, epilogue = _check_grad_weight(grad, input, kernel, rest)
-    if native.takes_codes(grad, input) and shapes.output[3] <= 1 << 15:
+    if takes_codes(grad, input) and shapes.output[3] <= 1 << 15:
         return native_products.conv2d_grad_weight(grad, input, shapes, out, epilogue)
     o, depth, kh, kw = shapes.weight
     stride, padding, dilation, groups = rest[:4]

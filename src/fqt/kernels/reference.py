@@ -1,9 +1,8 @@
 """The plain-torch kernels: what every faster backend must equal, bit for bit on codes.
 
-All work on a matrix of N rows and D columns. A *group* is a set of entries that share a step; its parameters
-have the shape (1, 1), (N, 1) or (1, D) and broadcast. Ranges are order-free; where floats are summed the
-order is fixed (rows ascending, butterflies by stage) and no multiply-add is contracted, since a last bit that
-differs upstream flips codes downstream.
+All work on a matrix of N rows and D columns, in blocks that share a step. Ranges are order-free; where floats are
+summed the order is fixed (rows ascending, butterflies by stage) and no multiply-add is contracted, since a last bit
+that differs upstream flips codes downstream.
 """
 
 from __future__ import annotations
@@ -13,50 +12,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fqt.kernels.philox import (
-    STREAM_DITHER_COLUMN,
-    STREAM_DITHER_ROW,
-    random_u24,
-    rounding_noise,
-)
+from fqt.kernels.codes import DITHER_LEVELS, Blocks, Entries, Levels, Scales
+from fqt.kernels.rounding import Rounding
 
-DITHER_LEVELS = 1 << 24
-Quantized = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]
-"""Codes, step and offset of a matrix, and its dither along rows (N, 1) and columns (1, D), in steps."""
 _LEAST_STEP = 2.0**-126
+_E4M3 = Levels(0, 448 * 512, 3)  # in units of its least number, 2⁻⁹
 # Beyond this step a group's range may exceed the largest float: its arithmetic is done on sixteenths.
 _WIDE_STEP = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which steps and codes are computed: float64 for float64, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def values(x: Tensor, factor: Tensor | None = None) -> Tensor:
-    """What is quantized: x (N, D) in its compute dtype, column j times factor[j mod P] for a factor (P,)."""
-    x = x.to(compute_dtype(x.dtype))
-    return x if factor is None else x * factor.repeat(x.shape[1] // factor.numel())
-
-
-def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Least and greatest value of each group.
-
-    Args:
-        x: (N, D), any real floating dtype.
-        group: "tensor", "row" or "column".
-        factor: as in `values`.
+def value_range(x: Entries, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of each block.
 
     Returns:
-        Two tensors of shape (1, 1), (N, 1) or (1, D). NaN where the group holds one; zeros where it is empty.
+        Two tensors with one number per block, in the compute dtype. NaN where the block holds one; zeros where it
+        is empty.
     """
-    dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[group]
-    if any(x.shape[d] == 0 for d in dims):
-        shape = [1 if d in dims else x.shape[d] for d in (0, 1)]
-        zeros = values(x.new_zeros(shape))
+    counts = blocks.count(x.shape)
+    values = x.values()
+    if not values.numel():
+        zeros = values.new_zeros(counts)
         return zeros, zeros.clone()
-    x = values(x, factor)
-    return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    if blocks.plain:
+        dims = [d for d, size in enumerate((blocks.rows, blocks.columns)) if size == 0]
+        return values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
+    return blocks.cut(values, torch.inf).amin((1, 3)), blocks.cut(values, -torch.inf).amax((1, 3))
 
 
 def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
@@ -118,107 +98,77 @@ def _zero_on_code(lo: Tensor, hi: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return step, torch.where(z == 0, 0.0, (-z * step).clamp(min=-largest))
 
 
+def stored_step(lo: Tensor, hi: Tensor, steps: int, store: str) -> Tensor:
+    """The steps of symmetric blocks as a format stores them, never so small that a value is clipped.
+
+    "power": the least power of two that is not below max|x|/steps (MX formats). "e4m3": s·g with one float32
+    g = M/(448·steps·16/17) for the tensor, M its largest value, and for each block the E4M3 number s nearest to
+    max|x|/(steps·16/17·g); the head-room 16/17 is what that rounding may take away (NVFP4, Quartet II). Below the
+    least normal number of E4M3 it may take more: there s is rounded up where it would clip.
+
+    Args:
+        lo, hi: the blocks' ranges.
+        steps: the highest level.
+        store: "power" or "e4m3".
+
+    Returns:
+        Of lo's shape and dtype; 0 where a block is zero, NaN where its range is not finite ("e4m3": any range).
+    """
+    magnitude = torch.maximum(lo.abs(), hi.abs())
+    finite = torch.isfinite(magnitude)
+    if store == "power":
+        mantissa, exponent = torch.frexp((magnitude / steps).clamp(min=_LEAST_STEP))
+        step = torch.ldexp(torch.ones_like(magnitude), exponent - (mantissa == 0.5).int())
+    else:
+        room = 16 / 17
+        whole = magnitude.amax() / (448 * steps * room) if magnitude.numel() else magnitude.new_zeros(())
+        whole, finite = whole.clamp(min=_LEAST_STEP), finite & torch.isfinite(whole)
+        t = (magnitude / (steps * room) / whole) * 512
+        gap = _E4M3.gap(t)
+        nearest = (t / gap).round() * gap
+        step = torch.where(nearest * whole * steps < magnitude * 512, nearest + gap, nearest)
+        step = step.clamp(max=_E4M3.high) * (whole / 512)
+    return torch.where(finite, torch.where(magnitude == 0, 0.0, step), torch.nan)
+
+
 def narrowing(step: Tensor) -> Tensor:
     """2⁻⁴ for groups so wide that their range could overflow, else 1; scaling by it is exact either way."""
     return torch.where(step > _WIDE_STEP[step.dtype], 0.0625, 1.0).to(step.dtype)
 
 
-def position(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
-    """Where each entry lies on the code axis: t = (x − offset)/step, clamped to [low, high].
+def position(values: Tensor, scales: Scales, levels: Levels) -> Tensor:
+    """Where each value lies on the axis of codes: t = (x − offset)/step, clamped to the levels' range.
 
-    Clamping comes before rounding, so no rounding can leave the range. NaN (of a group with a NaN step)
-    becomes `low`.
+    Clamping comes before rounding, so no rounding can leave the range. NaN (of a block with a NaN step)
+    becomes the lowest level.
     """
+    step, offset = scales.spread((values.shape[0], values.shape[1]))
     half = narrowing(step)
     divisor = torch.where(step == 0, 1.0, step) * half
-    t = (x * half - offset * half) / divisor
-    return t.clamp_(low, high).nan_to_num_(nan=float(low))
+    t = (values * half - offset * half) / divisor
+    return t.clamp_(levels.low, levels.high).nan_to_num_(nan=float(levels.low))
 
 
-def round_nearest(t: Tensor) -> Tensor:
-    """Nearest integer, ties to even. Deterministic and biased."""
-    return t.round()
-
-
-def round_stochastic(t: Tensor, u: Tensor, levels: int = DITHER_LEVELS) -> Tensor:
-    """⌊t⌋ + (u/levels < t − ⌊t⌋) for noise u in 0 … levels − 1.
-
-    (⌊t + u⌋ in floats can leave the range.) Over all values of u the mean is t, exactly if t is a multiple of
-    1/levels, and the variance is p(1 − p) with p = frac(t).
-    """
-    floor = t.floor()
-    return floor + (u.to(t.dtype) * (1.0 / levels) < t - floor)
-
-
-def round_dithered(t: Tensor, row: Tensor, column: Tensor, levels: int = DITHER_LEVELS) -> Tensor:
-    """⌊t + (row + column)/levels⌋ in exact arithmetic, for integers row (N, 1), column (1, D) below `levels`.
-
-    For t in [0, B − 1] the code stays in 0 … B. Over all (row, column) the error
-    code − (row + column)/levels + ½(1 − 1/levels) − t has mean zero and variance (1 − levels⁻²)/12, exactly
-    if t is a multiple of 1/levels.
-    """
-    k = row + column
-    u = k % levels
-    floor = t.floor()
-    threshold = (levels - u).to(t.dtype) * (1.0 / levels)
-    return floor + torch.div(k, levels, rounding_mode="floor") + (t - floor >= threshold)
-
-
-def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
-    """The two independent 24-bit noise vectors of dithered rounding: int32 (N, 1) and (1, D).
-
-    With `transposed` the matrix lies on its side: its columns are the quantizer's rows, and take their stream.
-    """
-    along_rows, along_columns = dither_streams(transposed)
-    row, column = random_u24(seed, along_rows, rows), random_u24(seed, along_columns, columns)
-    return row.view(rows, 1), column.view(1, columns)
-
-
-def dither_streams(transposed: bool) -> tuple[int, int]:
-    """The streams along the rows and along the columns of a matrix."""
-    return (STREAM_DITHER_COLUMN, STREAM_DITHER_ROW) if transposed else (STREAM_DITHER_ROW, STREAM_DITHER_COLUMN)
-
-
-def encode(
-    x: Tensor,
-    step: Tensor,
-    offset: Tensor,
-    low: int,
-    high: int,
-    rounding: str,
-    seed: Tensor | None,
-    factor: Tensor | None = None,
-    transposed: bool = False,
-) -> Tensor:
+def encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None) -> Tensor:
     """Codes of a matrix.
 
     Args:
-        x: (N, D), any real floating dtype.
-        step, offset: the groups' parameters, in x's compute dtype. A step of 0 (a constant group) gives code 0.
-        low, high: the range t is clamped to; for dithered rounding `high` is one below the last code.
-        rounding: "nearest", "stochastic" or "dithered".
-        seed: int64 scalar tensor; None only for "nearest". Element noise is indexed row-major.
-        factor: as in `values`.
-        transposed: as in `dither_noise`.
+        x: the entries.
+        scales: their blocks' parameters. A step of 0 (a constant block) gives code 0.
+        levels: positions are clamped to their range; for dithered rounding `high` is one below the last code.
+        rounding: how.
+        seed: int64 scalar tensor; None only for a rounding that draws nothing. Noise is counted row-major.
 
     Returns:
-        (N, D) codes, uint8 if low is 0, else int8.
+        (N, D) codes of `levels.dtype`.
     """
-    x = values(x, factor)
-    t = position(x, step, offset, low, high)
-    if rounding == "nearest":
-        codes = round_nearest(t)
-    else:
-        assert seed is not None
-        if rounding == "stochastic":
-            codes = round_stochastic(t, rounding_noise(seed, x.numel()).view(x.shape))
-        else:
-            codes = round_dithered(t, *dither_noise(seed, x.shape[0], x.shape[1], transposed))
-    return codes.to(torch.uint8 if low == 0 else torch.int8)
+    t = position(x.values(), scales, levels)
+    return rounding.round(t, levels, seed, x.transposed).to(levels.dtype)
 
 
-def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
+def decode(codes: Tensor, scales: Scales, dither: Tensor | None) -> Tensor:
     """step · (code − dither) + offset, (N, D) in the step's dtype; finite for finite parameters."""
+    step, offset = scales.spread((codes.shape[0], codes.shape[1]))
     half = narrowing(step)
     value = codes.to(step.dtype)
     if dither is not None:
@@ -228,28 +178,24 @@ def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -
     return value.clamp_(-largest, largest)
 
 
-def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
-    """p(1 − p) of each entry, p = frac(t): the variance of stochastic rounding in squared steps, (N, D)."""
-    t = position(x, step, offset, low, high)
-    p = t - t.floor()
-    return p * (1 - p)
+def code_variance(x: Entries, scales: Scales, levels: Levels) -> Tensor:
+    """f(1 − f)·gap² of each entry: the variance of stochastic rounding in squared steps, (N, D)."""
+    _, fraction, gap = levels.split(position(x.values(), scales, levels))
+    unit = fraction * (1 - fraction)
+    return unit if levels.uniform else unit * gap * gap
 
 
-def variance_sums(
-    x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, factor: Tensor | None = None
-) -> Tensor:
-    """Σ p(1 − p) of each group, every entry rounded to a multiple of 2⁻²⁴: integers, so order does not matter.
+def variance_sums(x: Entries, scales: Scales, levels: Levels) -> Tensor:
+    """Σ p(1 − p) of each block, every entry rounded to a multiple of 2⁻²⁴: integers, so order does not matter.
 
     Args:
-        x, step, offset, low, high, factor: as in `encode`.
+        x, scales, levels: as in `encode`; levels that fit a byte.
 
     Returns:
         int64 of step's shape, in units of 2⁻²⁴ squared steps.
     """
-    unit = code_variance(values(x, factor), step, offset, low, high)
-    dims = [d for d in (0, 1) if step.shape[d] == 1]
-    counts = (unit * float(DITHER_LEVELS)).round().to(torch.int64)
-    return counts.sum(dims, keepdim=True) if dims else counts
+    counts = (code_variance(x, scales, levels) * float(DITHER_LEVELS)).round().to(torch.int64)
+    return scales.blocks.sums(counts)
 
 
 def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -332,7 +278,7 @@ def hadamard(
         (N, D): row order[i] holds output i. The stages run over strides 1, 2, 4, …, each pair (a, b) giving
         (a + b, a − b).
     """
-    x = values(x)
+    x = Entries(x).values()
     x = x if before is None else before(x)
     mixed = _butterflies(x, order, blocks)
     mixed = mixed if keep is None else torch.where(keep, mixed, x)
@@ -386,7 +332,7 @@ def reflect(
     Returns:
         (N, D). The sum runs over ascending rows.
     """
-    x = values(x)
+    x = Entries(x).values()
     x = x if before is None else before(x)
     total = torch.zeros_like(x).index_add_(0, group, x * normal)
     y = x - normal * (total * factor).index_select(0, group)
@@ -395,4 +341,4 @@ def reflect(
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     """Row r of y, in place, becomes row r of x unless keep (N, 1) holds; returns y, (N, D)."""
-    return y.copy_(torch.where(keep, y, values(x)))
+    return y.copy_(torch.where(keep, y, Entries(x).values()))

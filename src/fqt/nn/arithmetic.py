@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fqt.kernels import native
-from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
+from fqt.kernels import status
+from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Identity
@@ -39,8 +39,8 @@ def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) ->
 
 def machine_obstacle() -> str:
     """Why this machine runs no product on integers; empty if it does."""
-    status = native.status()
-    return f"no integer kernels: {status.reason}" if status.level == "reference" else ""
+    found = status()
+    return f"no integer kernels: {found.reason}" if found.level == "reference" else ""
 
 
 @lru_cache(maxsize=512)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fqt.kernels.linear_map import DenseMap
 from fqt.nn.layers import products
-from fqt.nn.linear_map import DenseMap
 
 
 class QuantizedMultiheadAttention(nn.MultiheadAttention):

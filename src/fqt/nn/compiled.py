@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn import masks
 from fqt.nn.function import Call, backward, forward, input_view
-from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
 
 _library = torch.library.Library("fqt", "FRAGMENT")
@@ -89,9 +89,8 @@ def _layer_shape(
     if not keep or view is None or q is None:
         return output, input.new_empty(0), input.new_empty(0), input.new_empty(0)
     size = view.size
-    group = q.matrix_group(view.transposed)
-    step_shape = (size[0] if group == "row" else 1, size[1] if group == "column" else 1)
-    codes = input.new_empty(size, dtype=torch.int8 if q.scale.mode == "symmetric" else torch.uint8)
+    step_shape = q.scale.blocks(view.transposed).count(size)
+    codes = input.new_empty(size, dtype=q.code_dtype)
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     step, offset = (input.new_empty(step_shape, dtype=compute) for _ in range(2))
     return output, codes, step, offset
@@ -136,7 +135,9 @@ def _layer_backward(
     shapes = torch.Size(input_shape), torch.Size(weight_shape)
     view = input_view(shapes[0], call)
     saved = (input,) if view is None else (codes, step, offset)
-    found = backward(grad, weight, saved, None if view is None else (view, dtypes[0]), shapes, dtypes, needs, call)
+    q = call.recipe.operand("input")
+    seen = None if view is None or q is None else (view, dtypes[0], q.scale.blocks(view.transposed))
+    found = backward(grad, weight, saved, seen, shapes, dtypes, needs, call)
     none = grad.new_empty(0)
     grad_weight = None if found[1] is None else call.as_laid_out(found[1])
     return tuple(none if g is None else g for g in (found[0], grad_weight, found[2]))  # type: ignore[return-value]

@@ -24,16 +24,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fqt.kernels import reference
-from fqt.kernels.ops import Findings
+from fqt.kernels import integer
+from fqt.kernels.codes import Blocks, Findings, Scales, compute_dtype
+from fqt.kernels.linear_map import LinearMap, rows
 from fqt.kernels.philox import fork_seed
-from fqt.nn import integer
+from fqt.kernels.tensor import QuantizedTensor, RowView
 from fqt.nn.arithmetic import on_integers
-from fqt.nn.linear_map import LinearMap, rows
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.tensor import QuantizedTensor, RowView
 
 _ROLES = {"grad_input": 0, "grad_weight": 1}
 
@@ -121,7 +120,7 @@ class _Products(torch.autograd.Function):
         output, x = forward(input, weight, bias, call, share=ctx.needs_input_grad[1])
         # The input is needed only for the weight's gradient, and the other way round.
         saved = x.tensors if ctx.needs_input_grad[1] else ()
-        ctx.view = None if x.codes is None else (x.codes.view, x.codes.dtype)
+        ctx.view = None if x.codes is None else (x.codes.view, x.codes.dtype, x.codes.scales.blocks)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *saved)
         # A result that is a view of its memory could not be modified in place; nothing that is saved shares it.
         return output.data
@@ -148,7 +147,7 @@ def backward(
     grad_output: Tensor,
     weight: Tensor | None,
     saved: Sequence[Tensor | None],
-    view: tuple[RowView, torch.dtype] | None,
+    view: tuple[RowView, torch.dtype, Blocks] | None,
     shapes: tuple[torch.Size, torch.Size],
     dtypes: Sequence[torch.dtype | None],
     needs: Sequence[bool],
@@ -170,21 +169,23 @@ def backward(
     assert weight_dtype is not None
     grad_input = grad_weight = grad_bias = None
     with _no_autocast(grad_output.device.type):
-        if reference.compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
+        if compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
             grad_output = grad_output.double()
         if call.seed is not None and (call.recipe.grad_input or call.recipe.grad_weight):  # laid out once for both
             grad_output = call.map.unlay(call.map.lay(grad_output).contiguous())
-        findings = Findings(shapes[1][0] if needs[2] and not call.map.transposed else 0)
+        known = Findings(channels=shapes[1][0] if needs[2] and not call.map.transposed else 0)
         if needs[0]:
             assert weight is not None
             w = _Operand.weight(weight, call)
-            grad_input = call.as_laid_out(_grad_input(grad_output, w, call, shapes[0], input_dtype, findings))
+            grad_input, known = _grad_input(grad_output, w, call, shapes[0], input_dtype, known)
+            grad_input = call.as_laid_out(grad_input)
         if needs[1]:
             x = _Operand.unpacked(saved, view)
-            grad_weight = _grad_weight(grad_output, x, call, shapes[1], findings).to(weight_dtype)
+            grad_weight, known = _grad_weight(grad_output, x, call, shapes[1], known)
+            grad_weight = grad_weight.to(weight_dtype)
         if needs[2]:
             assert bias_dtype is not None
-            sums = call.map.grad_bias(grad_output) if findings.sums is None else findings.sums
+            sums = call.map.grad_bias(grad_output) if known.sums is None else known.sums
             grad_bias = sums.to(bias_dtype)
     return grad_input, grad_weight, grad_bias
 
@@ -262,7 +263,7 @@ class _Operand:
         return self.codes.matrix_codes, self.codes.matrix_step, self.codes.group_offset
 
     @staticmethod
-    def unpacked(saved: Sequence[Tensor | None], view: tuple[RowView, torch.dtype] | None) -> _Operand:
+    def unpacked(saved: Sequence[Tensor | None], view: tuple[RowView, torch.dtype, Blocks] | None) -> _Operand:
         """The input again, from its tensors."""
         if view is None:
             return _Operand(saved[0], None, True)
@@ -270,13 +271,14 @@ class _Operand:
         assert codes is not None
         assert step is not None
         assert offset is not None
-        return _Operand(None, QuantizedTensor(*view, codes, step, offset), True)
+        seen, dtype, blocks = view
+        return _Operand(None, QuantizedTensor(seen, dtype, codes, Scales(step, offset, blocks)), True)
 
 
 def _output(x: _Operand, w: _Operand, bias: Tensor | None, call: Call) -> Tensor:
     if x.codes is not None and w.codes is not None and call.on_integers("output", x.codes.matrix_step):
         return integer.output(call.map, x.codes, w.codes, bias, _result_dtype(call.dtype))
-    compute = reference.compute_dtype(torch.promote_types(x.dtype, w.dtype))
+    compute = compute_dtype(torch.promote_types(x.dtype, w.dtype))
     output = call.map.output(x.value(compute, call), w.value(compute, call))
     return output if bias is None else output + call.map.per_channel(bias.to(compute), output.ndim)
 
@@ -295,10 +297,10 @@ class _Gradient:
     call: Call
     quantizer: Quantizer | None
     axis: tuple[int, ...]
-    findings: Findings
+    known: Findings
 
     @staticmethod
-    def of(grad: Tensor, role: str, call: Call, findings: Findings) -> _Gradient:
+    def of(grad: Tensor, role: str, call: Call, known: Findings) -> _Gradient:
         """No quantizer where the gradient is exact.
 
         Output channels are not contracted in grad_weight: a row means a channel there, if the recipe does not say.
@@ -306,48 +308,48 @@ class _Gradient:
         q = call.recipe.operand(role) if call.seed is not None else None
         habit = "channel" if role == "grad_weight" else None
         axis = () if q is None else rows(call.map, q.scale.axis or habit, grad.ndim)
-        return _Gradient(call.map.lay(grad), role, call, q, axis, findings)
+        return _Gradient(call.map.lay(grad), role, call, q, axis, known)
 
     @property
     def compute(self) -> torch.dtype:
-        return reference.compute_dtype(self.values.dtype)
+        return compute_dtype(self.values.dtype)
 
     def on_integers(self) -> bool:
         return self.quantizer is not None and self.call.on_integers(self.role, self.values)
 
-    def codes(self, factor: Tensor | None) -> QuantizedTensor:
-        """Of the gradient times a factor that broadcasts against it."""
+    def codes(self, factor: Tensor | None) -> tuple[QuantizedTensor, Findings]:
+        """Of the gradient times a factor that broadcasts against it; and what is known of the gradient then."""
         assert self.quantizer is not None
         seed = self.call.noise(self.role, self.values.device)
         values, per_channel = self.values, factor
         if factor is not None and factor.ndim != 1:
             values, per_channel = values.to(self.compute) * factor, None
         if self.call.observer is not None:
-            seen = reference.values(values) if per_channel is None else values.to(self.compute) * per_channel
+            seen = values.to(self.compute) if per_channel is None else values.to(self.compute) * per_channel
             self.call.observer(GradientOperand(self.role, seen, factor, self.quantizer, self.axis, seed))
-        findings = self.findings if factor is None else None  # they are of the values alone
-        return self.quantizer.quantize(
-            values, seed, axis=self.axis, nonfinite="propagate", factor=per_channel, findings=findings
-        )
+        how: dict[str, Any] = {"axis": self.axis, "nonfinite": "propagate", "factor": per_channel}
+        if factor is not None:  # what is known is of the values alone
+            return self.quantizer.quantize(values, seed, **how), self.known
+        return self.quantizer.quantize_knowing(values, self.known, seed, **how)
 
-    def value(self, factor: Tensor | None) -> Tensor:
+    def value(self, factor: Tensor | None) -> tuple[Tensor, Findings]:
         """The same as floats of the layer's own layout: as its quantizer returns it, or exact."""
         if self.quantizer is None:
             exact = self.values.to(self.compute)
-            return self.call.map.unlay(exact if factor is None else exact * factor)
-        return self.call.map.unlay(self.codes(factor).dequantize(self.compute))
+            return self.call.map.unlay(exact if factor is None else exact * factor), self.known
+        codes, known = self.codes(factor)
+        return self.call.map.unlay(codes.dequantize(self.compute)), known
 
 
 def _grad_input(
-    grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype, findings: Findings
-) -> Tensor:
-    gradient = _Gradient.of(grad, "grad_input", call, findings)
+    grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype, known: Findings
+) -> tuple[Tensor, Findings]:
+    gradient = _Gradient.of(grad, "grad_input", call, known)
     step = weight.row_step() if _folds(gradient) else None
     if weight.codes is not None and gradient.on_integers():
         result = _result_dtype(dtype)
-        return integer.grad_input(call.map, gradient.codes(step), weight.codes, step is not None, shape, result).to(
-            dtype
-        )
+        codes, known = gradient.codes(step)
+        return integer.grad_input(call.map, codes, weight.codes, step is not None, shape, result).to(dtype), known
     value = weight.value(gradient.compute, call)
     factor: Tensor | None = None
     if step is not None:
@@ -356,11 +358,14 @@ def _grad_input(
         norms = by_channel.square().sum([d for d in range(by_channel.ndim) if d not in axis]).flatten()
         factor = _fold(gradient, step, norms, step)
         value = call.map.weight_restored(by_channel / factor.view(view))
-    return call.map.grad_input(gradient.value(factor), value, shape).to(dtype)
+    grad, known = gradient.value(factor)
+    return call.map.grad_input(grad, value, shape).to(dtype), known
 
 
-def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size, findings: Findings) -> Tensor:
-    gradient = _Gradient.of(grad, "grad_weight", call, findings)
+def _grad_weight(
+    grad: Tensor, input: _Operand, call: Call, shape: torch.Size, known: Findings
+) -> tuple[Tensor, Findings]:
+    gradient = _Gradient.of(grad, "grad_weight", call, known)
     step, view = (input.row_step() if _folds(gradient) else None), []
     if step is not None and input.codes is not None:
         axis = input.codes.view.axis
@@ -368,8 +373,8 @@ def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size, f
         if not (call.map.aligned_tokens or axis == (0,)):
             step = None
     if input.codes is not None and gradient.on_integers():
-        codes = gradient.codes(None if step is None else step.view(view))
-        return integer.grad_weight(call.map, codes, input.codes, step is not None, shape)
+        codes, known = gradient.codes(None if step is None else step.view(view))
+        return integer.grad_weight(call.map, codes, input.codes, step is not None, shape), known
     value = input.value(gradient.compute, call)
     factor: Tensor | None = None
     if step is not None:
@@ -377,7 +382,8 @@ def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size, f
         norms = laid.square().sum([d for d in range(laid.ndim) if view[d] == 1]).flatten()
         factor = _fold(gradient, step.view(view), norms, step).view(view)
         value = call.map.unlay(laid / factor)
-    return call.map.grad_weight(gradient.value(factor), value, shape)
+    grad, known = gradient.value(factor)
+    return call.map.grad_weight(grad, value, shape), known
 
 
 def _folds(gradient: _Gradient) -> bool:

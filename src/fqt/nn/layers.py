@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn import compiled
 from fqt.nn.function import Call, linear_products
-from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
 
 _SEED_RANGE = 2**63 - 1

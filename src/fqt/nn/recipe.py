@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError
-from fqt.quant.catalog import METHODS, known_names, quantizer, quantizer_name
-from fqt.quant.quantizer import Quantizer
-from fqt.quant.scale import Integers, Scale
+from fqt.kernels.rounding import NEAREST, STOCHASTIC
+from fqt.quant.catalog import METHODS, known_names, quantizer, quantizer_name, rounded
+from fqt.quant.grid import Integers
+from fqt.quant.quantizer import Best, Quantizer
+from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder, Identity, ScaledHadamard, Transform
 
 if sys.version_info >= (3, 11):
@@ -145,7 +147,7 @@ def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
         return None
     if not isinstance(value, Quantizer):
         raise FqtError(f"{operand} must be a Quantizer, its name or None, not {value!r}")
-    if forward and (value.rounding != "nearest" or not isinstance(value.transform, Identity)):
+    if forward and (value.draws or not isinstance(value.transform, Identity)):
         raise FqtError(f"{operand} must be rounded to nearest without transform: the forward pass is deterministic")
     if operand == "input" and value.scale.axis == "channel":
         raise FqtError("input has no output channels: its axis is 'sample' or 'token'")
@@ -160,9 +162,9 @@ def _named_operand(operand: str, name: str) -> Quantizer | None:
     value = quantizer(name)
     if operand not in ("input", "weight"):
         return value
-    if value.rounding == "stochastic":  # a bare name: the forward pass has only one rounding
-        value = replace(value, rounding="nearest")
-    if operand == "weight" and value.rounding == "nearest":
+    if value.rounding == STOCHASTIC and not isinstance(value, Best):
+        value = replace(value, rounding=NEAREST)  # a bare name: the forward pass has only one rounding
+    if operand == "weight" and value.rounding == NEAREST:
         value = replace(value, scale=replace(value.scale, mode="symmetric"))
     return value
 
@@ -284,11 +286,11 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
         raise FqtError(f"unknown transform {name!r}; known: {', '.join(_TRANSFORMS)}")
     options = {k: table[k] for k in words["options"] if k in table}
     _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
-    return Quantizer(
-        transform=_TRANSFORMS[name](**options),
-        scale=Scale(**{k: table[k] for k in words["scale"] if k in table}),
-        grid=Integers(table.get("bits", 8)),
-        rounding=table.get("rounding", "stochastic"),
+    return rounded(
+        _TRANSFORMS[name](**options),
+        Scale(**{k: table[k] for k in words["scale"] if k in table}),
+        Integers(table.get("bits", 8)),
+        table.get("rounding", "stochastic"),
     )
 
 
@@ -323,4 +325,4 @@ def _dump_operand(operand: str, value: Quantizer | None) -> Any:
     scale = {"group": value.scale.group, "mode": value.scale.mode}
     if value.scale.axis:
         scale["axis"] = value.scale.axis
-    return {"transform": transform, **options, **scale, "bits": value.grid.bits, "rounding": value.rounding}
+    return {"transform": transform, **options, **scale, "bits": value.bits, "rounding": value.rounding_name}

@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fqt.kernels.codes import Scales
+from fqt.kernels.tensor import QuantizedTensor, RowView
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.tensor import QuantizedTensor, RowView
 
 _Key = tuple[Quantizer, tuple[int, ...], type]
-_Parts = tuple[RowView, weakref.ref[Tensor], Tensor, Tensor]
+_Parts = tuple[RowView, weakref.ref[Tensor], Scales]
 _known: dict[int, tuple[weakref.ref[Tensor], tuple, dict[_Key, _Parts]]] = {}
 
 
@@ -44,8 +45,8 @@ def shared(
     found = entry[2].get(key)
     codes = None if found is None else found[1]()
     if found is not None and codes is not None:
-        view, _, step, offset = found
-        return QuantizedTensor(view, x.dtype, codes, step, offset)
+        view, _, scales = found
+        return QuantizedTensor(view, x.dtype, codes, scales)
     q = quantize()
-    entry[2][key] = (q.view, weakref.ref(q.matrix_codes), q.matrix_step, q.group_offset)
+    entry[2][key] = (q.view, weakref.ref(q.matrix_codes), q.scales)
     return q

@@ -9,8 +9,9 @@ import re
 from dataclasses import replace
 
 from fqt.errors import FqtError
-from fqt.quant.quantizer import Quantizer
-from fqt.quant.scale import AXES, Integers, Scale
+from fqt.quant.grid import Grid, Integers
+from fqt.quant.quantizer import Best, Quantizer
+from fqt.quant.scale import AXES, Scale
 from fqt.quant.transform import BlockHouseholder, Identity, ScaledHadamard, Transform
 
 METHODS: dict[str, tuple[Transform, Scale]] = {
@@ -47,7 +48,7 @@ def quantizer(name: str, bits: int | None = None) -> Quantizer:
     >>> quantizer("psq4") == quantizer("psq", bits=4)
     True
     >>> quantizer("shq4d").rounding
-    'dithered'
+    Dithered()
     """
     match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None or match[1] not in METHODS:
@@ -58,14 +59,26 @@ def quantizer(name: str, bits: int | None = None) -> Quantizer:
     if not digits and bits is None:
         raise FqtError(f"quantizer {name!r} needs its bits: '{method}2' … '{method}8', or bits=")
     transform, scale = METHODS[method]
+    grid = Integers(int(digits) if digits else bits)  # type: ignore[arg-type]
     rounding = ROUNDING_SUFFIX[suffix]
+    # Without a transform exact zeros stay exact, which dithered rounding cannot give.
     mode = "zero" if rounding == "best" and isinstance(transform, Identity) else scale.mode
-    return Quantizer(
-        transform=transform,
-        scale=replace(scale, axis=axis, mode=mode),
-        grid=Integers(int(digits) if digits else bits),  # type: ignore[arg-type]
-        rounding=rounding,
-    )
+    return rounded(transform, replace(scale, axis=axis, mode=mode), grid, rounding)
+
+
+def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: str) -> Quantizer:
+    """The quantizer of these choices.
+
+    Args:
+        transform, scale, grid: as `Quantizer` takes them.
+        rounding: as `Quantizer` takes it; or "best": the better of stochastic rounding on this scale and dithered
+            rounding on the affine one.
+    """
+    if rounding != "best":
+        return Quantizer(transform=transform, scale=scale, grid=grid, rounding=rounding)
+    affine = replace(scale, mode="affine")
+    stochastic = Quantizer(transform=transform, scale=scale, grid=grid, rounding="stochastic")
+    return Best(candidates=(stochastic, replace(stochastic, scale=affine, rounding="dithered")))
 
 
 def quantizer_name(q: Quantizer) -> str | None:
@@ -73,7 +86,7 @@ def quantizer_name(q: Quantizer) -> str | None:
     for method in METHODS:
         for suffix in ROUNDING_SUFFIX:
             axis = f"@{q.scale.axis}" if q.scale.axis else ""
-            name = f"{method}{q.grid.bits}{suffix}{axis}"
+            name = f"{method}{q.bits}{suffix}{axis}"
             if quantizer(name) == q:
                 return name
     return None

@@ -1,30 +1,30 @@
 """A quantizer is four choices: transform × scale × grid × rounding.
 
-Every method of the field is a point in that product, so there is one class and no subclass; encode, decode,
-the exact variance and its bound follow from the four values. A class per method was rejected: it repeats the
-edge cases once per method, which is where released quantizers go wrong.
+Every method of the field is a point in that product, so there is one class and no subclass per method; encode,
+decode, the exact variance and its bound follow from the four values. A class per method was rejected: it repeats
+the edge cases once per method, which is where released quantizers go wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.kernels import mixed, native, ops, reference
-from fqt.kernels.ops import Findings
+from fqt.kernels import ops
+from fqt.kernels.choice import Choice, quantize_best
+from fqt.kernels.codes import Blocks, Entries, Findings, Quantized, compute_dtype
+from fqt.kernels.mixing import Mixing
 from fqt.kernels.philox import as_seed
-from fqt.kernels.reference import Quantized
-from fqt.quant.rounding import Either, Entries, Plan
-from fqt.quant.scale import Integers, Scale
-from fqt.quant.tensor import Dither, QuantizedTensor, RowView
-from fqt.quant.transform import Identity, Mixing, Transform
-
-ROUNDINGS = ("nearest", "stochastic", "dithered", "best")
+from fqt.kernels.rounding import DITHERED, ROUNDINGS, Coding, Rounding
+from fqt.kernels.tensor import QuantizedTensor, RowView
+from fqt.quant.grid import Grid, Integers
+from fqt.quant.scale import Scale
+from fqt.quant.transform import Identity, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,31 +34,67 @@ class Quantizer:
     Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest", up to the rounding of float
     arithmetic. Nothing is ever clipped, but for estimates beyond the largest float of the dtype, which only
     dithered rounding and transforms can give: half a step, or their noise, outside the range of x.
-    "best" is stochastic or dithered per tensor, whichever has the lower exact variance on it (its stochastic
-    candidate follows the scale's mode, its dithered one is affine).
 
     Attributes:
         transform: `Identity()`, `BlockHouseholder()` or `ScaledHadamard()`; the latter two take row scales.
-        scale: `Scale(group, mode, axis)`.
-        grid: `Integers(bits)`.
-        rounding: "nearest" (deterministic), "stochastic", "dithered" or "best".
+        scale: `Scale(group, mode, axis, store)`.
+        grid: `Integers(bits)` or `Floats(exponent, mantissa)`.
+        rounding: `Nearest()` (deterministic), `Stochastic()`, `Dithered()`, or the name of one.
     """
 
     transform: Transform = field(default_factory=Identity)
     scale: Scale = field(default_factory=Scale)
-    grid: Integers = field(default_factory=Integers)
-    rounding: str = "stochastic"
+    grid: Grid = field(default_factory=Integers)
+    rounding: Rounding | str = "stochastic"
 
     def __post_init__(self) -> None:
-        if self.rounding not in ROUNDINGS:
-            raise FqtError(f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}")
-        if self.rounding in ("dithered", "best") and self.scale.mode == "symmetric":
-            raise FqtError(f"{self.rounding} rounding needs an affine scale, not a symmetric one")
-        if not isinstance(self.transform, Identity) and self.scale.group != "row":
+        if isinstance(self.rounding, str):
+            if self.rounding not in ROUNDINGS:
+                raise FqtError(f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}")
+            object.__setattr__(self, "rounding", ROUNDINGS[self.rounding])
+        if self.rounding == DITHERED and self.scale.mode == "symmetric":
+            raise FqtError("dithered rounding needs an affine scale, not a symmetric one")
+        if self.transform.mixes_rows and self.scale.group != "row":
             raise FqtError(f"a transform over rows needs row scales, not {self.scale.group!r}")
-        if self.rounding == "best" and getattr(self.transform, "guard", None) == "exact":
-            # The guard decides block by block, the rounding for the whole: neither is exact without the other.
-            raise FqtError("guard='exact' compares one rounding's variances: choose 'stochastic' or 'dithered'")
+        self.grid.levels(self.scale.mode)
+
+    @cached_property
+    def coding(self) -> Coding:
+        """Scale, grid and rounding as the kernels take them."""
+        assert isinstance(self.rounding, Rounding)
+        levels = self.grid.levels(self.scale.mode)
+        # Dithered codes may round up by almost two steps' worth: a step of head-room keeps them in the levels.
+        levels = replace(levels, high=levels.high - self.rounding.headroom)
+        return Coding(self.scale.mode, levels, self.rounding, self.scale.store)
+
+    @property
+    def codings(self) -> tuple[Coding, ...]:
+        """All that may be taken: one, or those of a `Best`."""
+        return (self.coding,)
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.grid.bits
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs a seed: it is not deterministic."""
+        return any(coding.rounding.draws for coding in self.codings)
+
+    @property
+    def rounding_name(self) -> str:
+        """ "nearest", "stochastic", "dithered", or "best" for a choice between several."""
+        return str(self.rounding)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of the codes: uint8 on affine scales, int8 on symmetric ones, float32 for levels that fit no byte."""
+        return self.coding.levels.dtype
+
+    def with_bits(self, bits: int) -> Quantizer:
+        """The same quantizer at another width."""
+        return replace(self, grid=self.grid.with_bits(bits))
 
     def quantize(
         self,
@@ -68,7 +104,6 @@ class Quantizer:
         axis: int | tuple[int, ...] = 0,
         nonfinite: str = "raise",
         factor: Tensor | None = None,
-        findings: Findings | None = None,
     ) -> QuantizedTensor:
         """Codes of `x`, with what turns them back.
 
@@ -80,21 +115,37 @@ class Quantizer:
             nonfinite: "raise", or "propagate": NaN out for the whole group (with a transform: the tensor).
             factor: (x.shape[-1],) in float32 (float64 for float64 x): what is quantized is x · factor, multiplied
                 on the way to save a pass over memory; None is x itself.
-            findings: what passes over x have found out, to be used and added to where that saves a pass.
 
         Raises:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
-        scaled = factor is not None
-        matrix, view, factor = self._matrix(x, axis, factor)
-        if scaled or view.order[-1] != x.ndim - 1:
-            findings = None  # they are of x itself, with its last axis innermost
-        key = self._key(seed, x.device)
-        quantized = self._mixed_at_once(matrix, view, factor, x.dtype, key, findings)
-        if quantized is None:
-            return self._checked(nonfinite, *self._rounded(matrix, view, factor, x.dtype, key, findings))[1]
-        _check_nonfinite(nonfinite)
-        return quantized
+        return self.quantize_knowing(x, Findings(), seed, axis=axis, nonfinite=nonfinite, factor=factor)[0]
+
+    def quantize_knowing(
+        self,
+        x: Tensor,
+        known: Findings,
+        seed: int | Tensor | None = None,
+        *,
+        axis: int | tuple[int, ...] = 0,
+        nonfinite: str = "raise",
+        factor: Tensor | None = None,
+    ) -> tuple[QuantizedTensor, Findings]:
+        """`quantize` for one of several quantizers that read the same x: what is known of x saves a pass.
+
+        Args:
+            x, seed, axis, nonfinite, factor: as for `quantize`.
+            known: what passes over x have found out; with `channels`, its sums are wanted.
+
+        Returns:
+            The codes, and what is known now.
+        """
+        entries, view = self._entries(x, axis, factor)
+        # They are of x itself, with its last axis innermost.
+        mine = known if factor is None and view.order[-1] == x.ndim - 1 else None
+        found, mixing = self._codes(entries, view, self._key(seed, x.device), mine)
+        quantized = self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, mixing))
+        return quantized, found.findings or known
 
     def rounded(
         self,
@@ -110,67 +161,40 @@ class Quantizer:
         `QuantizedTensor.decode` is an estimate of that matrix whose errors are independent; undoing a transform
         correlates rows. Arguments and errors are those of `quantize`; the matrix lacks the factor.
         """
-        matrix, view, factor = self._matrix(x, axis, factor)
+        entries, view = self._entries(x, axis, factor)
         key = self._key(seed, x.device)
-        return self._checked(nonfinite, *self._rounded(matrix, view, factor, x.dtype, key, None))
+        y, mixing = self._mix(entries, key)
+        found = self._rounded(y, view, key, mixing, None)
+        return y.matrix, self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, mixing))
 
     @staticmethod
-    def _checked(nonfinite: str, y: Tensor, quantized: QuantizedTensor) -> tuple[Tensor, QuantizedTensor]:
-        _check_nonfinite(nonfinite)
-        # A group's range shows what it holds: no pass over the values is needed.
-        parameters = [quantized.matrix_step, *([] if quantized.mixing is None else [quantized.mixing.offset])]
+    def _checked(nonfinite: str, quantized: QuantizedTensor) -> QuantizedTensor:
+        if nonfinite not in ("raise", "propagate"):
+            raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
+        # A block's range shows what it holds: no pass over the values is needed.
+        parameters = [quantized.scales.step, *([] if quantized.mixing is None else [quantized.mixing.offset])]
         if nonfinite == "raise" and any(bool(torch.isnan(p).any()) for p in parameters):
             raise FqtError("cannot quantize NaN or Inf; pass nonfinite='propagate' to get NaN back instead")
-        return y, quantized
+        return quantized
 
-    def _mixed_at_once(
-        self,
-        matrix: Tensor,
-        view: RowView,
-        factor: Tensor | None,
-        dtype: torch.dtype,
-        key: Tensor | None,
-        findings: Findings | None,
-    ) -> QuantizedTensor | None:
-        """What `_rounded` gives, in one call of a kernel; None where there is none for it. All finite."""
-        if self.rounding == "best" or self.scale.mode != "affine":
-            return None
-        high = Plan.codes(self.scale.mode, self.grid, self.rounding)[1]
-        how = mixed.Rounding(True, self.grid.affine_steps, high, self.rounding, key)
-        found = self.transform.codes(matrix, factor, how)
-        if found is None:
-            return None
-        codes, mixing = found
-        if findings is not None:
-            findings.found(codes.range)
-        dither = None if codes.dither is None else Dither(*codes.dither)
-        return QuantizedTensor(view, dtype, codes.codes, codes.step, codes.offset, dither, mixing)
+    def _codes(
+        self, x: Entries, view: RowView, key: Tensor | None, known: Findings | None
+    ) -> tuple[Quantized, Mixing | None]:
+        """Codes of x, and how to undo the transform."""
+        return self.transform.codes(x, self._blocks(view), self.coding, key, known)
 
     def _rounded(
-        self,
-        matrix: Tensor,
-        view: RowView,
-        factor: Tensor | None,
-        dtype: torch.dtype,
-        key: Tensor | None,
-        findings: Findings | None,
-    ) -> tuple[Tensor, QuantizedTensor]:
-        if isinstance(self.transform, Identity):
-            low, high = Plan.codes(self.scale.mode, self.grid, self.rounding)
-            how = (self.matrix_group(view.transposed), self.scale.mode, low, high, self.rounding, key)
-            found: Quantized | None = None
-            if self.rounding != "best":
-                found = ops.quantize(matrix, *how, factor, view.transposed, findings)
-            elif ops.quantizes_at_once(matrix, key, factor):
-                found = native.quantize(matrix, *how, factor, view.transposed, findings)
-            if found is not None:
-                codes, step, offset, noise = found
-                dither = None if noise is None else Dither(*noise)
-                return matrix, QuantizedTensor(view, dtype, codes, step, offset, dither)
-        y, factor, mixing, plan = self._plan(matrix, factor, view.transposed, key)
-        codes = plan.encode(Entries(y, factor, view.transposed), key)
-        decoding = plan.decoding(y, view.transposed, key)
-        return y, QuantizedTensor(view, dtype, codes, *decoding, mixing)
+        self, y: Entries, view: RowView, key: Tensor | None, mixing: Mixing | None, known: Findings | None
+    ) -> Quantized:
+        """Codes of a matrix that is mixed already."""
+        return ops.quantize(y, self._blocks(view), self.coding, key, known)
+
+    def _mix(self, x: Entries, key: Tensor | None) -> tuple[Entries, Mixing | None]:
+        """The matrix that is rounded, and how to undo the transform."""
+        if not self.transform.mixes_rows:
+            return x, None
+        y, mixing = self.transform.apply(x.values(), self.coding, key)
+        return Entries(y), mixing
 
     def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.
@@ -216,101 +240,121 @@ class Quantizer:
         Returns:
             (variances, bounds), each float64 of shape (len(widths),), in squared units of x (times weight).
         """
-        matrix, view, _ = self._matrix(x, axis, None)
-        matrix = reference.values(matrix)
-        members = [replace(self, grid=Integers(bits)) for bits in widths]
-        key, shares = self._key(seed, x.device), getattr(self.transform, "guard", True) != "exact"
+        entries, view = self._entries(x, axis, None)
+        entries = replace(entries, matrix=entries.values())
+        members, key = [self.with_bits(bits) for bits in widths], self._key(seed, x.device)
         exact, bound = [], []
         for number, member in enumerate(members):
-            if number == 0 or not shares:
-                y, mixing = member._mix(matrix, key)
-                ranges = self._ranges(y, None, view.transposed)
+            if number == 0 or self._mixing_sees_levels:
+                y, mixing = member._mix(entries, key)
+                ranges = ops.value_range(y, self._blocks(view))
                 cost = None if mixing is None else mixing.cost
-                entries = None if weight is None else _entry_weight(weight, view, mixing)
-            plan = member._rounding_plan(y, None, ranges, cost)
-            taken = plan.taken() if isinstance(plan, Either) else plan
-            if entries is None:
-                upper = taken.row_bound(y)
-                exact.append(plan.variance(y, cost))
-                bound.append((upper if cost is None else upper * cost).sum())
+                weights = None if weight is None else _entry_weight(weight, view, mixing)
+            choice = Choice.of(y, *ranges, self._blocks(view), member.codings, cost)
+            if weights is None:
+                exact.append(choice.variance(y.matrix, cost))
+                bound.append(choice.bound(y.matrix, cost))
             else:
-                exact.append(taken.weighted_variance(y, entries))
-                bound.append(taken.weighted_bound(y, entries))
+                exact.append(choice.weighted(y.matrix, weights))
+                bound.append(choice.weighted_bound(y.matrix, weights))
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
         return (torch.stack(exact), torch.stack(bound)) if members else (empty, empty)
 
-    def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
-        matrix, view, _ = self._matrix(x, axis, None)
-        matrix = reference.values(matrix)
-        y, _, mixing, plan = self._plan(matrix, None, view.transposed, self._key(seed, x.device))
-        cost = None if mixing is None else mixing.cost
-        if exact:
-            return plan.variance(y, cost)
-        rows = plan.row_bound(y)
-        return (rows if cost is None else rows * cost).sum()
+    @property
+    def _mixing_sees_levels(self) -> bool:
+        """Whether what the transform does depends on the width; bounds of steps proportional to ranges do not."""
+        proportional = self.scale.mode != "zero" and self.scale.store == "float32"
+        return self.transform.sees_levels or not proportional
 
-    def _matrix(
-        self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None
-    ) -> tuple[Tensor, RowView, Tensor | None]:
-        """The matrix of x, its view, and the factor as the kernels take it."""
+    def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
+        entries, view = self._entries(x, axis, None)
+        y, mixing = self._mix(replace(entries, matrix=entries.values()), self._key(seed, x.device))
+        cost, blocks = None if mixing is None else mixing.cost, self._blocks(view)
+        choice = Choice.of(y, *ops.value_range(y, blocks), blocks, self.codings, cost)
+        return choice.variance(y.matrix, cost) if exact else choice.bound(y.matrix, cost)
+
+    def _entries(self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None) -> tuple[Entries, RowView]:
+        """x as a matrix, with the factor as the kernels take it, and its view."""
         # A transform mixes rows: its kernels want them as the matrix's rows.
-        view = _view(x, axis, may_transpose=isinstance(self.transform, Identity))
-        matrix = view.matrix(x.detach())
+        view = _view(x, axis, may_transpose=not self.transform.mixes_rows)
+        values = x.detach()
         if factor is not None and (view.order[-1] != x.ndim - 1 or x.ndim == len(view.axis)):
-            matrix, factor = view.matrix(reference.values(x.detach()) * factor), None
-        return matrix, view, factor
+            values, factor = values.to(compute_dtype(values.dtype)) * factor, None
+        return Entries(view.matrix(values), factor, view.transposed), view
 
     def _key(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
         if seed is not None:
             return as_seed(seed, device)
-        if self.rounding != "nearest":
-            raise FqtError(f"{self.rounding} rounding draws noise: give quantize() a seed")
+        if self.draws:
+            raise FqtError(f"{self.coding.rounding} rounding draws noise: give quantize() a seed")
         return None
 
-    def _plan(
-        self, x: Tensor, factor: Tensor | None, transposed: bool, key: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Mixing | None, Plan | Either]:
-        """The transformed matrix and the factor still to be applied, how to undo the transform, how to round."""
-        if factor is not None and not isinstance(self.transform, Identity):
-            x, factor = reference.values(x, factor), None
+    def _blocks(self, view: RowView) -> Blocks:
+        return self.scale.blocks(view.transposed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best(Quantizer):
+    """Of several quantizers the one that has the least exact variance on a tensor; the first where two are equal.
+
+    The choice looks at the data, not at the rounding noise: unbiased as each of them is.
+
+    Attributes:
+        candidates: quantizers of one transform, one group of entries that share a step and codes of one dtype; they
+            differ in where zero lies and in the rounding.
+        transform, scale, grid, rounding: the first candidate's.
+    """
+
+    candidates: tuple[Quantizer, ...]
+    transform: Transform = field(init=False, repr=False, compare=False)
+    scale: Scale = field(init=False, repr=False, compare=False)
+    grid: Grid = field(init=False, repr=False, compare=False)
+    rounding: Rounding | str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        if len(self.candidates) < 2 or not all(type(q) is Quantizer for q in self.candidates):
+            raise FqtError(f"Best chooses between two quantizers or more, not {self.candidates!r}")
+        first = self.candidates[0]
+        for name in ("transform", "scale", "grid", "rounding"):
+            object.__setattr__(self, name, getattr(first, name))
+        if any((q.transform, q.scale.group, q.scale.axis, q.grid) != self._common for q in self.candidates):
+            raise FqtError("the quantizers that Best chooses between must have one transform, group, axis and grid")
+        if self.transform.sees_levels:
+            # The guard decides block by block, the choice is of the whole: neither is exact without the other.
+            raise FqtError("guard='exact' compares one rounding's variances: choose 'stochastic' or 'dithered'")
+        if any(q.code_dtype != first.code_dtype for q in self.candidates):
+            raise FqtError("the quantizers that Best chooses between must have codes of one dtype")
+
+    @property
+    def _common(self) -> tuple:
+        return self.transform, self.scale.group, self.scale.axis, self.grid
+
+    @property
+    def codings(self) -> tuple[Coding, ...]:
+        """The candidates'."""
+        return tuple(q.coding for q in self.candidates)
+
+    @property
+    def rounding_name(self) -> str:
+        """ "best"."""
+        return "best"
+
+    def with_bits(self, bits: int) -> Best:
+        """The same choice at another width."""
+        return Best(candidates=tuple(q.with_bits(bits) for q in self.candidates))
+
+    def _codes(
+        self, x: Entries, view: RowView, key: Tensor | None, known: Findings | None
+    ) -> tuple[Quantized, Mixing | None]:
         y, mixing = self._mix(x, key)
-        ranges = self._ranges(y, factor, transposed)
-        return y, factor, mixing, self._rounding_plan(y, factor, ranges, None if mixing is None else mixing.cost)
+        return self._rounded(y, view, key, mixing, known if mixing is None else None), mixing
 
-    def _ranges(self, y: Tensor, factor: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
-        """Least and greatest values of the groups; rows of a matrix on its side are its columns."""
-        return ops.value_range(y, self.matrix_group(transposed), factor)
-
-    def matrix_group(self, transposed: bool) -> str:
-        """Who shares a step in the matrix: its columns are the rows if it lies on its side."""
-        group = self.scale.group
-        return {"row": "column", "column": "row"}.get(group, group) if transposed else group
-
-    def _mix(self, x: Tensor, key: Tensor | None) -> tuple[Tensor, Mixing | None]:
-        """The transformed matrix, and how to undo the transform."""
-
-        def row_cost(y: Tensor) -> Tensor:
-            lo, hi = ops.value_range(y, "row")
-            if getattr(self.transform, "guard", True) == "exact":
-                return self._rounding_plan(y, None, (lo, hi), None).row_variance(reference.values(y))
-            return Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic").row_bound(y)
-
-        return self.transform.apply(x, key, row_cost)
-
-    def _rounding_plan(
-        self, y: Tensor, factor: Tensor | None, ranges: tuple[Tensor, Tensor], cost: Tensor | None
-    ) -> Plan | Either:
-        lo, hi = ranges
-        if self.rounding != "best":
-            return Plan.of(lo, hi, self.scale.mode, self.grid, self.rounding)
-        stochastic = Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic")
-        dithered = Plan.of(lo, hi, "affine", self.grid, "dithered")
-        groups = dithered.group_variance(y, factor), stochastic.group_variance(y, factor)
-        gain = groups[1] - groups[0]
-        if cost is not None:
-            gain = gain * cost[:, None]
-        # A running sum adds in one order on every backend: the choice must not depend on the machine.
-        return Either(gain.flatten().cumsum(0)[-1:].sum() > 0, dithered, stochastic, groups)
+    def _rounded(
+        self, y: Entries, view: RowView, key: Tensor | None, mixing: Mixing | None, known: Findings | None
+    ) -> Quantized:
+        cost = None if mixing is None else mixing.cost
+        return quantize_best(y, self._blocks(view), self.codings, key, cost, known)
 
 
 def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:
@@ -326,11 +370,6 @@ def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tenso
     unit = torch.eye(full.shape[0], dtype=mixing.offset.dtype, device=full.device)
     inverse = mixing.undo(unit) - mixing.offset  # S⁻¹ itself
     return inverse.double().square().T @ full
-
-
-def _check_nonfinite(nonfinite: str) -> None:
-    if nonfinite not in ("raise", "propagate"):
-        raise FqtError(f"unknown nonfinite {nonfinite!r}; known: raise, propagate")
 
 
 def _view(x: Tensor, axis: int | tuple[int, ...], may_transpose: bool) -> RowView:

@@ -1,12 +1,12 @@
-"""Scale: who shares a step, and where the codes' origin lies. Grid: which codes there are.
+"""Scale: who shares a step, where zero lies, and how the step is stored.
 
-From a group's range [lo, hi] and a number of steps n (B = 2^b − 1, one less with dither):
+From a block's range [lo, hi] and a number of steps n (B = 2^b − 1, one less with dither):
 
     affine      offset = lo, step = (hi − lo)/n                     codes 0 … B
     zero        the same with 0 exactly on a code: offset = −z·step, z an integer      codes 0 … B
-    symmetric   offset = 0, step = max(|lo|, |hi|)/(2^(b−1) − 1)    codes −(2^(b−1) − 1) … 2^(b−1) − 1
+    symmetric   offset = 0, step = max(|lo|, |hi|)/L                codes −L … L, L the grid's largest
 
-A constant group gets step 0 and offset lo (symmetric: step |lo|, code ±1), so that it comes back bit for bit.
+A constant block gets step 0 and offset lo (symmetric: step |lo|, code ±1), so that it comes back bit for bit.
 Nothing is ever clipped: an absolute epsilon, the usual remedy against a zero range, was rejected because it is
 a no-op for large values and swamps small ones.
 """
@@ -16,51 +16,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fqt.errors import FqtError
+from fqt.kernels.codes import Blocks
 
-GROUPS = ("tensor", "row", "column")
+GROUPS = {"tensor": Blocks(0, 0), "row": Blocks(1, 0), "column": Blocks(0, 1)}
 MODES = ("affine", "zero", "symmetric")
+STORES = ("float32", "power", "e4m3")
 AXES = ("sample", "token", "channel")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Who shares a step, and where zero lies.
+    """Who shares a step, where zero lies, and how the step is stored.
 
     Attributes:
-        group: "tensor", "row" or "column" of the matrix that is quantized.
+        group: "tensor", "row" or "column" of the matrix that is quantized, or the shape (rows, columns) of a block.
         mode: "affine", "zero" (affine with zero on a code) or "symmetric".
         axis: what a layer takes as rows: "sample", "token" (every position of a sequence or an image) or
             "channel" (the output channel); None for the operand's own habit. It says nothing for a matrix.
+        store: the step as "float32"; as a "power" of two, rounded up; or as an "e4m3" number under one float32 for
+            the whole tensor, with head-room for its rounding. The latter two take symmetric scales.
     """
 
-    group: str = "row"
+    group: str | tuple[int, int] = "row"
     mode: str = "affine"
     axis: str | None = None
+    store: str = "float32"
 
     def __post_init__(self) -> None:
+        if isinstance(self.group, list):
+            object.__setattr__(self, "group", tuple(self.group))
+        block = isinstance(self.group, tuple) and len(self.group) == 2
+        if block and not all(type(n) is int and n > 0 for n in self.group):
+            raise FqtError(f"a block has two positive numbers of rows and columns, not {self.group!r}")
         for field, value, known in (("group", self.group, GROUPS), ("mode", self.mode, MODES)):
-            if value not in known:
-                raise FqtError(f"unknown scale {field} {value!r}; known: {', '.join(known)}")
+            if value not in known and not (block and field == "group"):
+                more = " or the two sizes of a block" if field == "group" else ""
+                raise FqtError(f"unknown scale {field} {value!r}; known: {', '.join(known)}{more}")
         if self.axis is not None and self.axis not in AXES:
             raise FqtError(f"unknown axis {self.axis!r}; known: {', '.join(AXES)}")
+        if self.store not in STORES:
+            raise FqtError(f"unknown store of a step {self.store!r}; known: {', '.join(STORES)}")
+        if self.store != "float32" and self.mode != "symmetric":
+            raise FqtError(f"a step stored as {self.store!r} needs a symmetric scale, not {self.mode!r}")
 
-
-@dataclass(frozen=True)
-class Integers:
-    """The uniform integer grid of `bits` bits, 2 to 8."""
-
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in range(2, 9):
-            raise FqtError(f"{self.bits!r} bits: this grid has 2 to 8")
-
-    @property
-    def affine_steps(self) -> int:
-        """B = 2^b − 1, the last unsigned code."""
-        return 2**self.bits - 1
-
-    @property
-    def symmetric_steps(self) -> int:
-        """2^(b−1) − 1, the last signed code; −2^(b−1) is not used, so that the grid is symmetric."""
-        return int(2 ** (self.bits - 1)) - 1
+    def blocks(self, transposed: bool = False) -> Blocks:
+        """Who shares a step in a matrix; its columns are the rows if it lies on its side."""
+        found = Blocks(*self.group) if isinstance(self.group, tuple) else GROUPS[self.group]
+        return found.turned if transposed else found

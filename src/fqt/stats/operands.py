@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from fqt.errors import FqtError
 from fqt.kernels import ops
+from fqt.kernels.codes import COLUMN, ROW, Entries
+from fqt.kernels.tensor import RowView
 from fqt.nn import GradientOperand
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.scale import Integers
-from fqt.quant.tensor import RowView
 from fqt.stats.moments import Moments
 from fqt.stats.passes import energy
 from fqt.stats.spread import Estimate, estimates
@@ -73,7 +73,7 @@ class Operand:
     @property
     def bits(self) -> int:
         """The recipe's width."""
-        return self.quantizer.grid.bits
+        return self.quantizer.bits
 
 
 class Operands:
@@ -202,7 +202,7 @@ class _Matrix:
     @cached_property
     def range_ratio(self) -> Tensor:
         """The largest range of a row over the mean one, float64 (1,)."""
-        least, greatest = ops.value_range(self.values, "column" if self.on_side else "row")
+        least, greatest = ops.value_range(Entries(self.values), COLUMN if self.on_side else ROW)
         ranges = (greatest - least).double().flatten().cpu()
         mean = ranges.mean()
         return torch.where(mean > 0, ranges.amax() / mean, 1.0).reshape(1)
@@ -252,10 +252,10 @@ class _Sums:
 
 def _limit(square: float, q: Quantizer, bits: int) -> float:
     """‖X‖_*²/(N·B²) in the form of the quantizer's rounding; `square` is ‖X‖_*²/N."""
-    steps = Integers(bits).affine_steps
-    stochastic, dithered = square / steps**2, square / (3 * (steps - 1) ** 2)
-    both = {"stochastic": stochastic, "dithered": dithered, "best": min(stochastic, dithered), "nearest": 0.0}
-    return both[q.rounding]
+    codings = [coding for coding in q.with_bits(bits).codings if coding.rounding.draws]
+    # Relative to stochastic rounding, whose entries vary by ¼ squared step at most.
+    limits = [4 * c.rounding.unit_bound * square / (c.levels.high - c.levels.low) ** 2 for c in codings]
+    return min(limits, default=0.0)
 
 
 def nuclear_norm(matrix: Tensor) -> float:
@@ -285,10 +285,8 @@ def _histogram(operand: GradientOperand) -> Tensor:
     q = operand.quantizer
     quantized = q.quantize(operand.gradient, operand.seed, axis=operand.rows, nonfinite="propagate")
     codes = quantized.matrix_codes
-    steps = q.grid.symmetric_steps
-    if codes.dtype == torch.int8:
-        return torch.bincount(codes.flatten().int() + steps, minlength=2 * steps + 1).cpu()
-    return torch.bincount(codes.flatten().int(), minlength=q.grid.affine_steps + 1).cpu()
+    levels = q.grid.levels(q.scale.mode)
+    return torch.bincount(codes.flatten().int() - levels.low, minlength=levels.high - levels.low + 1).cpu()
 
 
 def multiplications(module: nn.Module, grad_output: Tensor) -> int:

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from fqt.errors import FqtError
 from fqt.kernels import ops
+from fqt.kernels.codes import Entries
 from fqt.kernels.products import Geometry, conv2d_grad_input
 from fqt.quant import Quantizer
-from fqt.quant.transform import Identity
+from fqt.quant.transform import OverRows
 
 __all__ = ["Convolution", "check_overhead", "quantiles", "time_convolution", "time_quantizer"]
 
@@ -124,14 +125,14 @@ def time_quantizer(shape: Convolution, q: Quantizer, repeats: int, seed: int = 0
     codes, x = _codes(gradient, seed), gradient.flatten(1)
     quantized = q.quantize(x, seed, nonfinite="propagate")
     work: dict[str, Work] = {
-        "range": lambda: ops.value_range(x, q.scale.group),
+        "range": lambda: ops.value_range(Entries(x), q.scale.blocks()),
         "quantize": lambda: q.quantize(x, seed, nonfinite="propagate"),
         "integer": lambda: shape.of_codes(codes, weight),
     }
     mixing = quantized.mixing
-    if mixing is not None and not isinstance(q.transform, Identity):
+    if mixing is not None and isinstance(q.transform, OverRows):
         plain, key = replace(q.transform, guard=False), torch.tensor(seed)
-        work["transform"] = lambda: plain.apply(x, key, lambda y: y)  # without a guard the costs are not asked for
+        work["transform"] = lambda: plain.apply(x, q.coding, key)
         work["undo"] = lambda: mixing.undo(x)
     times = _times(work, repeats)
     undo = times.get("undo", dict.fromkeys(times["quantize"], 0.0))

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from fqt.nn import Recipe
 from fqt.quant import Quantizer, quantizer
-from fqt.quant.scale import Integers, Scale
+from fqt.quant.grid import Integers
+from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder
 
 __all__ = ["METHODS", "Cell", "paper_quantizer", "paper_quantizers", "sweep"]

@@ -35,7 +35,6 @@ import tomli_w
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe, Rule, dump_recipe
-from fqt.quant.scale import Integers
 from fqt.records import write_bytes
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis
@@ -86,7 +85,7 @@ class Costs:
                 continue
             quantizer = recipes[layer].operand("grad_input")
             assert quantizer is not None
-            measured = by_width[quantizer.grid.bits]
+            measured = by_width[quantizer.bits]
             gain = effect / measured if measured > 0 else 0.0
             variance[layer] = {bits: gain * v for bits, v in by_width.items()}
         return Costs(variance=variance, weight={layer: table.weight[layer] for layer in variance}, fixed=fixed)
@@ -278,7 +277,7 @@ def with_widths(recipes: Mapping[str, Recipe], widths: Mapping[str, int]) -> Rec
     for layer, recipe in recipes.items():
         quantizer = recipe.operand("grad_input")
         if layer in widths and quantizer is not None:
-            recipe = replace(recipe, grad_input=replace(quantizer, grid=Integers(widths[layer])))
+            recipe = replace(recipe, grad_input=quantizer.with_bits(widths[layer]))
         changed[layer] = replace(recipe, rules=())
     if set(changed) == {""}:
         return changed[""]  # the model is one layer

@@ -154,7 +154,7 @@ def code_histogram(q: Quantizer, x: Tensor, seed: int = 0) -> CodeHistogram:
     quantized = q.quantize(x, seed)
     step = quantized.matrix_step.double().expand(x.shape[0], 1).flatten()
     cost = torch.ones_like(step) if quantized.mixing is None else quantized.mixing.cost.double()
-    counts = torch.bincount(quantized.matrix_codes.flatten().long(), minlength=q.grid.affine_steps + 1)
+    counts = torch.bincount(quantized.matrix_codes.flatten().long(), minlength=q.grid.levels(q.scale.mode).high + 1)
     return CodeHistogram(
         counts=counts.tolist(),
         bins=(step * cost.sqrt()).tolist(),

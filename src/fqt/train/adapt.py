@@ -132,7 +132,7 @@ class Adapter:
 
     def _widths(self) -> dict[str, int]:
         quantizers = {name: recipe.operand("grad_input") for name, recipe in self._recipes().items()}
-        return {name: q.grid.bits for name, q in quantizers.items() if q is not None}
+        return {name: q.bits for name, q in quantizers.items() if q is not None}
 
     def _mean_width(self) -> float:
         widths = self._widths()

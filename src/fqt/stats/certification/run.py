@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from fqt.errors import FqtError
+from fqt.kernels.rounding import DITHERED
 from fqt.quant import Quantizer, quantizer, quantizer_name
 from fqt.stats.certification import bias, independence
 from fqt.stats.certification.certificate import Certificate, Finding, Power, verdict
@@ -194,9 +195,9 @@ def _more_notes(
     target: Quantizer | Function, findings: Sequence[Finding], result: str, mixes: int | None
 ) -> list[str]:
     notes = []
-    if isinstance(target, Quantizer) and target.rounding in ("dithered", "best"):
+    if isinstance(target, Quantizer) and any(coding.rounding == DITHERED for coding in target.codings):
         widest = max((f for f in findings if f.test == "spread of ‖error‖²"), key=lambda f: f.effect)
-        which = "dithered" if target.rounding == "dithered" else "dithered (where 'best' takes it)"
+        which = "dithered" if len(target.codings) == 1 else "dithered (where 'best' takes it)"
         notes.append(
             f"{which} errors are independent in threes, not jointly: linear functionals vary as with independent "
             f"errors, ‖error‖² up to {widest.effect:.1f} times as much (variance, on {widest.input})"

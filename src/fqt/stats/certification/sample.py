@@ -136,7 +136,7 @@ def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], determinis
     for i, seed in enumerate(seeds):
         y[i], quantized = q.rounded(x, seed)
         estimate[i], decoded[i] = quantized.dequantize(), quantized.decode()
-        step[i], offset[i] = quantized.matrix_step, quantized.matrix_offset
+        step[i], offset[i] = quantized.scales.step, quantized.matrix_scales.offset
         # "best" has zeros for dither where it took the stochastic candidate.
         dithered[i] = quantized.matrix_dither is not None and bool(quantized.matrix_dither.any())
     rounding = _rounding_errors(q, y, decoded, step, offset, dithered)
@@ -177,13 +177,11 @@ def _rounding_errors(
     error = torch.where(moving, (decoded - y) / step, 0.0)
     # Last bits: of the offset and the value against the step.
     slack = 1e-4 + 1e-6 * torch.maximum(offset.abs(), y.abs()) / step
-    limit = torch.where(dithered, 0.5, 0.5 if q.rounding == "nearest" else 1.0)
+    limit = torch.where(dithered, 0.5, 1.0 if q.draws else 0.5)
     overlong = moving & (error.abs() > limit + slack)
     position = (y - offset) / step
     fraction = position - position.floor()
     variance = torch.where(dithered, 1 / 12, fraction * (1 - fraction)) * moving
-    signed = q.scale.mode == "symmetric"
-    top = q.grid.symmetric_steps if signed else q.grid.affine_steps
-    low = -top if signed else 0
-    outside = moving & ~dithered & ((position > top + slack) | (position < low - slack))
+    levels = q.grid.levels(q.scale.mode)
+    outside = moving & ~dithered & ((position > levels.high + slack) | (position < levels.low - slack))
     return _Rounding(error, variance, bool(outside.any()), bool(overlong.any()))

@@ -14,8 +14,8 @@ Everything but the first term of each line is of low rank: vectors, or for a con
 which a tap that padding left out counts as the value 0, not as code 0. Steps along a contracted axis have been
 folded into grad_output before it was quantized. A transform S over grad_output's rows is undone on the product.
 
-These formulas are the reference; where a native kernel evaluates one of them at once (`fqt.nn.fused`), it gives the
-same bits.
+These formulas are the reference; where a native kernel evaluates one of them at once (`fqt.kernels.cpu.fused`), it
+gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import ops
+from fqt.kernels.cpu import fused
+from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
+from fqt.kernels.low_rank import Channels, ConvCodes, DenseCodes, row_offset
 from fqt.kernels.products import Epilogue
-from fqt.nn import fused
-from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
-from fqt.nn.low_rank import Channels, ConvCodes, DenseCodes, row_offset
-from fqt.quant.tensor import QuantizedTensor
+from fqt.kernels.tensor import QuantizedTensor
 
 
 def output(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fqt.kernels import ops
-from fqt.kernels.reference import DITHER_LEVELS
-from fqt.quant.transform import Mixing
+from fqt.kernels.codes import Blocks, Dither, Quantized, Scales
+from fqt.kernels.mixing import Mixing
 
 
 @dataclass(frozen=True)
@@ -63,43 +63,15 @@ class RowView:
 
 
 @dataclass(frozen=True)
-class Dither:
-    """What dithered rounding added to the positions before it rounded down, in steps.
-
-    `value = step · (code + centre − row − column) + offset`, whose errors have mean zero.
-
-    Attributes:
-        row: (N, 1), one number in [0, 1) per row of the matrix, a multiple of 2⁻²⁴.
-        column: (1, D), one per column.
-        half: ½; or a scalar tensor that is ½ where dithered rounding was taken, and 0, like row and column, where
-            another was.
-    """
-
-    row: Tensor
-    column: Tensor
-    half: float | Tensor = 0.5
-
-    @property
-    def centre(self) -> float | Tensor:
-        """½ less half a level of the noise."""
-        return self.half * (1.0 - 1.0 / DITHER_LEVELS)
-
-    def where(self, taken: Tensor) -> Dither:
-        """The same if `taken`, else none."""
-        half = torch.where(taken, 0.5, 0.0).to(self.row.dtype)
-        return Dither(torch.where(taken, self.row, 0.0), torch.where(taken, self.column, 0.0), half)
-
-
-@dataclass(frozen=True)
 class QuantizedTensor:
     """Codes with their steps and offsets, and the transform to undo. `value = step · (code − dither) + offset`.
 
     Attributes:
         view: the matrix the tensor was quantized as.
         dtype: the dtype of the tensor that was quantized.
-        matrix_codes: (N, D), uint8 (affine) or int8 (symmetric).
-        matrix_step, group_offset: float32 or float64, one number per group, broadcastable to (N, D): step and
-            least value. A NaN step marks a group that held a non-finite value.
+        matrix_codes: (N, D), uint8 (affine), int8 (symmetric), or float32 for levels that fit no byte.
+        scales: step and offset of every block of the matrix, float32 or float64. A NaN step marks a block that held
+            a value that is not finite.
         noise: dithered rounding's; None without dither.
         mixing: the transform's state; None without transform.
     """
@@ -107,10 +79,24 @@ class QuantizedTensor:
     view: RowView
     dtype: torch.dtype
     matrix_codes: Tensor
-    matrix_step: Tensor
-    group_offset: Tensor
+    scales: Scales
     noise: Dither | None = None
     mixing: Mixing | None = None
+
+    @staticmethod
+    def of(found: Quantized, view: RowView, dtype: torch.dtype, mixing: Mixing | None = None) -> QuantizedTensor:
+        """What a matrix's codes stand for as a tensor."""
+        return QuantizedTensor(view, dtype, found.codes, found.scales, found.dither, mixing)
+
+    @property
+    def matrix_step(self) -> Tensor:
+        """One number per block of the matrix."""
+        return self.scales.step
+
+    @property
+    def group_offset(self) -> Tensor:
+        """The value of code 0 (less dither) of every block of the matrix."""
+        return self.scales.offset
 
     @property
     def shape(self) -> torch.Size:
@@ -125,12 +111,12 @@ class QuantizedTensor:
     @property
     def step(self) -> Tensor:
         """The distance between neighbouring codes' values; broadcasts over `codes`."""
-        return self.view.restore(self.matrix_step)
+        return self.view.restore(self.scales.spread(self.view.size)[0])
 
     @property
     def offset(self) -> Tensor:
         """The value of code 0 (less its dither); broadcasts over `codes`."""
-        return self.view.restore(self.matrix_offset)
+        return self.view.restore(self.matrix_scales.spread(self.view.size)[1])
 
     @property
     def dither(self) -> Tensor | None:
@@ -145,13 +131,21 @@ class QuantizedTensor:
         return (column, row) if self.matrix_step.shape[1] != 1 else (row, column)
 
     @property
-    def matrix_offset(self) -> Tensor:
-        """The group's offset and, with it, one of the two dithers."""
+    def _spread(self) -> Scales:
+        """The scales, one per entry where they are shared by blocks along both axes and dither is to be added."""
+        if self.noise is None or self.scales.blocks.plain:
+            return self.scales
+        return Scales(*self.scales.spread(self.view.size), Blocks(1, 1))
+
+    @property
+    def matrix_scales(self) -> Scales:
+        """Step and offset of the matrix, with one of the two dithers in the offset."""
         if self.noise is None:
-            return self.group_offset
-        # The constant ½ goes with the other dither: so the offset stays inside the group's range, and finite.
+            return self.scales
+        scales = self._spread
+        # The constant ½ goes with the other dither: so the offset stays inside the block's range, and finite.
         shift = self.noise.half + self.noise.centre - self._into_offset[0]
-        return self.group_offset + self.matrix_step * shift
+        return replace(scales, offset=scales.offset + scales.step * shift)
 
     @property
     def matrix_dither(self) -> Tensor | None:
@@ -160,7 +154,7 @@ class QuantizedTensor:
 
     def decode(self) -> Tensor:
         """(N, D) in the step's dtype: the values of the codes, before the transform is undone."""
-        return ops.decode(self.matrix_codes, self.matrix_step, self.matrix_offset, self.matrix_dither)
+        return ops.decode(self.matrix_codes, self.matrix_scales, self.matrix_dither)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor these codes stand for.

@@ -1,4 +1,4 @@
-"""The three products in one native call each, where that can be; the bits are those of `fqt.nn.integer`'s formulas.
+"""The three products in one native call each, where that can be, with the bits of `fqt.kernels.integer`'s formulas.
 
 Python and small torch operations between the kernels were an eighth of a layer's step: several times slower there
 than alone, since the kernels empty the caches. What has no native call here (no kernels, an empty operand, a weight
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fqt.kernels import native
-from fqt.kernels import native_quantized as kernels
-from fqt.kernels.native_products import Conv
+from fqt.kernels.cpu import quantized as kernels
+from fqt.kernels.cpu.library import takes
+from fqt.kernels.cpu.products import Conv
+from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.products import Geometry
-from fqt.nn.linear_map import ConvMap, DenseMap, LinearMap
-from fqt.quant.tensor import QuantizedTensor
+from fqt.kernels.tensor import QuantizedTensor
 
 _LONGEST_DENSE, _LONGEST_LINE, _LARGEST_KERNEL = 1 << 23, 1 << 15, 1 << 12
 
@@ -28,7 +28,7 @@ def output(
         return None
     if bias is not None:
         bias = bias.detach().float().contiguous()
-        if bias.shape != w.shape[:1] or not native.takes(bias):
+        if bias.shape != w.shape[:1] or not takes(bias):
             return None  # the formulas say what is wrong
     if isinstance(map, DenseMap):
         tokens = x.shape[:-1].numel()
@@ -101,7 +101,7 @@ def _readable(q: QuantizedTensor) -> bool:
     if q.noise is not None:
         floats += [q.noise.row, q.noise.column]
     return (
-        native.takes(*floats, integers=q.matrix_codes)
+        takes(*floats, integers=q.matrix_codes)
         and floats[0].shape == floats[1].shape
         and q.matrix_codes.numel() > 0
         and q.matrix_codes.is_contiguous()

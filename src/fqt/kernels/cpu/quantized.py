@@ -7,9 +7,10 @@ from ctypes import Structure, addressof, c_int32, c_void_p
 import torch
 from torch import Tensor
 
-from fqt.kernels.memory import empty
-from fqt.kernels.native import OUT_TYPES, call
-from fqt.kernels.native_products import Conv
+from fqt.kernels.cpu.library import call
+from fqt.kernels.cpu.memory import empty
+from fqt.kernels.cpu.products import Conv
+from fqt.kernels.cpu.source import OUT_TYPES
 
 
 class Operand(Structure):

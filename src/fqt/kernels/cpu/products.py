@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqt.kernels.memory import empty
-from fqt.kernels.native import OUT_TYPES, call
+from fqt.kernels.cpu.library import call
+from fqt.kernels.cpu.memory import empty
+from fqt.kernels.cpu.source import OUT_TYPES
 
 
 class _Epilogue(Structure):

@@ -2,7 +2,7 @@
 
 `DenseCodes` multiplies matrices, with tokens as rows; `ConvCodes` convolves, with samples as rows, and its vectors
 are maps of one sample, in which a tap that padding left out counts as the value 0. Both have the same methods, used
-by `fqt.nn.integer`; sums of codes and of codes times 24-bit dither are exact.
+by `fqt.kernels.integer`; sums of codes and of codes times 24-bit dither are exact.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import ops, products
+from fqt.kernels.codes import DITHER_LEVELS
+from fqt.kernels.linear_map import ConvMap
 from fqt.kernels.products import Epilogue, Geometry
-from fqt.kernels.reference import DITHER_LEVELS
-from fqt.nn.linear_map import ConvMap
-from fqt.quant.tensor import QuantizedTensor
+from fqt.kernels.tensor import QuantizedTensor
 
 Sizes = tuple[int, int]
 

@@ -1,0 +1,229 @@
+"""What the operations take and give: a matrix's entries, the numbers they become, and what turns these back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DITHER_LEVELS = 1 << 24
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which steps and codes are computed: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What is quantized.
+
+    Attributes:
+        matrix: (N, D), any real floating dtype.
+        factor: (P,) in the compute dtype, P a divisor of D: column j is multiplied by factor[j mod P] on the way;
+            None is 1.
+        transposed: whether the matrix lies on its side: its columns are the quantizer's rows.
+    """
+
+    matrix: Tensor
+    factor: Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def wide(self) -> Tensor:
+        """The matrix in its compute dtype."""
+        return self.matrix.to(compute_dtype(self.matrix.dtype))
+
+    def values(self) -> Tensor:
+        """(N, D) in the compute dtype, the factor applied."""
+        x = self.wide()
+        return x if self.factor is None else x * self.factor.repeat(x.shape[1] // self.factor.numel())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Who shares a step: the entries of a block of `rows` × `columns` of the matrix; 0 stands for all of them.
+
+    Blocks begin at the first row and column; the last of an axis are shorter where their size does not divide it.
+    """
+
+    rows: int
+    columns: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether a parameter per block broadcasts against the matrix: one for all, per row or per column."""
+        return self in (TENSOR, ROW, COLUMN)
+
+    @property
+    def turned(self) -> Blocks:
+        """The blocks of the transposed matrix."""
+        return Blocks(self.columns, self.rows)
+
+    def count(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """How many blocks there are along each axis of a matrix of this shape."""
+        (n, d), count = shape, lambda length, size: -(-length // size) if size else 1
+        return count(n, self.rows), count(d, self.columns)
+
+    def spread(self, parameter: Tensor, shape: tuple[int, int]) -> Tensor:
+        """A parameter per block so that it broadcasts against a matrix of this shape."""
+        for axis, size in enumerate((self.rows, self.columns)):
+            if size > 1:
+                parameter = parameter.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
+        return parameter
+
+    def sizes(self, shape: tuple[int, int]) -> Tensor:
+        """How many entries each block has, float64, of a parameter's shape or broadcasting to it."""
+        each = []
+        for length, size, count in zip(shape, (self.rows, self.columns), self.count(shape), strict=True):
+            part = torch.full((count,), float(size or length), dtype=torch.float64)
+            if size and count:
+                part[-1] = length - size * (count - 1)
+            each.append(part)
+        return each[0][:, None] * each[1]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Σ over each block of a matrix (N, D), of a parameter's shape."""
+        if not self.plain:
+            return self.cut(x, 0).sum((1, 3))
+        dims = [d for d, size in enumerate((self.rows, self.columns)) if size == 0]
+        return x.sum(dims, keepdim=True)
+
+    def cut(self, x: Tensor, fill: float) -> Tensor:
+        """(blocks down, rows, blocks across, columns) of a matrix (N, D), short blocks filled up."""
+        down, across = self.count((x.shape[0], x.shape[1]))
+        rows, columns = self.rows or x.shape[0], self.columns or x.shape[1]
+        more = (0, across * columns - x.shape[1], 0, down * rows - x.shape[0])
+        if any(more):
+            x = torch.nn.functional.pad(x, more, value=fill)
+        return x.reshape(down, rows, across, columns)
+
+
+TENSOR, ROW, COLUMN = Blocks(0, 0), Blocks(1, 0), Blocks(0, 1)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The numbers that can be stored, in units of a step: a code is its number.
+
+    Attributes:
+        low, high: the least and the greatest.
+        mantissa: None if every integer between is one. Else those that a float with so many bits after its leading
+            one holds: every integer up to 2^(mantissa + 1), then twice as far apart with every power of two.
+    """
+
+    low: int
+    high: int
+    mantissa: int | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether neighbours are one apart everywhere."""
+        return self.mantissa is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the codes: a byte where they fit one; else float32, which holds each of them exactly."""
+        if self.low >= 0 and self.high <= 255:
+            return torch.uint8
+        return torch.int8 if self.low >= -128 and self.high <= 127 else torch.float32
+
+    def gap(self, t: Tensor) -> Tensor | float:
+        """How far apart the neighbours of a position are, t between them; at a level those further from zero."""
+        if self.mantissa is None:
+            return 1.0
+        _, exponent = torch.frexp(t)  # |t| in [2^(exponent − 1), 2^exponent)
+        return torch.ldexp(torch.ones_like(t), (exponent - 1 - self.mantissa).clamp(min=0))
+
+    def split(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The level at or below t, the fraction of the way to the next one, and the gap between the two."""
+        gap = self.gap(t)
+        below = t.floor() if self.mantissa is None else (t / gap).floor() * gap
+        return below, (t - below) / gap, gap
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What turns codes into values: value = step · code + offset.
+
+    Attributes:
+        step, offset: one number per block, in the compute dtype. A step of 0 marks a constant block, NaN one that
+            holds a value that is not finite.
+        blocks: which entries share them.
+    """
+
+    step: Tensor
+    offset: Tensor
+    blocks: Blocks
+
+    def spread(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Step and offset so that they broadcast against a matrix of this shape."""
+        if self.blocks.plain:
+            return self.step, self.offset
+        return self.blocks.spread(self.step, shape), self.blocks.spread(self.offset, shape)
+
+
+@dataclass(frozen=True)
+class Dither:
+    """What dithered rounding added to the positions before it rounded down, in steps.
+
+    `value = step · (code + centre − row − column) + offset`, whose errors have mean zero.
+
+    Attributes:
+        row: (N, 1), one number in [0, 1) per row of the matrix, a multiple of 2⁻²⁴.
+        column: (1, D), one per column.
+        half: ½; or a scalar tensor that is ½ where dithered rounding was taken, and 0, like row and column, where
+            another was.
+    """
+
+    row: Tensor
+    column: Tensor
+    half: float | Tensor = 0.5
+
+    @property
+    def centre(self) -> float | Tensor:
+        """½ less half a level of the noise."""
+        return self.half * (1.0 - 1.0 / DITHER_LEVELS)
+
+    def where(self, taken: Tensor) -> Dither:
+        """The same if `taken`, else none."""
+        half = torch.where(taken, 0.5, 0.0).to(self.row.dtype)
+        return Dither(torch.where(taken, self.row, 0.0), torch.where(taken, self.column, 0.0), half)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a quantizer's pass over a tensor found out for others that read the same tensor.
+
+    Attributes:
+        range: the least and the greatest of all entries; None if no pass found them.
+        sums: (channels,) float64, the sums of the values over all but the last axis, as `ops.value_sums`; None if
+            no pass found them.
+        channels: the length of the last axis if its sums are wanted, else 0.
+    """
+
+    range: tuple[float, float] | None = None
+    sums: Tensor | None = None
+    channels: int = 0
+
+
+class Quantized(NamedTuple):
+    """A matrix as codes.
+
+    Attributes:
+        codes: (N, D).
+        scales: what they mean.
+        dither: what is taken off a code before that; None without.
+        findings: what was known, and what the pass found out beside it.
+    """
+
+    codes: Tensor
+    scales: Scales
+    dither: Dither | None = None
+    findings: Findings | None = None

@@ -1,0 +1,153 @@
+"""The library of C++ kernels, called through ctypes: which one is loaded, what it takes, and how it is called.
+
+One shared library per instruction set lies beside this file if a compiler was found at install time; the best
+one that the machine runs is loaded at first use. `FQT_KERNELS` may name a lower one: `amx`,
+`avx512`, `avx2`, `portable`, or `reference` for none. ctypes rather than a torch extension: pointers and sizes
+only, so that one build serves every torch version; the price is that this file repeats the C signatures (guarded
+by a version number).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fqt.errors import FqtError
+
+LEVELS = ("portable", "avx2", "avx512", "amx")
+_ABI = 11  # FQT_ABI of csrc/platform.h
+
+_P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "fqt_random": (_P, _U, _I, _L, _P, _I),
+    "fqt_range_rows": (_P, _L, _L, _P, _P, _I),
+    "fqt_range_columns": (_P, _L, _L, _P, _P, _I),
+    "fqt_range_tensor": (_P, _L, _P, _P, _I),
+    "fqt_parameters": (_P, _P, _L, _I, _I, _P, _P, _I),
+    "fqt_value_sums": (_P, _L, _L, _P, _I),
+    "fqt_encode": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _I, _P, _I, _P, _I),
+    "fqt_quantize": (_P, _L, _L, _I, _I, _I, _I, _I, _I, _P, _I, *[_P] * 7, _I),
+    "fqt_variance_sums": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
+    "fqt_column_sums": (_P, _I, _L, _L, _P, _P, _P, _I),
+    "fqt_row_sums": (_P, _I, _L, _L, _P, _I),
+    "fqt_code_variance": (_P, _L, _L, _P, _P, _I, _I, _I, _I, _P, _I),
+    "fqt_decode": (_P, _I, _L, _L, _P, _P, _I, _I, _P, _I, _I, _P, _I),
+    "fqt_hadamard": (_P, _L, _L, _P, _P, _L, *[_P] * 7, _I, _P, _I),
+    "fqt_reflect": (_P, _L, _L, *[_P] * 9, _I, _P, _I),
+    "fqt_matmul": (_P, _I, _L, _L, _P, _I, _L, _L, _L, _L, _L, _P, _I),
+    "fqt_conv2d": (_P, _I, _P, _P, _I, _P, _I),
+    "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
+    "fqt_dense_output": (_P, _P, _P, _L, _L, _L, _L, _I, _P, _I),
+    "fqt_dense_grad_input": (_P, _P, _L, _L, _L, _I, _P, _I, _P, _I),
+    "fqt_dense_grad_weight": (_P, _P, _L, _L, _L, _I, _P, _I),
+    "fqt_conv_output": (_P, _P, _P, _P, _I, _P, _I),
+    "fqt_conv_grad_input": (_P, _P, _P, _I, _P, _I, _P, _I),
+    "fqt_conv_grad_weight": (_P, _P, _P, _I, _P, _I),
+    "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
+    "fqt_hadamard_codes": (_P, _L, _L, _P, _P, _L, _P, _P, _I),
+    "fqt_householder_codes": (_P, _L, _L, _I, _P, _P, _P, _P, _I),
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which kernels run.
+
+    Attributes:
+        level: "amx", "avx512", "avx2", "portable", or "reference" for plain torch.
+        reason: why not a better one; empty if there is none.
+    """
+
+    level: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.level} kernels" + (f": {self.reason}" if self.reason else "")
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, Status]:
+    asked = os.environ.get("FQT_KERNELS", "")
+    if asked not in ("", "reference", *LEVELS):
+        raise FqtError(f"FQT_KERNELS={asked!r}; known: reference, {', '.join(LEVELS)}")
+    if asked == "reference":
+        return None, Status("reference", "FQT_KERNELS=reference")
+    library, problem = _open("portable")
+    if library is None:
+        logging.getLogger(__name__).warning("fqt runs on its plain-torch kernels: %s", problem)
+        return None, Status("reference", problem)
+    best = LEVELS[library.fqt_cpu_level()]
+    level, reason = best, "" if best == LEVELS[-1] else f"{best} is what this machine has"
+    if asked and LEVELS.index(asked) < LEVELS.index(best):
+        level, reason = asked, f"FQT_KERNELS={asked}"
+    for name in reversed(LEVELS[: LEVELS.index(level) + 1]):
+        library, problem = _open(name)
+        if library is not None:
+            return library, Status(name, reason)
+        reason = problem
+    raise AssertionError("the portable library was there a moment ago")
+
+
+def _open(level: str) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a level, or why it cannot be used."""
+    stem = f"_native_{level}"
+    paths = [Path(__file__).with_name(stem + suffix) for suffix in EXTENSION_SUFFIXES]
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
+        return None, f"the {level} kernels are not built (install again with a C++ compiler; pip -v tells more)"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"the {level} kernels do not load ({error})"
+    if library.fqt_abi() != _ABI:
+        return None, f"the {level} kernels are of another version than the Python sources: install again"
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library, ""
+
+
+def status() -> Status:
+    """Which kernels run, and why not better ones."""
+    return _loaded()[1]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass: a fake or wrapped tensor has no data of its own
+_INTEGERS = (torch.int64, torch.uint8, torch.int8)
+
+
+def takes(*floats: Tensor, integers: Tensor | None = None) -> bool:
+    """Whether the native kernels can run on these: plain CPU tensors, float32 (and integers) that hold data."""
+    if _loaded()[0] is None or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    if integers is not None and not (plain(integers) and integers.dtype in _INTEGERS):
+        return False
+    return all([plain(x) and x.dtype == torch.float32 for x in floats])  # a list: half a generator's time
+
+
+def takes_codes(*codes: Tensor) -> bool:
+    """The same for operands of products."""
+    return takes() and all(plain(x) and x.dtype in _INTEGERS[1:] for x in codes)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a tensor has data of its own, dense and on the CPU."""
+    return type(x) in _PLAIN and x.is_cpu and x.layout == torch.strided
+
+
+def call(name: str, *arguments: object) -> None:
+    """Runs a kernel on torch's number of threads."""
+    library = _loaded()[0]
+    assert library is not None
+    code = getattr(library, name)(*arguments, torch.get_num_threads())
+    if code == 1:
+        raise MemoryError(f"{name}: no memory for the workspace")
+    if code == 2:
+        raise IndexError(f"{name}: an index lies outside the rows, or block sizes are not powers of two that fit")

@@ -1,0 +1,247 @@
+"""Ranges, codes, values and sums by the C++ kernels: of float32 and bfloat16, in integers that fit a byte."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fqt.kernels import choice, ops
+from fqt.kernels.codes import COLUMN, ROW, TENSOR, Blocks, Dither, Entries, Findings, Levels, Quantized, Scales
+from fqt.kernels.cpu.library import call, takes, takes_codes
+from fqt.kernels.cpu.memory import empty
+from fqt.kernels.cpu.source import source_of, takes_entries, takes_scales, takes_source, varies
+from fqt.kernels.rounding import DITHERED, STOCHASTIC, Coding, Rounding
+
+BACKEND = "cpu"
+ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
+_BEST = 3
+_BLOCKS = {TENSOR: 0, ROW: 1, COLUMN: 2}
+_MODES = {"affine": 0, "symmetric": 1, "zero": 2}
+
+
+@ops.random_u24.on(BACKEND, when=lambda seed, stream, n: takes(integers=seed))
+def _random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
+    out = torch.empty(n, dtype=torch.int32, device="cpu")
+    call("fqt_random", seed.data_ptr(), stream, 8, n, out.data_ptr())
+    return out
+
+
+@ops.value_range.on(BACKEND, when=lambda x, blocks: blocks.plain and x.matrix.numel() > 0 and takes_entries(x))
+def _value_range(x: Entries, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    source, _alive = source_of(x.matrix, x.factor)
+    lo, hi = (torch.empty(blocks.count(x.shape), dtype=torch.float32, device="cpu") for _ in range(2))
+    address, results = ctypes.addressof(source), (lo.data_ptr(), hi.data_ptr())
+    if blocks == TENSOR:
+        call("fqt_range_tensor", address, x.matrix.numel(), *results)
+    else:
+        call("fqt_range_rows" if blocks == ROW else "fqt_range_columns", address, *x.shape, *results)
+    return lo, hi
+
+
+@ops.parameters.on(BACKEND, when=lambda lo, hi, mode, steps: takes(lo, hi) and lo.shape == hi.shape)
+def _parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
+    lo, hi = lo.contiguous(), hi.contiguous()
+    step, offset = torch.empty_like(lo), torch.empty_like(lo)
+    pointers = (step.data_ptr(), offset.data_ptr())
+    call("fqt_parameters", lo.data_ptr(), hi.data_ptr(), lo.numel(), _MODES[mode], steps, *pointers)
+    return step, offset
+
+
+@ops.value_sums.on(BACKEND, when=takes_source)
+def _value_sums(x: Tensor) -> Tensor:
+    source, _alive = source_of(x)
+    sums = torch.empty(x.shape[1], dtype=torch.float64, device="cpu")
+    call("fqt_value_sums", ctypes.addressof(source), *x.shape, sums.data_ptr())
+    return sums
+
+
+def _takes_levels(levels: Levels) -> bool:
+    return levels.uniform and levels.dtype != torch.float32
+
+
+@ops.encode.on(
+    BACKEND,
+    when=lambda x, scales, levels, rounding, seed: (
+        _takes_levels(levels) and takes_entries(x) and takes_scales(scales) and takes(integers=seed)
+    ),
+)
+def _encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None) -> Tensor:
+    source, _alive = source_of(x.matrix, x.factor)
+    step, offset = scales.step.contiguous(), scales.offset.contiguous()
+    codes = empty(x.shape, levels.dtype)
+    key = None if seed is None else seed.data_ptr()
+    pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
+    rest = (ROUNDINGS[rounding.name], key, int(x.transposed), codes.data_ptr())
+    call("fqt_encode", *pointers, *varies(step, x.shape), levels.low, levels.high, *rest)
+    return codes
+
+
+class _Findings(ctypes.Structure):
+    """`Findings` of csrc/range.h."""
+
+    _fields_ = [
+        ("lo", ctypes.c_float),
+        ("hi", ctypes.c_float),
+        ("known", ctypes.c_int32),
+        ("has_sums", ctypes.c_int32),
+        ("pointer", ctypes.c_void_p),
+        ("period", ctypes.c_int64),
+    ]
+
+
+class _Work:
+    """The arguments of `fqt_quantize`, and its results."""
+
+    def __init__(self, x: Entries, blocks: Blocks, dtype: torch.dtype, noise: bool, known: Findings | None) -> None:
+        self._x, self._blocks, self._known = x, blocks, known if x.factor is None else None
+        counts = blocks.count(x.shape)
+        self._step, self._offset = (torch.empty(counts, dtype=torch.float32, device="cpu") for _ in range(2))
+        self._codes = empty(x.shape, dtype)
+        both = torch.empty(sum(x.shape) if noise else 0, dtype=torch.float32, device="cpu")
+        self._noise = (both[: x.shape[0]].view(-1, 1), both[x.shape[0] :].view(1, -1)) if noise else None
+        self._sums: Tensor | None = None
+        self._found = _Findings()
+        if self._known is not None and self._known.range is not None:
+            self._found.lo, self._found.hi = self._known.range
+            self._found.known = 1
+        if self._known is not None and self._known.channels and self._known.sums is None:
+            self._sums = torch.empty(self._known.channels, dtype=torch.float64, device="cpu")
+            self._found.pointer, self._found.period = self._sums.data_ptr(), self._known.channels
+
+    def run(self, coding: Coding, rounding: int, seed: Tensor | None) -> Quantized:
+        """Calls the kernel."""
+        x, levels = self._x, coding.levels
+        source, _alive = source_of(x.matrix, x.factor)
+        key, dithered = None if seed is None else seed.data_ptr(), ctypes.c_int32()
+        how = (_BLOCKS[self._blocks], _MODES[coding.mode], levels.high, levels.low, levels.high, rounding, key)
+        results = [t.data_ptr() for t in (self._step, self._offset, self._codes)]
+        noise = (None, None) if self._noise is None else tuple(n.data_ptr() for n in self._noise)
+        found = None if self._known is None else ctypes.addressof(self._found)
+        rest = (*results, *noise, ctypes.addressof(dithered), found)
+        call("fqt_quantize", ctypes.addressof(source), *x.shape, *how, int(x.transposed), *rest)
+        scales = Scales(self._step, self._offset, self._blocks)
+        dither = Dither(*self._noise) if self._noise is not None and dithered.value else None
+        return Quantized(self._codes, scales, dither, self._findings())
+
+    def _findings(self) -> Findings | None:
+        if self._known is None:
+            return None
+        range = (self._found.lo, self._found.hi) if self._found.known else None
+        return Findings(range, self._sums if self._found.has_sums else self._known.sums, self._known.channels)
+
+
+def _takes_quantize(
+    x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None = None
+) -> bool:
+    fits = blocks.plain and _takes_levels(coding.levels) and x.matrix.numel() > 0
+    return fits and takes_entries(x) and takes(integers=seed) and (seed is not None or not coding.rounding.draws)
+
+
+@ops.quantize.on(BACKEND, when=_takes_quantize)
+def _quantize(
+    x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None = None
+) -> Quantized:
+    work = _Work(x, blocks, coding.levels.dtype, coding.rounding == DITHERED, known)
+    return work.run(coding, ROUNDINGS[coding.rounding.name], seed)
+
+
+def _takes_best(
+    x: Entries,
+    blocks: Blocks,
+    codings: Sequence[Coding],
+    seed: Tensor | None,
+    cost: Tensor | None = None,
+    known: Findings | None = None,
+) -> bool:
+    """Whether the choice is between stochastic rounding and dithered rounding on an affine scale, in plain rows."""
+    if cost is not None or len(codings) != 2:
+        return False
+    first, second = codings
+    dithered = Coding("affine", replace(first.levels, high=first.levels.high - 1), DITHERED)
+    fits = first.rounding == STOCHASTIC and second == dithered and first.levels.low == 0
+    return fits and _takes_quantize(x, blocks, first, seed)
+
+
+@choice.quantize_best.on(BACKEND, when=_takes_best)
+def _quantize_best(
+    x: Entries,
+    blocks: Blocks,
+    codings: Sequence[Coding],
+    seed: Tensor | None,
+    cost: Tensor | None = None,
+    known: Findings | None = None,
+) -> Quantized:
+    return _Work(x, blocks, codings[0].levels.dtype, True, known).run(codings[0], _BEST, seed)
+
+
+@ops.variance_sums.on(
+    BACKEND, when=lambda x, scales, levels: _takes_levels(levels) and takes_entries(x) and takes_scales(scales)
+)
+def _variance_sums(x: Entries, scales: Scales, levels: Levels) -> Tensor:
+    source, _alive = source_of(x.matrix, x.factor)
+    step, offset = scales.step.contiguous(), scales.offset.contiguous()
+    sums = torch.empty(step.shape, dtype=torch.int64, device="cpu")
+    pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
+    call("fqt_variance_sums", *pointers, *varies(step, x.shape), levels.low, levels.high, sums.data_ptr())
+    return sums
+
+
+@ops.code_variance.on(
+    BACKEND,
+    when=lambda x, scales, levels: levels.uniform and x.factor is None and takes(x.matrix) and takes_scales(scales),
+)
+def _code_variance(x: Entries, scales: Scales, levels: Levels) -> Tensor:
+    matrix, step, offset = x.matrix.contiguous(), scales.step.contiguous(), scales.offset.contiguous()
+    out = torch.empty_like(matrix)
+    pointers = (matrix.data_ptr(), *x.shape, step.data_ptr(), offset.data_ptr())
+    call("fqt_code_variance", *pointers, *varies(step, x.shape), levels.low, levels.high, out.data_ptr())
+    return out
+
+
+@ops.column_sums.on(
+    BACKEND,
+    when=lambda codes, weights=None: takes_codes(codes) and (weights is None or weights.dtype == torch.int32),
+)
+def _column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    codes = codes.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    plain, weighted = torch.empty((2, codes.shape[1]), dtype=torch.int64, device="cpu")
+    pointers: tuple[int | None, ...] = (None, plain.data_ptr(), None)
+    if weights is not None:
+        pointers = (weights.data_ptr(), plain.data_ptr(), weighted.data_ptr())
+    call("fqt_column_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, *pointers)
+    return plain, None if weights is None else weighted
+
+
+@ops.row_sums.on(BACKEND, when=lambda codes: takes_codes(codes))
+def _row_sums(codes: Tensor) -> Tensor:
+    codes = codes.contiguous()
+    sums = torch.empty(codes.shape[0], dtype=torch.int64, device="cpu")
+    call("fqt_row_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, sums.data_ptr())
+    return sums
+
+
+def _takes_decode(codes: Tensor, scales: Scales, dither: Tensor | None) -> bool:
+    more = () if dither is None else (dither,)
+    plain = scales.blocks.plain and takes(scales.step, scales.offset, *more, integers=codes)
+    return plain and (scales.step.shape == scales.offset.shape or scales.step.numel() == 1)
+
+
+@ops.decode.on(BACKEND, when=_takes_decode)
+def _decode(codes: Tensor, scales: Scales, dither: Tensor | None) -> Tensor:
+    # One step may meet a dither per row in the offset.
+    step, offset = scales.step.expand(scales.offset.shape).contiguous(), scales.offset.contiguous()
+    codes = codes.contiguous()
+    out = empty(codes.shape, step.dtype)
+    shape = (codes.shape[0], codes.shape[1])
+    pointers = (codes.data_ptr(), int(codes.dtype == torch.int8), *shape, step.data_ptr(), offset.data_ptr())
+    noise: tuple[int | None, int, int] = (None, 0, 0)
+    if dither is not None:
+        dither = dither.contiguous()
+        noise = (dither.data_ptr(), *varies(dither, shape))
+    call("fqt_decode", *pointers, *varies(step, shape), *noise, out.data_ptr())
+    return out
