@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fqt.cli
+from tests import backends
 
 
 @pytest.fixture
@@ -13,6 +14,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def reference_only():
+    """Every operation on the plain-torch reference; `backends.reference_only` for a part of a test."""
+    with backends.reference_only():
+        yield
 
 
 @pytest.fixture

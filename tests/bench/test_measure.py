@@ -22,7 +22,7 @@ from fqt.bench.integers import best_product
 from fqt.bench.summary import Quantiles, _floor, _ratio
 from fqt.bench.timing import rounds
 from fqt.errors import FqtError
-from fqt.kernels import native
+from fqt.kernels.cpu import library
 
 from .conftest import BLOCKS, LINEAR, MATRIX, TINY, Silent
 
@@ -50,7 +50,7 @@ def test_round_trip(whole):
     assert not failures(read)
     assert read["interrupted"] is False
     assert read["environment"]["threads"] == 1
-    assert read["kernels"]["level"] in ("reference", *native.LEVELS)
+    assert read["kernels"]["level"] in ("reference", *library.LEVELS)
     assert [case["name"] for case in read["cases"]] == [case.name for case in TINY]
     for case in read["cases"]:
         timed = [row for row in case["contestants"] if row["status"] == "timed"]

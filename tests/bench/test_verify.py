@@ -123,6 +123,11 @@ def test_noiseless_is_the_expectation_with_rules_too():
     assert torch.equal(a["output"], Runner(ours, BLOCKS.workload).outcome()["output"])
 
 
+def offset_by_a_step(quantized):
+    scales = quantized.scales
+    return replace(quantized, scales=replace(scales, offset=scales.step))
+
+
 def test_the_quantizer(monkeypatch):
     sources = draw_all(replace(MATRIX.workload, matrices=3))
     assert not torch.equal(sources[0], sources[1])
@@ -137,9 +142,7 @@ def test_the_quantizer(monkeypatch):
     monkeypatch.setattr(quantization, "quantize", lambda seed: right(0), raising=False)
     assert "biased" in quantization.verify(4).problem  # the same noise each time does not average out
     wrong = Quantization(sources, "psq8")
-    monkeypatch.setattr(
-        wrong, "quantize", lambda seed: replace(right(seed), group_offset=right(0).step), raising=False
-    )
+    monkeypatch.setattr(wrong, "quantize", lambda seed: offset_by_a_step(right(seed)), raising=False)
     assert "squared error" in wrong.verify(4).problem
     copy = Copy(sources)
     assert copy.verify().problem == ""

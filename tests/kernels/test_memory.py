@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from fqt.kernels import memory
+from fqt.kernels.cpu import memory
 
 MB = 1 << 20
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fqt.kernels.reference import round_dithered, round_nearest, round_stochastic
+from fqt.kernels.rounding import INTEGERS, NEAREST, round_dithered, round_stochastic
 
 LEVELS = [2, 4, 16]
 
@@ -94,7 +94,7 @@ def test_one_noise_per_entry_would_not_be_subtractable() -> None:
 
 def test_nearest_takes_ties_to_even() -> None:
     t = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997, 254.5])
-    assert round_nearest(t).tolist() == [-2, 0, 0, 2, 2, 0, 254]
+    assert NEAREST.round(t, INTEGERS, None, False).tolist() == [-2, 0, 0, 2, 2, 0, 254]
 
 
 def test_a_planted_bias_is_caught() -> None:

@@ -109,7 +109,7 @@ def _nearest(real: Quantize, q: Quantizer, x: Tensor, seed: Tensor, **kw: object
 
 def _wrong_step(real: Quantize, q: Quantizer, x: Tensor, seed: Tensor, **kw: object) -> QuantizedTensor:
     found = real(q, x, seed, **kw)
-    return replace(found, matrix_step=found.matrix_step * 1.05)
+    return replace(found, scales=replace(found.scales, step=found.scales.step * 1.05))
 
 
 def _dropped_transform(real: Quantize, q: Quantizer, x: Tensor, seed: Tensor, **kw: object) -> QuantizedTensor:

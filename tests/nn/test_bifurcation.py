@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fqt
 from fqt import Recipe
-from fqt.kernels.ops import Findings
+from fqt.kernels.codes import Findings
 
 from . import checks
 from .cases import FEW, LAYERS, Case, converted, equal, gradients, ids, loss_of, small_batch, small_net

@@ -7,7 +7,8 @@ from torch import nn
 
 import fqt
 from fqt import Recipe
-from fqt.kernels import native
+from fqt.kernels import Status
+from fqt.nn import arithmetic
 from fqt.nn.arithmetic import machine_obstacle
 
 from .cases import q, small_net
@@ -79,7 +80,7 @@ def test_what_the_machine_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fqt.quantize_(nn.Linear(4, 4), "psq8")
     doubled = fqt.explain(fqt.quantize_(nn.Linear(4, 4).double(), "psq8"))
     assert {(p.arithmetic, p.why) for p in doubled.products} == {("simulated", "float64 is computed in float64")}
-    monkeypatch.setattr(native, "status", lambda: native.Status("reference", "no compiler"))
+    monkeypatch.setattr(arithmetic, "status", lambda: Status("reference", "no compiler"))
     assert {p.why for p in fqt.explain(layer).products} == {"no integer kernels: no compiler"}
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fqt
-from fqt.kernels import native
+from fqt.kernels.codes import Findings
+from fqt.kernels.cpu import fused, library
 from fqt.kernels.linear_map import ConvMap, DenseMap
-from fqt.nn import function, fused
+from fqt.nn import function
 from fqt.quant import Scale
 
 from .cases import FORWARD, LAYERS, Case, converted, equal, gradients
@@ -22,7 +23,7 @@ from .test_integers import LARGE, RECIPES, runs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
-    pytest.mark.skipif(native.status().level == "reference", reason="no native kernels"),
+    pytest.mark.skipif(library.status().level == "reference", reason="no native kernels"),
 ]
 PRODUCTS = ("output", "grad_input", "grad_weight")
 MORE = (
@@ -173,7 +174,7 @@ def test_what_one_quantizer_finds_for_the_other_changes_nothing(
     monkeypatch.setattr(
         function._Gradient,
         "of",
-        staticmethod(lambda grad, role, call, _: real(grad, role, call, native.Findings())),
+        staticmethod(lambda grad, role, call, _: real(grad, role, call, Findings())),
     )
     apart = run()
     *same, bias = zip(together, apart, strict=True)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import Recipe
-from fqt.kernels import ops, products
-from fqt.kernels.tensor import Dither
-from fqt.nn import function, fused, integer, low_rank
+from fqt.kernels import integer, low_rank, ops, products
+from fqt.kernels.codes import Dither
+from fqt.kernels.cpu import fused
+from fqt.nn import function
 from fqt.nn.arithmetic import obstacle
 from fqt.nn.layers import linear_map
 

@@ -32,8 +32,8 @@ def test_the_papers_recipes() -> None:
         assert recipe == Recipe(input="ptq8", weight="ptq8", grad_input=name, grad_weight="ptq8", fold="never")
         assert recipe.grad_input == quantizer(name)
         assert recipe.grad_weight == quantizer("ptq8")
-        assert (recipe.input.rounding, recipe.input.scale.mode) == ("nearest", "affine")
-        assert (recipe.weight.rounding, recipe.weight.scale.mode) == ("nearest", "symmetric")
+        assert (recipe.input.rounding_name, recipe.input.scale.mode) == ("nearest", "affine")
+        assert (recipe.weight.rounding_name, recipe.weight.scale.mode) == ("nearest", "symmetric")
     qat, none = load_recipe("qat"), load_recipe("none")
     assert (qat.grad_input, qat.grad_weight) == (None, None)
     assert (qat.input, qat.weight) == (load_recipe("ptq8").input, load_recipe("ptq8").weight)
@@ -43,9 +43,9 @@ def test_the_papers_recipes() -> None:
 
 def test_the_default_is_unbiased_and_integer() -> None:
     recipe = load_recipe("default")
-    assert {recipe.input.rounding, recipe.weight.rounding} == {"nearest"}
-    assert recipe.grad_input.rounding in ("stochastic", "dithered", "best")
-    assert recipe.grad_weight.rounding in ("stochastic", "dithered", "best")
+    assert {recipe.input.rounding_name, recipe.weight.rounding_name} == {"nearest"}
+    assert recipe.grad_input.rounding_name in ("stochastic", "dithered", "best")
+    assert recipe.grad_weight.rounding_name in ("stochastic", "dithered", "best")
 
 
 @pytest.mark.parametrize("name", ["float", "fp32", "exact", "None", "QAT", "ptq8@channel@token", "bhq4 ", "bhq44"])

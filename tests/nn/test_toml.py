@@ -11,6 +11,7 @@ import tomli_w
 from fqt import Quantizer, Recipe, Rule
 from fqt.nn import dump_recipe, load_recipe
 from fqt.quant import BlockHouseholder, Identity, Integers, Scale, ScaledHadamard
+from fqt.quant.catalog import rounded
 
 METHODS = ("ptq", "psq", "bhq", "shq")
 AXES = ("", "@sample", "@token", "@channel")
@@ -49,9 +50,7 @@ def test_every_quantizer(tmp_path: Path) -> None:
             continue
         if rounding == "best" and getattr(transform, "guard", None) == "exact":
             continue
-        quantizer = Quantizer(
-            transform=transform, scale=Scale(group, mode, axis), grid=Integers(3), rounding=rounding
-        )
+        quantizer = rounded(transform, Scale(group, mode, axis), Integers(3), rounding)
         forward = rounding == "nearest" and isinstance(transform, Identity)
         recipe = Recipe(
             input=quantizer if forward and axis != "channel" else "psq4@token",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fqt import Quantizer, quantizer
 from fqt.quant import BlockHouseholder, Identity, Integers, Scale, ScaledHadamard
+from fqt.quant.catalog import rounded
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 METHODS = ("ptq", "psq", "bhq", "shq")
@@ -100,12 +101,14 @@ def build(
     elif isinstance(transform, ScaledHadamard):
         transform = ScaledHadamard(guard=guard)
     scale = q.scale if mode is None else Scale(q.scale.group, mode)
-    return Quantizer(transform=transform, scale=scale, grid=q.grid, rounding=q.rounding)
+    return rounded(transform, scale, q.grid, q.rounding_name)
 
 
-def plain(mode: str, group: str = "row", bits: int = 4, rounding: str = "stochastic") -> Quantizer:
+def plain(
+    mode: str, group: str | tuple[int, int] = "row", bits: int = 4, rounding: str = "stochastic"
+) -> Quantizer:
     """A quantizer without transform."""
-    return Quantizer(transform=Identity(), scale=Scale(group, mode), grid=Integers(bits), rounding=rounding)
+    return rounded(Identity(), Scale(group, mode), Integers(bits), rounding)
 
 
 PLAIN = tuple(
@@ -118,4 +121,4 @@ PLAIN = tuple(
 
 
 def plain_id(q: Quantizer) -> str:
-    return f"{q.scale.group}-{q.scale.mode}-{q.rounding}"
+    return f"{q.scale.group}-{q.scale.mode}-{q.rounding_name}"

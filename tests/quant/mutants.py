@@ -5,20 +5,16 @@ A mutant takes pytest's monkeypatch and leaves the library broken until it is un
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fqt.kernels import mixed, ops
+from fqt.kernels import choice, mixing, ops
+from fqt.kernels.codes import COLUMN, TENSOR, Blocks, Dither, Entries, Levels, Scales
 from fqt.quant import Integers
-from fqt.quant.transform import Mixing
-
-# The package's name `quantizer` is the function; the modules are reached by their full names.
-quantizer_module = importlib.import_module("fqt.quant.quantizer")
-transform_module = importlib.import_module("fqt.quant.transform")
 
 Patch = pytest.MonkeyPatch
 Rounding = Callable[[Tensor, Tensor], Tensor]
@@ -26,19 +22,19 @@ Rounding = Callable[[Tensor, Tensor], Tensor]
 
 def _step_by_step(patch: Patch) -> None:
     """Nothing in one call, so that a defect planted in a step shows."""
-    patch.setattr(ops, "quantize", ops.quantize_in_steps)
-    for name in ("hadamard_codes", "householder_codes"):
-        patch.setattr(mixed, name, lambda *_: None)
+    for op in (ops.quantize, choice.quantize_best, mixing.hadamard_codes, mixing.householder_codes):
+        patch.setattr(op, "implementations", [])
 
 
 def _rounding(rule: Rounding, noise_shape: Callable[[Tensor], tuple[int, ...]] = lambda t: tuple(t.shape)):
     """A mutant whose stochastic rounding is `rule(t, uniform)`."""
 
     def mutant(patch: Patch) -> None:
-        def encode(x, step, offset, low, high, rounding, seed, factor, transposed):  # type: ignore[no-untyped-def]
-            t = ((x - offset) / torch.where(step == 0, 1.0, step)).clamp(low, high)
+        def encode(x: Entries, scales: Scales, levels: Levels, rounding: object, seed: Tensor) -> Tensor:
+            step, offset = scales.spread(x.shape)
+            t = ((x.values() - offset) / torch.where(step == 0, 1.0, step)).clamp(levels.low, levels.high)
             u = torch.rand(noise_shape(t), generator=torch.Generator().manual_seed(int(seed)))
-            return rule(t, u.to(t.dtype).expand(t.shape)).clamp(low, high).to(torch.uint8)
+            return rule(t, u.to(t.dtype).expand(t.shape)).clamp(levels.low, levels.high).to(torch.uint8)
 
         patch.setattr(ops, "encode", encode)
         _step_by_step(patch)
@@ -73,9 +69,14 @@ step_too_small = _steps(0.93)  # clips the top
 step_too_large = _steps(1.08)  # unbiased, but wasteful
 
 
-def decode_scale_off(patch: Patch) -> None:
+def _decoding(patch: Patch, change: Callable[[Scales], Scales]) -> None:
+    """Codes are turned back by other scales than they were made with."""
     right = ops.decode
-    patch.setattr(ops, "decode", lambda codes, step, offset, dither: right(codes, step * 1.01, offset, dither))
+    patch.setattr(ops, "decode", lambda codes, scales, dither: right(codes, change(scales), dither))
+
+
+def decode_scale_off(patch: Patch) -> None:
+    _decoding(patch, lambda scales: replace(scales, step=scales.step * 1.01))
 
 
 def power_of_two_bins(patch: Patch) -> None:
@@ -83,12 +84,11 @@ def power_of_two_bins(patch: Patch) -> None:
 
 
 def offset_lost(patch: Patch) -> None:
-    right = ops.decode
-    patch.setattr(ops, "decode", lambda codes, step, offset, dither: right(codes, step, offset * 0.99, dither))
+    _decoding(patch, lambda scales: replace(scales, offset=scales.offset * 0.99))
 
 
 def transform_not_undone(patch: Patch) -> None:
-    patch.setattr(Mixing, "undo", lambda self, y: y * self.inverse_scale + self.offset)
+    patch.setattr(mixing.Mixing, "undo", lambda self, y: y * self.inverse_scale + self.offset)
 
 
 def transform_dropped(patch: Patch) -> None:
@@ -112,8 +112,8 @@ def reflection_too_long(patch: Patch) -> None:
 
 def _grouping(change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
     def mutant(patch: Patch) -> None:
-        right = transform_module.householder_blocks
-        patch.setattr(transform_module, "householder_blocks", lambda size: right(change(size)))
+        right = mixing.householder_blocks
+        patch.setattr(mixing, "householder_blocks", lambda size: right(change(size)))
         _step_by_step(patch)
 
     return mutant
@@ -125,9 +125,7 @@ squared_sizes = _grouping(lambda size: size.square())
 
 
 def no_guard(patch: Patch) -> None:
-    patch.setattr(
-        transform_module, "_guarded", lambda guard, cost, x, y, c, group: torch.ones_like(group, dtype=torch.bool)
-    )
+    patch.setattr(mixing.Guard, "keeps", lambda self, x, y, cost, group: torch.ones_like(group, dtype=torch.bool))
     _step_by_step(patch)
 
 
@@ -135,9 +133,9 @@ def column_steps_shared(patch: Patch) -> None:
     """Per-column quantizers quietly use the tensor's range."""
     right = ops.value_range
 
-    def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lo, hi = right(x, "tensor" if group == "column" else group, factor)
-        return (lo.expand(1, x.shape[1]), hi.expand(1, x.shape[1])) if group == "column" else (lo, hi)
+    def value_range(x: Entries, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        lo, hi = right(x, TENSOR if blocks == COLUMN else blocks)
+        return (lo.expand(1, x.shape[1]), hi.expand(1, x.shape[1])) if blocks == COLUMN else (lo, hi)
 
     patch.setattr(ops, "value_range", value_range)
     _step_by_step(patch)
@@ -145,16 +143,16 @@ def column_steps_shared(patch: Patch) -> None:
 
 def dither_not_subtracted(patch: Patch) -> None:
     right = ops.decode
-    patch.setattr(ops, "decode", lambda codes, step, offset, dither: right(codes, step, offset, None))
+    patch.setattr(ops, "decode", lambda codes, scales, dither: right(codes, scales, None))
 
 
 def dither_shared_by_rows(patch: Patch) -> None:
     """One row dither for all rows: every entry still unbiased, every column's errors equal."""
-    right = ops.dither_noise
+    right = ops.dither
 
-    def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
-        row, column = right(seed, rows, columns, transposed)
-        return row[:1].expand(rows, 1).contiguous(), column
+    def dither(seed: Tensor, x: Entries, dtype: torch.dtype) -> Dither:
+        noise = right(seed, x, dtype)
+        return replace(noise, row=noise.row[:1].expand(x.shape[0], 1).contiguous())
 
-    patch.setattr(ops, "dither_noise", dither_noise)
+    patch.setattr(ops, "dither", dither)
     _step_by_step(patch)

@@ -7,7 +7,19 @@ import pytest
 import fqt
 from fqt import Quantizer
 from fqt.errors import FqtError
-from fqt.quant import BlockHouseholder, Identity, Integers, Scale, ScaledHadamard, quantizer, quantizer_name
+from fqt.quant import (
+    Best,
+    BlockHouseholder,
+    Floats,
+    Identity,
+    Integers,
+    Scale,
+    ScaledHadamard,
+    Stochastic,
+    quantizer,
+    quantizer_name,
+)
+from fqt.quant.catalog import rounded
 
 from .cases import BITS, METHODS
 
@@ -30,9 +42,9 @@ def test_what_the_names_mean() -> None:
         q = fqt.quantizer(f"{method}5")
         assert isinstance(q.transform, transform)
         assert (q.scale.group, q.scale.mode) == ("tensor" if method == "ptq" else "row", "affine")
-        assert (q.grid, q.rounding) == (Integers(5), "stochastic")
+        assert (q.grid, q.rounding) == (Integers(5), Stochastic())
     assert quantizer("psq8d@channel").scale.axis == "channel"
-    assert [quantizer(f"psq4{s}").rounding for s in "dxn"] == ["dithered", "best", "nearest"]
+    assert [quantizer(f"psq4{s}").rounding_name for s in "dxn"] == ["dithered", "best", "nearest"]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -102,7 +114,30 @@ def test_bits_said_twice_differently() -> None:
     [
         lambda: Quantizer(rounding="up"),
         lambda: Quantizer(rounding="dithered", scale=Scale("row", "symmetric")),
-        lambda: Quantizer(rounding="best", scale=Scale("row", "symmetric")),
+        lambda: Quantizer(rounding="best"),
+        lambda: rounded(Identity(), Scale("row", "symmetric"), Integers(4), "best"),
+        lambda: rounded(BlockHouseholder(guard="exact"), Scale("row"), Integers(4), "best"),
+        lambda: Best(candidates=(quantizer("psq4"),)),
+        lambda: Best(candidates=(quantizer("psq4"), "psq4d")),
+        lambda: Best(candidates=(quantizer("psq4"), quantizer("ptq4d"))),
+        lambda: Best(candidates=(quantizer("psq4"), quantizer("psq5d"))),
+        lambda: Best(candidates=(quantizer("psq4"), quantizer("shq4d"))),
+        lambda: Best(candidates=(quantizer("psq4"), quantizer("psq4d@token"))),
+        lambda: Best(candidates=(quantizer("psq4"), Quantizer(scale=Scale("row", "symmetric"), grid=Integers(4)))),
+        lambda: Quantizer(scale=Scale("row", "affine"), grid=Floats(2, 1)),
+        lambda: Quantizer(scale=Scale("row", "zero"), grid=Floats(3, 0)),
+        lambda: Quantizer(transform=BlockHouseholder(), scale=Scale((1, 32))),
+        lambda: Floats(0, 3),
+        lambda: Floats(6, 1),
+        lambda: Floats(2, 4),
+        lambda: Floats(2, 1, reserved=-1),
+        lambda: Scale((0, 32)),
+        lambda: Scale((1, 2, 3)),
+        lambda: Scale((1, 2.0)),
+        lambda: Scale("row", "affine", store="power"),
+        lambda: Scale("row", "zero", store="e4m3"),
+        lambda: Scale("row", "symmetric", store="bfloat16"),
+        lambda: Quantizer(scale=Scale("row", "symmetric"), grid=Floats(2, 1)).with_bits(8),
         lambda: Quantizer(transform=BlockHouseholder(), scale=Scale("tensor")),
         lambda: Quantizer(transform=ScaledHadamard(), scale=Scale("column")),
         lambda: Scale("diagonal"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fqt.kernels.rounding import STOCHASTIC
+
 from . import checks
 from .cases import BITS, FAMILIES, METHODS, PAPER, build
 
@@ -140,4 +142,4 @@ def test_r_same_weight_quantizer() -> None:
 
 
 def test_all_methods_of_the_paper_are_there() -> None:
-    assert {build(f"{m}5").rounding for m in PAPER} == {"stochastic"}
+    assert {build(f"{m}5").rounding for m in PAPER} == {STOCHASTIC}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fqt import Quantizer
-from fqt.kernels import ops
+from fqt.kernels.rounding import dither_noise
 
 from . import mutants
 from .cases import FAMILIES, build, gaussian, gen, plain
@@ -125,7 +125,7 @@ def test_variance_and_bound_are_step_squared_over_twelve() -> None:
 
 
 def test_noise_costs_n_plus_d_numbers() -> None:
-    row, column = ops.dither_noise(torch.tensor(3), 5, 11)
+    row, column = dither_noise(torch.tensor(3), 5, 11)
     assert (tuple(row.shape), tuple(column.shape)) == ((5, 1), (1, 11))
     assert int(row.min()) >= 0
     assert int(row.max()) < 1 << 24

@@ -9,18 +9,24 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 import fqt
-from fqt.kernels import mixed, native, reference
+from fqt.kernels import mixing
+from fqt.kernels.codes import Entries, Findings
+from fqt.kernels.cpu import library
+from fqt.kernels.op import Implementation
 from fqt.kernels.roots import inverse_cube_root, square_root
 from fqt.quant import QuantizedTensor, Quantizer
+from fqt.quant.catalog import rounded
 from fqt.quant.transform import BlockHouseholder
+from tests.backends import reference_only
 
-needs_native = pytest.mark.skipif(native.status().level == "reference", reason=str(native.status()))
+needs_native = pytest.mark.skipif(library.status().level == "reference", reason=str(library.status()))
 
 # One row, odd sizes, every remainder of a block and of a vector, whole blocks, strips of long rows.
 SHAPES = [(1, 1), (1, 70), (2, 3), (3, 1), (3, 70), (5, 16), (17, 33), (31, 1000), (64, 65), (100, 40), (128, 257)]
@@ -69,14 +75,6 @@ def differences(a: QuantizedTensor, b: QuantizedTensor) -> list[str]:
 
 
 @contextmanager
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every operation on the reference's kernels."""
-    with monkeypatch.context() as context:
-        context.setattr(native, "takes", lambda *_, **__: False)
-        yield
-
-
-@contextmanager
 def threads(n: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(n)
@@ -99,30 +97,34 @@ def members(name: str) -> list[Quantizer]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry per call that was asked for: whether it gave codes."""
+    """One entry per call that was asked for: whether it gave codes; the reference takes over where not."""
     seen: list[bool] = []
-    for name in ("hadamard_codes", "householder_codes"):
-        right: Callable = getattr(mixed, name)
+    for op in (mixing.hadamard_codes, mixing.householder_codes):
 
-        def watched(*arguments: object, right: Callable = right) -> object:
-            found = right(*arguments)
-            seen.append(found is not None)
-            return found
+        def at_once(*arguments: object, right: Callable) -> object:
+            seen.append(True)
+            return right(*arguments)
 
-        monkeypatch.setattr(mixed, name, watched)
+        def in_steps(*arguments: object, right: Callable = op.reference) -> object:
+            seen[-1:] = [False] if seen and seen[-1] else [*seen[-1:], False]
+            return right(*arguments)
+
+        watched = [Implementation(i.backend, partial(at_once, right=i.run), i.when) for i in op.implementations]
+        monkeypatch.setattr(op, "implementations", watched)
+        monkeypatch.setattr(op, "reference", in_steps)
     return seen
 
 
 @needs_native
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["plain", "scaled", "constant", "extreme", "flat"])
-def test_one_call_is_all_steps(kind: str, name: str, monkeypatch: pytest.MonkeyPatch, calls: list[bool]) -> None:
+def test_one_call_is_all_steps(kind: str, name: str, calls: list[bool]) -> None:
     for number, shape in enumerate(SHAPES if kind in ("plain", "scaled") else SHAPES[::2]):
         for q in members(name):
             for x in (matrix(shape, kind), matrix(shape, kind).bfloat16()):
                 if not bool(torch.isfinite(x).all()):
                     continue
-                with plain_torch(monkeypatch):
+                with reference_only():
                     wanted = q.quantize(x, number)
                 assert not calls.pop()
                 for n in (1, 2):
@@ -144,12 +146,12 @@ def test_both_answers_of_the_guard_are_among_the_cases() -> None:
 
 
 @needs_native
-def test_the_comparison_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_sees_what_is_wrong() -> None:
     """Another seed, no guard, other rows."""
     x = matrix((300, 701), "flat")
     for name, guarded in (("shq8", "keep"), ("bhq8", "normal")):
         q = fqt.quantizer(name)
-        with plain_torch(monkeypatch):
+        with reference_only():
             other_seed, unguarded = q.quantize(x, 1), members(name)[1].quantize(x, 0)
             shifted = q.quantize(x.roll(1, 0), 0)
         quantized = q.quantize(x, 0)
@@ -160,15 +162,15 @@ def test_the_comparison_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
 @needs_native
 @pytest.mark.parametrize("name", ["shq4", "bhq4d"])
-def test_factors(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[bool]) -> None:
+def test_factors(name: str, calls: list[bool]) -> None:
     """What is multiplied on the way, with its entries' noise where it belongs."""
     for shape in [(64, 33), (300, 701), (6, 40000)]:
         x = matrix(shape, "scaled")
         factor = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)) + 0.5
         for y in (x, x.bfloat16()):
             q = fqt.quantizer(name)
-            with plain_torch(monkeypatch):
-                wanted = q.quantize(reference.values(y, factor), 2)
+            with reference_only():
+                wanted = q.quantize(Entries(y, factor).values(), 2)
             assert not differences(q.quantize(y, 2, factor=factor), wanted)
             assert calls == [False, True]
             calls.clear()
@@ -190,7 +192,11 @@ def test_what_goes_step_by_step(calls: list[bool]) -> None:
         with pytest.raises(fqt.FqtError, match="NaN or Inf"):
             q.quantize(bad, 0)
         exact = replace(q, transform=replace(q.transform, guard="exact"))
-        for other in (exact, replace(q, rounding="best"), replace(q, scale=replace(q.scale, mode="zero"))):
+        for other in (
+            exact,
+            rounded(q.transform, q.scale, q.grid, "best"),
+            replace(q, scale=replace(q.scale, mode="zero")),
+        ):
             other.quantize(x, 0)
         assert calls == [False]
         calls.clear()
@@ -220,11 +226,11 @@ def test_roots_are_right_to_two_units() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("level", native.LEVELS)
+@pytest.mark.parametrize("level", library.LEVELS)
 def test_every_level_gives_the_same_codes(level: str) -> None:
     """The comparison again, on kernels of a lower level."""
-    have = native.status().level
-    if "FQT_KERNELS" in os.environ or native.LEVELS.index(level) >= native.LEVELS.index(have):
+    have = library.status().level
+    if "FQT_KERNELS" in os.environ or library.LEVELS.index(level) >= library.LEVELS.index(have):
         pytest.skip(f"this runs on {have} anyway")
     chosen = "test_one_call and scaled and (shq4d or bhq3) or test_factors"
     arguments = [__file__, "-q", "-p", "no:cacheprovider", "-k", chosen]
@@ -241,12 +247,9 @@ def test_every_level_gives_the_same_codes(level: str) -> None:
 def test_the_range_is_taken_down_for_others(method: str) -> None:
     """Quantizing whole tensors by a range that a transform's pass came by changes nothing."""
     x = torch.randn(70, 33, generator=torch.Generator().manual_seed(0)) + 0.3
-    findings = native.Findings()
-    fqt.quantizer(method).quantize(x, 1, findings=findings)
-    assert findings.known
-    assert (findings.lo, findings.hi) == (float(x.min()), float(x.max()))
+    findings = fqt.quantizer(method).quantize_knowing(x, Findings(), 1)[1]
+    assert findings.range == (float(x.min()), float(x.max()))
     whole = fqt.quantizer("ptq8")
-    assert torch.equal(whole.quantize(x, 2, findings=findings).codes, whole.quantize(x, 2).codes)
-    scaled = native.Findings()
-    fqt.quantizer(method).quantize(x, 1, findings=scaled, factor=torch.rand(33))
-    assert not scaled.known
+    assert torch.equal(whole.quantize_knowing(x, findings, 2)[0].codes, whole.quantize(x, 2).codes)
+    scaled = fqt.quantizer(method).quantize_knowing(x, Findings(), 1, factor=torch.rand(33))[1]
+    assert scaled == Findings()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqt.kernels.reference import round_dithered, round_stochastic
+from fqt.kernels.rounding import round_dithered, round_stochastic
 
 FULL = 1 << 24
 

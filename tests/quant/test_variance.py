@@ -31,7 +31,7 @@ def test_equals_the_empirical_variance(name: str, family: str) -> None:
     bound = float(q.variance_bound(x, seed=2))
     if expected <= 1e-4 * bound:  # all on codes but for a last bit
         assert float(energies(q, x, 64, seed=2).mean()) <= 1e-3 * bound
-    elif q.rounding == "stochastic":
+    elif q.rounding_name == "stochastic":
         assert abs(z_score(energies(q, x, 4096, seed=2), expected)) < 6
     else:
         assert abs(z_score(energy_errors(q, x, 150))) < 6
@@ -44,10 +44,10 @@ def test_equals_the_empirical_variance_over_seeds(name: str, family: str) -> Non
     assert abs(z_score(energy_errors(build(name), FAMILIES[family](8, 6, 4), 150))) < 6
 
 
-@pytest.mark.parametrize("q", [q for q in PLAIN if q.rounding in ("stochastic", "best")], ids=plain_id)
+@pytest.mark.parametrize("q", [q for q in PLAIN if q.rounding_name in ("stochastic", "best")], ids=plain_id)
 def test_every_scale_equals_the_empirical_variance(q: Quantizer) -> None:
     x = FAMILIES["heavy_rows"](6, 7, 9)
-    if q.rounding == "stochastic":
+    if q.rounding_name == "stochastic":
         assert abs(z_score(energies(q, x, 4096), float(q.variance(x)))) < 6
     else:
         assert abs(z_score(energy_errors(q, x, 150))) < 6

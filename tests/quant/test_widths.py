@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import fqt
-from fqt.quant.scale import Integers
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 NAMES = ("ptq8", "ptq4d", "psq8", "psq3x", "bhq4", "bhq4d", "shq4", "shq4d", "shq3x")
@@ -28,7 +25,7 @@ def matrix() -> torch.Tensor:
 def test_every_width_is_that_widths_variance(q: fqt.Quantizer, axis: int | tuple[int, ...]) -> None:
     x = matrix()
     variances, bounds = q.variances(x, WIDTHS, seed=5, axis=axis)
-    members = [replace(q, grid=Integers(bits)) for bits in WIDTHS]
+    members = [q.with_bits(bits) for bits in WIDTHS]
     expected = torch.stack([m.variance(x, 5, axis=axis) for m in members])
     limits = torch.stack([m.variance_bound(x, 5, axis=axis) for m in members])
     assert torch.allclose(variances, expected, rtol=1e-9)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fqt
 from fqt.errors import FqtError
-from fqt.kernels import native, ops, reference
+from fqt.kernels import ops, rounding
 from fqt.stats.certification.bias import row_mean
 from fqt.stats.certification.inputs import Input, adversarial_inputs
 from fqt.stats.certification.run import _levels, row_noise, smallest_bias
@@ -59,15 +59,15 @@ def test_nearest_is_biased(name: str) -> None:
 
 def _dither_shared_by_rows(patch: pytest.MonkeyPatch) -> None:
     """In encoding as well as in decoding: every entry right, a column's errors all equal."""
-    right = reference.dither_noise
+    right = rounding.dither_noise
 
     def dither_noise(seed: Tensor, rows: int, columns: int, transposed: bool = False) -> tuple[Tensor, Tensor]:
         row, column = right(seed, rows, columns, transposed)
         return row[:1].expand(rows, 1), column
 
-    patch.setattr(native, "takes", lambda *tensors, integers=None: False)
-    patch.setattr(reference, "dither_noise", dither_noise)
-    patch.setattr(ops, "dither_noise", dither_noise)
+    mutants.dither_shared_by_rows(patch)
+    patch.setattr(rounding, "dither_noise", dither_noise)
+    patch.setattr(ops.encode, "implementations", [])
 
 
 PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str, str]] = {

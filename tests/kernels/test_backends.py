@@ -1,4 +1,4 @@
-"""The native kernels against the plain-torch reference: the same bits, at every instruction-set level."""
+"""Every implementation of an operation against its plain-torch reference: the same bits, at every CPU level."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from fqt.kernels import native, ops, philox, reference
+from fqt.kernels import choice, ops, philox, reference
+from fqt.kernels.codes import COLUMN, ROW, TENSOR, Blocks, Dither, Entries, Findings, Levels, Quantized, Scales
+from fqt.kernels.cpu import library
+from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC, Coding, Rounding, dither_noise
+from tests.backends import compare, same
 
-needs_native = pytest.mark.skipif(
-    native.status().level == "reference" and "FQT_KERNELS" not in os.environ, reason=str(native.status())
-)
-pytestmark = needs_native
+pytestmark = pytest.mark.skipif(library.status().level == "reference", reason=str(library.status()))
 
 SHAPES = [(0, 5), (5, 0), (0, 0), (1, 1), (2, 2), (3, 70), (17, 33), (5, 1000), (130, 31), (33, 129), (300, 701)]
 TAILS = [(3, d) for d in range(1, 71)]  # every remainder of every vector length
-RANGES = {"nearest": [(0, 255), (0, 3), (-127, 127), (-1, 1)], "stochastic": [(0, 255), (0, 15), (-127, 127)]}
-RANGES["dithered"] = [(0, 254), (0, 2)]
-GROUPS = {"tensor": (0, 1), "row": (1,), "column": (0,)}
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal dtype, shape and values, NaN equal to NaN."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(nan=7e37), b.nan_to_num(nan=7e37))
+LEVELS = {
+    NEAREST: [Levels(0, 255), Levels(0, 3), Levels(-127, 127), Levels(-1, 1)],
+    STOCHASTIC: [Levels(0, 255), Levels(0, 15), Levels(-127, 127)],
+    DITHERED: [Levels(0, 254), Levels(0, 2)],
+}
+BLOCKS = {"tensor": TENSOR, "row": ROW, "column": COLUMN}
+by_blocks = pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+by_rounding = pytest.mark.parametrize("rounding", LEVELS, ids=str)
 
 
 def matrix(shape: tuple[int, int], kind: str = "plain") -> torch.Tensor:
@@ -60,50 +63,45 @@ def shapes(kind: str) -> list[tuple[int, int]]:
     return SHAPES + TAILS if kind == "plain" else SHAPES
 
 
-def parameters(x: torch.Tensor, group: str, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step and offset that spread a group over the codes; 0 where it is constant, NaN where it is not finite."""
-    lo, hi = reference.value_range(x, group)
-    step = (hi * 0.5 - lo * 0.5) / (high - low) * 2
+def spread_over(x: Entries, blocks: Blocks, levels: Levels) -> Scales:
+    """Steps and offsets that spread a block over the levels; 0 where it is constant, NaN where it is not finite."""
+    lo, hi = reference.value_range(x, blocks)
+    step = (hi * 0.5 - lo * 0.5) / (levels.high - levels.low) * 2
     bad = ~(torch.isfinite(lo) & torch.isfinite(hi))
-    return step.masked_fill(bad, torch.nan), (lo - low * step).nan_to_num(0, 0, 0)
+    return Scales(step.masked_fill(bad, torch.nan), (lo - levels.low * step).nan_to_num(0, 0, 0), blocks)
 
 
 SEED = torch.tensor(-0x123456789ABCDEF)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@by_blocks
 @pytest.mark.parametrize("kind", KINDS)
-def test_value_range(kind: str, group: str) -> None:
+def test_value_range(kind: str, blocks: Blocks) -> None:
     for shape in shapes(kind):
-        x = matrix(shape, kind)
-        for a, b in zip(ops.value_range(x, group), reference.value_range(x, group), strict=True):
-            assert same(a, b), (shape, group)
+        compare(ops.value_range, Entries(matrix(shape, kind)), blocks, by="cpu" if 0 not in shape else None)
 
 
-@pytest.mark.parametrize("rounding", RANGES)
-@pytest.mark.parametrize("group", GROUPS)
+@by_rounding
+@by_blocks
 @pytest.mark.parametrize("kind", KINDS)
-def test_encode_and_decode(kind: str, group: str, rounding: str) -> None:
+def test_encode_and_decode(kind: str, blocks: Blocks, rounding: Rounding) -> None:
     for shape in shapes(kind):
-        x = matrix(shape, kind)
-        for low, high in RANGES[rounding]:
-            step, offset = parameters(x, group, low, high)
-            wanted = reference.encode(x, step, offset, low, high, rounding, SEED)
-            assert same(native.encode(x, step, offset, low, high, rounding, SEED), wanted), (shape, low, high)
-            noise = [n.float() / 2**24 for n in reference.dither_noise(SEED, *shape)]
+        x = Entries(matrix(shape, kind))
+        for levels in LEVELS[rounding]:
+            scales = spread_over(x, blocks, levels)
+            compare(ops.encode, x, scales, levels, rounding, SEED)
+            codes = reference.encode(x, scales, levels, rounding, SEED)
+            noise = [n.float() / 2**24 for n in dither_noise(SEED, *shape)]
             for dither in (None, noise[0], noise[1]):
-                value = reference.decode(wanted, step, offset, dither)
-                assert same(native.decode(wanted, step, offset, dither), value), (shape, low, high)
+                compare(ops.decode, codes, scales, dither)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@by_blocks
 @pytest.mark.parametrize("kind", KINDS)
-def test_code_variance(kind: str, group: str) -> None:
+def test_code_variance(kind: str, blocks: Blocks) -> None:
     for shape in shapes(kind):
-        x = matrix(shape, kind)
-        step, offset = parameters(x, group, 0, 15)
-        wanted = reference.code_variance(x, step, offset, 0, 15)
-        assert same(native.code_variance(x, step, offset, 0, 15), wanted), shape
+        x = Entries(matrix(shape, kind))
+        compare(ops.code_variance, x, spread_over(x, blocks, Levels(0, 15)), Levels(0, 15))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-7, 1e-9, 1e-12])
@@ -112,13 +110,12 @@ def test_variances_beside_code_zero(codes: int, scale: float) -> None:
     """Positions just below a whole number, whose fraction rounds to 1."""
     x = scale * torch.linspace(-1, 1, 333).repeat(3, 1)
     x[:, 0] = 1.0
-    step, offset = torch.full((3, 1), 1 / codes), torch.zeros(3, 1)
-    arguments = (x, step, offset, -codes, codes)
-    assert same(native.code_variance(*arguments), reference.code_variance(*arguments))
-    assert torch.equal(native.variance_sums(*arguments), reference.variance_sums(*arguments))
+    scales = Scales(torch.full((3, 1), 1 / codes), torch.zeros(3, 1), ROW)
+    for op in (ops.code_variance, ops.variance_sums):
+        compare(op, Entries(x), scales, Levels(-codes, codes))
 
 
-BLOCKS = [(), (1,), (2,), (4, 1), (8, 2, 1), (128, 64, 2), (16, 16, 16), (512,), (64, 32, 16, 8, 4, 2, 1)]
+MIXED = [(), (1,), (2,), (4, 1), (8, 2, 1), (128, 64, 2), (16, 16, 16), (512,), (64, 32, 16, 8, 4, 2, 1)]
 
 
 def around(shape: tuple[int, int], keep: torch.Tensor) -> list[dict]:
@@ -138,7 +135,7 @@ def around(shape: tuple[int, int], keep: torch.Tensor) -> list[dict]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hadamard(kind: str) -> None:
-    for blocks in BLOCKS:
+    for blocks in MIXED:
         for columns in (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200):
             x = matrix((sum(blocks), columns), kind)
             generator = torch.Generator().manual_seed(1)
@@ -147,8 +144,8 @@ def test_hadamard(kind: str) -> None:
             for more in around(tuple(x.shape), keep):  # type: ignore[arg-type]
                 for kept in (None, keep):
                     for y in (x, x.bfloat16()):
-                        wanted = reference.hadamard(y, order, blocks, keep=kept, **more)
-                        assert same(native.hadamard(y, order, blocks, keep=kept, **more), wanted), (blocks, columns)
+                        before, after = more.get("before"), more.get("after")
+                        compare(ops.hadamard, y, order, blocks, before, kept, after)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,8 +157,7 @@ def test_reflect(kind: str) -> None:
         normal, factor = torch.randn(2, shape[0], 1, generator=generator)
         for more in around(shape, normal > 0):
             for y in (x, x.bfloat16()):
-                wanted = reference.reflect(y, group, normal, factor, **more)
-                assert same(native.reflect(y, group, normal, factor, **more), wanted), shape
+                compare(ops.reflect, y, group, normal, factor, more.get("before"), more.get("after"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,6 +167,7 @@ def test_replacing_rows(kind: str) -> None:
         keep = torch.rand(shape[0], 1, generator=torch.Generator().manual_seed(4)) < 0.5
         for y in (x, x.bfloat16()):
             got, wanted = x.neg(), x.neg()
+            assert ops.replace_rows_.backend(got, keep, y) == "cpu"
             assert ops.replace_rows_(got, keep, y) is got
             assert same(got, reference.replace_rows_(wanted, keep, y)), shape
 
@@ -181,76 +178,83 @@ def test_group_parameters() -> None:
     lo, hi = torch.tensor(pairs).T[:, :, None].contiguous()
     for mode in ("affine", "symmetric", "zero"):
         for steps in (1, 3, 7, 127, 254, 255):
-            wanted = reference.parameters(lo, hi, mode, steps)
-            assert all(map(same, ops.parameters(lo, hi, mode, steps), wanted)), (mode, steps)
+            compare(ops.parameters, lo, hi, mode, steps)
 
 
 def test_sums_of_values() -> None:
     for shape in [*SHAPES, *TAILS[::7], (5000, 3), (700, 2100)]:
         x = matrix(shape)
         for y in (x, x.bfloat16()):
-            wanted = reference.value_sums(y)
-            assert torch.allclose(ops.value_sums(y), wanted, rtol=0, atol=1e-6 * float(y.double().abs().sum() + 1))
+            bound = 1e-6 * float(y.double().abs().sum() + 1)
+            compare(ops.value_sums, y, equal=partial(torch.allclose, rtol=0, atol=bound))
 
 
-def sources(x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def sources(x: torch.Tensor) -> list[Entries]:
     """The same in both dtypes, with and without factors of every period that fits."""
-    found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    found: list[Entries] = []
     periods = [p for p in (1, 3, x.shape[1] // 2, x.shape[1]) if p > 0 and x.shape[1] % p == 0]
     for y in (x, x.bfloat16()):
-        found.append((y, None))
+        found.append(Entries(y))
         for p in periods:
-            found.append((y, torch.randn(p, generator=torch.Generator().manual_seed(p))))
+            found.append(Entries(y, torch.randn(p, generator=torch.Generator().manual_seed(p))))
     return found
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@by_blocks
 @pytest.mark.parametrize("kind", ["plain", "nan", "zeros"])
-def test_bfloat16_and_factors_plain_and_on_its_side(kind: str, group: str) -> None:
+def test_bfloat16_and_factors_plain_and_on_its_side(kind: str, blocks: Blocks) -> None:
+    levels = Levels(0, 254)
     for shape in [s for s in (*SHAPES, *TAILS[::9], (2, 9000)) if s[1]]:
-        for x, factor in sources(matrix(shape, kind)):
-            for a, b in zip(
-                ops.value_range(x, group, factor), reference.value_range(x, group, factor), strict=True
-            ):
-                assert same(a, b), (shape, x.dtype)
-            step, offset = parameters(reference.values(x, factor), group, 0, 254)
-            for rounding in RANGES:
+        for x in sources(matrix(shape, kind)):
+            compare(ops.value_range, x, blocks, by="cpu" if shape[0] else None)
+            scales = spread_over(x, blocks, levels)
+            for rounding in LEVELS:
                 for transposed in (False, True):
-                    rest = (step, offset, 0, 254, rounding, SEED, factor, transposed)
-                    assert same(native.encode(x, *rest), reference.encode(x, *rest)), (shape, x.dtype, rounding)
-            rest = (step, offset, 0, 254, factor)
-            assert same(native.variance_sums(x, *rest), reference.variance_sums(x, *rest)), (shape, x.dtype)
+                    compare(ops.encode, replace(x, transposed=transposed), scales, levels, rounding, SEED)
+            compare(ops.variance_sums, x, scales, levels)
 
 
-MODES = [("affine", 0, 255), ("affine", 0, 254), ("symmetric", -127, 127), ("zero", 0, 255)]
+MODES = [("affine", Levels(0, 255)), ("affine", Levels(0, 254)), ("symmetric", Levels(-127, 127))]
+MODES += [("zero", Levels(0, 255))]
 
 
-@pytest.mark.parametrize("group", GROUPS)
+def in_three_steps(x: Entries, blocks: Blocks, coding: Coding) -> Quantized:
+    """Range, parameters and codes by the functions of the reference, and the dither by its noise."""
+    lo, hi = reference.value_range(x, blocks)
+    scales = Scales(*reference.parameters(lo, hi, coding.mode, coding.levels.high), blocks)
+    codes = reference.encode(x, scales, coding.levels, coding.rounding, SEED)
+    noise = [n.float() / 2**24 for n in dither_noise(SEED, *x.shape, x.transposed)]
+    return Quantized(codes, scales, Dither(*noise) if coding.rounding == DITHERED else None)
+
+
+@by_blocks
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantize_is_its_three_steps(kind: str, group: str) -> None:
+def test_quantize_is_its_three_steps(kind: str, blocks: Blocks) -> None:
     """Codes, steps and offsets; every start of a row against the blocks of noise."""
     for shape in [s for s in (*SHAPES, *TAILS[::3], (9, 4099), (3, 9001)) if s[0] and s[1]]:
-        for x, factor in sources(matrix(shape, kind))[:: 1 if kind == "plain" else 3]:
-            for mode, low, high in MODES:
-                for rounding in RANGES:
-                    if rounding == "dithered" and high != 254:
+        for source in sources(matrix(shape, kind))[:: 1 if kind == "plain" else 3]:
+            x = replace(source, transposed=kind == "zeros")
+            for mode, levels in MODES:
+                for rounding in LEVELS:
+                    if rounding == DITHERED and levels.high != 254:
                         continue
-                    how = (x, group, mode, low, high, rounding, SEED, factor, kind == "zeros")
-                    lo, hi = reference.value_range(x, group, factor)
-                    step, offset = reference.parameters(lo, hi, mode, high)
-                    codes = reference.encode(x, step, offset, *how[3:])
-                    *found, noise = ops.quantize(*how)
-                    for a, b in zip(found, (codes, step, offset), strict=True):
-                        assert same(a, b), (shape, mode, rounding, x.dtype)
-                    assert (noise is None) == (rounding != "dithered")
-                    for a, b in zip(noise or (), reference.dither_noise(SEED, *x.shape, how[-1]), strict=False):
-                        assert same(a, b / 2**24)
+                    coding = Coding(mode, levels, rounding)
+                    arguments = (x, blocks, coding, SEED)
+                    compare(ops.quantize, *arguments, wanted=in_three_steps(x, blocks, coding))
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "best"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_findings_save_a_pass_and_change_nothing(dtype: torch.dtype, rounding: str) -> None:
     """Range and sums that a pass over rows comes by: those of passes of their own, on any number of threads."""
+    stochastic = Coding("affine", Levels(0, 255), STOCHASTIC)
+    both = (stochastic, Coding("affine", Levels(0, 254), DITHERED))
+
+    def by_rows(x: torch.Tensor, known: Findings | None) -> Quantized:
+        if rounding == "best":
+            return choice.quantize_best(Entries(x), ROW, both, SEED, None, known)
+        return ops.quantize(Entries(x), ROW, stochastic, SEED, known)
+
     for shape, channels in (
         ((9, 30), 10),
         ((9, 30), 7),
@@ -263,36 +267,37 @@ def test_findings_save_a_pass_and_change_nothing(dtype: torch.dtype, rounding: s
             x = matrix(shape, "plain").to(dtype)
             if special:
                 x[shape[0] // 2, 3] = float(special)
-            findings = native.Findings(channels)
-            before = native.quantize(x, "row", "affine", 0, 255, rounding, SEED, findings=findings)
-            alone = native.quantize(x, "row", "affine", 0, 255, rounding, SEED)
-            assert all(same(a, b) for a, b in zip(before[:3], alone[:3], strict=True))
-            assert findings.known
-            lo, hi = reference.value_range(x, "tensor")
-            assert same(torch.tensor([[findings.lo]]), lo)
-            assert same(torch.tensor([[findings.hi]]), hi)
-            whole = native.quantize(x, "tensor", "affine", 0, 255, "stochastic", SEED, findings=findings)
-            plain = native.quantize(x, "tensor", "affine", 0, 255, "stochastic", SEED)
-            assert all(same(a, b) for a, b in zip(whole[:3], plain[:3], strict=True))
+            wanted = Findings(channels=channels)
+            before, alone = by_rows(x, wanted), by_rows(x, None)
+            assert wanted == Findings(channels=channels)
+            assert same(before[:3], alone[:3])
+            assert alone.findings is None
+            findings = before.findings
+            assert findings is not None
+            assert findings.range is not None
+            for end, truth in zip(findings.range, reference.value_range(Entries(x), TENSOR), strict=True):
+                assert same(torch.tensor([[end]]), truth)
+            whole = ops.quantize(Entries(x), TENSOR, stochastic, SEED, findings)
+            assert same(whole[:3], ops.quantize(Entries(x), TENSOR, stochastic, SEED)[:3])
             if rounding == "best" or shape[1] % channels:
                 assert findings.sums is None
             elif special is None:
-                wanted = reference.value_sums(x.view(-1, channels))
+                sums = reference.value_sums(x.view(-1, channels))
                 assert findings.sums is not None
                 bound = 1e-6 * float(x.double().abs().sum() + 1)
-                assert torch.allclose(findings.sums, wanted, rtol=0, atol=bound)
+                assert torch.allclose(findings.sums, sums, rtol=0, atol=bound)
                 threads = torch.get_num_threads()
                 torch.set_num_threads(1)
-                again = native.Findings(channels)
-                native.quantize(x, "row", "affine", 0, 255, rounding, SEED, findings=again)
+                again = by_rows(x, wanted).findings
                 torch.set_num_threads(threads)
+                assert again is not None
                 assert same(again.sums, findings.sums)
 
 
 def test_transposed_swaps_the_streams_of_dither() -> None:
-    (row, column), (other_row, other_column) = (ops.dither_noise(SEED, 5, 7, t) for t in (False, True))
-    assert torch.equal(other_row.flatten(), ops.dither_noise(SEED, 7, 5)[1].flatten())
-    assert torch.equal(other_column.flatten(), ops.dither_noise(SEED, 7, 5)[0].flatten())
+    (row, column), (other_row, other_column) = (dither_noise(SEED, 5, 7, t) for t in (False, True))
+    assert torch.equal(other_row.flatten(), dither_noise(SEED, 7, 5)[1].flatten())
+    assert torch.equal(other_column.flatten(), dither_noise(SEED, 7, 5)[0].flatten())
     assert not torch.equal(row, other_row)
     assert not torch.equal(column, other_column)
 
@@ -306,8 +311,11 @@ def test_exact_sums_of_codes(dtype: torch.dtype) -> None:
         codes[: shape[0] // 2] = low + 255  # the largest sums
         weights = torch.randint(0, 2**24, (shape[0],), generator=generator, dtype=torch.int32)
         weights[: shape[0] // 2] = 2**24 - 1
-        assert same(native.row_sums(codes), codes.long().sum(1)), shape
+        compare(ops.row_sums, codes)
+        assert same(ops.row_sums(codes), codes.long().sum(1)), shape
         for y in (codes, codes.t().contiguous().t()):
+            compare(ops.column_sums, y, weights)
+            compare(ops.column_sums, y)
             plain, weighted = ops.column_sums(y, weights)
             assert same(plain, codes.long().sum(0)), shape
             assert weighted is not None
@@ -317,9 +325,9 @@ def test_exact_sums_of_codes(dtype: torch.dtype) -> None:
 
 def test_noise() -> None:
     for n in (0, 1, 3, 4, 5, 31, 32, 33, 4095, 4096, 4097, 10000):
-        assert same(ops.random_u24(SEED, 3, n), philox.random_u24(SEED, 3, n)), n
-    for a, b in zip(ops.dither_noise(SEED, 37, 1001), reference.dither_noise(SEED, 37, 1001), strict=True):
-        assert same(a, b)
+        compare(ops.random_u24, SEED, 3, n)
+    dither = ops.dither(SEED, Entries(torch.zeros(37, 1001)), torch.float32)
+    assert same((dither.row, dither.column), tuple(n.float() / 2**24 for n in dither_noise(SEED, 37, 1001)))
 
 
 @pytest.mark.parametrize(
@@ -332,55 +340,61 @@ def test_low_bits_of_the_noise(shape: tuple[int, int], low: int) -> None:
     one = torch.ones(1, 1)
     for more in (0, 1):
         x = (noise + more).float() * 2.0**-24
-        for group in ("tensor", "row", "column"):
-            step = one.expand_as(reference.value_range(x, group)[0]).contiguous()
-            codes = ops.encode(x, step, torch.zeros_like(step), low, 127, "stochastic", SEED)
-            assert bool((codes == more).all()), (group, more)
+        for blocks in BLOCKS.values():
+            step = one.expand(blocks.count(shape)).contiguous()
+            scales = Scales(step, torch.zeros_like(step), blocks)
+            codes = ops.encode(Entries(x), scales, Levels(low, 127), STOCHASTIC, SEED)
+            assert bool((codes == more).all()), (blocks, more)
 
 
 def test_large_matrices_on_one_and_two_threads() -> None:
-    x = torch.randn(513, 1027, generator=torch.Generator().manual_seed(3))
-    before = torch.get_num_threads()
+    x = Entries(torch.randn(513, 1027, generator=torch.Generator().manual_seed(3)))
+    before, levels = torch.get_num_threads(), Levels(0, 254)
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            for group in GROUPS:
-                step, offset = parameters(x, group, 0, 254)
-                for rounding in RANGES:
-                    wanted = reference.encode(x, step, offset, 0, 254, rounding, SEED)
-                    assert same(ops.encode(x, step, offset, 0, 254, rounding, SEED), wanted)
-                assert same(ops.value_range(x, group)[0], reference.value_range(x, group)[0])
-                assert same(ops.decode(wanted, step, offset, None), reference.decode(wanted, step, offset, None))
+            for blocks in BLOCKS.values():
+                scales = spread_over(x, blocks, levels)
+                for rounding in LEVELS:
+                    compare(ops.encode, x, scales, levels, rounding, SEED)
+                compare(ops.value_range, x, blocks)
+                compare(ops.decode, reference.encode(x, scales, levels, NEAREST, None), scales, None)
     finally:
         torch.set_num_threads(before)
 
 
 def test_inputs_that_are_not_contiguous() -> None:
-    x = torch.randn(40, 60)[::2, ::3]
-    step, offset = parameters(x, "row", 0, 255)
-    step = step.expand(20, 2)[:, 1:]
+    x, levels = torch.randn(40, 60)[::2, ::3], Levels(0, 255)
+    scales = spread_over(Entries(x), ROW, levels)
+    scales = replace(scales, step=scales.step.expand(20, 2)[:, 1:])
     seed = torch.tensor([1, 5, 9])[1]
-    wanted = reference.encode(x, step, offset, 0, 255, "stochastic", seed)
-    assert same(ops.encode(x, step, offset, 0, 255, "stochastic", seed), wanted)
-    assert same(ops.encode(x.T, step.T, offset.T, 0, 255, "nearest", None), wanted_nearest(x, step, offset).T)
+    compare(ops.encode, Entries(x), scales, levels, STOCHASTIC, seed)
+    on_its_side = Scales(scales.step.T, scales.offset.T, COLUMN)
+    compare(ops.encode, Entries(x.T), on_its_side, levels, NEAREST, None)
+    wanted = reference.encode(Entries(x), scales, levels, NEAREST, None)
+    assert same(ops.encode(Entries(x.T), on_its_side, levels, NEAREST, None), wanted.T)
 
 
-def wanted_nearest(x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """The reference's codes."""
-    return reference.encode(x, step, offset, 0, 255, "nearest", None)
+BYTE, WIDE = Levels(0, 255), Levels(0, 256)
+
+
+def encode(
+    x: torch.Tensor, step: torch.Tensor, levels: Levels, rounding: Rounding, seed: int | None = None
+) -> None:
+    scales = Scales(step, step, ROW)
+    ops.encode(Entries(x), scales, levels, rounding, None if seed is None else torch.tensor(seed))
 
 
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda x, s: ops.encode(x, s[:2], s[:2], 0, 255, "nearest", None), "parameters of shape"),
-        (lambda x, s: ops.encode(x, s, s, 0, 256, "nearest", None), "codes 0 … 256"),
-        (lambda x, s: ops.encode(x, s, s, 0, 255, "dithered", torch.tensor(1)), "codes 0 … 256"),
-        (lambda x, s: ops.encode(x, s, s, -129, 3, "nearest", None), "codes -129"),
-        (lambda x, s: ops.encode(x, s, s, 0, 255, "stochastic", None), "seed"),
-        (lambda x, s: ops.encode(x, s, s, 0, 255, "up", None), "rounding 'up'"),
-        (lambda x, s: ops.value_range(x, "rows"), "group 'rows'"),
-        (lambda x, s: ops.value_range(x, "row", torch.ones(3)), "factors of shape"),
+        (lambda x, s: encode(x, s[:2], BYTE, NEAREST), "parameters of shape"),
+        (lambda x, s: encode(x, s, WIDE, DITHERED, 1), "fit a byte"),
+        (lambda x, s: encode(x, s, BYTE, DITHERED, 1), "fit a byte"),
+        (lambda x, s: encode(x, s, Levels(-12, 12, 1), DITHERED, 1), "one apart"),
+        (lambda x, s: encode(x, s, BYTE, STOCHASTIC), "seed"),
+        (lambda x, s: encode(x, s, BYTE, DITHERED), "seed"),
+        (lambda x, s: ops.value_range(Entries(x, torch.ones(3)), ROW), "factors of shape"),
         (
             lambda x, s: ops.hadamard(x, torch.arange(4), (4,), after=reference.Unscaling(s, s, torch.ones(3))),
             "right factor of shape",
@@ -389,8 +403,15 @@ def wanted_nearest(x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor) ->
 )
 def test_bad_arguments_are_named(call, names: str) -> None:
     x, step = torch.randn(4, 5), torch.ones(4, 1)
-    with pytest.raises((ValueError, KeyError), match=names):
+    with pytest.raises(ValueError, match=names):
         call(x, step)
+
+
+def test_codes_that_fit_no_byte_are_floats_by_the_reference() -> None:
+    x, scales = Entries(torch.randn(4, 5)), Scales(torch.full((4, 1), 0.01), torch.zeros(4, 1), ROW)
+    for levels in (WIDE, Levels(-129, 3)):
+        assert ops.encode.backend(x, scales, levels, NEAREST, None) == "reference"
+        assert ops.encode(x, scales, levels, NEAREST, None).dtype == torch.float32
 
 
 def test_bad_indices_raise() -> None:
@@ -404,17 +425,17 @@ def test_bad_indices_raise() -> None:
 
 
 def test_two_python_threads_at_once() -> None:
-    x = torch.randn(200, 300)
-    step, offset = parameters(x, "row", 0, 254)
-    wanted = {r: reference.encode(x, step, offset, 0, 254, r, SEED) for r in RANGES}
-    failures: list[str] = []
+    x, levels = Entries(torch.randn(200, 300)), Levels(0, 254)
+    scales = spread_over(x, ROW, levels)
+    wanted = {r: reference.encode(x, scales, levels, r, SEED) for r in LEVELS}
+    failures: list[Rounding] = []
 
-    def work(rounding: str) -> None:
+    def work(rounding: Rounding) -> None:
         for _ in range(50):
-            if not same(ops.encode(x, step, offset, 0, 254, rounding, SEED), wanted[rounding]):
+            if not same(ops.encode(x, scales, levels, rounding, SEED), wanted[rounding]):
                 failures.append(rounding)
 
-    threads = [threading.Thread(target=work, args=(r,)) for r in ("stochastic", "dithered")]
+    threads = [threading.Thread(target=work, args=(r,)) for r in (STOCHASTIC, DITHERED)]
     for t in threads:
         t.start()
     for t in threads:
@@ -424,14 +445,17 @@ def test_two_python_threads_at_once() -> None:
 
 _FORK = """
 import os, torch
-from fqt.kernels import native, ops, products, reference
+from fqt.kernels import ops, products
+from fqt.kernels.codes import TENSOR, Entries, Levels, Scales
+from fqt.kernels.rounding import NEAREST
 torch.set_num_threads(2)
 x, one = torch.randn(512, 512), torch.ones(1, 1)
-wanted = ops.encode(x, one, one, -127, 127, "nearest", None)
+arguments = Entries(x), Scales(one, one, TENSOR), Levels(-127, 127), NEAREST, None
+wanted = ops.encode(*arguments)
 product = products.matmul(wanted, wanted)
 child = os.fork()
 if child == 0:
-    codes = ops.encode(x, one, one, -127, 127, "nearest", None)
+    codes = ops.encode(*arguments)
     again = products.matmul(codes, codes)
     same = (codes.numpy() == wanted.numpy()).all() and (again.numpy() == product.numpy()).all()
     os._exit(0 if same else 1)  # torch's own parallel loops would hang here
@@ -453,20 +477,18 @@ def test_fork_after_use() -> None:
     run(_FORK, timeout=60)
 
 
-@pytest.mark.parametrize("level", native.LEVELS)
+@pytest.mark.parametrize("level", library.LEVELS)
 def test_every_level_gives_the_same_bits(level: str) -> None:
     """The tests of this file, of the products and of those with corrections again, at a lower level."""
     if "FQT_KERNELS" in os.environ:
         pytest.skip("a level is chosen already")
-    have = native.status().level
-    if native.LEVELS.index(level) >= native.LEVELS.index(have):
+    have = library.status().level
+    if library.LEVELS.index(level) >= library.LEVELS.index(have):
         pytest.skip(f"this machine runs {have} anyway")
     here = Path(__file__)
     files = [__file__, str(here.with_name("test_products.py")), str(here.parents[1] / "nn" / "test_fused.py")]
-    chosen = (
-        "plain or sums or steps or parameters or nan or noise or large or matmul or exact or epilogues or longest"
-    )
-    chosen += " or long_weight or findings or (formulas and dithered)"
+    chosen = "plain or sums or steps or parameters or nan or noise or large or matmul or exact or epilogues"
+    chosen += " or longest or long_weight or findings or (formulas and dithered)"
     arguments = [*files, "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not opcheck"]
     code = f"""
 import sys, pytest
