@@ -25,11 +25,14 @@ class Entries:
         factor: (P,) in the compute dtype, P a divisor of D: column j is multiplied by factor[j mod P] on the way;
             None is 1.
         transposed: whether the matrix lies on its side: its columns are the quantizer's rows.
+        period: the last axis' length of the tensor whose matrix it is: the runs of neighbours within a row; 0 is
+            the whole row.
     """
 
     matrix: Tensor
     factor: Tensor | None = None
     transposed: bool = False
+    period: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -32,6 +32,14 @@ def _check_encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding
         )
 
 
+def _check_rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, ...]) -> None:
+    period = before.numel()
+    if sum(blocks) != period or any(m < 1 or m & (m - 1) for m in blocks):
+        raise ValueError(f"blocks {blocks} are not powers of two that sum to {period}")
+    if x.ndim != 2 or (x.shape[1] % period if period else x.shape[1]):
+        raise ValueError(f"runs of {period} columns do not divide a matrix of shape {tuple(x.shape)}")
+
+
 random_u24 = Op(philox.random_u24)
 value_range = Op(reference.value_range)
 parameters = Op(reference.parameters)
@@ -43,6 +51,7 @@ column_sums = Op(reference.column_sums)
 row_sums = Op(reference.row_sums)
 value_sums = Op(reference.value_sums)
 hadamard = Op(reference.hadamard)
+rotate = Op(reference.rotate, _check_rotate)
 reflect = Op(reference.reflect)
 replace_rows_ = Op(reference.replace_rows_)
 

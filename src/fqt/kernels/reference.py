@@ -285,6 +285,25 @@ def hadamard(
     return mixed if after is None else after(mixed)
 
 
+def rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, ...]) -> Tensor:
+    """Walsh–Hadamard butterflies over runs of neighbouring columns, not normalised, block by block.
+
+    Args:
+        x: (N, D), any real floating dtype.
+        before, after: (P,) in the compute dtype, P a divisor of D: factors of a run's columns, first and last; None
+            is 1.
+        blocks: block sizes, powers of two that sum to P.
+
+    Returns:
+        (N, D) in the compute dtype. The stages run as in `hadamard`.
+    """
+    period = before.numel()
+    wide = Entries(x).wide()
+    runs = (wide.reshape(-1, period) * before).T.contiguous()
+    mixed = _butterflies(runs, torch.arange(period, device=x.device), blocks).T
+    return (mixed if after is None else mixed * after).reshape(wide.shape)
+
+
 def _butterflies(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
     y = x.index_select(0, order)
     start = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from fqt.kernels import ops
 from fqt.kernels.codes import Blocks, Dither, Quantized, Scales
 from fqt.kernels.mixing import Mixing
+from fqt.kernels.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class QuantizedTensor:
         scales: step and offset of every block of the matrix, float32 or float64. A NaN step marks a block that held
             a value that is not finite.
         noise: dithered rounding's; None without dither.
-        mixing: the transform's state; None without transform.
+        mixing: the state of the transform over rows; None without.
+        rotation: of the features; None without.
     """
 
     view: RowView
@@ -82,11 +84,18 @@ class QuantizedTensor:
     scales: Scales
     noise: Dither | None = None
     mixing: Mixing | None = None
+    rotation: Rotation | None = None
 
     @staticmethod
-    def of(found: Quantized, view: RowView, dtype: torch.dtype, mixing: Mixing | None = None) -> QuantizedTensor:
+    def of(
+        found: Quantized,
+        view: RowView,
+        dtype: torch.dtype,
+        mixing: Mixing | None = None,
+        rotation: Rotation | None = None,
+    ) -> QuantizedTensor:
         """What a matrix's codes stand for as a tensor."""
-        return QuantizedTensor(view, dtype, found.codes, found.scales, found.dither, mixing)
+        return QuantizedTensor(view, dtype, found.codes, found.scales, found.dither, mixing, rotation)
 
     @property
     def matrix_step(self) -> Tensor:
@@ -166,6 +175,8 @@ class QuantizedTensor:
         y = self.decode()
         if self.mixing is not None:
             y = self.mixing.undo(y)
+        if self.rotation is not None:
+            y = self.rotation.undo_columns(y)
         dtype = dtype or self.dtype
         largest = torch.finfo(dtype).max
         if largest < torch.finfo(y.dtype).max:

@@ -12,15 +12,16 @@ from fqt.errors import FqtError
 from fqt.quant.grid import Grid, Integers
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import AXES, Scale
-from fqt.quant.transform import BlockHouseholder, Identity, ScaledHadamard, Transform
+from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
 
 METHODS: dict[str, tuple[Transform, Scale]] = {
     "ptq": (Identity(), Scale("tensor")),
     "psq": (Identity(), Scale("row")),
     "bhq": (BlockHouseholder(), Scale("row")),
     "shq": (ScaledHadamard(), Scale("row")),
+    "thq": (Rotated(ScaledHadamard()), Scale("row")),
 }
-"""Per-tensor, per-sample, block Householder (the paper's three) and scaled Hadamard quantizer."""
+"""Per-tensor, per-sample, block Householder (the paper's three), scaled Hadamard and two-sided Hadamard quantizer."""
 
 ROUNDING_SUFFIX = {"": "stochastic", "d": "dithered", "x": "best", "n": "nearest"}
 _NAME = re.compile(r"([a-z]+?)((?:0|[1-9][0-9]*)?)([dxn]?)(?:@([a-z]+))?")

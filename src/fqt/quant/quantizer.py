@@ -24,7 +24,7 @@ from fqt.kernels.rounding import DITHERED, ROUNDINGS, Coding, Rounding
 from fqt.kernels.tensor import QuantizedTensor, RowView
 from fqt.quant.grid import Grid, Integers
 from fqt.quant.scale import Scale
-from fqt.quant.transform import Identity, Transform
+from fqt.quant.transform import Identity, Transform, Undo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,8 @@ class Quantizer:
         entries, view = self._entries(x, axis, factor)
         # They are of x itself, with its last axis innermost.
         mine = known if factor is None and view.order[-1] == x.ndim - 1 else None
-        found, mixing = self._codes(entries, view, self._key(seed, x.device), mine)
-        quantized = self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, mixing))
+        found, undo = self._codes(entries, view, self._key(seed, x.device), mine)
+        quantized = self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo))
         return quantized, found.findings or known
 
     def rounded(
@@ -163,9 +163,9 @@ class Quantizer:
         """
         entries, view = self._entries(x, axis, factor)
         key = self._key(seed, x.device)
-        y, mixing = self._mix(entries, key)
-        found = self._rounded(y, view, key, mixing, None)
-        return y.matrix, self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, mixing))
+        y, undo = self.transform.apply(entries, self.coding, key)
+        found = self._rounded(y, view, key, undo, None)
+        return y.matrix, self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo))
 
     @staticmethod
     def _checked(nonfinite: str, quantized: QuantizedTensor) -> QuantizedTensor:
@@ -179,22 +179,15 @@ class Quantizer:
 
     def _codes(
         self, x: Entries, view: RowView, key: Tensor | None, known: Findings | None
-    ) -> tuple[Quantized, Mixing | None]:
+    ) -> tuple[Quantized, Undo]:
         """Codes of x, and how to undo the transform."""
         return self.transform.codes(x, self._blocks(view), self.coding, key, known)
 
     def _rounded(
-        self, y: Entries, view: RowView, key: Tensor | None, mixing: Mixing | None, known: Findings | None
+        self, y: Entries, view: RowView, key: Tensor | None, undo: Undo, known: Findings | None
     ) -> Quantized:
-        """Codes of a matrix that is mixed already."""
+        """Codes of a matrix that is transformed already."""
         return ops.quantize(y, self._blocks(view), self.coding, key, known)
-
-    def _mix(self, x: Entries, key: Tensor | None) -> tuple[Entries, Mixing | None]:
-        """The matrix that is rounded, and how to undo the transform."""
-        if not self.transform.mixes_rows:
-            return x, None
-        y, mixing = self.transform.apply(x.values(), self.coding, key)
-        return Entries(y), mixing
 
     def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.
@@ -246,10 +239,10 @@ class Quantizer:
         exact, bound = [], []
         for number, member in enumerate(members):
             if number == 0 or self._mixing_sees_levels:
-                y, mixing = member._mix(entries, key)
+                y, undo = member.transform.apply(entries, member.coding, key)
                 ranges = ops.value_range(y, self._blocks(view))
-                cost = None if mixing is None else mixing.cost
-                weights = None if weight is None else _entry_weight(weight, view, mixing)
+                cost = None if undo.mixing is None else undo.mixing.cost
+                weights = None if weight is None else _entry_weight(weight, view, undo)
             choice = Choice.of(y, *ranges, self._blocks(view), member.codings, cost)
             if weights is None:
                 exact.append(choice.variance(y.matrix, cost))
@@ -268,19 +261,20 @@ class Quantizer:
 
     def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
         entries, view = self._entries(x, axis, None)
-        y, mixing = self._mix(replace(entries, matrix=entries.values()), self._key(seed, x.device))
-        cost, blocks = None if mixing is None else mixing.cost, self._blocks(view)
+        entries = replace(entries, matrix=entries.values())
+        y, undo = self.transform.apply(entries, self.coding, self._key(seed, x.device))
+        cost, blocks = None if undo.mixing is None else undo.mixing.cost, self._blocks(view)
         choice = Choice.of(y, *ops.value_range(y, blocks), blocks, self.codings, cost)
         return choice.variance(y.matrix, cost) if exact else choice.bound(y.matrix, cost)
 
     def _entries(self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None) -> tuple[Entries, RowView]:
         """x as a matrix, with the factor as the kernels take it, and its view."""
         # A transform mixes rows: its kernels want them as the matrix's rows.
-        view = _view(x, axis, may_transpose=not self.transform.mixes_rows)
+        view = _view(x, axis, may_transpose=not self.transform.needs_rows)
         values = x.detach()
         if factor is not None and (view.order[-1] != x.ndim - 1 or x.ndim == len(view.axis)):
             values, factor = values.to(compute_dtype(values.dtype)) * factor, None
-        return Entries(view.matrix(values), factor, view.transposed), view
+        return Entries(view.matrix(values), factor, view.transposed, _period(view)), view
 
     def _key(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
         if seed is not None:
@@ -346,19 +340,30 @@ class Best(Quantizer):
 
     def _codes(
         self, x: Entries, view: RowView, key: Tensor | None, known: Findings | None
-    ) -> tuple[Quantized, Mixing | None]:
-        y, mixing = self._mix(x, key)
-        return self._rounded(y, view, key, mixing, known if mixing is None else None), mixing
+    ) -> tuple[Quantized, Undo]:
+        y, undo = self.transform.apply(x, self.coding, key)
+        return self._rounded(y, view, key, undo, known if undo == Undo() else None), undo
 
     def _rounded(
-        self, y: Entries, view: RowView, key: Tensor | None, mixing: Mixing | None, known: Findings | None
+        self, y: Entries, view: RowView, key: Tensor | None, undo: Undo, known: Findings | None
     ) -> Quantized:
-        cost = None if mixing is None else mixing.cost
+        cost = None if undo.mixing is None else undo.mixing.cost
         return quantize_best(y, self._blocks(view), self.codings, key, cost, known)
 
 
-def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:
-    """Σ_i (S⁻¹)_ir² weight_ij, what an error of the rounded matrix weighs; broadcasts to (N, D)."""
+def _period(view: RowView) -> int:
+    """The length of the last axis that is a column; 0 where there is none."""
+    return view.shape[view.others[-1]] if view.others else 0
+
+
+def _entry_weight(weight: Tensor, view: RowView, undo: Undo) -> Tensor:
+    """Σ_ik (S⁻¹)_ir² weight_ik R_kj², what an error of the rounded matrix weighs; broadcasts to (N, D)."""
+    found = _row_weight(weight, view, undo.mixing)
+    return found if undo.rotation is None else undo.rotation.block_means(found)
+
+
+def _row_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:
+    """Σ_i (S⁻¹)_ir² weight_ij: the same without rotation."""
     shape = (1,) * (len(view.shape) - weight.ndim) + weight.shape
     if not view.transposed and all(shape[d] == 1 for d in view.axis):  # equal in all rows: mixing changes nothing
         one_row = torch.Size(1 if d in view.axis else n for d, n in enumerate(view.shape))

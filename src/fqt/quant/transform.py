@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,12 +11,37 @@ from fqt.errors import FqtError
 from fqt.kernels import mixing, ops
 from fqt.kernels.codes import Blocks, Entries, Findings, Quantized
 from fqt.kernels.mixing import Guard, Mixing
+from fqt.kernels.rotation import Rotation
 from fqt.kernels.rounding import Coding
+
+
+class Undo(NamedTuple):
+    """How a transform is undone: first of rows, then of features; None where there is nothing to undo."""
+
+    mixing: Mixing | None = None
+    rotation: Rotation | None = None
+
+
+class Mixed(NamedTuple):
+    """A transformed matrix.
+
+    Attributes:
+        y: the matrix that is rounded.
+        undo: how to undo the transform.
+    """
+
+    y: Entries
+    undo: Undo
 
 
 @dataclass(frozen=True)
 class Transform:
     """What is done to a matrix before it is rounded, and undone after."""
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the matrix must have the quantizer's rows as its rows: it may not lie on its side."""
+        return self.mixes_rows
 
     @property
     def mixes_rows(self) -> bool:
@@ -27,14 +53,14 @@ class Transform:
         """Whether what is mixed depends on the levels that come after."""
         return False
 
-    def apply(self, x: Tensor, coding: Coding, seed: Tensor | None) -> tuple[Tensor, Mixing | None]:
-        """The matrix that is rounded, (N, D), and how to undo the transform; None if there is nothing to undo."""
+    def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
+        """The matrix that is rounded, and how to undo the transform."""
         raise NotImplementedError
 
     def codes(
         self, x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None
-    ) -> tuple[Quantized, Mixing | None]:
-        """`apply` and the codes of its result at once."""
+    ) -> tuple[Quantized, Undo]:
+        """The codes of `apply`'s result at once, and how to undo the transform."""
         raise NotImplementedError
 
 
@@ -42,15 +68,15 @@ class Transform:
 class Identity(Transform):
     """No transform."""
 
-    def apply(self, x: Tensor, coding: Coding, seed: Tensor | None) -> tuple[Tensor, Mixing | None]:
+    def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
         """x itself, and nothing to undo."""
-        return x, None
+        return Mixed(x, Undo())
 
     def codes(
         self, x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None
-    ) -> tuple[Quantized, Mixing | None]:
+    ) -> tuple[Quantized, Undo]:
         """The codes of x."""
-        return ops.quantize(x, blocks, coding, seed, known), None
+        return ops.quantize(x, blocks, coding, seed, known), Undo()
 
 
 @dataclass(frozen=True)
@@ -95,15 +121,17 @@ class BlockHouseholder(OverRows):
         if self.small_rows not in ("released", "rigorous"):
             raise FqtError(f"unknown small_rows {self.small_rows!r}; known: released, rigorous")
 
-    def apply(self, x: Tensor, coding: Coding, seed: Tensor | None) -> tuple[Tensor, Mixing]:
-        """The transformed matrix (N, D) and its `Mixing`."""
-        return mixing.householder(x, self.small_rows, Guard(self.guard, coding))
+    def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
+        """The mixed rows."""
+        y, mix = mixing.householder(x.values(), self.small_rows, Guard(self.guard, coding))
+        return Mixed(Entries(y, period=x.period), Undo(mix))
 
     def codes(
         self, x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None
-    ) -> tuple[Quantized, Mixing]:
+    ) -> tuple[Quantized, Undo]:
         """`apply` and the codes of its result at once."""
-        return mixing.householder_codes(x, self.small_rows, self.guard, coding, seed, known)
+        found, mix = mixing.householder_codes(x, self.small_rows, self.guard, coding, seed, known)
+        return found, Undo(mix)
 
 
 @dataclass(frozen=True)
@@ -133,15 +161,74 @@ class ScaledHadamard(OverRows):
         if type(self.block) is not int or self.block < 1 or self.block & (self.block - 1):
             raise FqtError(f"a Hadamard block must be a power of two, not {self.block!r}")
 
-    def apply(self, x: Tensor, coding: Coding, seed: Tensor | None) -> tuple[Tensor, Mixing]:
-        """The transformed matrix (N, D) and its `Mixing`."""
-        return mixing.scaled_hadamard(x, self.block, _drawn(seed), Guard(self.guard, coding))
+    def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
+        """The mixed rows."""
+        y, mix = mixing.scaled_hadamard(x.values(), self.block, _drawn(seed), Guard(self.guard, coding))
+        return Mixed(Entries(y, period=x.period), Undo(mix))
 
     def codes(
         self, x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None
-    ) -> tuple[Quantized, Mixing]:
+    ) -> tuple[Quantized, Undo]:
         """`apply` and the codes of its result at once."""
-        return mixing.hadamard_codes(x, self.block, self.guard, coding, _drawn(seed), known)
+        found, mix = mixing.hadamard_codes(x, self.block, self.guard, coding, _drawn(seed), known)
+        return found, Undo(mix)
+
+
+@dataclass(frozen=True)
+class Rotated(Transform):
+    """A randomized Hadamard matrix over features, then another transform over rows (`fqt.kernels.rotation`).
+
+    A large feature is spread over its block, as a large row is by a transform over rows; in a product that contracts
+    the features the other operand takes the same rotation, and it cancels. It needs no guard to stay unbiased, but it
+    does not pay everywhere: exact zeros, and rows with few features that matter, become dense.
+
+    Attributes:
+        rows: the transform over rows.
+        block: the largest block, a power of two; the last axis is split into blocks that sum to it.
+    """
+
+    rows: Transform = field(default_factory=Identity)
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if type(self.block) is not int or self.block < 1 or self.block & (self.block - 1):
+            raise FqtError(f"a Hadamard block must be a power of two, not {self.block!r}")
+        if isinstance(self.rows, Rotated):
+            raise FqtError("features are rotated once: the transform over rows cannot rotate them again")
+
+    @property
+    def needs_rows(self) -> bool:
+        """True: neighbours along a row meet."""
+        return True
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether the transform over rows does."""
+        return self.rows.mixes_rows
+
+    @property
+    def sees_levels(self) -> bool:
+        """Whether the transform over rows does."""
+        return self.rows.sees_levels
+
+    def _rotated(self, x: Entries, seed: Tensor | None) -> tuple[Entries, Rotation]:
+        values, period = x.values(), x.period or x.shape[1]
+        rotation = Rotation.draw(_drawn(seed), period, self.block, values.dtype)
+        return Entries(rotation.columns(values), period=period), rotation
+
+    def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
+        """The rotated matrix, its rows mixed."""
+        y, rotation = self._rotated(x, seed)
+        mixed = self.rows.apply(y, coding, seed)
+        return mixed._replace(undo=mixed.undo._replace(rotation=rotation))
+
+    def codes(
+        self, x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None
+    ) -> tuple[Quantized, Undo]:
+        """`apply` and the codes of its result at once."""
+        y, rotation = self._rotated(x, seed)
+        found, undo = self.rows.codes(y, blocks, coding, seed, None)
+        return found._replace(findings=known), undo._replace(rotation=rotation)
 
 
 def _drawn(seed: Tensor | None) -> Tensor:

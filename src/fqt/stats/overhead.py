@@ -132,7 +132,7 @@ def time_quantizer(shape: Convolution, q: Quantizer, repeats: int, seed: int = 0
     mixing = quantized.mixing
     if mixing is not None and isinstance(q.transform, OverRows):
         plain, key = replace(q.transform, guard=False), torch.tensor(seed)
-        work["transform"] = lambda: plain.apply(x, q.coding, key)
+        work["transform"] = lambda: plain.apply(Entries(x), q.coding, key)
         work["undo"] = lambda: mixing.undo(x)
     times = _times(work, repeats)
     undo = times.get("undo", dict.fromkeys(times["quantize"], 0.0))

@@ -90,6 +90,32 @@ def _reflect(
     return work.out
 
 
+@ops.rotate.on(
+    BACKEND,
+    when=lambda x, before, after, blocks: takes_source(x, before) and (after is None or takes(after)),
+)
+def _rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, ...]) -> Tensor:
+    period = before.numel()
+    if not x.numel():
+        return torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    if after is not None and after.shape != before.shape:
+        raise ValueError(f"factors of shape {tuple(after.shape)} for runs of {period}")
+    source, _alive = source_of(x, before)
+    out, held = empty(x.shape, torch.float32), _block_sizes(blocks)
+    last = None if after is None else after.contiguous()
+    pointers = (None if last is None else last.data_ptr(), out.data_ptr())
+    call(
+        "fqt_rotate",
+        ctypes.addressof(source),
+        x.numel() // period,
+        period,
+        ctypes.addressof(held),
+        len(blocks),
+        *pointers,
+    )
+    return out
+
+
 class _RowWork:
     """The arguments of a transform of rows that are scaled on the way in or out."""
 
