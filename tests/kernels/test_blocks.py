@@ -15,7 +15,7 @@ from tests.backends import compare
 
 BLOCKS = [Blocks(32, 32), Blocks(1, 16), Blocks(4, 1), Blocks(3, 5), Blocks(0, 4), Blocks(4, 0), Blocks(1, 1)]
 BLOCKS += [TENSOR, ROW, COLUMN]
-SHAPES = [(64, 64), (33, 65), (1, 1), (5, 16), (7, 31), (4, 3), (2, 100)]
+SHAPES = [(32, 32), (33, 65), (1, 1), (5, 16), (7, 31), (4, 3), (2, 100)]
 EMPTY = [(0, 5), (5, 0), (0, 0)]
 SEED = torch.tensor(3)
 by_blocks = pytest.mark.parametrize("blocks", BLOCKS, ids=str)

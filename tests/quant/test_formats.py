@@ -1,4 +1,4 @@
-"""Blocks, small floats and stored steps as quantizers: unbiased, and the variance that they state, by enumeration."""
+"""Blocks, small floats and stored steps as quantizers: unbiased, with the variance that they state."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def neighbours(q: Quantizer, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndar
     step, offset = steps_of(q, x)
     levels = numbers(q)
     t = np.clip((x.double().numpy() - offset) / np.where(step == 0, 1, step), levels[0], levels[-1])
-    above = np.clip(np.searchsorted(levels, t, side="right"), 1, len(levels) - 1)
+    # At a level the neighbours further from zero, as far as there are any.
+    above = np.where(t >= 0, np.searchsorted(levels, t, side="right"), np.searchsorted(levels, t, side="left"))
+    above = np.clip(above, 1, len(levels) - 1)
     return t, levels[above - 1], levels[above]
 
 
@@ -76,7 +78,7 @@ def test_variance_is_that_of_the_two_neighbours_and_below_its_bound(
         bound = float((step**2 * (above - below) ** 2).sum()) / 4
     slack = 1e-5 * bound  # a position beside a level, in float32
     assert float(q.variance(x)) == pytest.approx(wanted, rel=1e-5, abs=slack)
-    assert float(q.variance_bound(x)) == pytest.approx(bound, rel=1e-2 if isinstance(q.grid, Floats) else 1e-5)
+    assert float(q.variance_bound(x)) == pytest.approx(bound, rel=1e-3)
     assert float(q.variance(x)) <= float(q.variance_bound(x)) * (1 + 1e-12)
 
 
@@ -110,8 +112,9 @@ def test_mean_and_variance_by_all_values_of_the_noise(name: str, monkeypatch: py
     error = (draws.mean(0) - x.double()).abs().numpy()
     assert (error <= step * gap * (0.51 / CHANCES) + 1e-6 * x.abs().amax(1, keepdim=True).numpy()).all()
     variance = float((draws - draws.mean(0)).square().mean(0).sum())
-    assert variance == pytest.approx(float(q.variance(x)), rel=2e-3)
-    assert variance <= float(q.variance_bound(x)) * (1 + 2e-3)
+    # A chance of k/CHANCES is off by half of one at most, and p(1 − p) with it.
+    left = float(((step * gap) ** 2).sum()) / (2 * CHANCES)
+    assert variance == pytest.approx(float(q.variance(x)), rel=1e-5, abs=left)
 
 
 @by_format
@@ -139,7 +142,8 @@ def test_rows_along_another_axis(name: str) -> None:
     nearest = replace(q, rounding="nearest")
     assert torch.equal(nearest.quantize(x).codes, nearest.quantize(x.T, axis=-1).codes.T)
     if q.rounding_name == "dithered":
-        assert torch.equal(upright.dequantize(), turned.dequantize().T)
+        assert torch.equal(upright.codes, turned.codes.T)
+        assert torch.allclose(upright.dequantize(), turned.dequantize().T, atol=1e-6)
     four = x.view(3, 11, 7, 10)
     split = q.quantize(four, 4, axis=(0, 1))
     assert torch.equal(split.dequantize().view(33, 70), upright.dequantize())
