@@ -37,6 +37,13 @@ def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) ->
     return not obstacle(product, map, recipe)
 
 
+@lru_cache(maxsize=512)
+def folds(product: str, map: LinearMap, recipe: Recipe) -> bool:
+    """Whether steps of this product's forward operand move into grad_output, where there are several."""
+    q = recipe.operand(OPERANDS[product][1])
+    return product != "output" and q is not None and q.scale.group == "row" and not _stays(product, map, recipe, q)
+
+
 def machine_obstacle() -> str:
     """Why this machine runs no product on integers; empty if it does."""
     status = native.status()
@@ -60,7 +67,7 @@ def obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
         or _column(left, name)
         or _column(right, other)
         or _contracted(product, map, left)
-        or _other(product, recipe, right)
+        or _other(product, map, recipe, right)
         or _codes(product, recipe)
     )
 
@@ -103,13 +110,28 @@ def _contracted(product: str, map: LinearMap, q: Quantizer) -> str:
     return f"a step per {axis} lies on a contracted axis" if axis in along else ""
 
 
-def _other(product: str, recipe: Recipe, q: Quantizer) -> str:
+def _other(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
     """The second operand: `weight`, or `input` for grad_weight."""
-    if product == "output" or q.scale.group == "tensor" or recipe.fold == "always":
+    if product == "output" or q.scale.group == "tensor":
         return ""
-    name = OPERANDS[product][1]
-    axis = "channel" if name == "weight" else "row"
-    return f"{name} has a step per {axis}, on the contracted axis, and fold is {recipe.fold!r}, not 'always'"
+    why = _stays(product, map, recipe, q)
+    if not why and recipe.fold == "auto":
+        why = "fold is 'auto', not 'always'"
+    return f"{_steps(product, map, q)}, on the contracted axis, and {why}" if why else ""
+
+
+def _steps(product: str, map: LinearMap, q: Quantizer) -> str:
+    axis = "channel" if product == "grad_input" else q.scale.axis or map.habit
+    return f"{OPERANDS[product][1]} has a step per {axis}"
+
+
+def _stays(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
+    """Why steps per row of the second operand cannot move into grad_output; empty if they can."""
+    if recipe.fold == "never":
+        return "fold is 'never', not 'always'"
+    if product == "grad_weight" and (q.scale.axis or map.habit) == "token" and not map.aligned_tokens:
+        return "a convolution's input has other positions than its output"
+    return ""
 
 
 def _codes(product: str, recipe: Recipe) -> str:

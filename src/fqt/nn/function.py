@@ -28,7 +28,8 @@ from fqt.kernels import reference
 from fqt.kernels.ops import Findings
 from fqt.kernels.philox import fork_seed
 from fqt.nn import integer
-from fqt.nn.arithmetic import on_integers
+from fqt.nn.arithmetic import folds, on_integers
+from fqt.nn.fold import Split
 from fqt.nn.linear_map import LinearMap, rows
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
@@ -246,13 +247,6 @@ class _Operand:
         value = self.codes.dequantize(dtype)
         return call.map.unlay(value) if self.is_input else call.map.weight_restored(value)
 
-    def row_step(self) -> Tensor | None:
-        """(N,) steps, if every row has its own; 1 where a group is constant."""
-        if self.codes is None or self.codes.matrix_step.numel() == 1 or self.codes.matrix_step.shape[1] != 1:
-            return None
-        step = self.codes.matrix_step.flatten()
-        return torch.where(step == 0, 1.0, step)
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What must be kept: the floats, or codes, step and offset."""
@@ -333,78 +327,90 @@ class _Gradient:
     def value(self, factor: Tensor | None) -> Tensor:
         """The same as floats of the layer's own layout: as its quantizer returns it, or exact."""
         if self.quantizer is None:
-            exact = self.values.to(self.compute)
-            return self.call.map.unlay(exact if factor is None else exact * factor)
+            return self.exact()
         return self.call.map.unlay(self.codes(factor).dequantize(self.compute))
+
+    def exact(self) -> Tensor:
+        """The same as floats that no quantizer has touched."""
+        return self.call.map.unlay(self.values.to(self.compute))
 
 
 def _grad_input(
     grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype, findings: Findings
 ) -> Tensor:
     gradient = _Gradient.of(grad, "grad_input", call, findings)
-    step = weight.row_step() if _folds(gradient) else None
+    split = _split(gradient, weight)
     if weight.codes is not None and gradient.on_integers():
-        result = _result_dtype(dtype)
-        return integer.grad_input(call.map, gradient.codes(step), weight.codes, step is not None, shape, result).to(
-            dtype
-        )
+        codes = gradient.codes(None if split is None else split.step)
+        w = weight.codes if split is None else split.codes
+        return integer.grad_input(call.map, codes, w, split is not None, shape, _result_dtype(dtype)).to(dtype)
     value = weight.value(gradient.compute, call)
-    factor: Tensor | None = None
-    if step is not None:
-        by_channel, axis = call.map.weight_by_channel(value)
-        view = [by_channel.shape[d] if d in axis else 1 for d in range(by_channel.ndim)]
-        norms = by_channel.square().sum([d for d in range(by_channel.ndim) if d not in axis]).flatten()
-        factor = _fold(gradient, step, norms, step)
-        value = call.map.weight_restored(by_channel / factor.view(view))
-    return call.map.grad_input(gradient.value(factor), value, shape).to(dtype)
+    if split is None:
+        return call.map.grad_input(gradient.value(None), value, shape).to(dtype)
+    by_channel = call.map.weight_by_channel(value)[0]
+    moved, rest, offset = _moved(gradient, split, split.step, by_channel)
+    result = call.map.grad_input(gradient.value(moved), call.map.weight_restored(rest), shape)
+    if offset is not None:
+        exact = call.map.weight_restored(offset.expand(by_channel.shape))
+        result = result + call.map.grad_input(gradient.exact(), exact, shape)
+    return result.to(dtype)
 
 
 def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size, findings: Findings) -> Tensor:
     gradient = _Gradient.of(grad, "grad_weight", call, findings)
-    step, view = (input.row_step() if _folds(gradient) else None), []
-    if step is not None and input.codes is not None:
-        axis = input.codes.view.axis
-        view = [n if d in axis else 1 for d, n in enumerate(input.codes.shape)]
-        if not (call.map.aligned_tokens or axis == (0,)):
-            step = None
+    split = _split(gradient, input)
+    step = None if split is None else split.along_rows(split.step)
     if input.codes is not None and gradient.on_integers():
-        codes = gradient.codes(None if step is None else step.view(view))
-        return integer.grad_weight(call.map, codes, input.codes, step is not None, shape)
+        x = input.codes if split is None else split.codes
+        return integer.grad_weight(call.map, gradient.codes(step), x, split is not None, shape)
     value = input.value(gradient.compute, call)
-    factor: Tensor | None = None
-    if step is not None:
-        laid = call.map.lay(value)
-        norms = laid.square().sum([d for d in range(laid.ndim) if view[d] == 1]).flatten()
-        factor = _fold(gradient, step.view(view), norms, step).view(view)
-        value = call.map.unlay(laid / factor)
-    return call.map.grad_weight(gradient.value(factor), value, shape)
+    if split is None or step is None:
+        return call.map.grad_weight(gradient.value(None), value, shape)
+    laid = call.map.lay(value)
+    moved, rest, offset = _moved(gradient, split, step, laid)
+    result = call.map.grad_weight(gradient.value(moved), call.map.unlay(rest), shape)
+    if offset is not None:
+        exact = call.map.unlay(offset.expand(laid.shape))
+        result = result + call.map.grad_weight(gradient.exact(), exact, shape)
+    return result
 
 
-def _folds(gradient: _Gradient) -> bool:
-    return gradient.call.recipe.fold != "never" and gradient.quantizer is not None
+def _split(gradient: _Gradient, operand: _Operand) -> Split | None:
+    """The forward operand taken apart, if its steps may move into this gradient."""
+    call = gradient.call
+    if operand.codes is None or gradient.quantizer is None or not folds(gradient.role, call.map, call.recipe):
+        return None
+    q = call.recipe.operand("input" if operand.is_input else "weight")
+    assert q is not None
+    return Split.of(operand.codes, q.grid.symmetric_steps)
 
 
-def _fold(gradient: _Gradient, step: Tensor, norms: Tensor, vector: Tensor) -> Tensor:
-    """The factor per channel or row that moves into grad_output: the steps, or ones where that would cost.
+def _moved(gradient: _Gradient, split: Split, step: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is multiplied into grad_output, what is left of the operand, and its offset, which stays exact; under
+    "auto" a factor of 1 and the operand itself where folding would cost.
 
     The product's variance is bounded by (Σ squared steps of grad_output) × (Σ_k ‖operand_k‖²), k over the
-    contracted axis; folding turns it into the same with grad·s and operand/s.
+    contracted axis; folding turns it into the same with grad·step and the operand's codes.
 
     Args:
         gradient: grad_output, unfolded.
-        step: the steps, broadcasting against it.
-        norms: (K,) squared norm of the operand along the contracted axis.
-        vector: (K,) the steps.
+        split: the operand, as `value` holds it.
+        step: its steps, broadcasting against grad_output.
+        value: the operand as its codes are laid out.
     """
     call, q = gradient.call, gradient.quantizer
+    rest, offset = split.rest(value.dtype), None
+    if split.offset is not None:
+        offset = split.along_rows(split.offset).to(value.dtype)
     if call.recipe.fold == "always":
-        return vector
+        return step, rest, offset
     assert q is not None
     noise = call.noise(gradient.role, gradient.values.device)
     values = gradient.values.to(gradient.compute)
 
-    def bound(g: Tensor, n: Tensor) -> Tensor:
-        return q.variance_bound(g, noise, axis=gradient.axis) * n.sum()
+    def bound(g: Tensor, operand: Tensor) -> Tensor:
+        return q.variance_bound(g, noise, axis=gradient.axis) * operand.square().sum()
 
-    better = bound(values * step, norms / vector.square()) <= bound(values, norms)
-    return torch.where(better, vector, torch.ones_like(vector))
+    better = bound(values * step, rest) <= bound(values, value)
+    offset = None if offset is None else torch.where(better, offset, 0.0)
+    return torch.where(better, step, torch.ones_like(step)), torch.where(better, rest, value), offset
