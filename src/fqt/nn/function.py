@@ -201,7 +201,7 @@ def input_view(shape: torch.Size, call: Call) -> RowView | None:
     if q is None:
         return None
     laid = torch.Size(shape if call.map.habit == "token" else (shape[0], *shape[2:], shape[1]))
-    return RowView.of(laid, rows(call.map, q.scale.axis, len(laid)), may_transpose=True)
+    return RowView.of(laid, rows(call.map, q.scale, len(laid)), may_transpose=True)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class _Operand:
         q = call.recipe.operand("input")
         if q is None:
             return _Operand(x, None, True)
-        axis = rows(call.map, q.scale.axis, x.ndim)
+        axis = rows(call.map, q.scale, x.ndim)
 
         def quantize() -> QuantizedTensor:
             return q.quantize(call.map.lay(x), axis=axis, nonfinite="propagate")
@@ -299,7 +299,7 @@ class _Gradient:
         """
         q = call.recipe.operand(role) if call.seed is not None else None
         habit = "channel" if role == "grad_weight" else None
-        axis = () if q is None else rows(call.map, q.scale.axis or habit, grad.ndim)
+        axis = () if q is None else rows(call.map, q.scale, grad.ndim, habit)
         return _Gradient(call.map.lay(grad), role, call, q, axis, findings)
 
     @property

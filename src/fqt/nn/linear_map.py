@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fqt.kernels import ops
+from fqt.quant.scale import Scale
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,14 @@ class ConvMap:
 LinearMap = DenseMap | ConvMap
 
 
-def rows(map: LinearMap, axis: str | None, ndim: int) -> tuple[int, ...]:
-    """The row axes of an input or a grad_output that is laid out; by the layer's habit if `axis` is None."""
-    axis = axis or map.habit
+def rows(map: LinearMap, scale: Scale, ndim: int, habit: str | None = None) -> tuple[int, ...]:
+    """The row axes of an input or a grad_output that is laid out.
+
+    By the scale's axis; else by `habit`, or the layer's. One step for the whole tensor has no rows, but its dither
+    has: they are always the habit's, which the products rely on.
+    """
+    own = None if scale.group == "tensor" else scale.axis
+    axis = own or habit or map.habit
     if axis == "channel":
         return (ndim - 1,)
     return (0,) if axis == "sample" else tuple(range(ndim - 1))
