@@ -25,7 +25,7 @@ from fqt.kernels.memory import empty
 from fqt.kernels.reference import Quantized, Scaling, Unscaling
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 11  # FQT_ABI of csrc/platform.h
+_ABI = 12  # FQT_ABI of csrc/platform.h
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2, "best": 3}
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
@@ -50,10 +50,11 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
     "fqt_dense_output": (_P, _P, _P, _L, _L, _L, _L, _I, _P, _I),
     "fqt_dense_grad_input": (_P, _P, _L, _L, _L, _I, _P, _I, _P, _I),
-    "fqt_dense_grad_weight": (_P, _P, _L, _L, _L, _I, _P, _I),
+    "fqt_dense_grad_weight": (_P, _P, _L, _L, _L, _P, _P, _I),
     "fqt_conv_output": (_P, _P, _P, _P, _I, _P, _I),
     "fqt_conv_grad_input": (_P, _P, _P, _I, _P, _I, _P, _I),
-    "fqt_conv_grad_weight": (_P, _P, _P, _I, _P, _I),
+    "fqt_conv_grad_weight": (_P, _P, _P, _P, _P, _I),
+    "fqt_scaled_rows": (_P, _L, _L, *[_P] * 5, _L, _I),
     "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
     "fqt_hadamard_codes": (_P, _L, _L, _P, _P, _L, _P, _P, _I),
     "fqt_householder_codes": (_P, _L, _L, _I, _P, _P, _P, _P, _I),
@@ -231,6 +232,28 @@ def value_sums(x: Tensor) -> Tensor:
     sums = torch.empty(x.shape[1], dtype=torch.float64, device="cpu")
     call("fqt_value_sums", ctypes.addressof(source), *x.shape, sums.data_ptr())
     return sums
+
+
+def scaled_rows(
+    x: Tensor, factor: Tensor, weight: Tensor | None, findings: Findings | None
+) -> tuple[Tensor, Tensor | None]:
+    """As the reference; the sums over all but the last axis go to `findings` where they are wanted."""
+    source, _alive = source_of(x, None)
+    rows, columns = x.shape
+    if any(v.shape != (rows,) for v in (factor, *(() if weight is None else (weight,)))):
+        raise ValueError(f"factors and weights must have the shape ({rows},)")
+    factor, weight = factor.contiguous(), None if weight is None else weight.contiguous()
+    out = empty(x.shape, torch.float32)
+    sums = None if weight is None else torch.empty(columns, dtype=torch.float64, device="cpu")
+    wants = (
+        findings is not None and findings.period > 0 and not findings.has_sums and columns % findings.period == 0
+    )
+    plain = (findings.pointer, findings.period) if findings is not None and wants else (None, 1)
+    pointers = [None if t is None else t.data_ptr() for t in (factor, weight, out, sums)]
+    call("fqt_scaled_rows", ctypes.addressof(source), rows, columns, *pointers, *plain)
+    if findings is not None and wants:
+        findings.has_sums = 1
+    return out, sums
 
 
 def encode(

@@ -161,6 +161,16 @@ def value_sums(x: Tensor) -> Tensor:
     return native.value_sums(x.detach()) if native.takes_source(x, None) else reference.value_sums(x)
 
 
+def scaled_rows(
+    x: Tensor, factor: Tensor, weight: Tensor | None, findings: Findings | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As `reference.scaled_rows`; sums of x found on the way go to `findings`."""
+    more = () if weight is None else (weight,)
+    if native.takes_source(x, None) and native.takes(factor, *more):
+        return native.scaled_rows(x.detach(), factor, weight, findings)
+    return reference.scaled_rows(x.detach(), factor, weight)
+
+
 def row_sums(codes: Tensor) -> Tensor:
     """As `reference.row_sums`."""
     return native.row_sums(codes) if native.takes_codes(codes) else reference.row_sums(codes)

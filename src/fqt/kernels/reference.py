@@ -266,6 +266,21 @@ def value_sums(x: Tensor) -> Tensor:
     return x.sum(0, dtype=torch.float64)
 
 
+def scaled_rows(x: Tensor, factor: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows of values times their factors, and the sum over the rows times their weights.
+
+    Args:
+        x: (N, D), any real floating dtype.
+        factor, weight: (N,) in x's compute dtype; without weight no sum.
+
+    Returns:
+        (N, D) in x's compute dtype, and float64 (D,), whose order of adding up is the backend's own.
+    """
+    x = values(x)
+    sums = None if weight is None else (x.double() * weight.double()[:, None]).sum(0)
+    return x * factor[:, None], sums
+
+
 def row_sums(codes: Tensor) -> Tensor:
     """Σ over the columns of (N, D) codes: int64 (N,)."""
     return codes.sum(1, dtype=torch.int64)

@@ -135,11 +135,7 @@ def _stays(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
 
 
 def _codes(product: str, recipe: Recipe) -> str:
-    input, weight = recipe.operand("input"), recipe.operand("weight")
-    assert input is not None or product == "grad_input"
-    if product != "grad_weight":
-        return "" if weight is not None and weight.scale.mode == "symmetric" else "weight has an offset"
-    assert input is not None
-    if input.scale.group != "tensor" and input.scale.mode != "symmetric":
-        return "input has an offset per row, on the contracted axis"
-    return ""
+    weight = recipe.operand("weight")
+    if product == "grad_weight" or (weight is not None and weight.scale.mode == "symmetric"):
+        return ""
+    return "weight has an offset"

@@ -5,9 +5,9 @@ A forward operand with a step per row (token, sample or output channel) that is 
     X_n = step_n · (code_n − centre_n) + offset_n
 
 and its product with grad_output G therefore (step·G)ᵀ · (code − centre) + (Gᵀ·offset) ⊗ 1. Only the first term is
-computed from a quantized gradient; the second is exact. A row of zeros has step 0: it takes no part in the first
-term and adds no noise to it, however large its gradient is. So has a constant row of an affine operand: it is all
-offset.
+computed from a quantized gradient; the second is exact. The noise of the first grows with ‖code − centre‖², least
+about the mean of a row's codes. A row of zeros has step 0: it takes no part in the first term and adds no noise to
+it, however large its gradient is. So has a constant row of an affine operand: it is all offset.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class Split:
     Attributes:
         codes: the operand; constant rows of a symmetric one have larger codes here.
         step: (N,), not negative.
-        centre: (N,) int32 in 0 … 255, the code nearest to value 0; None is 0.
-        offset: (N,) the value of that code: within half a step of 0 where a row holds values of both signs, its
-            value where a row is constant; None is 0.
+        centre: (N,) int32 in 0 … 255, the mean of the row's codes, rounded; None is 0.
+        offset: (N,) the value of that code; None is 0.
     """
 
     codes: QuantizedTensor
@@ -51,8 +50,9 @@ class Split:
         step, offset = q.matrix_step.flatten(), q.group_offset.flatten()
         if q.matrix_codes.dtype == torch.int8:
             return Split(*_like_others(q, step, last_code))
-        centre = torch.where(step > 0, -offset / step, 0.0).round().clamp(0, 255)
-        return Split(q, step, centre.to(torch.int32), offset + step * centre)
+        centre = (ops.row_sums(q.matrix_codes).double() / max(q.matrix_codes.shape[1], 1)).round()
+        offset = offset + step * centre.to(step.dtype)
+        return Split(q, step, _unless_zero(centre.to(torch.int32)), _unless_zero(offset))
 
     def along_rows(self, vector: Tensor) -> Tensor:
         """A vector (N,) so that it broadcasts against the operand."""
@@ -63,6 +63,25 @@ class Split:
         """code − centre, of the operand's shape."""
         codes = self.codes.codes.to(dtype)
         return codes if self.centre is None else codes - self.along_rows(self.centre.to(dtype))
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What the weight's gradient needs of a split input, beside its codes, whose steps are in grad_output.
+
+    Attributes:
+        centre: as in `Split`, one per row of the input.
+        share: (taps, O) float32, Σ over the pixels that a tap reads of offset · grad_output: what every channel of
+            the tap gets; None is 0. A Linear has one tap.
+    """
+
+    centre: Tensor | None = None
+    share: Tensor | None = None
+
+
+def _unless_zero(vector: Tensor) -> Tensor | None:
+    """None where a correction can be left out, asked only where the answer costs nothing."""
+    return None if ops.at_hand(vector) and not bool(vector.any()) else vector
 
 
 def _like_others(q: QuantizedTensor, step: Tensor, last_code: int) -> tuple[QuantizedTensor, Tensor]:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fqt.kernels import reference
+from fqt.kernels import ops, reference
 from fqt.kernels.ops import Findings
 from fqt.kernels.philox import fork_seed
 from fqt.nn import integer
 from fqt.nn.arithmetic import folds, on_integers
-from fqt.nn.fold import Split
+from fqt.nn.fold import Folded, Split
 from fqt.nn.linear_map import LinearMap, rows
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
@@ -311,15 +311,25 @@ class _Gradient:
 
     def codes(self, factor: Tensor | None) -> QuantizedTensor:
         """Of the gradient times a factor that broadcasts against it."""
+        if factor is None or factor.ndim == 1:
+            return self._codes(self.values, factor, factor)
+        return self._codes(self.values.to(self.compute) * factor, None, factor)
+
+    def codes_by_row(self, split: Split) -> tuple[QuantizedTensor, Tensor | None]:
+        """Of the gradient times the input's steps, and Σ offset · gradient over its rows; None without offset."""
+        shape, step = self.values.shape, split.step
+        matrix = self.values.reshape(step.numel(), shape.numel() // max(step.numel(), 1))
+        scaled, sums = ops.scaled_rows(matrix, step, split.offset, self.findings)
+        return self._codes(scaled.view(shape), None, split.along_rows(step)), sums
+
+    def _codes(self, values: Tensor, per_channel: Tensor | None, folded: Tensor | None) -> QuantizedTensor:
+        """Of the values times a factor per channel; `folded` is what the gradient was multiplied by in all."""
         assert self.quantizer is not None
         seed = self.call.noise(self.role, self.values.device)
-        values, per_channel = self.values, factor
-        if factor is not None and factor.ndim != 1:
-            values, per_channel = values.to(self.compute) * factor, None
         if self.call.observer is not None:
             seen = reference.values(values) if per_channel is None else values.to(self.compute) * per_channel
-            self.call.observer(GradientOperand(self.role, seen, factor, self.quantizer, self.axis, seed))
-        findings = self.findings if factor is None else None  # they are of the values alone
+            self.call.observer(GradientOperand(self.role, seen, folded, self.quantizer, self.axis, seed))
+        findings = self.findings if folded is None else None  # they are of the gradient alone
         return self.quantizer.quantize(
             values, seed, axis=self.axis, nonfinite="propagate", factor=per_channel, findings=findings
         )
@@ -359,15 +369,18 @@ def _grad_input(
 def _grad_weight(grad: Tensor, input: _Operand, call: Call, shape: torch.Size, findings: Findings) -> Tensor:
     gradient = _Gradient.of(grad, "grad_weight", call, findings)
     split = _split(gradient, input)
-    step = None if split is None else split.along_rows(split.step)
     if input.codes is not None and gradient.on_integers():
-        x = input.codes if split is None else split.codes
-        return integer.grad_weight(call.map, gradient.codes(step), x, split is not None, shape)
+        if split is None:
+            return integer.grad_weight(call.map, gradient.codes(None), input.codes, None, shape)
+        codes, sums = gradient.codes_by_row(split)
+        x = split.codes
+        share = None if sums is None else integer.share_by_tap(call.map, sums, codes.shape, x.shape, shape)
+        return integer.grad_weight(call.map, codes, x, Folded(split.centre, share), shape)
     value = input.value(gradient.compute, call)
-    if split is None or step is None:
+    if split is None:
         return call.map.grad_weight(gradient.value(None), value, shape)
     laid = call.map.lay(value)
-    moved, rest, offset = _moved(gradient, split, step, laid)
+    moved, rest, offset = _moved(gradient, split, split.along_rows(split.step), laid)
     result = call.map.grad_weight(gradient.value(moved), call.map.unlay(rest), shape)
     if offset is not None:
         exact = call.map.unlay(offset.expand(laid.shape))
