@@ -19,6 +19,19 @@ struct Quantized {
   int32_t many;  // 0: one step and one offset; else one per row, or of a gradient for the weight one per column
 };
 
+// How the input of a weight's gradient is multiplied. Without `folded`, by its one step and offset. With it its steps are
+// in the gradient already, and what is multiplied are codes less a centre per row; an offset's share comes as it is.
+struct Fold {
+  int32_t folded;
+  const int32_t* centre;  // per row of the input's steps, in 0 … 255; null is 0
+  const float* share;     // (taps, output channels), added to every channel of a tap; null is 0
+
+  float step(const Quantized& x) const { return folded ? 1.0f : x.step[0]; }
+  // X = step · code + offset · weight(row).
+  float offset(const Quantized& x) const { return folded ? (centre ? -1.0f : 0.0f) : x.offset[0]; }
+  int64_t weight(int64_t row) const { return centre ? centre[row] : 1; }
+};
+
 constexpr float kCentre = 0.5f - 0x1p-25f;
 
 inline int32_t noise_integer(float fraction) { return static_cast<int32_t>(fraction * 0x1p24f); }

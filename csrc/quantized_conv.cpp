@@ -235,8 +235,8 @@ namespace {
 struct Windows {
   double step, offset;     // of the input
   int64_t columns, channels;  // of one group
-  const int64_t *met;      // (taps,): how many pixels of all samples a tap serves
-  const int64_t *totals;   // (taps,): Σ of their noise; null without dither
+  const int64_t *met;      // (taps,): Σ over the pixels of all samples that a tap serves of the samples' weights
+  const int64_t *totals;   // (taps,): the same times their noise; null without dither
   int64_t* sums;           // of the planes
   float* right;            // (rank, columns): Σ of the values that a tap reads, plain and weighted by noise
 
@@ -257,27 +257,29 @@ struct Windows {
 
 // The weight's gradient, (out_channels, kernel_height, kernel_width, channels ÷ groups) float32. g (samples · out_height ·
 // out_width, out_channels), unsigned: one step or one per column, its noise along pixels and along channels; x: one
-// step, or steps per sample that are in g already if `folded`.
-FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const Conv* conv, int folded, float* out,
+// step, or folded ones, with a centre per sample.
+FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const Conv* conv, const Fold* fold, float* out,
                                  int threads) {
   const Conv& c = *conv;
   const Taps serves = output_taps(c);
   const int64_t n = serves.taps(), channels = c.channels / c.groups, columns = n * channels, outputs = c.out_channels;
   const int64_t places = c.out_height * c.out_width, tokens = c.samples * places;
-  const float x_step = folded ? 1.0f : x->step[0], x_offset = folded ? 0.0f : x->offset[0];
+  const float x_step = fold->step(*x), x_offset = fold->offset(*x);
   const bool dithered = g->row_noise, shifted = x_offset != 0;
   const int rank = 1 + dithered, count = dithered ? 4 : 1;
   Buffer<uint8_t> codes = make_buffer<uint8_t>(count * tokens);
   Buffer<int64_t> sums = make_buffer<int64_t>(count * columns), by_tap = make_buffer<int64_t>(n * outputs);
-  Buffer<int64_t> summed = make_buffer<int64_t>(places * outputs), met = make_buffer<int64_t>(n);
+  Buffer<int64_t> summed = make_buffer<int64_t>(2 * places * outputs), met = make_buffer<int64_t>(n);
   Buffer<int64_t> totals = make_buffer<int64_t>(n);
   Buffer<float> left = make_buffer<float>((rank + 1) * outputs), right = make_buffer<float>(rank * columns);
   Buffer<int32_t> zero = make_buffer<int32_t>(outputs);
   if (!serves.there() || !codes || !sums || !by_tap || !summed || !met || !totals || !left || !right || !zero) {
     return kNoMemory;
   }
+  int64_t weights = 0;
+  for (int64_t s = 0; s < c.samples; ++s) weights += fold->weight(s);
   for (int64_t t = 0; t < n; ++t) {
-    met[t] = c.samples * serves.rows.count(t / c.kernel_width) * serves.columns.count(t % c.kernel_width);
+    met[t] = weights * serves.rows.count(t / c.kernel_width) * serves.columns.count(t % c.kernel_width);
   }
   std::memset(codes.get(), 1, tokens);
   if (dithered) {
@@ -287,7 +289,7 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
       uint8_t* plane = codes.get() + tokens + s * places;
       for (int64_t i = 0; i < places; ++i) {
         const int32_t integer = noise_integer(noise[i]);
-        summed[i] += integer;
+        summed[i] += fold->weight(s) * integer;
         for (int k = 0; k < 3; ++k) plane[k * tokens + i] = noise_byte(integer, k);
       }
     }
@@ -307,14 +309,18 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
   e.row_scale = scale, e.row_scale_step = 1, e.column_scale = &x_step;
   e.left = left.get(), e.right = right.get(), e.zero = zero.get(), e.zero_step = 1, e.ones = sums.get();
   int status = conv_grad_weight(g->codes, 0, x->codes, x->is_signed, conv, &planes, &e, threads);
-  if (status != kDone || !shifted) return status;
-  // The offset of x meets every code of g that a tap serves: one number per tap and channel, added last.
-  status = fqt_column_sums(g->codes, 0, c.samples, places * outputs, nullptr, summed.get(), nullptr, threads);
-  if (status != kDone) return status;
-  if (!sum_over_pixels(serves, summed.get(), outputs, by_tap.get())) return kNoMemory;
+  if (status != kDone || !(shifted || fold->share)) return status;
+  // What meets every code of g that a tap serves is one number per tap and channel, added last.
+  if (shifted) {
+    int64_t* weighted = fold->centre ? summed.get() + places * outputs : nullptr;
+    status = fqt_column_sums(g->codes, 0, c.samples, places * outputs, fold->centre, summed.get(), weighted, threads);
+    if (status != kDone) return status;
+    if (!sum_over_pixels(serves, weighted ? weighted : summed.get(), outputs, by_tap.get())) return kNoMemory;
+  }
   parallel_for(outputs, outputs * columns, threads, [&](int64_t o) {
     for (int64_t t = 0; t < n; ++t) {
-      const float add = static_cast<float>(by_tap[t * outputs + o] - zero[o] * met[t]) * (scale[o] * x_offset);
+      float add = shifted ? static_cast<float>(by_tap[t * outputs + o] - zero[o] * met[t]) * (scale[o] * x_offset) : 0.0f;
+      if (fold->share) add = shifted ? add + fold->share[t * outputs + o] : fold->share[t * outputs + o];
       float* to = out + o * columns + t * channels;
       for (int64_t j = 0; j < channels; ++j) to[j] += add;
     }

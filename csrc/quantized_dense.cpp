@@ -61,33 +61,38 @@ FQT_API int fqt_dense_grad_input(const Quantized* g, const Quantized* w, int64_t
 }
 
 // (outputs, inputs) float32: gᵀ · x. g (tokens, outputs): one step or one per column; x (tokens, inputs): one step, or
-// steps that are in g already if `folded`. Fewer than 2²³ tokens.
+// folded ones, with a centre per token. Fewer than 2²³ tokens.
 FQT_API int fqt_dense_grad_weight(const Quantized* g, const Quantized* x, int64_t tokens, int64_t inputs,
-                                  int64_t outputs, int folded, float* out, int threads) {
-  const float x_step = folded ? 1.0f : x->step[0], x_offset = folded ? 0.0f : x->offset[0];
+                                  int64_t outputs, const Fold* fold, float* out, int threads) {
+  const float x_step = fold->step(*x), x_offset = fold->offset(*x);
   const double step = x_step, offset = x_offset;
-  const bool dithered = g->row_noise, shifted = x_offset != 0;
-  const int rank = 1 + dithered + shifted;
+  const bool dithered = g->row_noise, shifted = x_offset != 0, apart = shifted || fold->share;
+  const int rank = 1 + dithered + apart;
   Buffer<float> left = make_buffer<float>((rank + 1) * outputs), right = make_buffer<float>(rank * inputs);
-  Buffer<int64_t> sums = make_buffer<int64_t>(2 * inputs), sums_of_g = make_buffer<int64_t>(outputs);
+  Buffer<int64_t> sums = make_buffer<int64_t>(2 * inputs), sums_of_g = make_buffer<int64_t>(2 * outputs);
   Buffer<int32_t> noise = make_buffer<int32_t>(tokens), zero = make_buffer<int32_t>(outputs);
   if (!left || !right || !sums || !sums_of_g || !noise || !zero) return kNoMemory;
-  int64_t total = 0;
-  for (int64_t t = 0; dithered && t < tokens; ++t) total += noise[t] = noise_integer(g->row_noise[t]);
+  int64_t met = 0, total = 0;  // sums over the tokens of their weights, plain and times noise
+  for (int64_t t = 0; t < tokens; ++t) {
+    noise[t] = dithered ? noise_integer(g->row_noise[t]) : 0;
+    met += fold->weight(t), total += fold->weight(t) * noise[t];
+  }
   int status = fqt_column_sums(x->codes, x->is_signed, tokens, inputs, dithered ? noise.get() : nullptr, sums.get(),
                                dithered ? sums.get() + inputs : nullptr, threads);
+  const int64_t* met_by_g = sums_of_g.get() + (fold->centre ? outputs : 0);
   if (status == kDone && shifted) {
-    status = fqt_column_sums(g->codes, g->is_signed, tokens, outputs, nullptr, sums_of_g.get(), nullptr, threads);
+    status = fqt_column_sums(g->codes, g->is_signed, tokens, outputs, fold->centre, sums_of_g.get(),
+                             fold->centre ? sums_of_g.get() + outputs : nullptr, threads);
   }
   if (status != kDone) return status;
   for (int64_t i = 0; i < inputs; ++i) {
     float* to = right.get() + i;
-    *to = static_cast<float>(step * static_cast<double>(sums[i]) + offset * static_cast<double>(tokens));
+    *to = static_cast<float>(step * static_cast<double>(sums[i]) + offset * static_cast<double>(met));
     if (dithered) {
       const double weighted = step * static_cast<double>(sums[inputs + i]) + offset * static_cast<double>(total);
       *(to += inputs) = static_cast<float>(weighted * 0x1p-24);
     }
-    if (shifted) to[inputs] = 1.0f;
+    if (apart) to[inputs] = 1.0f;
   }
   float* scale = left.get() + rank * outputs;
   for (int64_t o = 0; o < outputs; ++o) {
@@ -96,7 +101,8 @@ FQT_API int fqt_dense_grad_weight(const Quantized* g, const Quantized* x, int64_
     float* to = left.get() + rank * o;
     *to = channel.rest;
     if (dithered) *++to = -channel.step;
-    if (shifted) to[1] = static_cast<float>(sums_of_g[o] - channel.zero * tokens) * (channel.step * x_offset);
+    if (shifted) to[1] = static_cast<float>(met_by_g[o] - channel.zero * met) * (channel.step * x_offset);
+    if (fold->share) to[1] = shifted ? to[1] + fold->share[o] : fold->share[o];
   }
   Epilogue e{out, kFloat32, rank, inputs, 1};
   e.row_scale = scale, e.row_scale_step = 1, e.column_scale = &x_step;

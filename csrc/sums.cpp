@@ -154,3 +154,43 @@ FQT_API int fqt_value_sums(const Source* source, int64_t rows, int64_t columns, 
   }
   return kDone;
 }
+
+// out (rows, columns): row r of x times factor[r]. weighted (columns,), unless it is null: Σ weight[r] · x; plain (period,),
+// unless it is null: Σ over the rows and over columns that are equal modulo the period, a divisor of columns. Sums are
+// of float64 products, by bands of rows whose number does not depend on the threads.
+FQT_API int fqt_scaled_rows(const Source* source, int64_t rows, int64_t columns, const float* factor, const float* weight,
+                            float* out, double* weighted, double* plain, int64_t period, int threads) {
+  for (int64_t j = 0; weighted && j < columns; ++j) weighted[j] = 0;
+  for (int64_t j = 0; plain && j < period; ++j) plain[j] = 0;
+  if (rows == 0 || columns == 0) return kDone;
+  const int64_t strips = ceil_div(columns, kStrip), wanted = 1 + rows * columns / (1 << 17) / strips;
+  const int64_t bands = wanted < rows ? wanted : rows;
+  std::unique_ptr<double[]> part(new (std::nothrow) double[2 * bands * columns]);
+  if (!part) return kNoMemory;
+  parallel_for(strips * bands, rows * columns, threads, [&](int64_t item) {
+    const int64_t first = item % strips * kStrip, width = columns - first < kStrip ? columns - first : kStrip;
+    const int64_t band = item / strips;
+    float buffer[kStrip + W];
+    double *sum = part.get() + 2 * band * columns + first, *other = sum + columns;
+    for (int64_t j = 0; j < width; ++j) sum[j] = other[j] = 0;
+    for (int64_t r = rows * band / bands; r < rows * (band + 1) / bands; ++r) {
+      const float* x = values(*source, r * columns + first, width, buffer);
+      float* to = out + r * columns + first;
+      const float by = factor[r];
+      for (int64_t j = 0; j < width; ++j) to[j] = x[j] * by;
+      if (weighted) {
+        const double times = weight[r];
+        for (int64_t j = 0; j < width; ++j) sum[j] += times * x[j];
+      }
+      for (int64_t j = 0; plain && j < width; ++j) other[j] += x[j];
+    }
+  });
+  for (int64_t b = 0; b < bands; ++b) {
+    const double *sum = part.get() + 2 * b * columns, *other = sum + columns;
+    for (int64_t j = 0; weighted && j < columns; ++j) weighted[j] += sum[j];
+    for (int64_t j = 0; plain && j < columns; j += period) {
+      for (int64_t k = 0; k < period; ++k) plain[k] += other[j + k];
+    }
+  }
+  return kDone;
+}

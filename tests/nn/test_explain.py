@@ -22,6 +22,8 @@ LAYERS = {
 }
 ROWS = Recipe(input="psq8", weight="psq8", grad_input="psq4", grad_weight="psq4")
 COLUMN = q("column", axis="sample")
+SYMMETRIC = q("row", "symmetric", "token", rounding="nearest")
+FOLDED = {"grad_input": "psq4", "grad_weight": "psq4@channel", "fold": "always"}
 INTEGER, OBSTACLE = "both operands are integer codes", "contracted"
 # layer, recipe, product, a word of the reason
 TABLE = [
@@ -57,6 +59,14 @@ TABLE = [
     ("wide groups", "default", "grad_weight", INTEGER),
     ("wide groups", Recipe(grad_weight="bhq4@channel"), "grad_weight", "mixes channels of different groups"),
     ("transposed", "psq4", "grad_weight", "transposed"),
+    # A step per token moves into grad_output only where its positions are the input's.
+    ("linear", Recipe(input=SYMMETRIC, **FOLDED), "grad_weight", INTEGER),
+    ("conv", Recipe(input=SYMMETRIC, **FOLDED), "grad_weight", "other positions"),
+    ("conv", Recipe(input=q("row", "symmetric", rounding="nearest"), **FOLDED), "grad_weight", INTEGER),
+    ("linear", Recipe(weight="psq8", **{**FOLDED, "fold": "auto"}), "grad_input", "fold is 'auto'"),
+    # One step for all has no axis, whatever its name says.
+    ("linear", Recipe(grad_input="ptq4d@sample"), "grad_input", INTEGER),
+    ("conv", Recipe(grad_input="ptq4d@token", grad_weight="ptq8x@sample"), "grad_weight", INTEGER),
 ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import Quantizer, Recipe
+from fqt.quant import Scale
 
 from . import checks
 from .cases import LAYERS, Case, converted, gradients, ids
@@ -113,7 +114,7 @@ def test_always_can_cost() -> None:
     exact = setting.exact()
     found = {fold: setting.sample(fold, 40) for fold in ("never", "auto", "always")}
     never, auto, always = (energy(sample, exact, "grad_weight")[0] for sample in found.values())
-    assert always > 3 * never
+    assert always > 2 * never
     assert auto < 1.2 * never
 
 
@@ -157,6 +158,20 @@ def test_the_factor_cancels(case: Case, forward: str, fold: str, monkeypatch: py
     checks.plant(monkeypatch)
     for a, b in zip(gradients(layer, x), truth, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1e-3, float(b.abs().max())))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_step_per_token_stays_in_a_convolution(size: int) -> None:
+    """Also where there are as many positions as channels, so that shapes would fit."""
+    symmetric = Quantizer(scale=Scale("row", "symmetric", "token"), rounding="nearest")
+    recipe = Recipe(input=symmetric, grad_input="psq4", grad_weight="psq4@channel", fold="always")
+    layer, x = nn.Conv2d(18, 4, size), randn(2, 18, 3, 3, seed=5) * ramp(18, 1).view(1, 18, 1, 1)
+    exact = gradients(fqt.quantize_(layer, checks.qat_of(recipe)), x)
+    fqt.quantize_(layer, recipe)
+    torch.manual_seed(6)
+    found = [gradients(layer, x) for _ in range(100)]
+    sample = {"weight": torch.stack([f[2].double().flatten() for f in found])}
+    checks.assert_mean_is(sample, {"weight": exact[2].double().flatten()})
 
 
 @pytest.mark.parametrize("name", ["conv2d_groups", "transposed1d_groups", "conv2d", "linear_tokens"])

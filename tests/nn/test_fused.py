@@ -198,12 +198,12 @@ def test_shapes_that_do_not_meet() -> None:
         lambda: fused.output(linear, x, weight, None, torch.float32),
         lambda: fused.grad_input(linear, g, weight, False, torch.Size((5, 6)), torch.float32),
         lambda: fused.grad_input(linear, g, weight, False, torch.Size((6, 6)), torch.float32),
-        lambda: fused.grad_weight(linear, by_channel, x, False, torch.Size((3, 7))),
-        lambda: fused.grad_weight(linear, by_channel, x, False, torch.Size((4, 6))),
+        lambda: fused.grad_weight(linear, by_channel, x, None, torch.Size((3, 7))),
+        lambda: fused.grad_weight(linear, by_channel, x, None, torch.Size((4, 6))),
         lambda: fused.output(conv, image, filters, None, torch.float32),
         lambda: fused.grad_input(conv, wide, filters, False, torch.Size((2, 4, 6, 5)), torch.float32),
         lambda: fused.grad_input(conv, wide, filters, False, torch.Size((2, 3, 6, 4)), torch.float32),
-        lambda: fused.grad_weight(conv, by_channel, image, False, torch.Size((7, 3, 3, 3))),
+        lambda: fused.grad_weight(conv, by_channel, image, None, torch.Size((7, 3, 3, 3))),
     ):
         with pytest.raises(ValueError, match="where the other operands ask for"):
             call()

@@ -21,7 +21,7 @@ from fqt.nn import function
 from fqt.nn.arithmetic import obstacle
 from fqt.nn.layers import linear_map
 
-from .cases import FORWARD, LAYERS, Case, converted, gradients
+from .cases import FORWARD, LAYERS, Case, converted, gradients, q
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 RECIPES = {
@@ -35,6 +35,13 @@ RECIPES = {
     "default": fqt.nn.load_recipe("default"),
     "folded_rows": Recipe(
         input=FORWARD["rows"].input, weight="psq8", grad_input="psq4", grad_weight="psq4d@channel", fold="always"
+    ),
+    "folded_mixed": Recipe(input="psq8", grad_input="psq8", grad_weight="shq8x@channel", fold="always"),
+    "folded_samples": Recipe(
+        input=q("row", "zero", "sample", rounding="nearest"), grad_input="psq8", grad_weight="ptq4d", fold="always"
+    ),
+    "folded_symmetric": Recipe(
+        input=q("row", "symmetric", rounding="nearest"), grad_input="psq8", grad_weight="psq4@channel", fold="always"
     ),
     "nearest": Recipe(grad_input="psq8n", grad_weight="ptq8n"),
 }

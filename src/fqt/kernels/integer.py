@@ -12,7 +12,9 @@ codes, which are exact:
 
 Everything but the first term of each line is of low rank: vectors, or for a convolution maps of one sample, in
 which a tap that padding left out counts as the value 0, not as code 0. Steps along a contracted axis have been
-folded into grad_output before it was quantized. A transform S over grad_output's rows is undone on the product.
+folded into grad_output before it was quantized: in grad_weight s_x is 1 then, z_x is minus the centre of each row's
+codes, and the share of the offsets is added (`fqt.kernels.fold`). A transform S over grad_output's rows is undone
+on the product; where its features are rotated, so is the other operand.
 
 These formulas are the reference; where a native kernel evaluates one of them at once (`fqt.kernels.cpu.fused`), it
 gives the same bits.
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from fqt.kernels import ops
 from fqt.kernels.cpu import fused
+from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.low_rank import Channels, ConvCodes, DenseCodes, row_offset
 from fqt.kernels.products import Epilogue
@@ -105,14 +108,16 @@ def grad_input(
     return result if g.mixing is None else product.unmixed(g, result, ones, dtype)
 
 
-def grad_weight(map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: bool, shape: torch.Size) -> Tensor:
+def grad_weight(
+    map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: Folded | None, shape: torch.Size
+) -> Tensor:
     """The gradient for the weight, float32.
 
     Args:
         map: the linear map.
         g: grad_output, laid out; one group, or one per output channel.
         x: the input, laid out; one group unless its steps are folded.
-        folded: whether the input's steps are in `g` already.
+        folded: what goes with the input's codes, if its steps are in `g` already.
         shape: the weight's.
     """
     at_once = fused.grad_weight(map, g, x, folded, shape)
@@ -122,33 +127,54 @@ def grad_weight(map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: 
     if isinstance(map, ConvMap) and map.groups > 1:
         # A convolution per group: no transform mixes their channels (`fqt.nn.arithmetic`).
         alone, part = _of(replace(map, groups=1)), torch.Size((shape[0] // map.groups, *shape[1:]))
-        each = zip(channels.chunk(map.groups), _chunk(x, map.groups), strict=True)
-        return torch.cat([_weight_product(alone, c, q, folded, part)[0] for c, q in each])
+        each = zip(channels.chunk(map.groups), _chunk(x, map.groups), _shares(folded, map.groups), strict=True)
+        return torch.cat([_weight_product(alone, c, q, f, part)[0] for c, q, f in each])
     product = _of(map)
-    result, ones = _weight_product(product, channels, x, folded, shape)
-    if g.mixing is not None:
-        rows = map.lay(result).reshape(shape[0], ones.numel())
-        result = product.weight_restored(g.mixing.undo_product(rows, ones, torch.float32), shape)
-    return result
+    if g.mixing is None:
+        return _weight_product(product, channels, x, folded, shape)[0]
+    share = None if folded is None else folded.share
+    mixed = folded if folded is None else replace(folded, share=None)
+    result, ones = _weight_product(product, channels, x, mixed, shape)
+    rows = map.lay(result).reshape(shape[0], ones.numel())
+    rows = g.mixing.undo_product(rows, ones, torch.float32)
+    if share is not None:
+        rows = rows + share.T @ product.tap_columns(shape, share)
+    return product.weight_restored(rows, shape)
+
+
+def share_by_tap(map: LinearMap, sums: Tensor, g: torch.Size, x: torch.Size, shape: torch.Size) -> Tensor:
+    """`Folded.share` from Σ offset · grad_output over the rows of the input, float64 (columns of grad_output,).
+
+    Args:
+        map: the linear map.
+        sums: for each column of grad_output, seen as a matrix with the input's rows.
+        g, x: the shapes of grad_output and input, laid out.
+        shape: the weight's.
+    """
+    return _of(map).values_by_tap(sums, g, x, shape)
 
 
 def _weight_product(
-    product: DenseCodes | ConvCodes, g: Channels, x: QuantizedTensor, folded: bool, shape: torch.Size
+    product: DenseCodes | ConvCodes, g: Channels, x: QuantizedTensor, folded: Folded | None, shape: torch.Size
 ) -> tuple[Tensor, Tensor]:
     """The weight's gradient before a transform is undone, and 1·X by column."""
-    step, offset = x.matrix_step.flatten(), x.group_offset.flatten()
-    if folded:
-        step, offset = step.new_ones(1), offset.new_zeros(1)
+    step, offset, centre, share = x.matrix_step.flatten(), x.group_offset.flatten(), None, None
+    if folded is not None:
+        centre, share = folded.centre, folded.share
+        step, offset = step.new_ones(1), offset.new_zeros(1) if centre is None else -offset.new_ones(1)
     o = shape[0]
     scale = g.step.expand(o)
-    ones, dithered, sums_of_x = product.vectors_times_input(g, x, step, offset, shape)
+    ones, dithered, sums_of_x = product.vectors_times_input(g, x, step, offset, shape, centre)
     rest, zero = _zero_point(g)
     left, right = [rest.expand(o)], [ones]
     if dithered is not None:
         left, right = [*left, -scale], [*right, dithered]
+    by_tap = share
     if not _all_zero(offset):
-        sums, columns = product.sums_by_tap(g, x, shape, zero.expand(o))
-        left, right = [*left, *(sums.T * (scale * offset))], [*right, *columns]
+        by_tap = product.sums_by_tap(g, x, shape, zero.expand(o), centre).T * (scale * offset)
+        by_tap = by_tap if share is None else by_tap + share
+    if by_tap is not None:
+        left, right = [*left, *by_tap], [*right, *product.tap_columns(shape, by_tap)]
     epilogue = Epilogue(
         row_scale=g.step,
         column_scale=step,
@@ -158,6 +184,13 @@ def _weight_product(
         ones=sums_of_x,
     )
     return product.grad_weight(g, x, shape, epilogue), ones
+
+
+def _shares(folded: Folded | None, groups: int) -> list[Folded | None]:
+    """The channels' shares in as many equal groups."""
+    if folded is None or folded.share is None:
+        return [folded] * groups
+    return [replace(folded, share=share) for share in folded.share.chunk(groups, 1)]
 
 
 def _chunk(x: QuantizedTensor, groups: int) -> list[QuantizedTensor]:

@@ -165,9 +165,9 @@ class ConvMap:
 LinearMap = DenseMap | ConvMap
 
 
-def rows(map: LinearMap, axis: str | None, ndim: int) -> tuple[int, ...]:
-    """The row axes of an input or a grad_output that is laid out; by the layer's habit if `axis` is None."""
-    axis = axis or map.habit
+def rows(map: LinearMap, axis: str | None, ndim: int, habit: str | None = None) -> tuple[int, ...]:
+    """The row axes of an input or a grad_output that is laid out: by `axis`; else by `habit`, or the layer's."""
+    axis = axis or habit or map.habit
     if axis == "channel":
         return (ndim - 1,)
     return (0,) if axis == "sample" else tuple(range(ndim - 1))

@@ -126,24 +126,45 @@ class DenseCodes:
         return g.mixing.undo_product(rows, ones, dtype).view(product.shape)
 
     def vectors_times_input(
-        self, g: Channels, x: QuantizedTensor, step: Tensor, offset: Tensor, shape: torch.Size
+        self,
+        g: Channels,
+        x: QuantizedTensor,
+        step: Tensor,
+        offset: Tensor,
+        shape: torch.Size,
+        centre: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """1·X and a·X: (I,), and 1·q: (I,) int64."""
+        """1·X and a·X: (I,), and 1·q: (I,) int64. X = step · q + offset, with a centre times its row's number."""
         codes = self._codes(x)
         plain, weighted = ops.column_sums(codes, g.token_noise)
         step, offset = step.double(), offset.double()
-        ones, dithered = (step * plain + offset * codes.shape[0]).float(), None
+        met = codes.shape[0] if centre is None else self.by_row(centre, x).sum(dtype=torch.int64)
+        ones, dithered = (step * plain + offset * met).float(), None
         if weighted is not None and g.token_noise is not None:
-            total = g.token_noise.sum(dtype=torch.int64)
-            dithered = ((step * weighted + offset * total) / DITHER_LEVELS).float()
+            noise = g.token_noise.long() if centre is None else g.token_noise.long() * self.by_row(centre, x)
+            dithered = ((step * weighted + offset * noise.sum()) / DITHER_LEVELS).float()
         return ones, dithered, plain
 
     def sums_by_tap(
-        self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(c − zero)·1 (O, 1), and the columns it belongs to (1, I)."""
-        sums = ops.column_sums(g.codes)[0] - zero.long() * g.codes.shape[0]
-        return sums.float()[:, None], g.step.new_ones(1, shape[1])
+        self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor, centre: Tensor | None
+    ) -> Tensor:
+        """(c − zero)·1 (O, 1), or with a centre for 1."""
+        if centre is None:
+            sums = ops.column_sums(g.codes)[0] - zero.long() * g.codes.shape[0]
+        else:
+            weights = self.by_row(centre, x)
+            weighted = ops.column_sums(g.codes, weights)[1]
+            assert weighted is not None
+            sums = weighted - zero.long() * weights.sum(dtype=torch.int64)
+        return sums.float()[:, None]
+
+    def tap_columns(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """The columns that belong to a tap (1, I): ones."""
+        return like.new_ones(1, shape[1])
+
+    def values_by_tap(self, sums: Tensor, g: torch.Size, x: torch.Size, shape: torch.Size) -> Tensor:
+        """(1, O) float32, of sums of values over the rows of the input (…, O), float64."""
+        return sums.view(sums.numel() // max(shape[0], 1), shape[0]).sum(0, keepdim=True).float()
 
     def grad_weight(self, g: Channels, x: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
         """(O, I)."""
@@ -265,14 +286,23 @@ class ConvCodes:
         return undone.view(laid.shape).movedim(-1, 1)
 
     def vectors_times_input(
-        self, g: Channels, x: QuantizedTensor, step: Tensor, offset: Tensor, shape: torch.Size
+        self,
+        g: Channels,
+        x: QuantizedTensor,
+        step: Tensor,
+        offset: Tensor,
+        shape: torch.Size,
+        centre: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """1·X and a·X for every tap: (taps · C,), and 1·q: the same in int64."""
+        """1·X and a·X for every tap: (taps · C,), and 1·q: the same in int64.
+
+        X = step · q + offset, with a centre times its sample's number.
+        """
         image, kernel = self._image(x.matrix_codes, x.shape), self._size(shape)
         n, c, h, w = image.shape
-        reads, serves = self._taps(g, x, shape)
+        reads, serves = self._taps(g.shape, x.shape, shape, g.codes.device)
         summed = ops.column_sums(image.permute(0, 2, 3, 1).reshape(n, h * w * c))[0].view(h, w, c)
-        windows, counts = reads.sums(summed), n * serves.counts()
+        windows, counts = reads.sums(summed), (n if centre is None else centre.sum()) * serves.counts()
         step, offset = step.double(), offset.double()
         ones, of_codes = (step * windows + offset * counts).flatten().float(), windows.flatten().to(torch.int64)
         if g.token_noise is None:
@@ -280,26 +310,37 @@ class ConvCodes:
         planes = self._image(_bytes(g.token_noise).T.contiguous(), (*g.shape[:-1], 3))
         sums = products.conv2d_grad_weight(planes, image, kernel, self.geometry)
         weighted = _from_bytes(sums.permute(0, 2, 3, 1).flatten(1, 2))
-        totals = serves.sums(g.token_noise.view(n, *serves.size, 1).sum(0, dtype=torch.int64)) / DITHER_LEVELS
+        noise = g.token_noise.view(n, *serves.size, 1).long()
+        noise = noise if centre is None else noise * centre.view(n, 1, 1, 1)
+        totals = serves.sums(noise.sum(0)) / DITHER_LEVELS
         return ones, (step * weighted + offset * totals).flatten().float(), of_codes
 
-    def _taps(self, g: Channels, x: QuantizedTensor, shape: torch.Size) -> tuple[_Taps, _Taps]:
-        """The input's pixels that the taps read, and the output's that they serve."""
-        sizes = (self._size(shape), *(self._size((0, 0, *laid[1:-1])) for laid in (x.shape, g.shape)))
+    def _taps(self, g: torch.Size, x: torch.Size, shape: torch.Size, device: torch.device) -> tuple[_Taps, _Taps]:
+        """The input's pixels that the taps read, and the output's that they serve; of laid-out shapes."""
+        sizes = (self._size(shape), *(self._size((0, 0, *laid[1:-1])) for laid in (x, g)))
         how = (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
-        rows, columns = ([m.to(g.codes.device) for m in _axis(*axis)] for axis in zip(*sizes, *how, strict=True))
+        rows, columns = ([m.to(device) for m in _axis(*axis)] for axis in zip(*sizes, *how, strict=True))
         return _Taps(rows[0], columns[0]), _Taps(rows[1], columns[1])
 
     def sums_by_tap(
-        self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(c − zero)·1 for every tap (O, taps), and the columns it belongs to (taps, taps · C)."""
-        _, serves = self._taps(g, x, shape)
+        self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor, centre: Tensor | None
+    ) -> Tensor:
+        """(c − zero)·1 for every tap (O, taps), or with a centre for 1."""
+        _, serves = self._taps(g.shape, x.shape, shape, g.codes.device)
         (h, w), o = serves.size, g.shape[-1]
-        summed = ops.column_sums(g.codes.reshape(g.shape[0], h * w * o))[0].view(h, w, o)
-        sums = serves.sums(summed) - zero * (g.shape[0] * serves.counts())
-        where = torch.eye(len(sums), device=sums.device).repeat_interleave(shape[1], 1)
-        return sums.T.float(), where
+        plain, weighted = ops.column_sums(g.codes.reshape(g.shape[0], h * w * o), centre)
+        met = g.shape[0] if centre is None else centre.sum(dtype=torch.int64)
+        sums = serves.sums((plain if weighted is None else weighted).view(h, w, o))
+        return (sums - zero * (met * serves.counts())).T.float()
+
+    def tap_columns(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """The columns that belong to each tap (taps, taps · C): ones, and zeros elsewhere."""
+        return torch.eye(shape[2:].numel(), device=like.device).repeat_interleave(shape[1], 1)
+
+    def values_by_tap(self, sums: Tensor, g: torch.Size, x: torch.Size, shape: torch.Size) -> Tensor:
+        """(taps, O) float32, of sums of values over samples (pixels · O,), float64."""
+        _, serves = self._taps(g, x, shape, sums.device)
+        return serves.sums(sums.view(*serves.size, shape[0])).float()
 
     def grad_weight(self, g: Channels, x: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
         """(O, C, *)."""

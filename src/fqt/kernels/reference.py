@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fqt.kernels.codes import DITHER_LEVELS, Blocks, Entries, Levels, Scales
+from fqt.kernels.codes import DITHER_LEVELS, Blocks, Entries, Findings, Levels, Scales
 from fqt.kernels.rounding import Rounding
 
 _LEAST_STEP = 2.0**-126
@@ -210,6 +210,25 @@ def value_sums(x: Tensor) -> Tensor:
     Faster backends may add runs of 32 rows in float32 first.
     """
     return x.sum(0, dtype=torch.float64)
+
+
+def scaled_rows(
+    x: Tensor, factor: Tensor, weight: Tensor | None, known: Findings
+) -> tuple[Tensor, Tensor | None, Findings]:
+    """Rows of values times their factors, and the sum over the rows times their weights.
+
+    Args:
+        x: (N, D), any real floating dtype.
+        factor, weight: (N,) in x's compute dtype; without weight no sum.
+        known: what is known of x; backends complete it where that saves a pass.
+
+    Returns:
+        (N, D) in x's compute dtype; float64 (D,), whose order of adding up is the backend's own; and what is known
+        now.
+    """
+    x = Entries(x).wide()
+    sums = None if weight is None else (x.double() * weight.double()[:, None]).sum(0)
+    return x * factor[:, None], sums, known
 
 
 def row_sums(codes: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 R is orthonormal, so that it changes no variance: what a step on a rotated entry costs is its square. It spreads a
 large feature over its block, whose range falls; along the contraction of a product, a·b = (a·R)·(Rᵀ·b), both sides
-take it and it cancels. Signs are ±1 from a Philox stream of the seed; an estimate of x·R that is unbiased gives one of
-x for every sign pattern, to the rounding of float32.
+take it and it cancels. Signs are ±1 from a Philox stream of the seed; an estimate of x·R that is unbiased gives one
+of x for every sign pattern, to the rounding of float32.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ With f the fraction of the way from the level below t to the next one, a *gap* a
     dithered     ⌊t + a + b⌋ − a − b + ½         mean t, variance gap²/12 wherever t lies (uniform levels only)
 
 Dithered rounding is *subtractive* dither: what was added is taken off again when codes are turned back. Its dither
-is the sum of one number per row and one per column, so that a product of codes can take it off by terms of low rank.
+is the sum of one number per row and one per column, so that a product of codes can take it off with low rank.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from fqt.kernels import status
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.transform import Identity
+from fqt.quant.transform import Identity, Rotated
 
 GROUP_CHANNELS = 16
 """Of a grouped convolution, from which on the integer kernels pay (measured: csrc/LOG.md)."""
@@ -37,6 +37,21 @@ def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) ->
     return not obstacle(product, map, recipe)
 
 
+@lru_cache(maxsize=512)
+def folds(product: str, map: LinearMap, recipe: Recipe) -> bool:
+    """Whether steps of this product's forward operand move into grad_output, where there are several."""
+    q = recipe.operand(OPERANDS[product][1])
+    if product == "output" or q is None or q.scale.group != "row" or rotates(product, recipe):
+        return False
+    return not _stays(product, map, recipe, q)
+
+
+def rotates(product: str, recipe: Recipe) -> bool:
+    """Whether grad_output's features are rotated, so that the other operand is rotated too and quantized again."""
+    q = recipe.operand(OPERANDS[product][0])
+    return q is not None and isinstance(q.transform, Rotated)
+
+
 def machine_obstacle() -> str:
     """Why this machine runs no product on integers; empty if it does."""
     found = status()
@@ -57,10 +72,11 @@ def obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
     return (
         _unsupported(map)
         or _mixes_groups(product, map, left)
+        or _rotation(product, map, left)
         or _column(left, name)
         or _column(right, other)
         or _contracted(product, map, left)
-        or _other(product, recipe, right)
+        or _other(product, map, recipe, right)
         or _codes(product, recipe)
     )
 
@@ -84,8 +100,20 @@ def _mixes_groups(product: str, map: LinearMap, q: Quantizer) -> str:
     return "the transform of grad_weight mixes channels of different groups"
 
 
+def _rotation(product: str, map: LinearMap, q: Quantizer) -> str:
+    if not isinstance(q.transform, Rotated):
+        return ""
+    if product == "grad_weight":
+        return "grad_weight's features are rotated along tokens, and input is not"
+    grouped = isinstance(map, ConvMap) and map.groups > 1
+    return "the rotation of features mixes channels of different groups" if grouped else ""
+
+
 def _column(q: Quantizer, name: str) -> str:
-    return f"a step per column of {name} varies along a contracted axis" if q.scale.group == "column" else ""
+    if q.scale.group in ("tensor", "row"):
+        return ""
+    what = q.scale.group if isinstance(q.scale.group, str) else "block of {} × {}".format(*q.scale.group)
+    return f"a step per {what} of {name} varies along a contracted axis"
 
 
 def _contracted(product: str, map: LinearMap, q: Quantizer) -> str:
@@ -103,21 +131,32 @@ def _contracted(product: str, map: LinearMap, q: Quantizer) -> str:
     return f"a step per {axis} lies on a contracted axis" if axis in along else ""
 
 
-def _other(product: str, recipe: Recipe, q: Quantizer) -> str:
+def _other(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
     """The second operand: `weight`, or `input` for grad_weight."""
-    if product == "output" or q.scale.group == "tensor" or recipe.fold == "always":
+    if product == "output" or q.scale.group == "tensor" or rotates(product, recipe):
         return ""
-    name = OPERANDS[product][1]
-    axis = "channel" if name == "weight" else "row"
-    return f"{name} has a step per {axis}, on the contracted axis, and fold is {recipe.fold!r}, not 'always'"
+    why = _stays(product, map, recipe, q)
+    if not why and recipe.fold == "auto":
+        why = "fold is 'auto', not 'always'"
+    return f"{_steps(product, map, q)}, on the contracted axis, and {why}" if why else ""
+
+
+def _steps(product: str, map: LinearMap, q: Quantizer) -> str:
+    axis = "channel" if product == "grad_input" else q.scale.axis or map.habit
+    return f"{OPERANDS[product][1]} has a step per {axis}"
+
+
+def _stays(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
+    """Why steps per row of the second operand cannot move into grad_output; empty if they can."""
+    if recipe.fold == "never":
+        return "fold is 'never', not 'always'"
+    if product == "grad_weight" and (q.scale.axis or map.habit) == "token" and not map.aligned_tokens:
+        return "a convolution's input has other positions than its output"
+    return ""
 
 
 def _codes(product: str, recipe: Recipe) -> str:
-    input, weight = recipe.operand("input"), recipe.operand("weight")
-    assert input is not None or product == "grad_input"
-    if product != "grad_weight":
-        return "" if weight is not None and weight.scale.mode == "symmetric" else "weight has an offset"
-    assert input is not None
-    if input.scale.group != "tensor" and input.scale.mode != "symmetric":
-        return "input has an offset per row, on the contracted axis"
-    return ""
+    weight = recipe.operand("weight")
+    if product == "grad_weight" or (weight is not None and weight.scale.mode == "symmetric"):
+        return ""
+    return "weight has an offset"

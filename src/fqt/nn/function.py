@@ -24,17 +24,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fqt.kernels import integer
+from fqt.kernels import integer, ops
 from fqt.kernels.codes import Blocks, Findings, Scales, compute_dtype
+from fqt.kernels.fold import Folded, Split
 from fqt.kernels.linear_map import LinearMap, rows
 from fqt.kernels.philox import fork_seed
+from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView
-from fqt.nn.arithmetic import on_integers
+from fqt.nn.arithmetic import folds, on_integers
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
+from fqt.quant.grid import Integers
 from fqt.quant.quantizer import Quantizer
+from fqt.quant.scale import Scale
 
 _ROLES = {"grad_input": 0, "grad_weight": 1}
+_ROTATED_WEIGHT = Quantizer(scale=Scale("tensor", "symmetric"), grid=Integers(8))
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Call:
     def noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of one operand's quantizer."""
         assert self.seed is not None
+        if role == "rotated weight":
+            return fork_seed(fork_seed(self.seed, 2 * self.rank + _ROLES["grad_input"]), 0).to(device)
         return fork_seed(self.seed, 2 * self.rank + _ROLES[role]).to(device)
 
 
@@ -201,7 +208,7 @@ def input_view(shape: torch.Size, call: Call) -> RowView | None:
     if q is None:
         return None
     laid = torch.Size(shape if call.map.habit == "token" else (shape[0], *shape[2:], shape[1]))
-    return RowView.of(laid, rows(call.map, q.scale.axis, len(laid)), may_transpose=True)
+    return RowView.of(laid, rows(call.map, q.scale.row_axis, len(laid)), may_transpose=True)
 
 
 @dataclass(frozen=True)
@@ -217,7 +224,7 @@ class _Operand:
         q = call.recipe.operand("input")
         if q is None:
             return _Operand(x, None, True)
-        axis = rows(call.map, q.scale.axis, x.ndim)
+        axis = rows(call.map, q.scale.row_axis, x.ndim)
 
         def quantize() -> QuantizedTensor:
             return q.quantize(call.map.lay(x), axis=axis, nonfinite="propagate")
@@ -246,13 +253,6 @@ class _Operand:
             return self.tensor.to(dtype)
         value = self.codes.dequantize(dtype)
         return call.map.unlay(value) if self.is_input else call.map.weight_restored(value)
-
-    def row_step(self) -> Tensor | None:
-        """(N,) steps, if every row has its own; 1 where a group is constant."""
-        if self.codes is None or self.codes.matrix_step.numel() == 1 or self.codes.matrix_step.shape[1] != 1:
-            return None
-        step = self.codes.matrix_step.flatten()
-        return torch.where(step == 0, 1.0, step)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -307,7 +307,7 @@ class _Gradient:
         """
         q = call.recipe.operand(role) if call.seed is not None else None
         habit = "channel" if role == "grad_weight" else None
-        axis = () if q is None else rows(call.map, q.scale.axis or habit, grad.ndim)
+        axis = () if q is None else rows(call.map, q.scale.row_axis, grad.ndim, habit)
         return _Gradient(call.map.lay(grad), role, call, q, axis, known)
 
     @property
@@ -319,98 +319,143 @@ class _Gradient:
 
     def codes(self, factor: Tensor | None) -> tuple[QuantizedTensor, Findings]:
         """Of the gradient times a factor that broadcasts against it; and what is known of the gradient then."""
+        if factor is None or factor.ndim == 1:
+            return self._codes(self.values, factor, factor)
+        return self._codes(self.values.to(self.compute) * factor, None, factor)
+
+    def codes_by_row(self, split: Split) -> tuple[QuantizedTensor, Tensor | None, Findings]:
+        """Of the gradient times the input's steps; Σ offset · gradient over its rows, None without offset."""
+        shape, step = self.values.shape, split.step
+        matrix = self.values.reshape(step.numel(), shape.numel() // max(step.numel(), 1))
+        scaled, sums, known = ops.scaled_rows(matrix, step, split.offset, self.known)
+        return self._codes(scaled.view(shape), None, split.along_rows(step))[0], sums, known
+
+    def _codes(
+        self, values: Tensor, per_channel: Tensor | None, folded: Tensor | None
+    ) -> tuple[QuantizedTensor, Findings]:
+        """Of the values times a factor per channel; `folded` is what the gradient was multiplied by in all."""
         assert self.quantizer is not None
         seed = self.call.noise(self.role, self.values.device)
-        values, per_channel = self.values, factor
-        if factor is not None and factor.ndim != 1:
-            values, per_channel = values.to(self.compute) * factor, None
         if self.call.observer is not None:
             seen = values.to(self.compute) if per_channel is None else values.to(self.compute) * per_channel
-            self.call.observer(GradientOperand(self.role, seen, factor, self.quantizer, self.axis, seed))
+            self.call.observer(GradientOperand(self.role, seen, folded, self.quantizer, self.axis, seed))
         how: dict[str, Any] = {"axis": self.axis, "nonfinite": "propagate", "factor": per_channel}
-        if factor is not None:  # what is known is of the values alone
+        if folded is not None:  # what is known is of the gradient alone
             return self.quantizer.quantize(values, seed, **how), self.known
         return self.quantizer.quantize_knowing(values, self.known, seed, **how)
 
     def value(self, factor: Tensor | None) -> tuple[Tensor, Findings]:
         """The same as floats of the layer's own layout: as its quantizer returns it, or exact."""
         if self.quantizer is None:
-            exact = self.values.to(self.compute)
-            return self.call.map.unlay(exact if factor is None else exact * factor), self.known
+            return self.exact(), self.known
         codes, known = self.codes(factor)
         return self.call.map.unlay(codes.dequantize(self.compute)), known
+
+    def exact(self) -> Tensor:
+        """The same as floats that no quantizer has touched."""
+        return self.call.map.unlay(self.values.to(self.compute))
 
 
 def _grad_input(
     grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype, known: Findings
 ) -> tuple[Tensor, Findings]:
     gradient = _Gradient.of(grad, "grad_input", call, known)
-    step = weight.row_step() if _folds(gradient) else None
+    split = _split(gradient, weight)
     if weight.codes is not None and gradient.on_integers():
-        result = _result_dtype(dtype)
-        codes, known = gradient.codes(step)
-        return integer.grad_input(call.map, codes, weight.codes, step is not None, shape, result).to(dtype), known
+        codes, known = gradient.codes(None if split is None else split.step)
+        w = weight.codes if split is None else split.codes
+        if codes.rotation is not None:
+            w = _rotated(w, codes.rotation, call.noise("rotated weight", grad.device))
+        folded = split is not None
+        return integer.grad_input(call.map, codes, w, folded, shape, _result_dtype(dtype)).to(dtype), known
     value = weight.value(gradient.compute, call)
-    factor: Tensor | None = None
-    if step is not None:
-        by_channel, axis = call.map.weight_by_channel(value)
-        view = [by_channel.shape[d] if d in axis else 1 for d in range(by_channel.ndim)]
-        norms = by_channel.square().sum([d for d in range(by_channel.ndim) if d not in axis]).flatten()
-        factor = _fold(gradient, step, norms, step)
-        value = call.map.weight_restored(by_channel / factor.view(view))
-    grad, known = gradient.value(factor)
-    return call.map.grad_input(grad, value, shape).to(dtype), known
+    if split is None:
+        estimate, known = gradient.value(None)
+        return call.map.grad_input(estimate, value, shape).to(dtype), known
+    by_channel = call.map.weight_by_channel(value)[0]
+    moved, rest, offset = _moved(gradient, split, split.step, by_channel)
+    estimate, known = gradient.value(moved)
+    product = call.map.grad_input(estimate, call.map.weight_restored(rest), shape)
+    if offset is not None:
+        exact = call.map.weight_restored(offset.expand(by_channel.shape))
+        product = product + call.map.grad_input(gradient.exact(), exact, shape)
+    return product.to(dtype), known
+
+
+def _rotated(weight: QuantizedTensor, rotation: Rotation, seed: Tensor) -> QuantizedTensor:
+    """Rᵀ·weight along output channels, in codes: the other side of a product whose grad_output is rotated.
+
+    Quantized again from the forward pass's values, stochastically, at 8 bits: an unbiased estimate of them, so that
+    the product remains one. It adds about 3e-4 of the product's energy, which 8-bit gradients would notice.
+    """
+    value = weight.dequantize(weight.scales.step.dtype)
+    rotated = rotation.rows(value.reshape(value.shape[0], -1)).view(value.shape)
+    return _ROTATED_WEIGHT.quantize(rotated, seed, nonfinite="propagate")
 
 
 def _grad_weight(
     grad: Tensor, input: _Operand, call: Call, shape: torch.Size, known: Findings
 ) -> tuple[Tensor, Findings]:
     gradient = _Gradient.of(grad, "grad_weight", call, known)
-    step, view = (input.row_step() if _folds(gradient) else None), []
-    if step is not None and input.codes is not None:
-        axis = input.codes.view.axis
-        view = [n if d in axis else 1 for d, n in enumerate(input.codes.shape)]
-        if not (call.map.aligned_tokens or axis == (0,)):
-            step = None
+    split = _split(gradient, input)
     if input.codes is not None and gradient.on_integers():
-        codes, known = gradient.codes(None if step is None else step.view(view))
-        return integer.grad_weight(call.map, codes, input.codes, step is not None, shape), known
+        if split is None:
+            codes, known = gradient.codes(None)
+            return integer.grad_weight(call.map, codes, input.codes, None, shape), known
+        codes, sums, known = gradient.codes_by_row(split)
+        x = split.codes
+        share = None if sums is None else integer.share_by_tap(call.map, sums, codes.shape, x.shape, shape)
+        return integer.grad_weight(call.map, codes, x, Folded(split.centre, share), shape), known
     value = input.value(gradient.compute, call)
-    factor: Tensor | None = None
-    if step is not None:
-        laid = call.map.lay(value)
-        norms = laid.square().sum([d for d in range(laid.ndim) if view[d] == 1]).flatten()
-        factor = _fold(gradient, step.view(view), norms, step).view(view)
-        value = call.map.unlay(laid / factor)
-    grad, known = gradient.value(factor)
-    return call.map.grad_weight(grad, value, shape), known
+    if split is None:
+        estimate, known = gradient.value(None)
+        return call.map.grad_weight(estimate, value, shape), known
+    laid = call.map.lay(value)
+    moved, rest, offset = _moved(gradient, split, split.along_rows(split.step), laid)
+    estimate, known = gradient.value(moved)
+    result = call.map.grad_weight(estimate, call.map.unlay(rest), shape)
+    if offset is not None:
+        exact = call.map.unlay(offset.expand(laid.shape))
+        result = result + call.map.grad_weight(gradient.exact(), exact, shape)
+    return result, known
 
 
-def _folds(gradient: _Gradient) -> bool:
-    return gradient.call.recipe.fold != "never" and gradient.quantizer is not None
+def _split(gradient: _Gradient, operand: _Operand) -> Split | None:
+    """The forward operand taken apart, if its steps may move into this gradient."""
+    call = gradient.call
+    if operand.codes is None or gradient.quantizer is None or not folds(gradient.role, call.map, call.recipe):
+        return None
+    q = call.recipe.operand("input" if operand.is_input else "weight")
+    assert q is not None
+    return Split.of(operand.codes, q.grid.levels("symmetric").high)
 
 
-def _fold(gradient: _Gradient, step: Tensor, norms: Tensor, vector: Tensor) -> Tensor:
-    """The factor per channel or row that moves into grad_output: the steps, or ones where that would cost.
+def _moved(gradient: _Gradient, split: Split, step: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is multiplied into grad_output, what is left of the operand, and its offset, which stays exact; under
+    "auto" a factor of 1 and the operand itself where folding would cost.
 
     The product's variance is bounded by (Σ squared steps of grad_output) × (Σ_k ‖operand_k‖²), k over the
-    contracted axis; folding turns it into the same with grad·s and operand/s.
+    contracted axis; folding turns it into the same with grad·step and the operand's codes.
 
     Args:
         gradient: grad_output, unfolded.
-        step: the steps, broadcasting against it.
-        norms: (K,) squared norm of the operand along the contracted axis.
-        vector: (K,) the steps.
+        split: the operand, as `value` holds it.
+        step: its steps, broadcasting against grad_output.
+        value: the operand as its codes are laid out.
     """
     call, q = gradient.call, gradient.quantizer
+    rest, offset = split.rest(value.dtype), None
+    if split.offset is not None:
+        offset = split.along_rows(split.offset).to(value.dtype)
     if call.recipe.fold == "always":
-        return vector
+        return step, rest, offset
     assert q is not None
     noise = call.noise(gradient.role, gradient.values.device)
     values = gradient.values.to(gradient.compute)
 
-    def bound(g: Tensor, n: Tensor) -> Tensor:
-        return q.variance_bound(g, noise, axis=gradient.axis) * n.sum()
+    def bound(g: Tensor, operand: Tensor) -> Tensor:
+        return q.variance_bound(g, noise, axis=gradient.axis) * operand.square().sum()
 
-    better = bound(values * step, norms / vector.square()) <= bound(values, norms)
-    return torch.where(better, vector, torch.ones_like(vector))
+    better = bound(values * step, rest) <= bound(values, value)
+    offset = None if offset is None else torch.where(better, offset, 0.0)
+    return torch.where(better, step, torch.ones_like(step)), torch.where(better, rest, value), offset

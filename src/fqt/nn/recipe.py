@@ -181,7 +181,7 @@ def _named(name: str) -> Recipe:
     if name == DEFAULT:
         # Chosen by measured gradient variance: see the table in docs/recipes.md.
         return Recipe(
-            input="ptq8", weight="psq8@channel", grad_input="psq8x", grad_weight="psq8x@channel", fold="always"
+            input="psq8", weight="psq8@channel", grad_input="psq8x", grad_weight="psq8x@channel", fold="always"
         )
     try:
         return Recipe(grad_input=quantizer(name), grad_weight="ptq8")

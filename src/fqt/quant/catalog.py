@@ -21,7 +21,7 @@ METHODS: dict[str, tuple[Transform, Scale]] = {
     "shq": (ScaledHadamard(), Scale("row")),
     "thq": (Rotated(ScaledHadamard()), Scale("row")),
 }
-"""Per-tensor, per-sample, block Householder (the paper's three), scaled Hadamard and two-sided Hadamard quantizer."""
+"""Per-tensor, per-sample, block Householder (the paper's three), scaled and two-sided Hadamard quantizer."""
 
 ROUNDING_SUFFIX = {"": "stochastic", "d": "dithered", "x": "best", "n": "nearest"}
 _NAME = re.compile(r"([a-z]+?)((?:0|[1-9][0-9]*)?)([dxn]?)(?:@([a-z]+))?")

@@ -59,6 +59,14 @@ class Scale:
         if self.store != "float32" and self.mode != "symmetric":
             raise FqtError(f"a step stored as {self.store!r} needs a symmetric scale, not {self.mode!r}")
 
+    @property
+    def row_axis(self) -> str | None:
+        """The axis, where it counts: one step for the whole tensor has no rows.
+
+        Its dither has, but these are always the operand's habit's, which the products rely on.
+        """
+        return None if self.group == "tensor" else self.axis
+
     def blocks(self, transposed: bool = False) -> Blocks:
         """Who shares a step in a matrix; its columns are the rows if it lies on its side."""
         found = Blocks(*self.group) if isinstance(self.group, tuple) else GROUPS[self.group]

@@ -178,9 +178,9 @@ class ScaledHadamard(OverRows):
 class Rotated(Transform):
     """A randomized Hadamard matrix over features, then another transform over rows (`fqt.kernels.rotation`).
 
-    A large feature is spread over its block, as a large row is by a transform over rows; in a product that contracts
-    the features the other operand takes the same rotation, and it cancels. It needs no guard to stay unbiased, but it
-    does not pay everywhere: exact zeros, and rows with few features that matter, become dense.
+    A large feature is spread over its block, as a large row is by a transform over rows; in a product contracting
+    the features the other operand takes the same rotation, and it cancels. It does not pay everywhere: exact zeros,
+    and rows with few features that matter, become dense. Constant rows come back to the rounding of float32 only.
 
     Attributes:
         rows: the transform over rows.

@@ -229,11 +229,13 @@ class _Sums:
         q, x, folded = operand.quantizer, operand.gradient, operand.folded
         if folded is not None and bool((folded == 1).all()):
             folded = None
-        weight = None if folded is None else 1 / folded.double().square()
+        # A factor of 0 takes an entry out of the product: it has neither energy nor noise there.
+        divisor = None if folded is None else torch.where(folded == 0, math.inf, folded)
+        weight = None if divisor is None else 1 / divisor.double().square()
         variances, bounds = q.variances(x, widths, operand.seed, axis=operand.rows, weight=weight)
         rows = math.prod(x.shape[d] for d in operand.rows)
         shape = (rows, x.numel() // max(rows, 1))
-        unfolded = energy(x if folded is None else x / folded)
+        unfolded = energy(x if divisor is None else x / divisor)
         figures = [unfolded.reshape(1), variances.cpu()]
         if matrix is not None:
             figures += [bounds.cpu(), matrix.range_ratio]

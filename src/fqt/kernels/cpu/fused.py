@@ -13,6 +13,7 @@ from torch import Tensor
 from fqt.kernels.cpu import quantized as kernels
 from fqt.kernels.cpu.library import takes
 from fqt.kernels.cpu.products import Conv
+from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.products import Geometry
 from fqt.kernels.tensor import QuantizedTensor
@@ -69,12 +70,12 @@ def grad_input(
 
 
 def grad_weight(
-    map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: bool, shape: torch.Size
+    map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: Folded | None, shape: torch.Size
 ) -> Tensor | None:
     """As `integer.grad_weight`."""
     if not _fits(g, x) or not g.view.transposed or x.noise is not None:
         return None
-    if x.matrix_step.numel() > 1 and not folded:
+    if x.matrix_step.numel() > 1 and folded is None:
         return None
     if isinstance(map, DenseMap):
         sizes = (g.shape[:-1].numel(), shape[1], shape[0])
@@ -82,13 +83,29 @@ def grad_weight(
             return None
         _meet("grad_output", g.shape, (*x.shape[:-1], sizes[2]))
         _meet("input", x.shape[-1:], (sizes[1],))
-        return kernels.dense_grad_weight(_operand(g), _operand(x), sizes, folded)
+        fold, _alive = _fold(folded, sizes[0], (1, sizes[2]))
+        return kernels.dense_grad_weight(_operand(g), _operand(x), sizes, fold)
     conv = _conv(map, x.shape[0], x.shape[1:-1], (shape[0], *shape[2:], shape[1]))
     if conv is None or conv.out_width > _LONGEST_LINE or g.matrix_codes.dtype != torch.uint8:
         return None
     _meet("grad_output", g.shape, _output_shape(conv, map))
     _meet("input", x.shape[-1:], (conv.channels,))
-    return _image(kernels.conv_grad_weight(_operand(g), _operand(x), conv, folded), map)
+    fold, _alive = _fold(folded, conv.samples, (conv.kernel_height * conv.kernel_width, conv.out_channels))
+    return _image(kernels.conv_grad_weight(_operand(g), _operand(x), conv, fold), map)
+
+
+def _fold(folded: Folded | None, rows: int, share: tuple[int, int]) -> tuple[kernels.Fold, list[Tensor]]:
+    """The C form, with a centre for each of `rows` rows, and the tensors that must outlive it."""
+    if folded is None:
+        return kernels.Fold.of(False, None, None), []
+    centre, by_tap = folded.centre, folded.share
+    if centre is not None:
+        centre = centre.repeat_interleave(rows // max(centre.numel(), 1)).contiguous()
+        _meet("centre", centre.shape, (rows,))
+    if by_tap is not None:
+        by_tap = by_tap.contiguous()
+        _meet("share", by_tap.shape, share)
+    return kernels.Fold.of(True, centre, by_tap), [t for t in (centre, by_tap) if t is not None]
 
 
 def _fits(a: QuantizedTensor, b: QuantizedTensor) -> bool:

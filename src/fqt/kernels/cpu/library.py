@@ -23,7 +23,7 @@ from torch import Tensor
 from fqt.errors import FqtError
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 12  # FQT_ABI of csrc/platform.h
+_ABI = 13  # FQT_ABI of csrc/platform.h
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -48,10 +48,11 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
     "fqt_dense_output": (_P, _P, _P, _L, _L, _L, _L, _I, _P, _I),
     "fqt_dense_grad_input": (_P, _P, _L, _L, _L, _I, _P, _I, _P, _I),
-    "fqt_dense_grad_weight": (_P, _P, _L, _L, _L, _I, _P, _I),
+    "fqt_dense_grad_weight": (_P, _P, _L, _L, _L, _P, _P, _I),
     "fqt_conv_output": (_P, _P, _P, _P, _I, _P, _I),
     "fqt_conv_grad_input": (_P, _P, _P, _I, _P, _I, _P, _I),
-    "fqt_conv_grad_weight": (_P, _P, _P, _I, _P, _I),
+    "fqt_conv_grad_weight": (_P, _P, _P, _P, _P, _I),
+    "fqt_scaled_rows": (_P, _L, _L, *[_P] * 5, _L, _I),
     "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
     "fqt_hadamard_codes": (_P, _L, _L, _P, _P, _L, _P, _P, _I),
     "fqt_householder_codes": (_P, _L, _L, _I, _P, _P, _P, _P, _I),

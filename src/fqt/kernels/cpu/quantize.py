@@ -59,6 +59,27 @@ def _value_sums(x: Tensor) -> Tensor:
     return sums
 
 
+@ops.scaled_rows.on(
+    BACKEND,
+    when=lambda x, factor, weight, known: takes_source(x) and takes(factor, *(() if weight is None else (weight,))),
+)
+def _scaled_rows(
+    x: Tensor, factor: Tensor, weight: Tensor | None, known: Findings
+) -> tuple[Tensor, Tensor | None, Findings]:
+    source, _alive = source_of(x)
+    rows, columns = x.shape
+    if any(v.shape != (rows,) for v in (factor, *(() if weight is None else (weight,)))):
+        raise ValueError(f"factors and weights must have the shape ({rows},)")
+    factor, weight = factor.contiguous(), None if weight is None else weight.contiguous()
+    out = empty(x.shape, torch.float32)
+    sums = None if weight is None else torch.empty(columns, dtype=torch.float64, device="cpu")
+    wants = known.sums is None and known.channels > 0 and columns % known.channels == 0
+    plain = torch.empty(known.channels, dtype=torch.float64, device="cpu") if wants else None
+    pointers = [None if t is None else t.data_ptr() for t in (factor, weight, out, sums, plain)]
+    call("fqt_scaled_rows", ctypes.addressof(source), rows, columns, *pointers, max(known.channels, 1))
+    return out, sums, known if plain is None else replace(known, sums=plain)
+
+
 def _takes_levels(levels: Levels) -> bool:
     return levels.uniform and levels.dtype != torch.float32
 

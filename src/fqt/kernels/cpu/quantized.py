@@ -35,6 +35,22 @@ class Operand(Structure):
         return cls(*pointers, int(codes.dtype == torch.int8), many)
 
 
+class Fold(Structure):
+    """`Fold` of csrc/quantized.h. The tensors it is made of must outlive it."""
+
+    _fields_ = [("folded", c_int32), ("centre", c_void_p), ("share", c_void_p)]
+
+    @classmethod
+    def of(cls, folded: bool, centre: Tensor | None, share: Tensor | None) -> Fold:
+        """From contiguous int32 and float32 tensors."""
+        if centre is not None and centre.dtype != torch.int32:
+            raise TypeError(f"centre holds {centre.dtype}: give int32")
+        if share is not None and share.dtype != torch.float32:
+            raise TypeError(f"share holds {share.dtype}: give float32")
+        pointers = (None if t is None else t.data_ptr() for t in (centre, share))
+        return cls(int(folded), *pointers)
+
+
 def dense_output(
     x: Operand, w: Operand, bias: Tensor | None, sizes: tuple[int, int, int], run: int, dtype: torch.dtype
 ) -> Tensor:
@@ -56,10 +72,10 @@ def dense_grad_input(
     return out, ones
 
 
-def dense_grad_weight(g: Operand, x: Operand, sizes: tuple[int, int, int], folded: bool) -> Tensor:
+def dense_grad_weight(g: Operand, x: Operand, sizes: tuple[int, int, int], fold: Fold) -> Tensor:
     """(O, I) float32: gᵀ · x."""
     out = empty((sizes[2], sizes[1]), torch.float32)
-    call("fqt_dense_grad_weight", addressof(g), addressof(x), *sizes, int(folded), out.data_ptr())
+    call("fqt_dense_grad_weight", addressof(g), addressof(x), *sizes, addressof(fold), out.data_ptr())
     return out
 
 
@@ -84,9 +100,9 @@ def conv_grad_input(
     return out, ones
 
 
-def conv_grad_weight(g: Operand, x: Operand, conv: Conv, folded: bool) -> Tensor:
+def conv_grad_weight(g: Operand, x: Operand, conv: Conv, fold: Fold) -> Tensor:
     """(O, kh, kw, C/groups) float32."""
     depth = conv.channels // conv.groups
     out = empty((conv.out_channels, conv.kernel_height, conv.kernel_width, depth), torch.float32)
-    call("fqt_conv_grad_weight", addressof(g), addressof(x), addressof(conv), int(folded), out.data_ptr())
+    call("fqt_conv_grad_weight", addressof(g), addressof(x), addressof(conv), addressof(fold), out.data_ptr())
     return out
