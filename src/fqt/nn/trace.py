@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,8 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
             of all its floating-point tensors.
 
     Raises:
-        FqtError: the model has lazy layers without parameters yet, or loss_fn returns no tensor.
+        FqtError: the model has lazy layers without parameters yet, or checkpoints activations with
+            use_reentrant=True, or loss_fn returns no tensor.
     """
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise FqtError("the model has lazy layers without parameters yet: run one batch through it first")
@@ -134,7 +135,7 @@ def _differentiate(loss: Tensor, leaves: list[Tensor]) -> None:
         if "use_reentrant" not in str(error):
             raise
         raise FqtError(
-            "the model checkpoints activations in torch's old way, which cannot be differentiated without "
+            "the model checkpoints activations with use_reentrant=True, which cannot be differentiated without "
             "writing into .grad: use_reentrant=False works"
         ) from error
 
@@ -234,10 +235,8 @@ class _Watch(TorchDispatchMode):
         self.weights = _Weights(model)
         # The modules whose forward is running, each with whether it was entered in the backward pass.
         self.running: list[tuple[str, bool]] = []
-        self.sites: dict[int, Site] = {}
-        """Where the product of a node of the graph ran, by the node's sequence number."""
-        self.modules_of: dict[int, str] = {}
-        """In which module a node was made."""
+        self.nodes: dict[int, Site] = {}
+        """Where a node of the graph was made, by its sequence number; with an operation if that was a product."""
 
     @contextmanager
     def modules(self) -> Iterator[None]:
@@ -275,8 +274,8 @@ class _Watch(TorchDispatchMode):
             return NotImplemented
         packet = func._overloadpacket
         counted = packet in _FORMULAS or packet in flop_registry
-        if not counted and not self.at_work and func.namespace == "aten":
-            with self:  # where autograd did not run (inference mode), a composite op arrives whole
+        if not counted and not types and torch.is_inference_mode_enabled() and not self.at_work:
+            with self:  # where autograd does not run, a composite op arrives whole
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
@@ -288,20 +287,19 @@ class _Watch(TorchDispatchMode):
     def _note(self, packet: Any, args: tuple, kwargs: dict, out: Any, counted: bool) -> None:
         node = torch._C._current_autograd_node()
         backward = node is not None and not (self.running and self.running[-1][1])
-        made = torch.autograd._get_sequence_nr() - 1  # by the op that is being dispatched, if it made one
-        if not backward:
-            self.modules_of.setdefault(made, self.here)
-        if not counted:
-            return
-        operation = _OPERATIONS.get(packet.__name__, packet.__name__.strip("_"))
+        operation = _OPERATIONS.get(packet.__name__, packet.__name__.strip("_")) if counted else ""
         if backward:
-            number = node._sequence_nr()
-            site = self.sites.get(number) or Site(self.modules_of.get(number, OUTSIDE), operation, "")
+            site = self.nodes.get(node._sequence_nr(), Site(OUTSIDE, "", ""))
+            site = site if site.operation else replace(site, operation=operation)
         else:
-            site = Site(self.here, operation, self.weights.among(args))
-            self.sites.setdefault(made, site)
-        counts = self.seen.floats.setdefault(site, (Count(), Count()))
-        counts[backward].add(_multiplications(packet, args, kwargs, out))
+            site = Site(self.here, operation, self.weights.among(args) if counted else "")
+        made = torch.autograd._get_sequence_nr() - 1  # of the node that this op is part of, if of any
+        known = self.nodes.get(made)
+        if known is None or (counted and not known.operation):
+            self.nodes[made] = site
+        if counted:
+            counts = self.seen.floats.setdefault(site, (Count(), Count()))
+            counts[backward].add(_multiplications(packet, args, kwargs, out))
 
 
 class _Weights:
@@ -338,6 +336,7 @@ def _span(tensor: Tensor) -> tuple[int, int, int] | None:
 
 _OPERATIONS = {
     "mm": "matmul",
+    "linear": "matmul",
     "addmm": "matmul",
     "_addmm_activation": "matmul",
     "mv": "matmul",
@@ -395,6 +394,9 @@ def _trilinear(args: tuple, out: Any) -> int:
 
 _aten = torch.ops.aten
 _FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
+    # Whole where autograd does not run, and of nested tensors.
+    _aten.linear: lambda args, out: args[0].numel() * args[1].shape[0],
+    _aten.linear_backward: lambda args, out: args[1].numel() * args[2].shape[1] * sum(map(bool, args[3][:2])),
     _aten._addmm_activation: lambda args, out: args[1].numel() * args[2].shape[-1],
     _aten.mv: lambda args, out: args[0].numel(),
     _aten.addmv: lambda args, out: args[1].numel(),
