@@ -217,6 +217,17 @@ def test_a_configuration_holds_the_recipe_as_json() -> None:
     assert model.config.to_dict() == {"width": 4}
 
 
+def test_a_configuration_that_says_otherwise() -> None:
+    model = fqt.quantize_(Pretrained(Config()), "bhq4")
+    fqt.quantize_(model, "psq4")  # a converted model may get another recipe
+    with pytest.warns(RecipeWarning, match="quantized with psq4, and it gets shq4") as caught:
+        fqt.quantize_(Pretrained(Config(**model.config.to_dict())), "shq4")
+    assert caught[0].filename == __file__
+    later = {**model.config.to_dict()["fqt_recipe"], "sparkle": 1}
+    with pytest.warns(RecipeWarning, match="sparkle"):
+        fqt.quantize_(Pretrained(Config(fqt_recipe=later)), "shq4")
+
+
 def test_other_configurations_are_left_alone() -> None:
     model = Pretrained(Config())
     model.config = {"width": 4}  # type: ignore[assignment]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fqt
 from fqt import FqtError, Recipe, Rule
@@ -54,6 +55,20 @@ def test_a_float_layer_multiplies_as_often_as_its_quantized_form(case: Case) -> 
     forward, backward = ran(plain, "(model)").values()
     assert (forward[2], backward[2]) == (one["output"][2], 2 * one["output"][2])
     assert plain.totals == {"float": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "encoder"])
+def test_all_multiplications_of_a_float_network_are_those_that_torch_counts(kind: str) -> None:
+    model: nn.Module = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
+    )
+    x = torch.randn(2, 5, 8)
+    if kind == "convolutions":
+        model, (x, _) = small_net(), small_batch()
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    explained = fqt.explain(model, x)
+    assert 2 * sum(p.multiplications for p in explained.products) == counter.get_total_flops()
 
 
 def test_it_agrees_with_what_conversion_says_where_nothing_is_in_between() -> None:

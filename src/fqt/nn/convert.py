@@ -97,6 +97,8 @@ def quantize_(
         ]
     if problems:
         raise ConversionError("cannot convert the model; nothing was changed:\n  " + "\n  ".join(problems))
+    if not any(is_converted(selection.module) for selection in selections):
+        stored.compare_configuration(model, resolved)
     for selection in selections:
         if selection.recipe is not None:
             _convert(selection.module, selection.recipe)

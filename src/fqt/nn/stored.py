@@ -209,6 +209,24 @@ def stored_in_configuration(model: nn.Module) -> bool:
     return getattr(_configuration(model), KEY, None) is not None
 
 
+def compare_configuration(model: nn.Module, recipe: Recipe) -> None:
+    """Warns if weights that came with one recipe are about to be quantized with another."""
+    saved = getattr(_configuration(model), KEY, None)
+    if saved is None:
+        return
+    try:
+        known: Recipe | None = load_recipe(saved)
+    except FqtError:
+        known = None  # of a later version
+    if known != recipe:
+        warnings.warn(
+            f"fqt: the model's configuration says that its weights were trained quantized with {known or saved}, "
+            f"and it gets {recipe}; fqt.quantize_(model, fqt.recipe_of(model)) makes it what it was",
+            RecipeWarning,
+            stacklevel=3,
+        )
+
+
 def write_configuration(model: nn.Module, recipe: Recipe | None) -> None:
     """Puts the recipe into a Hugging Face model's configuration, as plain values, or takes it out."""
     config = _configuration(model)
