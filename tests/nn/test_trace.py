@@ -257,6 +257,7 @@ OPERATIONS: dict[str, tuple[Any, int]] = {
     "bmm": (lambda x: torch.bmm(x, x), 2 * 8 * 8 * 8),
     "einsum": (lambda x: torch.einsum("bij,bkj->bik", x, x), 2 * 8 * 8 * 8),
     "conv": (lambda x: F.conv1d(x, x[:, :, :3]), 2 * 2 * 8 * 3 * 6),
+    "sparse": (lambda x: torch.sparse.mm(torch.eye(8).to_sparse(), x[0]), 8 * 8),
     "attention": (lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]), 2 * 2 * 8 * 8 * 8),
 }
 

@@ -102,7 +102,7 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
         stack.enter_context(watch.modules())
         stack.enter_context(watch)
         loss = _loss(_call(model, batch) if loss_fn is None else loss_fn(model, batch), loss_fn is not None)
-        leaves = [t for t in (*model.parameters(), *_tensors(batch)) if t.requires_grad and t.is_leaf]
+        leaves = [t for t in (*model.parameters(), *_tensors(batch)) if t.requires_grad]
         if loss is None or not loss.requires_grad:
             seen.no_backward = "nothing in the output asks for a gradient"
         elif not leaves:
@@ -178,7 +178,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 for name in set(module._buffers.keys()) - set(buffers):
                     del module._buffers[name]
                 for name, buffer in buffers.items():
-                    if module._buffers.get(name) is not buffer:
+                    if name not in module._buffers or module._buffers[name] is not buffer:
                         module._buffers[name] = buffer
                     _put_back(buffer, copies)
 
@@ -187,8 +187,15 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _put_back(buffer: Tensor | None, copies: dict[int, Tensor]) -> None:
     """Only what changed: a write makes a new version, which a graph that waits for its backward would refuse."""
     copy = None if buffer is None else copies.pop(id(buffer), None)
-    if buffer is not None and copy is not None and not torch.equal(buffer, copy):
+    if buffer is not None and copy is not None and not _equal(buffer, copy):
         buffer.copy_(copy)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    try:
+        return torch.equal(a, b)
+    except (RuntimeError, NotImplementedError):  # sparse tensors cannot be compared
+        return False
 
 
 @contextmanager
@@ -339,6 +346,7 @@ _OPERATIONS = {
     "linear": "matmul",
     "addmm": "matmul",
     "_addmm_activation": "matmul",
+    "_sparse_addmm": "matmul",
     "mv": "matmul",
     "addmv": "matmul",
     "dot": "matmul",
@@ -358,6 +366,9 @@ _OPERATIONS = {
 
 def _multiplications(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
     """Of two numbers each; half the floating-point operations that `FlopCounterMode` counts."""
+    sparse = next((a for a in args if isinstance(a, Tensor) and a.layout in _SPARSE), None)
+    if sparse is not None:
+        return sparse._nnz() * int(out.shape[-1])
     own = _FORMULAS.get(packet)
     if own is not None:
         return own(args, out)
@@ -392,12 +403,14 @@ def _trilinear(args: tuple, out: Any) -> int:
     return 2 * math.prod(torch.broadcast_shapes(*shapes))
 
 
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 _aten = torch.ops.aten
 _FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     # Whole where autograd does not run, and of nested tensors.
     _aten.linear: lambda args, out: args[0].numel() * args[1].shape[0],
     _aten.linear_backward: lambda args, out: args[1].numel() * args[2].shape[1] * sum(map(bool, args[3][:2])),
     _aten._addmm_activation: lambda args, out: args[1].numel() * args[2].shape[-1],
+    _aten._sparse_addmm: lambda args, out: args[1].numel() * args[2].shape[-1],
     _aten.mv: lambda args, out: args[0].numel(),
     _aten.addmv: lambda args, out: args[1].numel(),
     _aten.dot: lambda args, out: args[0].numel(),
