@@ -88,6 +88,35 @@ def test_many_are_counted_not_listed(caplog: pytest.LogCaptureFixture) -> None:
     assert "4 more" in text
 
 
+class Positions(nn.Module):
+    """Its own matrix is added, not multiplied; nobody can see that from outside."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Parameter(torch.zeros(length, width)), nn.Linear(width, 10 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x + self.table)
+
+
+def test_a_small_matrix_of_unknown_use_is_no_layer_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    model = fqt.quantize_(Positions(2, 30), "bhq4", strict=True)
+    assert line(caplog)[0] == "INFO"
+    explained = fqt.explain(model, torch.randn(3, 2, 30))
+    (row,) = [p for p in explained.products if p.layer == "(model)"]
+    assert (row.arithmetic, explained.never_ran) == ("not run", ())
+    assert row.why.endswith("no product used them")
+    with pytest.raises(ConversionError, match="table"):
+        fqt.quantize_(Positions(20, 30), "bhq4", strict=True)
+
+
+def test_many_small_ones_of_one_class_are(caplog: pytest.LogCaptureFixture) -> None:
+    """Each holds less than a hundredth, all together more."""
+    blocks = nn.Sequential(*(Positions(1, 4) for _ in range(50)), nn.Linear(4, 4))
+    fqt.quantize_(blocks, "bhq4")
+    assert line(caplog)[0] == "WARNING"
+
+
 def test_strict_names_every_layer_and_changes_nothing() -> None:
     model = mixed()
     model["own"] = nn.Bilinear(2, 2, 2)

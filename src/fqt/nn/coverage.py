@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ LOG = logging.getLogger("fqt")
 NEGLIGIBLE = 0.01
 """The share of multiplied weights that may stay float without a word."""
 _NAMED = 5
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
 
 
 def multiplied_weights(layer: nn.Module) -> int | None:
@@ -37,9 +39,23 @@ def multiplied_weights(layer: nn.Module) -> int | None:
     return total
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether this is a layer as torch knows them, rather than a module with matrices of its own of unknown use."""
+    return isinstance(module, _LAYERS)
+
+
 def left_float(selections: Sequence[Selection]) -> list[Selection]:
-    """The layers that stay float although nobody asked for it."""
-    return [s for s in selections if s.recipe is None and not s.by_request]
+    """The layers that stay float although nobody asked for it.
+
+    Of modules with matrices of unknown use (a fused layer, but also a table of positions that is added) only those
+    whose class holds more than `NEGLIGIBLE` of all weights.
+    """
+    unasked = [s for s in selections if s.recipe is None and not s.by_request]
+    held: Counter[type] = Counter()
+    for s in unasked:
+        held[type(s.module)] += multiplied_weights(s.module) or 0
+    least = NEGLIGIBLE * _weights(selections)
+    return [s for s in unasked if is_layer(s.module) or held[type(s.module)] > least]
 
 
 def summary(selections: Sequence[Selection]) -> str:
@@ -50,7 +66,7 @@ def summary(selections: Sequence[Selection]) -> str:
     total = _weights(selections)
     if total:
         line += f", {percent(_weights(converted), total)} of the weights that are multiplied"
-    by_request = len(selections) - len(converted) - len(unasked)
+    by_request = sum(s.by_request or (s.recipe is not None and s.recipe.is_float) for s in selections)
     if by_request:
         line += f"; {by_request} left in float by request"
     if unasked:

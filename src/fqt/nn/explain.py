@@ -15,7 +15,7 @@ from torch import nn
 
 from fqt.nn.arithmetic import OPERANDS, machine_obstacle, obstacle
 from fqt.nn.convert import Selection, is_converted, select
-from fqt.nn.coverage import multiplied_weights, percent
+from fqt.nn.coverage import is_layer, multiplied_weights, percent
 from fqt.nn.layers import linear_map
 from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
 from fqt.nn.stored import stored_in_configuration
@@ -233,7 +233,7 @@ class _Traced:
                 rows += self._layer(self.layers[place])
             rows += [row for site in self.floats.get(place, ()) for row in self._float(place, site)]
         ran = {p.layer for p in rows if p.calls}
-        never = tuple(name for name in self.layers if name not in ran)
+        never = tuple(name for name in self.layers if name not in ran and not self._is_idle_matrix(name))
         entered = ((name or "(model)", times) for name, times in self.seen.entered.items())
         repeated = tuple((name, times) for name, times in entered if times > 1 and name in self.layers)
         return Explanation(tuple(rows), True, tuple(self._notes(never, repeated)), never, repeated)
@@ -244,7 +244,8 @@ class _Traced:
         witness = self.seen.layers.get("" if layer.name == "(model)" else layer.name)
         if witness is None:
             if layer.name not in self.floats:
-                yield Product(layer.name, "all", "not run", "", _unconverted(layer), 3 * weights, 0, 0)
+                why = _unconverted(layer) + ("; no product used them" if self._is_idle_matrix(layer.name) else "")
+                yield Product(layer.name, "all", "not run", "", why, 3 * weights, 0, 0)
             return
         if not witness.products:
             yield Product(layer.name, "all", "not run", "", self._why_not(layer.name), 3 * weights, 0, 0)
@@ -259,6 +260,11 @@ class _Traced:
             if not ran:
                 why = self.seen.no_backward or "nothing asked for this gradient"
                 yield replace(said, arithmetic="not run", why=why, calls=0, multiplications=0)
+
+    def _is_idle_matrix(self, name: str) -> bool:
+        """Whether a module that is no layer ran, and its matrices were in no product: positions that are added."""
+        ran = self.seen.entered["" if name == "(model)" else name] > 0
+        return ran and name not in self.floats and not is_layer(self.layers[name].module)
 
     def _why_not(self, name: str) -> str:
         """Why a converted layer told of no product."""
