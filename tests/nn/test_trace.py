@@ -386,6 +386,32 @@ def test_nested_tensors() -> None:
     assert ran(fqt.explain(Ragged(), x), "layer") == expected
 
 
+def test_a_lent_weight_is_known_under_autocast() -> None:
+    model = fqt.quantize_(Borrowed(), "psq4")
+
+    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(tokens).float().sum()
+
+    explained = fqt.explain(model, torch.tensor([0, 3, 5]), loss)
+    floats = {p.operands: p.why for p in explained.products if p.arithmetic == "float"}
+    assert set(floats) == {"float × lent.weight", "float × embedding.weight"}
+    assert "lent was handed to" in floats["float × lent.weight"]
+
+
+def test_a_product_of_no_parameter_says_so() -> None:
+    class Gram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) @ x.T
+
+    rows = fqt.explain(fqt.quantize_(Gram(), "psq4"), torch.randn(3, 4)).products
+    assert {p.why for p in rows if p.arithmetic == "float"} == {"neither operand is a parameter of the model"}
+
+
 def test_autocast_and_inference_mode_inside() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

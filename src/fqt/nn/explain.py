@@ -254,9 +254,8 @@ class _Traced:
             said = replace(_product(layer.name, module, product), weights=weights)
             ran = [(arithmetic, count) for (name, arithmetic), count in witness.products.items() if name == product]
             for arithmetic, count in ran:
-                if arithmetic != said.arithmetic:
-                    said = _corrected(said, arithmetic, module)
-                yield replace(said, calls=count.calls, multiplications=count.multiplications)
+                row = said if arithmetic == said.arithmetic else _corrected(said, arithmetic, module)
+                yield replace(row, calls=count.calls, multiplications=count.multiplications)
             if not ran:
                 why = self.seen.no_backward or "nothing asked for this gradient"
                 yield replace(said, arithmetic="not run", why=why, calls=0, multiplications=0)
@@ -289,7 +288,12 @@ class _Traced:
         layer = self.layers.get(site.module or "(model)")
         if layer is not None and not is_converted(layer.module):
             return _unconverted(layer)
-        return "no converted layer made it" if site.weight else _ACTIVATIONS
+        if site.weight:
+            return "no converted layer made it"
+        attends = site.operation == "scaled_dot_product_attention" or (
+            layer is not None and isinstance(layer.module, nn.MultiheadAttention)
+        )
+        return _ACTIVATIONS if attends else "neither operand is a parameter of the model"
 
     def _notes(self, never: tuple[str, ...], repeated: tuple[tuple[str, int], ...]) -> Iterator[str]:
         if never:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -304,6 +305,8 @@ class _Watch(TorchDispatchMode):
         known = self.nodes.get(made)
         if known is None or (counted and not known.operation):
             self.nodes[made] = site
+        if packet is _aten._to_copy:
+            self.weights.cast(args[0], out)
         if counted:
             counts = self.seen.floats.setdefault(site, (Count(), Count()))
             counts[backward].add(_multiplications(packet, args, kwargs, out))
@@ -314,21 +317,31 @@ class _Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
+        self._casts: dict[int, tuple[StorageWeakRef, str]] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             span = _span(tensor)
             if tensor.ndim > 1 and span is not None:
                 self._spans.setdefault(span[0], []).append((*span[1:], name))
 
     def among(self, args: Any) -> str:
-        """The name of the first operand that is a parameter or a part of one; empty if none is."""
-        for tensor in _tensors(args):
-            span = _span(tensor)
-            if span is None:
-                continue
-            for start, end, name in self._spans.get(span[0], ()):
-                if start <= span[1] and span[2] <= end:
-                    return name
-        return ""
+        """The name of the first operand that is a parameter, a part of one or a cast of one; empty if none is."""
+        return next(filter(None, map(self._name, _tensors(args))), "")
+
+    def cast(self, tensor: Tensor, copy: Tensor) -> None:
+        """A tensor was copied into another dtype, as autocast does: for as long as its memory is not used anew."""
+        name, span = self._name(tensor), _span(copy)
+        if name and span is not None:
+            self._casts[span[0]] = (StorageWeakRef(copy.untyped_storage()), name)
+
+    def _name(self, tensor: Tensor) -> str:
+        span = _span(tensor)
+        if span is None:
+            return ""
+        for start, end, name in self._spans.get(span[0], ()):
+            if start <= span[1] and span[2] <= end:
+                return name
+        storage, name = self._casts.get(span[0], (None, ""))
+        return name if storage is not None and not storage.expired() else ""
 
 
 def _span(tensor: Tensor) -> tuple[int, int, int] | None:
