@@ -81,6 +81,13 @@ def test_explain(run):
     assert "grad_weight" in out
 
 
+def test_explain_what_ran(run):
+    status, out, _ = run("explain", "digits", "--recipe", "psq4", "--batch")
+    assert status == 0
+    assert out.splitlines()[0].split() == ["layer", "product", "arithmetic", "operands", "calls", "share", "why"]
+    assert out.splitlines()[-1].endswith("(share of multiplications)")
+
+
 def test_a_model_beside_the_user(run, tmp_path):
     (tmp_path / "beside_me.py").write_text(
         "from torch import nn\ndef net(num_classes):\n"

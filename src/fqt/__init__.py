@@ -2,10 +2,12 @@
 
 from fqt.errors import ConversionError as ConversionError
 from fqt.errors import FqtError as FqtError
+from fqt.errors import RecipeWarning as RecipeWarning
 from fqt.nn import Recipe as Recipe
 from fqt.nn import Rule as Rule
 from fqt.nn import explain as explain
 from fqt.nn import quantize_ as quantize_
+from fqt.nn import recipe_of as recipe_of
 from fqt.nn import restore_ as restore_
 from fqt.quant import QuantizedTensor as QuantizedTensor
 from fqt.quant import Quantizer as Quantizer

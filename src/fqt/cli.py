@@ -42,10 +42,11 @@ from fqt.stats import diagnosis_from, diagnosis_record, quantization_variance
 from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
 from fqt.train.config import SCHEDULES, UNITS
+from fqt.train.loaders import Loader
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
 from fqt.train.snapshot import Snapshot, check_run
-from fqt.train.trainer import make_model, pick_device
+from fqt.train.trainer import make_model, pick_device, training_loss
 
 __all__ = ["cli", "main"]
 
@@ -314,10 +315,14 @@ cli.add_command(reproduce_command)
 @click.option("--model", help="A model's name, or package.module:ClassOrFactory.")
 @click.option("--recipe", default="default", show_default=True, help="A recipe's name, or a TOML file.")
 @click.option("--data", help="Folder with the task's files.")
-def explain_command(task: str | None, model: str | None, recipe: str, data: str | None) -> None:
+@click.option("--batch", is_flag=True, help="Run one training batch: what really runs, what in float beside it.")
+def explain_command(task: str | None, model: str | None, recipe: str, data: str | None, batch: bool) -> None:
     """Say, layer by layer, which products of TASK's model run on integers under a recipe, and why."""
     config = resolve(task, None, {"model": model, "data": data, "recipe": recipe})
-    click.echo(str(fqt.explain(_task_model(config))))
+    loader = _task_data(config)
+    network = make_model(config, loader, config.recipe)
+    given = (next(iter(loader.train(0))), training_loss(config)) if batch else ()
+    click.echo(str(fqt.explain(network, *given)))
 
 
 @cli.command("bench")
@@ -379,12 +384,12 @@ def bench_command(
     return 1 if bench.failures(record) else 0
 
 
-def _task_model(config: TrainConfig) -> Any:
+def _task_data(config: TrainConfig) -> Loader:
     from fqt.train.tasks import load_task
 
     if config.task not in TASKS:
         raise FqtError(f"unknown task {config.task!r}; known: {', '.join(TASKS)}")
-    return make_model(config, load_task(config, pick_device("cpu")), config.recipe)
+    return load_task(config, pick_device("cpu"))
 
 
 @cli.command("certify")

@@ -12,3 +12,7 @@ class FqtError(ValueError):
 
 class ConversionError(FqtError):
     """A model cannot be converted as asked; the message lists every problem. The model is unchanged."""
+
+
+class RecipeWarning(UserWarning):
+    """Weights that were saved quantized are loaded into a model that computes with them in another way."""

@@ -114,6 +114,29 @@ def test_a_float_model_and_a_mixed_one() -> None:
 def test_it_prints_as_a_table() -> None:
     lines = str(fqt.explain(fqt.quantize_(small_net(), "bhq4"))).splitlines()
     assert lines[0].split() == ["layer", "product", "arithmetic", "operands", "why"]
-    assert len(lines) == 2 + 9
+    assert len(lines) == 2 + 9 + 1
+    assert lines[-1].startswith("total: ")
     assert all("bhq4" in line for line in lines if "grad_input" in line)
     assert str(fqt.explain(nn.ReLU())).splitlines()[0].startswith("layer")
+    assert "total" not in str(fqt.explain(nn.ReLU()))
+
+
+def test_totals_are_shares_of_multiplied_weights() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 4), "lstm": nn.LSTM(2, 3), "norm": nn.LayerNorm(9)})
+    matrices = 4 * 3 * (2 + 3)
+    fqt.quantize_(model, Recipe(grad_input="psq4", grad_weight=None))
+    totals = fqt.explain(model).totals
+    quantized = "simulated" if machine_obstacle() else "integer"
+    assert totals[quantized] == pytest.approx(2 / 3 * 32 / (32 + matrices))
+    assert totals["float"] == pytest.approx(1 - totals[quantized])
+    layer = fqt.quantize_(nn.MultiheadAttention(4, 2), "psq4")
+    assert sum(p.weights for p in fqt.explain(layer).products) == 3 * 4 * 16
+    assert fqt.explain(nn.ReLU()).totals == {}
+
+
+def test_a_forward_of_somebody_else_is_not_vouched_for() -> None:
+    model = fqt.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "psq4")
+    model[0].forward = lambda x: 2 * x
+    rows = fqt.explain(model).products
+    assert [(p.product, p.arithmetic) for p in rows if p.layer == "0"] == [("all", "unknown")]
+    assert fqt.explain(model).totals["unknown"] == pytest.approx(0.5)

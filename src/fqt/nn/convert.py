@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fqt.errors import ConversionError, FqtError
-from fqt.nn import layers
+from fqt.nn import coverage, layers, stored
 from fqt.nn.attention import QuantizedMultiheadAttention
 from fqt.nn.recipe import DEFAULT, Recipe, Rule, load_recipe
 
@@ -52,24 +52,32 @@ class Selection:
         module: the module.
         recipe: what it gets; None if it stays as it is.
         reason: why it stays as it is; empty if it does not.
+        by_request: whether it would stay float even if it could be converted.
     """
 
     name: str
     module: nn.Module
     recipe: Recipe | None
     reason: str = ""
+    by_request: bool = False
 
 
-def quantize_(model: Model, recipe: Recipe | str | Path | Mapping[str, Any] = DEFAULT) -> Model:
+def quantize_(
+    model: Model, recipe: Recipe | str | Path | Mapping[str, Any] = DEFAULT, *, strict: bool = False
+) -> Model:
     """Train this model fully quantized from now on, in place.
 
     Parameters, their names and the training loop stay what they are. Modules of other kinds that own a matrix
-    stay float and are listed by `explain`. Convert a `nn.TransformerEncoder` as a whole: the switch that keeps
-    torch's fused inference path from bypassing converted layers sits in the encoder.
+    stay float and are listed by `explain`; one line to the logger "fqt" says how much that is, as a warning if it
+    is over a hundredth of the weights that are multiplied and no rule asked for it. State dicts hold each layer's
+    recipe beside the weights (`recipe_of`), and so does a Hugging Face model's configuration. Convert a
+    `nn.TransformerEncoder` as a whole: the switch that keeps torch's fused inference path from bypassing converted
+    layers sits in the encoder.
 
     Args:
         model: any module.
         recipe: a name ("bhq4"), a `Recipe`, a TOML file, or a mapping with its words.
+        strict: whether a layer that would stay float without having been asked to is an error.
 
     Returns:
         The model.
@@ -77,29 +85,44 @@ def quantize_(model: Model, recipe: Recipe | str | Path | Mapping[str, Any] = DE
     Raises:
         FqtError: the recipe is wrong.
         ConversionError: no layer can be converted, a rule selects nothing, or names a layer that cannot be
-            converted. All problems are listed, and the model is unchanged.
+            converted; with `strict`, a layer would stay float. All problems are listed, and the model is unchanged.
     """
     resolved = load_recipe(recipe)
     if not isinstance(model, nn.Module):
         raise FqtError(f"quantize_ takes a torch.nn.Module, not {type(model).__name__}")
     selections, problems = select(model, resolved)
+    if strict:
+        problems += [
+            f"{s.name or '(model)'!r} would stay float: {s.reason}" for s in coverage.left_float(selections)
+        ]
     if problems:
         raise ConversionError("cannot convert the model; nothing was changed:\n  " + "\n  ".join(problems))
+    if not any(is_converted(selection.module) for selection in selections):
+        stored.compare_configuration(model, resolved)
     for selection in selections:
         if selection.recipe is not None:
             _convert(selection.module, selection.recipe)
     for module in model.modules():
         _set_fast_path(module)
+    converted = any(is_converted(selection.module) for selection in selections)
+    stored.attach(selection.module for selection in selections)
+    stored.write_configuration(model, resolved if converted else None)
+    coverage.tell(selections)
     return model
 
 
 def restore_(model: Model) -> Model:
-    """Turn all layers back into torch's own, in place, with the same parameters. Returns the model."""
+    """Turn all layers back into torch's own, in place, with the same parameters. Returns the model.
+
+    They still warn when weights are loaded into them that were saved quantized.
+    """
     for module in model.modules():
         if is_converted(module):
             _convert(module, load_recipe("none"))
+        stored.detach(module, keep_comparing=True)
     for module in model.modules():
         _set_fast_path(module)
+    stored.write_configuration(model, None)
     return model
 
 
@@ -113,22 +136,23 @@ def select(model: nn.Module, recipe: Recipe) -> tuple[list[Selection], list[str]
     used: set[Rule] = set()
     selections, problems = [], []
     for module, aliases in names.items():
-        rule = next((r for r in recipe.rules if any(_matches(r.pattern, n) for n in aliases)), None)
+        rule = next((r for r in recipe.rules if _match_any(r, aliases)), None)
         if module in inside_attention:
             if rule is not None and rule.pattern in aliases:
                 problems.append(f"{aliases[0]!r} is part of an attention module: name that module instead")
             continue
         reason = _obstacle(module)
+        wanted = recipe if rule is None else load_recipe(rule.recipe)
         asked = rule is not None and not load_recipe(rule.recipe).is_float
         if reason is None:
-            chosen = recipe if rule is None else load_recipe(rule.recipe)
-            selections.append(Selection(aliases[0], module, chosen))
-            used.update([rule] if rule else [])
+            selections.append(Selection(aliases[0], module, wanted))
+            # A rule in another one's shadow does no harm where both say the same, of a layer with two names.
+            used.update(r for r in recipe.rules if rule and r.recipe == rule.recipe and _match_any(r, aliases))
         elif asked and rule is not None and rule.pattern in aliases and not _inside_convertible(module):
             problems.append(f"rule {rule.pattern!r} names a layer that cannot be converted: {reason}")
             used.add(rule)
         elif reason != _NO_PRODUCT:
-            selections.append(Selection(aliases[0], module, None, reason))
+            selections.append(Selection(aliases[0], module, None, reason, wanted.is_float))
             used.update([rule] if rule and not asked else [])
     for rule in recipe.rules:
         if rule not in used:
@@ -146,6 +170,10 @@ _NO_PRODUCT = "it has no product with a weight"
 def _inside_convertible(module: nn.Module) -> bool:
     """Whether a container holds a layer that can be converted, so that naming it makes sense."""
     return any(_obstacle(m) is None for m in module.modules() if m is not module)
+
+
+def _match_any(rule: Rule, names: list[str]) -> bool:
+    return any(_matches(rule.pattern, name) for name in names)
 
 
 def _matches(pattern: str, name: str) -> bool:

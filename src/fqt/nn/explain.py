@@ -1,17 +1,29 @@
-"""What a converted model computes on integers, what it simulates, what stays float, and why."""
+"""What a converted model computes on integers, what it simulates, what stays float, and why.
+
+Without a batch: what the layers' conversion says, and no more; whether a layer's own forward is what runs cannot be
+seen from outside where somebody put another one in its place. With a batch: what ran (`fqt.nn.trace`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fqt.nn.arithmetic import OPERANDS, machine_obstacle, obstacle
-from fqt.nn.convert import is_converted, select
+from fqt.nn.convert import Selection, is_converted, select
+from fqt.nn.coverage import is_layer, multiplied_weights, percent
 from fqt.nn.layers import linear_map
 from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
+from fqt.nn.stored import stored_in_configuration
+from fqt.nn.trace import OUTSIDE, LossFn, Site, Trace, trace
+
+ARITHMETIC = ("integer", "simulated", "float", "unknown", "not run")
+_INTEGER = "both operands are integer codes"
+_ACTIVATIONS = "products of two activations have no weight to quantize"
 
 
 @dataclass(frozen=True)
@@ -20,10 +32,14 @@ class Product:
 
     Attributes:
         layer: qualified name.
-        product: "output", "grad_input", "grad_weight", or what else the layer computes.
-        arithmetic: "integer", "simulated" (float arithmetic on integer codes) or "float".
+        product: "output", "grad_input", "grad_weight", "all", or what else is computed: "matmul, forward".
+        arithmetic: "integer", "simulated" (float arithmetic on integer codes), "float", "unknown" (it cannot be
+            told without a batch) or "not run".
         operands: what is multiplied, e.g. "ptq8 × ptq8".
         why: the reason for the arithmetic.
+        weights: how many weights are multiplied in it; of "all", three times the layer's. 0 if that is not known.
+        calls: how often it ran; None without a batch.
+        multiplications: in all its calls; None without a batch.
     """
 
     layer: str
@@ -31,48 +47,124 @@ class Product:
     arithmetic: str
     operands: str
     why: str
+    weights: int = 0
+    calls: int | None = None
+    multiplications: int | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """All products of a model, as rows; prints as a table."""
+    """All products of a model, as rows; prints as a table with a line of totals, and what else was noticed.
+
+    Attributes:
+        products: the rows.
+        traced: whether one batch was run, so that rows say what ran.
+        notes: a line each.
+        never_ran: layers with a product, converted or not, that did not run on the batch.
+        repeated: layers that were called more than once, with how often.
+    """
 
     products: tuple[Product, ...]
+    traced: bool = False
+    notes: tuple[str, ...] = ()
+    never_ran: tuple[str, ...] = ()
+    repeated: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """The share of each arithmetic: of all multiplications if a batch was run, else of multiplied weights.
+
+        A weight is multiplied three times, once per product. Empty where there is nothing to share.
+        """
+        sizes = dict.fromkeys(ARITHMETIC, 0)
+        for p in self.products:
+            sizes[p.arithmetic] += (p.multiplications or 0) if self.traced else p.weights
+        total = sum(sizes.values())
+        return {arithmetic: size / total for arithmetic, size in sizes.items() if size}
 
     def __str__(self) -> str:
-        header = ("layer", "product", "arithmetic", "operands", "why")
-        rows = [header, *((p.layer, p.product, p.arithmetic, p.operands, p.why) for p in self.products)]
+        header = ["layer", "product", "arithmetic", "operands", "why"]
+        rows = [[p.layer, p.product, p.arithmetic, p.operands, p.why] for p in self.products]
+        if self.traced:
+            header[4:4] = ["calls", "share"]
+            whole = sum(p.multiplications or 0 for p in self.products)
+            for p, row in zip(self.products, rows, strict=True):
+                share = percent(p.multiplications, whole) if p.multiplications else ""
+                row[4:4] = [str(p.calls or ""), share]
+        rows.insert(0, header)
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._total_line(), *self.notes])
+
+    def _total_line(self) -> list[str]:
+        shares = ", ".join(f"{percent(share, 1)} {arithmetic}" for arithmetic, share in self.totals.items())
+        if not shares:
+            return []
+        if self.traced:
+            return [f"total: {shares} (share of multiplications)"]
+        return [
+            f"total: {shares} (share of multiplied weights, over the three products, as they were converted; "
+            "explain(model, batch) says what runs)"
+        ]
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) -> Explanation:
     """Which of the model's products run on integers, and why the others do not.
+
+    Without a batch this is read off the layers. With one, the model runs forward and backward once, in the mode it
+    is in, and the rows say what really ran: every product of converted layers, and beside them every matrix
+    product that no converted layer made (a layer left float, `F.linear` or attention with somebody's weights,
+    `matmul`, `einsum`), with its share of all multiplications. Kernels of other libraries that torch does not
+    dispatch as a matrix product are not seen. The pass leaves no trace: `.grad`, buffers, random states and modes
+    are as before.
 
     Args:
         model: any module, converted or not.
+        batch: a tensor, a tuple of positional arguments, or a mapping of keyword arguments, as the model's forward
+            takes them; with `loss_fn`, whatever that takes.
+        loss_fn: ``loss_fn(model, batch) -> scalar``. Without it what is differentiated is the output's `loss` if it
+            has one, else the sum of the output.
 
     Returns:
-        A table with one row per product of every layer that has one.
+        A table with one row per product of every layer that has one, and per float product beside them.
+
+    Raises:
+        FqtError: a batch is given, and the model has lazy layers without parameters yet or checkpoints activations
+            with use_reentrant=True.
     """
-    rows: list[Product] = []
-    for selection in select(model, load_recipe("none"))[0]:
-        name, module = selection.name or "(model)", selection.module
-        if not is_converted(module):
-            reason = selection.reason or "not converted"
-            rows.append(Product(name, "all", "float", "", reason))
-            continue
-        recipe: Recipe = module.fqt_recipe  # type: ignore[assignment]
-        rows += [_product(name, module, recipe, product) for product in OPERANDS]
-        if isinstance(module, nn.MultiheadAttention):
-            why = "products of two activations have no weight to quantize"
-            rows.append(Product(name, "query·keyᵀ, weights·value", "float", "", why))
-    return Explanation(tuple(rows))
+    layers = [replace(s, name=s.name or "(model)") for s in select(model, load_recipe("none"))[0]]
+    if batch is None and loss_fn is None:
+        rows = tuple(product for layer in layers for product in _conversion(layer))
+        return Explanation(rows, notes=tuple(_hints(model, layers)))
+    return _Traced(model, layers, trace(model, batch, loss_fn)).explanation()
 
 
-def _product(layer: str, module: nn.Module, recipe: Recipe, product: str) -> Product:
+# ---- what conversion says ------------------------------------------------------------------------------------
+
+
+def _conversion(layer: Selection) -> Iterator[Product]:
+    """The rows of one layer, without a batch."""
+    name, module, weights = layer.name, layer.module, multiplied_weights(layer.module) or 0
+    if not is_converted(module):
+        yield Product(name, "all", "float", "", _unconverted(layer), 3 * weights)
+        return
+    if "forward" in module.__dict__:
+        why = "another forward was put on this layer; with a batch, explain says whether fqt's is still called"
+        yield Product(name, "all", "unknown", "", why, 3 * weights)
+        return
+    for product in OPERANDS:
+        yield replace(_product(name, module, product), weights=weights)
+    if isinstance(module, nn.MultiheadAttention):
+        yield Product(name, "query·keyᵀ, weights·value", "float", "", _ACTIVATIONS)
+
+
+def _unconverted(layer: Selection) -> str:
+    return layer.reason or "not converted"
+
+
+def _product(layer: str, module: nn.Module, product: str) -> Product:
+    recipe: Recipe = module.fqt_recipe  # type: ignore[assignment]
     names = OPERANDS[product]
     left, right = (recipe.operand(name) for name in names)
     words = dump_recipe(recipe)
@@ -83,7 +175,7 @@ def _product(layer: str, module: nn.Module, recipe: Recipe, product: str) -> Pro
     why = obstacle(product, linear_map(module), recipe) or _machine(module)
     if why:
         return Product(layer, product, "simulated", operands, why)
-    return Product(layer, product, "integer", operands, "both operands are integer codes")
+    return Product(layer, product, "integer", operands, _INTEGER)
 
 
 def _machine(module: nn.Module) -> str:
@@ -101,3 +193,137 @@ def _words(entry: str | dict[str, Any]) -> str:
     if isinstance(entry, str):
         return "float" if entry == "none" else entry
     return "{" + ", ".join(f"{key}={value}" for key, value in entry.items()) + "}"
+
+
+def _hints(model: nn.Module, layers: list[Selection]) -> Iterator[str]:
+    if stored_in_configuration(model) and not any(is_converted(layer.module) for layer in layers):
+        yield (
+            "note: the model's configuration says that it was trained quantized, and no layer is now; "
+            "fqt.quantize_(model, fqt.recipe_of(model)) makes it what it was"
+        )
+
+
+# ---- what ran ------------------------------------------------------------------------------------------------
+
+
+class _Traced:
+    """The rows of one traced pass: layers in the model's order, float products at the module where they ran."""
+
+    def __init__(self, model: nn.Module, layers: list[Selection], seen: Trace) -> None:
+        self.model, self.seen = model, seen
+        self.layers = {layer.name: layer for layer in layers}
+        self.floats: dict[str, list[Site]] = {}
+        for site in seen.floats:
+            self.floats.setdefault(site.module or "(model)", []).append(site)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        owned = {
+            id(p): layer.name
+            for layer in layers
+            if is_converted(layer.module)
+            for p in _own_parameters(layer.module)
+        }
+        self.owner = {name: owned[id(p)] for name, p in parameters.items() if id(p) in owned}
+        """The converted layer that a parameter belongs to, by the parameter's name."""
+
+    def explanation(self) -> Explanation:
+        rows: list[Product] = []
+        places = [name or "(model)" for name, _ in self.model.named_modules()]
+        for place in [*places, OUTSIDE]:
+            if place in self.layers:
+                rows += self._layer(self.layers[place])
+            rows += [row for site in self.floats.get(place, ()) for row in self._float(place, site)]
+        ran = {p.layer for p in rows if p.calls}
+        never = tuple(name for name in self.layers if name not in ran and not self._is_idle_matrix(name))
+        entered = ((name or "(model)", times) for name, times in self.seen.entered.items())
+        repeated = tuple((name, times) for name, times in entered if times > 1 and name in self.layers)
+        return Explanation(tuple(rows), True, tuple(self._notes(never, repeated)), never, repeated)
+
+    def _layer(self, layer: Selection) -> Iterator[Product]:
+        """A converted layer's products, or one row for a layer that did not run."""
+        module, weights = layer.module, multiplied_weights(layer.module) or 0
+        witness = self.seen.layers.get("" if layer.name == "(model)" else layer.name)
+        if witness is None:
+            if layer.name not in self.floats:
+                why = _unconverted(layer) + ("; no product used them" if self._is_idle_matrix(layer.name) else "")
+                yield Product(layer.name, "all", "not run", "", why, 3 * weights, 0, 0)
+            return
+        if not witness.products:
+            yield Product(layer.name, "all", "not run", "", self._why_not(layer.name), 3 * weights, 0, 0)
+            return
+        for product in OPERANDS:
+            said = replace(_product(layer.name, module, product), weights=weights)
+            ran = [(arithmetic, count) for (name, arithmetic), count in witness.products.items() if name == product]
+            for arithmetic, count in ran:
+                row = said if arithmetic == said.arithmetic else _corrected(said, arithmetic, module)
+                yield replace(row, calls=count.calls, multiplications=count.multiplications)
+            if not ran:
+                why = self.seen.no_backward or "nothing asked for this gradient"
+                yield replace(said, arithmetic="not run", why=why, calls=0, multiplications=0)
+
+    def _is_idle_matrix(self, name: str) -> bool:
+        """Whether a module that is no layer ran, and its matrices were in no product: positions that are added."""
+        ran = self.seen.entered["" if name == "(model)" else name] > 0
+        return ran and name not in self.floats and not is_layer(self.layers[name].module)
+
+    def _why_not(self, name: str) -> str:
+        """Why a converted layer told of no product."""
+        sites = [site for site in self.seen.floats if self.owner.get(site.weight) == name]
+        if sites:
+            return f"its weight was multiplied in float by {sites[0].operation} in {sites[0].module or '(model)'}"
+        if self.seen.entered["" if name == "(model)" else name]:
+            return "it was called, but fqt's forward was not: another one was put in its place"
+        return "it was not called"
+
+    def _float(self, place: str, site: Site) -> Iterator[Product]:
+        operands, why = f"float × {site.weight.removeprefix(place + '.') or 'float'}", self._why_float(site)
+        for direction, count in zip(("forward", "backward"), self.seen.floats[site], strict=True):
+            if count.calls:
+                name = f"{site.operation}, {direction}"
+                yield Product(place, name, "float", operands, why, 0, count.calls, count.multiplications)
+
+    def _why_float(self, site: Site) -> str:
+        owner = self.owner.get(site.weight)
+        if owner is not None:
+            return f"the weight of {owner} was handed to another product than that layer's"
+        layer = self.layers.get(site.module or "(model)")
+        if layer is not None and not is_converted(layer.module):
+            return _unconverted(layer)
+        if site.weight:
+            return "no converted layer made it"
+        attends = site.operation == "scaled_dot_product_attention" or (
+            layer is not None and isinstance(layer.module, nn.MultiheadAttention)
+        )
+        return _ACTIVATIONS if attends else "neither operand is a parameter of the model"
+
+    def _notes(self, never: tuple[str, ...], repeated: tuple[tuple[str, int], ...]) -> Iterator[str]:
+        if never:
+            yield f"never ran on this batch: {_few(never)}"
+        if repeated:
+            yield f"ran more than once: {_few([f'{name} ({times} ×)' for name, times in repeated])}"
+        if self.seen.no_backward:
+            yield f"no backward pass: {self.seen.no_backward}"
+        asleep = [
+            name for name, layer in self.layers.items() if is_converted(layer.module) and not layer.module.training
+        ]
+        if asleep:
+            yield f"in eval mode, where gradients are exact: {_few(asleep)}; training runs after model.train()"
+        yield from _hints(self.model, list(self.layers.values()))
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    own = list(module.parameters(recurse=False))
+    return [*own, *module.out_proj.parameters()] if isinstance(module, nn.MultiheadAttention) else own
+
+
+def _corrected(said: Product, arithmetic: str, module: nn.Module) -> Product:
+    """The row of a product that ran otherwise than the recipe and the parameters say."""
+    if arithmetic == "float" and not module.training:
+        operands = f"float × {said.operands.split(' × ', 1)[1]}"
+        return replace(said, arithmetic=arithmetic, operands=operands, why="eval mode: the gradient is exact")
+    why = {"integer": _INTEGER, "simulated": "its values were float64, or not on the CPU"}
+    return replace(said, arithmetic=arithmetic, why=why.get(arithmetic, "an operand came as float"))

@@ -15,6 +15,7 @@ doubles the forward cost and keeps float activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from fqt.kernels.tensor import QuantizedTensor, RowView
 from fqt.nn.arithmetic import folds, on_integers
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
+from fqt.nn.witness import Witness
 from fqt.quant.grid import Integers
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import Scale
@@ -78,6 +80,7 @@ class Call:
         channels_last: whether the output and the input's gradient are laid out so, and the weight's in a compiled
             graph; else they are contiguous.
         observer: told of every gradient operand before it is quantized.
+        witness: told of every product that has run.
     """
 
     map: LinearMap
@@ -87,10 +90,23 @@ class Call:
     dtype: torch.dtype
     channels_last: bool = False
     observer: Callable[[GradientOperand], None] | None = None
+    witness: Witness | None = None
 
     def on_integers(self, product: str, values: Tensor) -> bool:
         """Whether a product of these values runs on integer codes."""
-        return on_integers(product, self.map, self.recipe, values)
+        found = on_integers(product, self.map, self.recipe, values)
+        if self.witness is not None:
+            self.witness.decided(found)
+        return found
+
+    def at_work(self) -> AbstractContextManager:
+        """Lasts while the layer computes."""
+        return nullcontext() if self.witness is None else self.witness
+
+    def ran(self, product: str, output: torch.Size, input: torch.Size, weight: torch.Size) -> None:
+        """A product has run, in a layer of these shapes; all three have as many multiplications."""
+        if self.witness is not None:
+            self.witness.ran(product, math.prod(input if self.map.transposed else output) * math.prod(weight[1:]))
 
     def as_laid_out(self, x: Tensor) -> Tensor:
         """x in the memory format of this call's results."""
@@ -144,9 +160,10 @@ def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, share: bool = False
 ) -> tuple[Tensor, _Operand]:
     """The output, and the input as it was multiplied; with `share`, in the codes of a layer that read it before."""
-    with _no_autocast(input.device.type):
+    with _no_autocast(input.device.type), call.at_work():
         x, w = _Operand.input(input, call, share), _Operand.weight(weight, call)
         output = _output(x, w, bias, call)
+        call.ran("output", output.shape, input.shape, weight.shape)
     return call.as_laid_out(output.to(call.dtype)), x
 
 
@@ -175,7 +192,7 @@ def backward(
     assert input_dtype is not None
     assert weight_dtype is not None
     grad_input = grad_weight = grad_bias = None
-    with _no_autocast(grad_output.device.type):
+    with _no_autocast(grad_output.device.type), call.at_work():
         if compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
             grad_output = grad_output.double()
         if call.seed is not None and (call.recipe.grad_input or call.recipe.grad_weight):  # laid out once for both
@@ -186,10 +203,12 @@ def backward(
             w = _Operand.weight(weight, call)
             grad_input, known = _grad_input(grad_output, w, call, shapes[0], input_dtype, known)
             grad_input = call.as_laid_out(grad_input)
+            call.ran("grad_input", grad_output.shape, *shapes)
         if needs[1]:
             x = _Operand.unpacked(saved, view)
             grad_weight, known = _grad_weight(grad_output, x, call, shapes[1], known)
             grad_weight = grad_weight.to(weight_dtype)
+            call.ran("grad_weight", grad_output.shape, *shapes)
         if needs[2]:
             assert bias_dtype is not None
             sums = call.map.grad_bias(grad_output) if known.sums is None else known.sums

@@ -56,11 +56,11 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     seed = None
     if layer.training:
         seed = torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
-    observer = layer.__dict__.get("fqt_observer")
+    told = layer.__dict__.get("fqt_observer"), layer.__dict__.get("fqt_witness")
     # As torch's own layers have it: channels-last if an operand is.
     dense = isinstance(map, DenseMap)
     channels_last = not dense and (_is_channels_last(input) or _is_channels_last(weight))
-    call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight), channels_last, observer)
+    call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight), channels_last, *told)
     if torch.compiler.is_compiling():
         return compiled.layer(input, weight, bias, call)
     return linear_products(input, weight, bias, call)

@@ -130,7 +130,8 @@ class Recipe:
         return all(getattr(self, operand) is None for operand in OPERANDS)
 
     def __str__(self) -> str:
-        return recipe_name(self) or ", ".join(f"{k}={v}" for k, v in dump_recipe(self).items() if k != "rules")
+        words = [f"{k}={v}" for k, v in dump_recipe(self).items() if k != "rules"]
+        return recipe_name(self) or ", ".join([*words, f"{len(self.rules)} rules"] if self.rules else words)
 
 
 # All recipes of this process, for compiled graphs.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
+from fqt.nn.stored import without_recipe
 from fqt.stats import derive_seed
 from fqt.stats.passes import LossFn
 from fqt.train.adapt import Adapter
@@ -210,13 +211,13 @@ def training_loss(config: TrainConfig) -> LossFn:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads a state dict, strictly.
+    """Loads a state dict, strictly, whatever recipe it was saved under: a run's own record says which.
 
     Raises:
         FqtError: names or shapes differ from the model's.
     """
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(without_recipe(state))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise FqtError(f"the checkpoint does not fit this model ({' '.join(lines[1:3])[:200]})") from error
