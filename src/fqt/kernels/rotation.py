@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fqt.kernels import ops
 from fqt.kernels.philox import STREAM_ROTATION, random_words
-from fqt.kernels.reference import Scaling
+from fqt.kernels.reference import Scaling, Unscaling
 
 
 @lru_cache(maxsize=64)
@@ -65,6 +65,13 @@ class Rotation:
         scale = (self.signs * self._roots)[:, None]
         order = torch.arange(x.shape[0], device=x.device)
         return ops.hadamard(x, order, self.blocks, Scaling(torch.ones_like(scale), torch.zeros_like(scale), scale))
+
+    def undo_rows(self, y: Tensor) -> Tensor:
+        """R·y of a matrix (P, D)."""
+        scale = (self.signs * self._roots)[:, None]
+        order = torch.arange(y.shape[0], device=y.device)
+        after = Unscaling(scale, torch.zeros_like(scale), dtype=y.dtype)
+        return ops.hadamard(y, order, self.blocks, after=after)
 
     def block_means(self, weight: Tensor) -> Tensor:
         """What an error of a rotated entry weighs where entries weigh `weight` (N, D): its block's mean."""

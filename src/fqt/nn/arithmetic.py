@@ -41,15 +41,20 @@ def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) ->
 def folds(product: str, map: LinearMap, recipe: Recipe) -> bool:
     """Whether steps of this product's forward operand move into grad_output, where there are several."""
     q = recipe.operand(OPERANDS[product][1])
-    if product == "output" or q is None or q.scale.group != "row" or rotates(product, recipe):
+    if product == "output" or q is None or q.scale.group != "row" or rotates(product, map, recipe):
         return False
     return not _stays(product, map, recipe, q)
 
 
-def rotates(product: str, recipe: Recipe) -> bool:
-    """Whether grad_output's features are rotated, so that the other operand is rotated too and quantized again."""
-    q = recipe.operand(OPERANDS[product][0])
-    return q is not None and isinstance(q.transform, Rotated)
+def rotates(product: str, map: LinearMap, recipe: Recipe) -> bool:
+    """Whether the features that this product contracts are rotated in both operands, the other quantized again."""
+    left, right = (recipe.operand(name) for name in OPERANDS[product])
+    return (
+        left is not None
+        and right is not None
+        and isinstance(left.transform, Rotated)
+        and not _rotation(product, map, left)
+    )
 
 
 def machine_obstacle() -> str:
@@ -133,7 +138,7 @@ def _contracted(product: str, map: LinearMap, q: Quantizer) -> str:
 
 def _other(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
     """The second operand: `weight`, or `input` for grad_weight."""
-    if product == "output" or q.scale.group == "tensor" or rotates(product, recipe):
+    if product == "output" or q.scale.group == "tensor" or rotates(product, map, recipe):
         return ""
     why = _stays(product, map, recipe, q)
     if not why and recipe.fold == "auto":

@@ -32,13 +32,14 @@ from fqt.kernels.linear_map import LinearMap, rows
 from fqt.kernels.philox import fork_seed
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView
-from fqt.nn.arithmetic import folds, on_integers
+from fqt.nn.arithmetic import folds, on_integers, rotates
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
 from fqt.nn.witness import Witness
 from fqt.quant.grid import Integers
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import Scale
+from fqt.quant.transform import Rotated
 
 _ROLES = {"grad_input": 0, "grad_weight": 1}
 _ROTATED_WEIGHT = Quantizer(scale=Scale("tensor", "symmetric"), grid=Integers(8))
@@ -336,6 +337,14 @@ class _Gradient:
     def on_integers(self) -> bool:
         return self.quantizer is not None and self.call.on_integers(self.role, self.values)
 
+    def rotation(self) -> Rotation | None:
+        """That of the features that the product contracts, which the other operand takes too; None without."""
+        transform = None if self.quantizer is None else self.quantizer.transform
+        if not isinstance(transform, Rotated) or not rotates(self.role, self.call.map, self.call.recipe):
+            return None
+        seed = self.call.noise(self.role, self.values.device)
+        return Rotation.draw(seed, self.values.shape[-1], transform.block, self.compute)
+
     def codes(self, factor: Tensor | None) -> tuple[QuantizedTensor, Findings]:
         """Of the gradient times a factor that broadcasts against it; and what is known of the gradient then."""
         if factor is None or factor.ndim == 1:
@@ -388,6 +397,11 @@ def _grad_input(
         folded = split is not None
         return integer.grad_input(call.map, codes, w, folded, shape, _result_dtype(dtype)).to(dtype), known
     value = weight.value(gradient.compute, call)
+    rotation = gradient.rotation()
+    if weight.codes is not None and rotation is not None:
+        again = _rotated(weight.codes, rotation, call.noise("rotated weight", grad.device))
+        back = rotation.undo_rows(again.dequantize(gradient.compute).reshape(again.shape[0], -1))
+        value = call.map.weight_restored(back.view(again.shape))
     if split is None:
         estimate, known = gradient.value(None)
         return call.map.grad_input(estimate, value, shape).to(dtype), known
