@@ -40,7 +40,10 @@ RECIPES = {
         input=q("row", "zero", "sample", rounding="nearest"), grad_input="psq8", grad_weight="ptq4d", fold="always"
     ),
     "folded_symmetric": Recipe(
-        input=q("row", "symmetric", rounding="nearest"), grad_input="psq8", grad_weight="psq4@channel", fold="always"
+        input=q("row", "symmetric", rounding="nearest"),
+        grad_input="psq8",
+        grad_weight="psq4@channel",
+        fold="always",
     ),
     "nearest": Recipe(grad_input="psq8n", grad_weight="ptq8n"),
 }
