@@ -46,7 +46,9 @@ class Entries:
     def values(self) -> Tensor:
         """(N, D) in the compute dtype, the factor applied."""
         x = self.wide()
-        return x if self.factor is None else x * self.factor.repeat(x.shape[1] // self.factor.numel())
+        return (
+            x if self.factor is None or not x.numel() else x * self.factor.repeat(x.shape[1] // self.factor.numel())
+        )
 
 
 @dataclass(frozen=True)

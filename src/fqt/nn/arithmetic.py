@@ -110,6 +110,8 @@ def _rotation(product: str, map: LinearMap, q: Quantizer) -> str:
         return ""
     if product == "grad_weight":
         return "grad_weight's features are rotated along tokens, and input is not"
+    if map.transposed:
+        return "the rotation of features is along another axis than a transposed convolution's output channels"
     grouped = isinstance(map, ConvMap) and map.groups > 1
     return "the rotation of features mixes channels of different groups" if grouped else ""
 
