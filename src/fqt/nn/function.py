@@ -1,4 +1,4 @@
-"""One autograd function: a linear layer's three products on quantized operands.
+"""A linear layer's three products on quantized operands: what runs forward and backward, without autograd.
 
 The gradient is an unbiased estimate of the straight-through gradient of the forward-quantized network (QAT),
 up to the rounding of the output dtype; its two quantizers of grad_output are independent. Saved for backward
@@ -18,11 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fqt.kernels import reference
 from fqt.kernels.ops import Findings
@@ -69,7 +67,6 @@ class Call:
         recipe: its quantizers.
         seed: int64 scalar on the CPU: the source of this call's gradient noise; None in eval mode, whose
             gradient is exact.
-        rank: the distributed rank, mixed into the noise so that equal seeds on all ranks stay independent.
         dtype: of the output.
         channels_last: whether the output and the input's gradient are laid out so, and the weight's in a compiled
             graph; else they are contiguous.
@@ -79,10 +76,14 @@ class Call:
     map: LinearMap
     recipe: Recipe
     seed: Tensor | None
-    rank: int
     dtype: torch.dtype
     channels_last: bool = False
     observer: Callable[[GradientOperand], None] | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the gradient is that of the forward-quantized network, without noise."""
+        return self.seed is None or not (self.recipe.grad_input or self.recipe.grad_weight)
 
     def on_integers(self, product: str, values: Tensor) -> bool:
         """Whether a product of these values runs on integer codes."""
@@ -95,50 +96,26 @@ class Call:
         return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
     def noise(self, role: str, device: torch.device) -> Tensor:
-        """The seed of one operand's quantizer."""
+        """The seed of one operand's quantizer.
+
+        The distributed rank is mixed in, so that equal seeds on all ranks stay independent: the rank that draws,
+        not the one where a graph was made.
+        """
         assert self.seed is not None
-        return fork_seed(self.seed, 2 * self.rank + _ROLES[role]).to(device)
+        return fork_seed(self.seed, 2 * _rank() + _ROLES[role]).to(device)
 
 
-def linear_products(input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-    """The output of a linear layer, differentiable once.
-
-    Args:
-        input, weight, bias: as the layer's float form takes them.
-        call: the rest.
-
-    Returns:
-        As the layer's float form, in `call.dtype`.
-    """
-    return _Products.apply(input, weight, bias, call)
-
-
-class _Products(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-        ctx.call, ctx.shapes = call, (input.shape, weight.shape)
-        ctx.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
-        output, x = forward(input, weight, bias, call, share=ctx.needs_input_grad[1])
-        # The input is needed only for the weight's gradient, and the other way round.
-        saved = x.tensors if ctx.needs_input_grad[1] else ()
-        ctx.view = None if x.codes is None else (x.codes.view, x.codes.dtype)
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *saved)
-        # A result that is a view of its memory could not be modified in place; nothing that is saved shares it.
-        return output.data
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
-        rest = (ctx.view, ctx.shapes, ctx.dtypes, ctx.needs_input_grad, ctx.call)
-        return *backward(grad_output, weight, saved, *rest), None
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
 
 
 def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, share: bool = False
 ) -> tuple[Tensor, _Operand]:
     """The output, and the input as it was multiplied; with `share`, in the codes of a layer that read it before."""
-    with _no_autocast(input.device.type):
+    with no_autocast(input.device.type):
         x, w = _Operand.input(input, call, share), _Operand.weight(weight, call)
         output = _output(x, w, bias, call)
     return call.as_laid_out(output.to(call.dtype)), x
@@ -169,7 +146,7 @@ def backward(
     assert input_dtype is not None
     assert weight_dtype is not None
     grad_input = grad_weight = grad_bias = None
-    with _no_autocast(grad_output.device.type):
+    with no_autocast(grad_output.device.type):
         if reference.compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
             grad_output = grad_output.double()
         if call.seed is not None and (call.recipe.grad_input or call.recipe.grad_weight):  # laid out once for both
@@ -189,9 +166,21 @@ def backward(
     return grad_input, grad_weight, grad_bias
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
+def no_autocast(device: str) -> AbstractContextManager:
     """Operands keep their dtype; entering torch's context costs something even where nothing changes."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def input_parts(input: Tensor, call: Call) -> tuple[tuple[Tensor, ...], tuple[RowView, torch.dtype] | None]:
+    """What `backward` is given of an input, as `saved` and `view`."""
+    x = _Operand.input(input, call, share=False)
+    return x.tensors, None if x.codes is None else (x.codes.view, x.codes.dtype)
+
+
+def multiplied(x: Tensor, call: Call, is_input: bool) -> Tensor:
+    """The values that the layer multiplies in place of an input or a weight: those that its codes stand for."""
+    operand = _Operand.input(x, call, share=False) if is_input else _Operand.weight(x, call)
+    return operand.value(reference.compute_dtype(x.dtype), call)
 
 
 def input_view(shape: torch.Size, call: Call) -> RowView | None:
