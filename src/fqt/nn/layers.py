@@ -68,6 +68,12 @@ def _drawn_seed() -> Tensor:
         ) from None
 
 
+_eager_products = torch.compiler.disable(
+    linear_products,
+    reason="fqt: a converted layer that is observed, or under torch.func, runs eagerly: compile without fullgraph",
+)
+
+
 def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: LinearMap) -> Tensor:
     """One linear map of a converted layer. Draws its seed from torch's generator, in training mode only.
 
@@ -82,14 +88,16 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
         if why := foreign(weight):
             raise FqtError(f"{type(layer).__name__}: {why}: fqt.restore_(model) first")
     seed = _drawn_seed() if layer.training else None
-    observer = layer.__dict__.get("fqt_observer")
+    compiling = torch.compiler.is_compiling()
+    # A compiler guards what getattr finds or misses, which costs an eager layer more than a look into its dict.
+    observer = getattr(layer, "fqt_observer", None) if compiling else layer.__dict__.get("fqt_observer")
     # As torch's own layers have it: channels-last if an operand is.
     dense = isinstance(map, DenseMap)
     channels_last = not dense and not is_transformed() and (_is_channels_last(input) or _is_channels_last(weight))
     call = Call(map, recipe, seed, _output_dtype(layer, input, weight), channels_last, observer)
-    if torch._C._get_tracing_state() is not None or (torch.compiler.is_compiling() and not is_transformed()):
+    if torch._C._get_tracing_state() is not None or (compiling and observer is None and not is_transformed()):
         return compiled.layer(input, weight, bias, call)
-    return linear_products(input, weight, bias, call)
+    return (_eager_products if compiling else linear_products)(input, weight, bias, call)
 
 
 def _check_size(layer: nn.Module, input: Tensor, axis: int, wanted: int, name: str) -> None:
