@@ -6,6 +6,7 @@ from fqt.errors import RecipeWarning as RecipeWarning
 from fqt.nn import Recipe as Recipe
 from fqt.nn import Rule as Rule
 from fqt.nn import explain as explain
+from fqt.nn import inductor_options as inductor_options
 from fqt.nn import quantize_ as quantize_
 from fqt.nn import recipe_of as recipe_of
 from fqt.nn import restore_ as restore_

@@ -59,7 +59,7 @@ def test_opcheck(case: Case, last: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(layers, "linear_products", lambda *a: made.append(a) or a[0].new_zeros(1))
     layer(x.requires_grad_())
     input, weight, bias, call = made[0]
-    rest = (call.seed, call.recipe.key, compiled.numbers(call.map), call.rank, call.dtype, call.channels_last)
+    rest = compiled.arguments(call)
     arguments = (input.detach(), weight.detach(), None if bias is None else bias.detach(), True, *rest)
     kinds = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.fqt.layer.default, arguments, test_utils=kinds)
@@ -147,8 +147,8 @@ class Nothing(CustomGraphPass):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_compiled_graph_keeps_masks_as_int8(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside any pass of the user's; without ours, booleans. No byte more is kept, and gradients are the same."""
+def test_inductor_options_keep_masks_as_int8(autocast: bool) -> None:
+    """Beside any pass of the user's; without them, booleans. No byte more is kept, and gradients are the same."""
     torch.manual_seed(0)
     model, x = fqt.quantize_(Residual(), "qat"), torch.randn(3, 4, 6, 5, requires_grad=True)
     x.data[0, 0, 0, 0] = torch.nan  # whose ReLU lets gradients through
@@ -164,20 +164,20 @@ def test_a_compiled_graph_keeps_masks_as_int8(autocast: bool, monkeypatch: pytes
         grads = [t.grad.clone() for t in (x, *model.parameters())]  # type: ignore[union-attr]
         return {t.dtype for t in kept}, sum(t.nbytes for t in kept), grads
 
-    def compiled_with(passes: object) -> tuple[set[torch.dtype], int, list[Tensor]]:
+    def compiled_with(options: dict[str, object] | None) -> tuple[set[torch.dtype], int, list[Tensor]]:
         torch._dynamo.reset()
-        with inductor_config.patch(joint_custom_post_pass=passes):
-            result = run(torch.compile(model, fullgraph=True))
-            there.append(inductor_config.joint_custom_post_pass)
-        return result
+        return run(torch.compile(model, fullgraph=True, options=options))
 
-    there: list[object] = []
-    found = [compiled_with(passes) for passes in (None, Nothing(), [Nothing()])]
-    ours = masks._pass()
-    assert [[type(p) for p in passes] for passes in there] == [[type(ours)], *[[Nothing, type(ours)]] * 2]  # type: ignore[attr-defined]
-    monkeypatch.setattr(masks, "install", lambda: None)
     plain_kinds, plain_bytes, plain_grads = compiled_with(None)
     assert torch.bool in plain_kinds
+    found = []
+    for there in (None, Nothing(), [Nothing()]):
+        with inductor_config.patch(joint_custom_post_pass=there):
+            options = fqt.inductor_options()
+            found.append(compiled_with(options))
+            assert inductor_config.joint_custom_post_pass is there
+        passes = options["joint_custom_post_pass"]
+        assert [type(p) for p in passes] == [*[Nothing] * (there is not None), type(masks._pass())]
     for kinds, size, grads in found:
         assert torch.int8 in kinds
         assert torch.bool not in kinds

@@ -203,3 +203,51 @@ def test_another_recipe_for_a_layer_parametrized_after_conversion() -> None:
     parametrize.register_parametrization(layer, "weight", Double())
     fqt.quantize_(layer, "bhq2")
     assert layer.fqt_recipe.operand("grad_input").grid.bits == 2
+
+
+class Packed(torch.Tensor):
+    """A weight whose class stands for int8 data, as libraries that quantize weights have them."""
+
+    def __new__(cls, codes: torch.Tensor) -> Packed:
+        made = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+        made.codes = codes
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, op: object, types: object, args: tuple = (), kwargs: object = None) -> object:
+        if op is torch.ops.aten.detach.default:
+            return Packed(args[0].codes)
+        raise NotImplementedError(op)
+
+
+class Tagged(nn.Parameter):
+    """A parameter with a class of its own that is a plain tensor."""
+
+
+def packed() -> nn.Parameter:
+    return nn.Parameter(Packed(torch.ones(3, 3, dtype=torch.int8)), requires_grad=False)
+
+
+def test_a_weight_that_holds_no_floats_is_left_alone() -> None:
+    model = nn.ModuleDict({"odd": nn.Linear(3, 3), "plain": nn.Linear(3, 3)})
+    model["odd"].weight = packed()
+    fqt.quantize_(model, "psq4")
+    assert type(model["odd"]) is nn.Linear
+    (row,) = rows(model, "odd")
+    assert "Packed" in row.why
+    with pytest.raises(ConversionError, match="Packed"):
+        fqt.quantize_(model, Recipe(rules=[Rule("odd", "psq4")]))
+
+
+def test_a_weight_that_lost_its_floats_after_conversion() -> None:
+    layer = fqt.quantize_(nn.Linear(3, 3), "psq4")
+    layer.weight = packed()
+    with pytest.raises(FqtError, match=r"Packed.*fqt\.restore_"):
+        layer(torch.ones(2, 3))
+
+
+def test_a_plain_subclass_of_parameter_is_converted() -> None:
+    layer = nn.Linear(3, 3)
+    layer.weight = Tagged(layer.weight.detach())
+    fqt.quantize_(layer, "psq4")(torch.ones(2, 3)).sum().backward()
+    assert layer.weight.grad is not None

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fqt
@@ -38,7 +39,63 @@ def _run() -> dict[str, object]:
         reduced = parameter_gradients(model, batch)
         found[recipe] = (local, {n.removeprefix("module."): g for n, g in reduced.items()}, draws)
     found["weights"] = _train()
+    found["sharded"] = _tensor_parallel()
     return found
+
+
+def wide_net() -> nn.Sequential:
+    """Two layers with biases, whose hidden channels can be dealt out."""
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5))
+
+
+def wide_batch() -> torch.Tensor:
+    return torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(6))
+
+
+def _tensor_parallel() -> dict[str, object]:
+    """Gradients under tensor parallel by name, whole: exact ones by recipe, and draws of noisy ones."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh, found = torch.distributed.init_device_mesh("cpu", (2,)), {}
+
+    def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        output = model(leaf)
+        output.square().sum().backward()
+        grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+        return {"output": output.detach(), "input": leaf.grad} | {n: g.flatten() for n, g in grads.items()}
+
+    for recipe in ("none", "qat", "psq4"):
+        model = wide_net() if recipe == "none" else fqt.quantize_(wide_net(), recipe)
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        torch.manual_seed(5)
+        found[recipe] = [gradients(model, wide_batch()) for _ in range(96 if recipe == "psq4" else 1)]
+    whole = DTensor.from_local(wide_batch(), mesh, [Replicate()])
+    apart = DTensor.from_local(wide_batch()[:1], mesh, [Shard(0)])
+    convolution = fqt.quantize_(nn.Conv1d(9, 4, 1), "psq4")
+    for name, layer, x in (
+        ("plain", model[0], wide_batch()),
+        ("apart", model[0], apart),
+        ("whole", distribute(fqt.quantize_(wide_net(), "psq4"), mesh), whole),
+        ("data", distribute(fqt.quantize_(wide_net(), "psq4"), mesh), apart),
+        ("images", distribute(convolution, mesh), apart),
+    ):
+        try:
+            handed = layer.forward(x)  # without what parallelize_module does before
+            handed.square().sum().backward()
+            found[name] = (handed.placements, layer(x).full_tensor().detach())
+        except ValueError as error:
+            found[name] = error
+    return found
+
+
+def distribute(model: nn.Module, mesh: object) -> nn.Module:
+    from torch.distributed.tensor import distribute_module
+
+    return distribute_module(model, mesh)
 
 
 def _train() -> list[torch.Tensor]:

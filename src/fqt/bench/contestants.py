@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.bench.workloads import SEED, Layer, Step, build, draw
-from fqt.nn import Recipe, Rule, load_recipe, quantize_
+from fqt.nn import Recipe, Rule, inductor_options, load_recipe, quantize_
 
 Outcome = dict[str, Tensor]
 
@@ -126,7 +126,7 @@ class Runner:
         plain = build(workload).to(memory_format=self.format)  # type: ignore[call-overload]
         dtype = torch.bfloat16 if contestant.short else torch.float32
         self.plain = contestant.convert(plain.to(dtype))
-        self.model: Any = torch.compile(self.plain, dynamic=False) if contestant.compiled else self.plain
+        self.model: Any = self._compiled() if contestant.compiled else self.plain
         layer = isinstance(workload, Layer)
         seen = torch.bfloat16 if contestant.autocast and layer else dtype
         self.input = self._formed(draw(workload.input, 1).to(seen)).requires_grad_(layer)
@@ -137,6 +137,10 @@ class Runner:
         # repeated steps on one batch from diverging.
         parameters = list(self.plain.parameters())
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, fused=True)
+
+    def _compiled(self) -> Any:
+        options = inductor_options() if self.contestant.group == "ours" else None
+        return torch.compile(self.plain, dynamic=False, options=options)
 
     def __call__(self) -> None:
         """What is timed: forward and backward, and for a step the optimizer."""

@@ -182,3 +182,21 @@ class QuantizedTensor:
         if largest < torch.finfo(y.dtype).max:
             y = y.clamp(-largest, largest)  # noise at the edge of a short dtype must not become infinite
         return self.view.restore(y).to(dtype)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What of a quantized tensor without dither or transform is no tensor: with codes, step and offset it is whole.
+
+    Attributes:
+        view, dtype: as in `QuantizedTensor`.
+        blocks: who shares a step.
+    """
+
+    view: RowView
+    dtype: torch.dtype
+    blocks: Blocks
+
+    def quantized(self, codes: Tensor, step: Tensor, offset: Tensor) -> QuantizedTensor:
+        """The tensor again."""
+        return QuantizedTensor(self.view, self.dtype, codes, Scales(step, offset, self.blocks))

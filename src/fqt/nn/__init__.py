@@ -4,6 +4,7 @@ from fqt.nn.convert import quantize_ as quantize_
 from fqt.nn.convert import restore_ as restore_
 from fqt.nn.explain import explain as explain
 from fqt.nn.function import GradientOperand as GradientOperand
+from fqt.nn.masks import inductor_options as inductor_options
 from fqt.nn.observe import observe as observe
 from fqt.nn.recipe import Recipe as Recipe
 from fqt.nn.recipe import Rule as Rule

@@ -1,24 +1,31 @@
-"""A layer as two ops of `torch.library`, one per direction, for `torch.compile`.
+"""A layer as two ops of `torch.library`, one per direction, for whatever sees a model as ops: `torch.compile`,
+export, `torch.jit.trace`, a dispatch mode that counts FLOPs or makes fake tensors.
 
 The graph holds one opaque op per layer instead of what is inside: there is nothing in it for a compiler to fuse,
-and much (random numbers, sums in a fixed order) that it must not touch. Eager layers call the same two functions
-through an autograd function, which shows saved tensors to hooks and knows observers.
+and much (random numbers, sums in a fixed order) that it must not touch. A graph outlives the process that made it,
+in a compiler's cache or a file, and may run on another rank. So an op's arguments mean the same everywhere: the
+recipe is written out, and the rank is asked for when the op runs.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
 
+from fqt.errors import FqtError
+from fqt.kernels.codes import compute_dtype
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
-from fqt.nn import masks
-from fqt.nn.function import Call, backward, forward, input_view
+from fqt.nn.function import Call, backward, forward, input_parts, input_seen
 from fqt.nn.recipe import Recipe
 
 _library = torch.library.Library("fqt", "FRAGMENT")
-_CALL = "Tensor? seed, int recipe, int[] map, int rank, ScalarType dtype, bool channels_last"
+_CALL = "Tensor? seed, str recipe, int[]? map, ScalarType dtype, bool channels_last"
 _library.define(
     f"layer(Tensor input, Tensor weight, Tensor? bias, bool keep, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -30,17 +37,17 @@ _library.define(
 )
 
 
-def numbers(map: LinearMap) -> list[int]:
-    """A map as the ops take it: nothing for a Linear."""
+def numbers(map: LinearMap) -> list[int] | None:
+    """A map as the ops take it: None for a Linear (AOTInductor takes no empty list)."""
     if isinstance(map, DenseMap):
-        return []
+        return None
     more = [*map.output_padding, *map.extra]
     sizes = [len(map.stride), len(map.output_padding), map.groups, int(map.transposed), map.group_channels]
     return [*sizes, *map.stride, *map.padding, *map.dilation, *more]
 
 
-def _map(values: list[int]) -> LinearMap:
-    if not values:
+def _map(values: list[int] | None) -> LinearMap:
+    if values is None:
         return DenseMap()
     (dims, output, groups, transposed, channels), rest = values[:5], tuple(values[5:])
     parts = [rest[i * dims : (i + 1) * dims] for i in range(3)]
@@ -48,17 +55,33 @@ def _map(values: list[int]) -> LinearMap:
     return ConvMap(parts[0], parts[1], parts[2], groups, bool(transposed), more[:output], more[output:], channels)
 
 
-def _call(
-    seed: Tensor | None, recipe: int, map: list[int], rank: int, dtype: torch.dtype, channels_last: bool
-) -> Call:
-    return Call(_map(list(map)), Recipe.by_key(recipe), seed, rank, dtype, channels_last)
+def _call(seed: Tensor | None, recipe: str, map: list[int] | None, dtype: torch.dtype, channels_last: bool) -> Call:
+    known = _map(None if map is None else list(map))
+    return Call(known, Recipe.of_text(recipe), seed, dtype, channels_last)
+
+
+def arguments(call: Call) -> tuple[Any, ...]:
+    """The last arguments of both ops."""
+    text = call.recipe.text
+    if not text:
+        raise FqtError("a recipe with a transform that no word stands for cannot be traced, compiled or exported")
+    return call.seed, text, numbers(call.map), call.dtype, call.channels_last
 
 
 def layer(input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-    """As `fqt.nn.function.linear_products`, traceable."""
-    keep = torch.is_grad_enabled() and weight.requires_grad
-    rest = (call.seed, call.recipe.key, numbers(call.map), call.rank, call.dtype, call.channels_last)
-    return torch.ops.fqt.layer(input, weight, bias, keep, *rest)[0]
+    """As `fqt.nn.autograd.linear_products`, traceable."""
+    traced = not torch.compiler.is_compiling()  # by torch.jit.trace, whose graph is for either mode
+    if traced:
+        _check_target()
+    keep = weight.requires_grad and (traced or torch.is_grad_enabled())
+    return torch.ops.fqt.layer(input, weight, bias, keep, *arguments(call))[0]
+
+
+def _check_target() -> None:
+    """Raises FqtError where a graph is made that can have no such op."""
+    onnx = sys.modules.get("torch.onnx")
+    if onnx is not None and onnx.is_in_onnx_export():
+        raise FqtError("ONNX has no op for a layer that fqt converted: call fqt.restore_(model) before the export")
 
 
 def _layer(
@@ -80,28 +103,25 @@ def _empty(shape: Any, dtype: torch.dtype, like: Tensor, channels_last: bool) ->
 def _layer_shape(
     input: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    masks.install()
+    _check_target()
     call = _call(*rest)
     shape = call.map.output(input.float(), weight.float()).shape
     output = _empty(shape, call.dtype, input, call.channels_last)
-    view = input_view(input.shape, call)
-    q = call.recipe.operand("input")
-    if not keep or view is None or q is None:
+    seen, q = input_seen(input.shape, input.dtype, call), call.recipe.operand("input")
+    if not keep or seen is None or q is None:
         return output, input.new_empty(0), input.new_empty(0), input.new_empty(0)
-    size = view.size
-    step_shape = q.scale.blocks(view.transposed).count(size)
-    codes = input.new_empty(size, dtype=q.code_dtype)
-    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-    step, offset = (input.new_empty(step_shape, dtype=compute) for _ in range(2))
+    codes = input.new_empty(seen.view.size, dtype=q.code_dtype)
+    counts = seen.blocks.count(seen.view.size)
+    step, offset = (input.new_empty(counts, dtype=compute_dtype(input.dtype)) for _ in range(2))
     return output, codes, step, offset
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, weight, bias, _, seed, *rest = inputs
-    view_known = Recipe.by_key(rest[0]).operand("input") is not None
+    input, weight, bias, keep, seed, *rest = inputs
+    has_codes = keep and Recipe.of_text(rest[0]).operand("input") is not None
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
-        None if view_known or not needs[1] else input, weight if needs[0] else None, seed, *output[1:]
+        None if has_codes or not needs[1] else input, weight if needs[0] else None, seed, *output[1:]
     )
     ctx.rest, ctx.shapes = rest, (input.shape, weight.shape)
     ctx.dtypes = [input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
@@ -111,13 +131,33 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     needs = list(ctx.needs_input_grad[:3])
     if grad is None:
-        return (None,) * 10
+        return (None,) * 9
     input, weight, seed, codes, step, offset = ctx.saved_tensors
-    shapes = [list(s) for s in ctx.shapes]
-    found = torch.ops.fqt.layer_backward(
-        grad, input, weight, codes, step, offset, *shapes, *ctx.dtypes, *needs, seed, *ctx.rest
+    saved = (codes, step, offset) if input is None else (input,)
+    return *layer_backward(grad, weight, saved, ctx.shapes, ctx.dtypes, needs, (seed, *ctx.rest)), *(None,) * 6
+
+
+def _no_second(ctx: Any, *grads: Tensor | None) -> tuple:
+    raise FqtError(
+        "a converted layer has no double backward in a compiled graph or under is_grads_batched: call the model in "
+        "eval mode, uncompiled (torch.func.hessian is vectorized too), or fqt.restore_(model)"
     )
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 7
+
+
+def layer_backward(
+    grad: Tensor,
+    weight: Tensor | None,
+    saved: Sequence[Tensor | None],
+    shapes: Sequence[Sequence[int]],
+    dtypes: Sequence[torch.dtype | None],
+    needs: Sequence[bool],
+    last: tuple[Any, ...],
+) -> tuple[Tensor | None, ...]:
+    """As `fqt.nn.function.backward`, by way of the op; `last` as `arguments` gives it."""
+    input, codes = (None, saved) if len(saved) == 3 else (saved[0] if saved else None, (grad.new_empty(0),) * 3)
+    sizes, types = (list(s) for s in shapes), (d or grad.dtype for d in dtypes)
+    found = torch.ops.fqt.layer_backward(grad, input, weight, *codes, *sizes, *types, *needs, *last)
+    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
 
 def _layer_backward(
@@ -133,11 +173,11 @@ def _layer_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtypes, needs, call = rest[:3], rest[3:6], _call(*rest[6:])
     shapes = torch.Size(input_shape), torch.Size(weight_shape)
-    view = input_view(shapes[0], call)
-    saved = (input,) if view is None else (codes, step, offset)
-    q = call.recipe.operand("input")
-    seen = None if view is None or q is None else (view, dtypes[0], q.scale.blocks(view.transposed))
-    found = backward(grad, weight, saved, seen, shapes, dtypes, needs, call)
+    parts = input_seen(shapes[0], dtypes[0], call)
+    saved: Sequence[Tensor | None] = (input,) if parts is None else (codes, step, offset)
+    if input is not None and parts is not None:  # run forward by a graph that was not made to be differentiated
+        saved, parts = input_parts(input, call)
+    found = backward(grad, weight, saved, parts, shapes, dtypes, needs, call)
     none = grad.new_empty(0)
     grad_weight = None if found[1] is None else call.as_laid_out(found[1])
     return tuple(none if g is None else g for g in (found[0], grad_weight, found[2]))  # type: ignore[return-value]
@@ -147,13 +187,13 @@ def _layer_backward_shape(
     grad: Tensor, input: Any, weight: Any, codes: Any, step: Any, offset: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     input_shape, weight_shape, dtypes, needs, call = rest[0], rest[1], rest[2:5], rest[5:8], rest[8:]
-    map = _map(list(call[2]))
+    map = _map(None if call[2] is None else list(call[2]))
     transposed = isinstance(map, ConvMap) and map.transposed
     channels = weight_shape[1] * map.groups if transposed else weight_shape[0]  # type: ignore[union-attr]
     none = grad.new_empty(0)
     return (
-        _empty(input_shape, dtypes[0], grad, call[5]) if needs[0] else none,
-        _empty(weight_shape, dtypes[1], grad, call[5]) if needs[1] else none,
+        _empty(input_shape, dtypes[0], grad, call[4]) if needs[0] else none,
+        _empty(weight_shape, dtypes[1], grad, call[4]) if needs[1] else none,
         grad.new_empty((channels,), dtype=dtypes[2]) if needs[2] else none,
     )
 
@@ -165,3 +205,23 @@ for _name, _run, _shape in (
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fqt::{_name}", _shape, lib=_library)
 torch.library.register_autograd("fqt::layer", _backward, setup_context=_setup, lib=_library)
+torch.library.register_autograd("fqt::layer_backward", _no_second, lib=_library)
+
+
+@register_flop_formula(torch.ops.fqt.layer)
+def _flops(input: Any, weight: Any, bias: Any, keep: bool, *rest: Any, out_shape: Any, **_: Any) -> int:
+    """What torch counts for the float layer."""
+    map = _map(rest[2])
+    if isinstance(map, DenseMap):
+        return 2 * math.prod(input) * weight[0]
+    return conv_flop_count(input, weight, out_shape[0], transposed=map.transposed)
+
+
+@register_flop_formula(torch.ops.fqt.layer_backward)
+def _backward_flops(grad: Any, *rest: Any, **_: Any) -> int:
+    input, weight, needs, map = rest[5], rest[6], rest[10:12], _map(rest[15])
+    if isinstance(map, DenseMap):
+        return sum(needs) * 2 * math.prod(grad) * weight[1]
+    unused = (None,) * 4  # bias and geometry: shapes say it all
+    given: Any = (grad, input, weight, *unused, map.transposed, None, None, needs)
+    return conv_backward_flop(*given, out_val=(input, weight))

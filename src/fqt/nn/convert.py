@@ -205,7 +205,7 @@ def _obstacle(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a real floating-point tensor"
-    return None
+    return (layers.foreign(weight) or None) if isinstance(weight, torch.Tensor) else None
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -223,10 +223,12 @@ def _convert(module: nn.Module, recipe: Recipe) -> None:
             plain = type(kind.__name__.replace("Quantized", ""), (_FLOAT_FORM[kind.__bases__[0]],), members)
         module.__class__ = plain
         module.__dict__.pop("fqt_recipe", None)
+        module.__dict__.pop("__module__", None)
     else:
         if not is_converted(module):
             module.__class__ = QUANTIZED[plain]
         module.fqt_recipe = recipe  # type: ignore[assignment]
+        module.__dict__["__module__"] = "torch.nn"  # by which torch.fx knows a leaf, as the float layer is one
 
 
 def _set_fast_path(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""One autograd function: a linear layer's three products on quantized operands.
+"""A linear layer's three products on quantized operands: what runs forward and backward, without autograd.
 
 The gradient is an unbiased estimate of the straight-through gradient of the forward-quantized network (QAT),
 up to the rounding of the output dtype; its two quantizers of grad_output are independent. Saved for backward
@@ -23,15 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fqt.kernels import integer, ops
-from fqt.kernels.codes import Blocks, Findings, Scales, compute_dtype
+from fqt.kernels.codes import Findings, compute_dtype
 from fqt.kernels.fold import Folded, Split
 from fqt.kernels.linear_map import LinearMap, rows
 from fqt.kernels.philox import fork_seed
 from fqt.kernels.rotation import Rotation
-from fqt.kernels.tensor import QuantizedTensor, RowView
+from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
 from fqt.nn.arithmetic import folds, on_integers, rotates
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
@@ -42,6 +41,7 @@ from fqt.quant.scale import Scale
 from fqt.quant.transform import Rotated
 
 _ROLES = {"grad_input": 0, "grad_weight": 1}
+_ROTATED = "rotated weight"
 _ROTATED_WEIGHT = Quantizer(scale=Scale("tensor", "symmetric"), grid=Integers(8))
 
 
@@ -76,7 +76,6 @@ class Call:
         recipe: its quantizers.
         seed: int64 scalar on the CPU: the source of this call's gradient noise; None in eval mode, whose
             gradient is exact.
-        rank: the distributed rank, mixed into the noise so that equal seeds on all ranks stay independent.
         dtype: of the output.
         channels_last: whether the output and the input's gradient are laid out so, and the weight's in a compiled
             graph; else they are contiguous.
@@ -87,11 +86,15 @@ class Call:
     map: LinearMap
     recipe: Recipe
     seed: Tensor | None
-    rank: int
     dtype: torch.dtype
     channels_last: bool = False
     observer: Callable[[GradientOperand], None] | None = None
     witness: Witness | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the gradient is that of the forward-quantized network, without noise."""
+        return self.seed is None or not (self.recipe.grad_input or self.recipe.grad_weight)
 
     def on_integers(self, product: str, values: Tensor) -> bool:
         """Whether a product of these values runs on integer codes."""
@@ -116,52 +119,27 @@ class Call:
         return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
     def noise(self, role: str, device: torch.device) -> Tensor:
-        """The seed of one operand's quantizer."""
+        """The seed of one operand's quantizer.
+
+        The distributed rank is mixed in, so that equal seeds on all ranks stay independent: the rank that draws,
+        not the one where a graph was made.
+        """
         assert self.seed is not None
-        if role == "rotated weight":
-            return fork_seed(fork_seed(self.seed, 2 * self.rank + _ROLES["grad_input"]), 0).to(device)
-        return fork_seed(self.seed, 2 * self.rank + _ROLES[role]).to(device)
+        seed = fork_seed(self.seed, 2 * _rank() + _ROLES["grad_input" if role == _ROTATED else role])
+        return (fork_seed(seed, 0) if role == _ROTATED else seed).to(device)
 
 
-def linear_products(input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-    """The output of a linear layer, differentiable once.
-
-    Args:
-        input, weight, bias: as the layer's float form takes them.
-        call: the rest.
-
-    Returns:
-        As the layer's float form, in `call.dtype`.
-    """
-    return _Products.apply(input, weight, bias, call)
-
-
-class _Products(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-        ctx.call, ctx.shapes = call, (input.shape, weight.shape)
-        ctx.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
-        output, x = forward(input, weight, bias, call, share=ctx.needs_input_grad[1])
-        # The input is needed only for the weight's gradient, and the other way round.
-        saved = x.tensors if ctx.needs_input_grad[1] else ()
-        ctx.view = None if x.codes is None else (x.codes.view, x.codes.dtype, x.codes.scales.blocks)
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *saved)
-        # A result that is a view of its memory could not be modified in place; nothing that is saved shares it.
-        return output.data
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
-        rest = (ctx.view, ctx.shapes, ctx.dtypes, ctx.needs_input_grad, ctx.call)
-        return *backward(grad_output, weight, saved, *rest), None
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
 
 
 def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, share: bool = False
 ) -> tuple[Tensor, _Operand]:
     """The output, and the input as it was multiplied; with `share`, in the codes of a layer that read it before."""
-    with _no_autocast(input.device.type), call.at_work():
+    with no_autocast(input.device.type), call.at_work():
         x, w = _Operand.input(input, call, share), _Operand.weight(weight, call)
         output = _output(x, w, bias, call)
         call.ran("output", output.shape, input.shape, weight.shape)
@@ -172,7 +150,7 @@ def backward(
     grad_output: Tensor,
     weight: Tensor | None,
     saved: Sequence[Tensor | None],
-    view: tuple[RowView, torch.dtype, Blocks] | None,
+    seen: Seen | None,
     shapes: tuple[torch.Size, torch.Size],
     dtypes: Sequence[torch.dtype | None],
     needs: Sequence[bool],
@@ -183,7 +161,7 @@ def backward(
     Args:
         grad_output: of the output's shape.
         weight: needed for the input's gradient only.
-        saved: of the input, `_Operand.tensors`, with `view` None if they are floats; for the weight's gradient
+        saved: of the input, `_Operand.tensors`, with `seen` None if they are floats; for the weight's gradient
             only.
         shapes, dtypes: of input and weight; of input, weight and bias.
         needs: which gradients.
@@ -193,7 +171,7 @@ def backward(
     assert input_dtype is not None
     assert weight_dtype is not None
     grad_input = grad_weight = grad_bias = None
-    with _no_autocast(grad_output.device.type), call.at_work():
+    with no_autocast(grad_output.device.type), call.at_work():
         if compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
             grad_output = grad_output.double()
         if call.seed is not None and (call.recipe.grad_input or call.recipe.grad_weight):  # laid out once for both
@@ -206,7 +184,7 @@ def backward(
             grad_input = call.as_laid_out(grad_input)
             call.ran("grad_input", grad_output.shape, *shapes)
         if needs[1]:
-            x = _Operand.unpacked(saved, view)
+            x = _Operand.unpacked(saved, seen)
             grad_weight, known = _grad_weight(grad_output, x, call, shapes[1], known)
             grad_weight = grad_weight.to(weight_dtype)
             call.ran("grad_weight", grad_output.shape, *shapes)
@@ -217,18 +195,31 @@ def backward(
     return grad_input, grad_weight, grad_bias
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
+def no_autocast(device: str) -> AbstractContextManager:
     """Operands keep their dtype; entering torch's context costs something even where nothing changes."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def input_view(shape: torch.Size, call: Call) -> RowView | None:
+def input_parts(input: Tensor, call: Call) -> tuple[tuple[Tensor, ...], Seen | None]:
+    """What `backward` is given of an input, as `saved` and `seen`."""
+    x = _Operand.input(input, call, share=False)
+    return x.tensors, x.seen
+
+
+def multiplied(x: Tensor, call: Call, is_input: bool) -> Tensor:
+    """The values that the layer multiplies in place of an input or a weight: those that its codes stand for."""
+    operand = _Operand.input(x, call, share=False) if is_input else _Operand.weight(x, call)
+    return operand.value(compute_dtype(x.dtype), call)
+
+
+def input_seen(shape: torch.Size, dtype: torch.dtype, call: Call) -> Seen | None:
     """How an input of this shape is seen when it is quantized; None if it stays float."""
     q = call.recipe.operand("input")
     if q is None:
         return None
     laid = torch.Size(shape if call.map.habit == "token" else (shape[0], *shape[2:], shape[1]))
-    return RowView.of(laid, rows(call.map, q.scale.row_axis, len(laid)), may_transpose=True)
+    view = RowView.of(laid, rows(call.map, q.scale.row_axis, len(laid)), may_transpose=True)
+    return Seen(view, dtype, q.scale.blocks(view.transposed))
 
 
 @dataclass(frozen=True)
@@ -282,17 +273,22 @@ class _Operand:
             return (self.tensor,)
         return self.codes.matrix_codes, self.codes.matrix_step, self.codes.group_offset
 
+    @property
+    def seen(self) -> Seen | None:
+        """What must be kept beside these; None of floats."""
+        q = self.codes
+        return None if q is None else Seen(q.view, q.dtype, q.scales.blocks)
+
     @staticmethod
-    def unpacked(saved: Sequence[Tensor | None], view: tuple[RowView, torch.dtype, Blocks] | None) -> _Operand:
+    def unpacked(saved: Sequence[Tensor | None], seen: Seen | None) -> _Operand:
         """The input again, from its tensors."""
-        if view is None:
+        if seen is None:
             return _Operand(saved[0], None, True)
         codes, step, offset = saved
         assert codes is not None
         assert step is not None
         assert offset is not None
-        seen, dtype, blocks = view
-        return _Operand(None, QuantizedTensor(seen, dtype, codes, Scales(step, offset, blocks)), True)
+        return _Operand(None, seen.quantized(codes, step, offset), True)
 
 
 def _output(x: _Operand, w: _Operand, bias: Tensor | None, call: Call) -> Tensor:
@@ -393,13 +389,13 @@ def _grad_input(
         codes, known = gradient.codes(None if split is None else split.step)
         w = weight.codes if split is None else split.codes
         if codes.rotation is not None:
-            w = _rotated(w, codes.rotation, call.noise("rotated weight", grad.device))
+            w = _rotated(w, codes.rotation, call.noise(_ROTATED, grad.device))
         folded = split is not None
         return integer.grad_input(call.map, codes, w, folded, shape, _result_dtype(dtype)).to(dtype), known
     value = weight.value(gradient.compute, call)
     rotation = gradient.rotation()
     if weight.codes is not None and rotation is not None:
-        again = _rotated(weight.codes, rotation, call.noise("rotated weight", grad.device))
+        again = _rotated(weight.codes, rotation, call.noise(_ROTATED, grad.device))
         back = rotation.undo_rows(again.dequantize(gradient.compute).reshape(again.shape[0], -1))
         value = call.map.weight_restored(back.view(again.shape))
     if split is None:

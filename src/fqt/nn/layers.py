@@ -12,26 +12,23 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from fqt.errors import FqtError
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
-from fqt.nn import compiled
-from fqt.nn.function import Call, linear_products
+from fqt.nn import compiled, sharded
+from fqt.nn.autograd import is_transformed, linear_products
+from fqt.nn.function import Call
 from fqt.nn.recipe import Recipe
 
 _SEED_RANGE = 2**63 - 1
 
 
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
-
-
 def _output_dtype(layer: nn.Module, input: Tensor, weight: Tensor) -> torch.dtype:
     """What the float layer would return; the float layer's error where it would raise one."""
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) if input.dtype != torch.float64 else torch.float64
     if input.dtype != weight.dtype:
         raise RuntimeError(
@@ -46,6 +43,37 @@ def _is_channels_last(x: Tensor) -> bool:
     return format is not None and x.is_contiguous(memory_format=format) and not x.is_contiguous()
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def foreign(weight: Tensor) -> str:
+    """Why the floats of a weight cannot be read: its class stands for other data. Empty if they can."""
+    kind = type(weight)
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or sharded.is_sharded(weight):
+        return ""
+    if isinstance(weight, FakeTensor):
+        return ""
+    return f"its weight is a {kind.__name__} of {kind.__module__.split('.')[0]}, which holds no plain floats"
+
+
+def _drawn_seed() -> Tensor:
+    try:
+        return torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
+    except RuntimeError as error:
+        if "randomness error mode" not in str(error):
+            raise
+        raise FqtError(
+            "a converted layer in training mode draws noise, and vmap must be told how: "
+            "vmap(…, randomness='different'); or call model.eval() first, whose gradient is exact"
+        ) from None
+
+
+_eager_products = torch.compiler.disable(
+    linear_products,
+    reason="fqt: a converted layer that is observed, or under torch.func, runs eagerly: compile without fullgraph",
+)
+
+
 def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: LinearMap) -> Tensor:
     """One linear map of a converted layer. Draws its seed from torch's generator, in training mode only.
 
@@ -53,17 +81,24 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     forward passes draw the same one.
     """
     recipe: Recipe = layer.fqt_recipe  # type: ignore[assignment]
-    seed = None
-    if layer.training:
-        seed = torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
-    told = layer.__dict__.get("fqt_observer"), layer.__dict__.get("fqt_witness")
+    if type(input) not in _PLAIN or type(weight) not in _PLAIN:
+        if sharded.is_sharded(input) or sharded.is_sharded(weight):
+            exact = not layer.training or not (recipe.grad_input or recipe.grad_weight)
+            return sharded.products(lambda x, w, b: products(layer, x, w, b, map), input, weight, bias, map, exact)
+        if why := foreign(weight):
+            raise FqtError(f"{type(layer).__name__}: {why}: fqt.restore_(model) first")
+    seed = _drawn_seed() if layer.training else None
+    compiling = torch.compiler.is_compiling()
+    # A compiler guards what getattr finds or misses, which costs an eager layer more than a look into its dict.
+    look = (lambda name: getattr(layer, name, None)) if compiling else layer.__dict__.get
+    told = look("fqt_observer"), look("fqt_witness")
     # As torch's own layers have it: channels-last if an operand is.
     dense = isinstance(map, DenseMap)
-    channels_last = not dense and (_is_channels_last(input) or _is_channels_last(weight))
-    call = Call(map, recipe, seed, _rank(), _output_dtype(layer, input, weight), channels_last, *told)
-    if torch.compiler.is_compiling():
+    channels_last = not dense and not is_transformed() and (_is_channels_last(input) or _is_channels_last(weight))
+    call = Call(map, recipe, seed, _output_dtype(layer, input, weight), channels_last, *told)
+    if torch._C._get_tracing_state() is not None or (compiling and told == (None, None) and not is_transformed()):
         return compiled.layer(input, weight, bias, call)
-    return linear_products(input, weight, bias, call)
+    return (_eager_products if compiling else linear_products)(input, weight, bias, call)
 
 
 def _check_size(layer: nn.Module, input: Tensor, axis: int, wanted: int, name: str) -> None:

@@ -7,7 +7,6 @@ that for int8: a compiled ResNet-18 was a third slower than the eager one. Here 
 
 from __future__ import annotations
 
-import sys
 from functools import lru_cache
 from typing import Any
 
@@ -18,19 +17,18 @@ from torch.utils.checkpoint import CheckpointPolicy
 _aten, _convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
 
 
-def install() -> None:
-    """Has Inductor rewrite the masks of the graphs that it compiles from now on, if they hold a quantized layer.
+def inductor_options() -> dict[str, Any]:
+    """What to give `torch.compile` for a converted model on the CPU: `options=fqt.inductor_options()`.
 
-    Called as a layer is traced. It is one more of Inductor's joint graph passes, and nothing where something else
-    compiles. Who sets `torch._inductor.config.joint_custom_post_pass` later loses it, which costs speed alone.
+    One more of Inductor's graph passes, after any that are set in its configuration; without it a compiled network
+    of convolutions and ReLUs is right but slow. `torch.compile` takes options or a mode: a mode's options are
+    `torch._inductor.list_mode_options(mode)`, to be merged with these.
     """
-    config: Any = sys.modules.get("torch._inductor.config")
-    if config is None or not hasattr(config, "joint_custom_post_pass"):
-        return
-    there = config.joint_custom_post_pass
+    from torch._inductor import config
+
+    there: Any = config.joint_custom_post_pass
     passes = [] if there is None else list(there) if isinstance(there, list | tuple) else [there]
-    if _pass() not in passes:
-        config.joint_custom_post_pass = [*passes, _pass()]
+    return {"joint_custom_post_pass": [*(p for p in passes if p is not _pass()), _pass()]}
 
 
 def keep_bytes(graph: Graph) -> None:

@@ -11,9 +11,11 @@ was rejected, since every new idea would then need four new fields.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,8 @@ class Recipe:
             the product's variance does not rise. Unbiased either way; only "always" lets such a product run on
             integers.
         rules: exceptions by layer name, first match wins.
-        key: a number that stands for the recipe in this process: `Recipe.by_key` gives an equal one back.
+        text: the same without rules, as one line of JSON; `Recipe.of_text` gives an equal recipe back in any
+            process. Compiled graphs and exported programs hold it. Empty if a transform has no words for it.
     """
 
     input: Quantizer | str | None = "ptq8"
@@ -80,7 +83,7 @@ class Recipe:
     grad_weight: Quantizer | str | None = None
     fold: str = "never"
     rules: tuple[Rule, ...] = ()
-    key: int = field(init=False, compare=False, repr=False, default=-1)
+    text: str = field(init=False, compare=False, repr=False, default="")
 
     def __post_init__(self) -> None:
         for operand in OPERANDS:
@@ -93,30 +96,28 @@ class Recipe:
         wrong = next((rule for rule in self.rules if not isinstance(rule, Rule)), None)
         if wrong is not None:
             raise FqtError(f"rules must be Rule(pattern, recipe), not {wrong!r}")
-        self._register()
+        self._derive()
 
-    def _register(self) -> None:
-        """Sets the hash, which layers need at every call, and `key`."""
+    def _derive(self) -> None:
+        """Sets the hash, which layers need at every call, and `text`, which a traced layer must only read."""
         object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare)))
-        key = _KEYS.setdefault(self, len(_KEYS))
-        if key == len(_BY_KEY):
-            _BY_KEY.append(self)
-        object.__setattr__(self, "key", key)
+        object.__setattr__(self, "text", _text(self))
 
     @staticmethod
-    def by_key(key: int) -> Recipe:
-        """The recipe that `key` stands for in this process, as compiled graphs refer to it."""
-        return _BY_KEY[key]
+    @lru_cache(maxsize=512)
+    def of_text(text: str) -> Recipe:
+        """The recipe, without rules, whose `text` this is."""
+        return load_recipe(json.loads(text))
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}  # hash and key are this process's
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}  # the hash is this process's
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._register()
+        self._derive()
 
     def operand(self, name: str) -> Quantizer | None:
         """The quantizer of one of the four operands, by field name."""
@@ -132,11 +133,6 @@ class Recipe:
     def __str__(self) -> str:
         words = [f"{k}={v}" for k, v in dump_recipe(self).items() if k != "rules"]
         return recipe_name(self) or ", ".join([*words, f"{len(self.rules)} rules"] if self.rules else words)
-
-
-# All recipes of this process, for compiled graphs.
-_KEYS: dict[Recipe, int] = {}
-_BY_KEY: list[Recipe] = []
 
 
 def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
@@ -310,6 +306,19 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
             {"pattern": rule.pattern, "recipe": dump_recipe(load_recipe(rule.recipe))} for rule in recipe.rules
         ]
     return table
+
+
+def _text(recipe: Recipe) -> str:
+    operands = [(operand, recipe.operand(operand)) for operand in OPERANDS]
+    if any(q is not None and type(q.transform) not in _TRANSFORMS.values() for _, q in operands):
+        return ""
+    words = [f'"{operand}":{_operand_text(operand, q)}' for operand, q in operands]
+    return "{" + ",".join([*words, f'"fold":"{recipe.fold}"']) + "}"
+
+
+@lru_cache(maxsize=512)  # naming a quantizer tries all names, and every recipe is written as it is made
+def _operand_text(operand: str, value: Quantizer | None) -> str:
+    return json.dumps(_dump_operand(operand, value), separators=(",", ":"))
 
 
 def _dump_operand(operand: str, value: Quantizer | None) -> Any:
