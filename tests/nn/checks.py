@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import QuantizedTensor, Quantizer, Recipe
+from fqt.kernels.codes import Findings
 from fqt.nn import function
 
 from .cases import parameter_gradients
@@ -156,12 +157,17 @@ def _identity(
 
 def plant(monkeypatch: pytest.MonkeyPatch, defect: Callable = _identity) -> None:
     """Replaces what gradient quantizers do; those of the forward pass, which take no seed, stay as they are."""
-    real = Quantizer.quantize
+    knowing = Quantizer.quantize_knowing
 
-    def quantize(self: Quantizer, x: Tensor, seed: Tensor | None = None, **kw: object) -> object:
-        return real(self, x, seed, **kw) if seed is None else defect(real, self, x, seed, **kw)
+    def real(q: Quantizer, x: Tensor, seed: Tensor | None = None, **kw: object) -> QuantizedTensor:
+        return knowing(q, x, Findings(), seed, **kw)[0]
 
-    monkeypatch.setattr(Quantizer, "quantize", quantize)
+    def quantize_knowing(
+        self: Quantizer, x: Tensor, known: Findings, seed: Tensor | None = None, **kw: object
+    ) -> tuple[object, Findings]:
+        return knowing(self, x, known, seed, **kw) if seed is None else (defect(real, self, x, seed, **kw), known)
+
+    monkeypatch.setattr(Quantizer, "quantize_knowing", quantize_knowing)
     if defect is _identity:  # it has no codes to multiply
         simulate(monkeypatch)
 
@@ -173,13 +179,14 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[QuantizedTensor]:
     """Every quantized tensor made from now on, in order: input, weight, then the two of grad_output."""
-    real, made = Quantizer.quantize, []
+    real, made = Quantizer.quantize_knowing, []
 
-    def quantize(self: Quantizer, *args: object, **kw: object) -> QuantizedTensor:
-        made.append(real(self, *args, **kw))
-        return made[-1]
+    def quantize_knowing(self: Quantizer, *args: object, **kw: object) -> tuple[QuantizedTensor, Findings]:
+        found = real(self, *args, **kw)
+        made.append(found[0])
+        return found
 
-    monkeypatch.setattr(Quantizer, "quantize", quantize)
+    monkeypatch.setattr(Quantizer, "quantize_knowing", quantize_knowing)
     return made
 
 

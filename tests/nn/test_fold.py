@@ -130,8 +130,10 @@ def test_auto_folds_where_it_pays(name: str) -> None:
 
 def test_a_wrong_factor_is_biased(monkeypatch: pytest.MonkeyPatch) -> None:
     """The factor leaves the weight but never reaches the gradient."""
-    real = Quantizer.quantize
-    monkeypatch.setattr(Quantizer, "quantize", lambda self, x, *a, factor=None, **kw: real(self, x, *a, **kw))
+    real = Quantizer.quantize_knowing
+    monkeypatch.setattr(
+        Quantizer, "quantize_knowing", lambda self, x, *a, factor=None, **kw: real(self, x, *a, **kw)
+    )
     setting = Setting("even")
     exact = setting.exact()
     with pytest.raises(AssertionError):

@@ -201,9 +201,7 @@ def test_what_goes_step_by_step(calls: list[bool]) -> None:
             replace(q, scale=replace(q.scale, mode="zero")),
         ):
             other.quantize(x, 0)
-        assert (
-            calls == [False] * 3
-        )  # the values that are not finite, and all but "best", which chooses between steps
+        assert calls == [False] * 3  # not finite, exact and zero; "best" rounds in a step of its own
         calls.clear()
         q.quantize(x.T, 0, axis=1)
         assert calls == [True]

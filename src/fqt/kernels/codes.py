@@ -140,11 +140,15 @@ class Levels:
         return torch.int8 if self.low >= -128 and self.high <= 127 else torch.float32
 
     def gap(self, t: Tensor) -> Tensor | float:
-        """How far apart the neighbours of a position are, t between them; at a level those further from zero."""
+        """How far apart the neighbours of a position are, t between them; at a level those further from zero.
+
+        At the last level, beyond which there is none, those below it.
+        """
         if self.mantissa is None:
             return 1.0
         _, exponent = torch.frexp(t)  # |t| in [2^(exponent − 1), 2^exponent)
-        return torch.ldexp(torch.ones_like(t), (exponent - 1 - self.mantissa).clamp(min=0))
+        last = max((self.high - 1).bit_length() - 1 - self.mantissa, 0)
+        return torch.ldexp(torch.ones_like(t), (exponent - 1 - self.mantissa).clamp(0, last))
 
     def split(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """The level at or below t, the fraction of the way to the next one, and the gap between the two."""

@@ -6,6 +6,8 @@ registers the native kernels. No gradient flows through any of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,10 @@ def at_hand(x: Tensor) -> bool:
 def _check_encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None) -> None:
     if seed is None and rounding.draws:
         raise ValueError(f"{rounding} rounding needs a seed")
-    if rounding == DITHERED and not (levels.uniform and levels.dtype != torch.float32):
-        raise ValueError("dithered rounding needs levels that are one apart and fit a byte")
+    if rounding == DITHERED:
+        codes = replace(levels, high=levels.high + rounding.headroom)
+        if not codes.uniform or codes.dtype == torch.float32 or codes.dtype != levels.dtype:
+            raise ValueError("dithered rounding needs levels that are one apart and fit a byte, with one to spare")
     counts = scales.blocks.count(x.shape)
     if any(tuple(p.shape) not in (counts, x.shape) for p in (scales.step, scales.offset)):
         raise ValueError(
