@@ -3,7 +3,10 @@
 from fqt.nn.convert import quantize_ as quantize_
 from fqt.nn.convert import restore_ as restore_
 from fqt.nn.explain import explain as explain
+from fqt.nn.forms import register as register
 from fqt.nn.function import GradientOperand as GradientOperand
+from fqt.nn.layers import convolution as convolution
+from fqt.nn.layers import linear as linear
 from fqt.nn.observe import observe as observe
 from fqt.nn.recipe import Recipe as Recipe
 from fqt.nn.recipe import Rule as Rule

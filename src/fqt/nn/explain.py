@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fqt.nn import patched
 from fqt.nn.arithmetic import OPERANDS, machine_obstacle, obstacle
 from fqt.nn.convert import is_converted, select
 from fqt.nn.layers import linear_map
@@ -63,6 +64,10 @@ def explain(model: nn.Module) -> Explanation:
         if not is_converted(module):
             reason = selection.reason or "not converted"
             rows.append(Product(name, "all", "float", "", reason))
+            continue
+        hidden = patched.hidden(module)
+        if hidden:
+            rows.append(Product(name, "all", "float", "", hidden))
             continue
         recipe: Recipe = module.fqt_recipe  # type: ignore[assignment]
         rows += [_product(name, module, recipe, product) for product in OPERANDS]
