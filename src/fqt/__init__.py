@@ -7,6 +7,7 @@ from fqt.nn import Rule as Rule
 from fqt.nn import convolution as convolution
 from fqt.nn import explain as explain
 from fqt.nn import linear as linear
+from fqt.nn import own_forward as own_forward
 from fqt.nn import quantize_ as quantize_
 from fqt.nn import register as register
 from fqt.nn import restore_ as restore_

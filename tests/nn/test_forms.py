@@ -211,6 +211,21 @@ def gated_forward(self: Gated, x: Tensor) -> Tensor:
     return fqt.linear(self, x, self.up) * torch.sigmoid(fqt.linear(self, x, self.gate))
 
 
+class Direct(nn.Conv2d):
+    """Pads its input, computes its weight and calls torch's function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.norm()
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, bias=self.bias, stride=self.stride, groups=self.groups)
+
+
+class Through(nn.Linear):
+    """Calls the forward of torch's own layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
 REGISTERED: dict[str, tuple[Callable[[], nn.Module], Callable, tuple[int, ...]]] = {
     "convolution": (lambda: Standardized(8, 4, 3, padding=1), standardized_forward, (2, 8, 5, 5)),
     "padded": (
@@ -219,6 +234,10 @@ REGISTERED: dict[str, tuple[Callable[[], nn.Module], Callable, tuple[int, ...]]]
         (2, 8, 5, 5),
     ),
     "own": (Gated, gated_forward, (6, 8)),
+    "redirected": (Gated, fqt.own_forward, (6, 8)),
+    "redirected convolution": (lambda: Standardized(8, 4, 3, padding="same"), fqt.own_forward, (2, 8, 5, 5)),
+    "redirected function": (lambda: Direct(8, 4, 3, stride=2), fqt.own_forward, (2, 8, 5, 5)),
+    "redirected super": (lambda: Through(8, 4), fqt.own_forward, (6, 8)),
 }
 
 
@@ -264,6 +283,25 @@ def test_registered_noise_is_unbiased(registry: None) -> None:
     found = (draws - exact.flatten()) @ directions
     assert (found.std(0) > 0).all()
     assert (found.mean(0).abs() < 5 * found.std(0) / 10).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", REGISTERED)
+def test_registered_and_compiled(name: str, registry: None) -> None:
+    """One graph, and the eager layer's values up to the rounding of what is float in it."""
+    make, forward, shape = REGISTERED[name]
+    layer, x = make(), torch.randn(shape)
+    fqt.register(type(layer), forward)
+    fqt.quantize_(layer, "psq4")
+    found = []
+    for model in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(5)
+        layer.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        found.append([out, *(p.grad for p in layer.parameters())])
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
 def test_registered_by_a_class_and_a_subclass_of_it(registry: None) -> None:

@@ -12,3 +12,4 @@ from fqt.nn.recipe import Recipe as Recipe
 from fqt.nn.recipe import Rule as Rule
 from fqt.nn.recipe import dump_recipe as dump_recipe
 from fqt.nn.recipe import load_recipe as load_recipe
+from fqt.nn.redirect import own_forward as own_forward

@@ -17,6 +17,7 @@ from torch import nn
 from fqt.errors import FqtError
 from fqt.nn import layers
 from fqt.nn.attention import QuantizedMultiheadAttention
+from fqt.nn.redirect import own_forward
 
 Kind = type[nn.Module]
 
@@ -27,6 +28,12 @@ _KNOWN_BY_NAME: dict[tuple[str, str], Callable[..., Any]] = {
     ("transformers.pytorch_utils", "Conv1D"): layers.transposed_linear,
     ("transformers.modeling_utils", "Conv1D"): layers.transposed_linear,
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"): layers.QuantizedLinear.forward,
+    ("transformers.models.bit.modeling_bit", "WeightStandardizedConv2d"): own_forward,
+    ("timm.layers.std_conv", "StdConv2d"): own_forward,
+    ("timm.layers.std_conv", "StdConv2dSame"): own_forward,
+    ("timm.layers.std_conv", "ScaledStdConv2d"): own_forward,
+    ("timm.layers.std_conv", "ScaledStdConv2dSame"): own_forward,
+    ("timm.layers.conv2d_same", "Conv2dSame"): own_forward,
 }
 """Forwards of layers whose libraries are not imported for them, by module and name of the class."""
 
@@ -44,9 +51,10 @@ def register(kind: Kind, form: Kind | Callable[..., Any] | None = None, *, overw
         def forward(self, x):
             return fqt.convolution(self, x, standardized(self.weight), self.bias)
 
-    All that leads to the weight stays under autograd, in float. Subclasses of the class that keep its forward are
-    converted alike. A registration holds for the process: a process that unpickles such a layer has to register it
-    too.
+    Where the class's own forward calls `F.linear` or `F.conv2d`, `fqt.register(StdConv2d, fqt.own_forward)` is all
+    there is to say. All that leads to the weight stays under autograd, in float. Subclasses of the class that keep
+    its forward are converted alike. A registration holds for the process: a process that unpickles such a layer has
+    to register it too.
 
     Args:
         kind: a subclass of `torch.nn.Module`.

@@ -8,7 +8,7 @@ distributed wrappers and checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -188,21 +188,42 @@ def linear_map(layer: nn.Module, weight: Tensor | None = None) -> LinearMap:
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return DenseMap()
     weight = layer.weight if weight is None else weight
-    dims, padding, extra = weight.ndim - 2, layer.padding, ()
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return ConvMap(layer.stride, padding, layer.dilation, layer.groups, True, layer.output_padding)  # type: ignore[arg-type]
-    if layer.padding_mode != "zeros":
-        padding = (0,) * dims  # the layer pads its input itself
-    elif padding == "valid":
-        padding = (0,) * dims
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    padding: Any = layer.padding
+    if not transposed and layer.padding_mode != "zeros":
+        padding = 0  # the layer pads its input itself
+    output_padding = layer.output_padding if transposed else ()
+    return conv_map(weight, layer.stride, padding, layer.dilation, layer.groups, transposed, output_padding)
+
+
+def conv_map(
+    weight: Tensor,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: Any = (),
+) -> ConvMap:
+    """The map of a convolution by this weight; the rest as torch's functions take it."""
+    dims = weight.ndim - 2
+
+    def each(value: Any) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, Sequence) else (value,)
+        return values * dims if len(values) == 1 else values
+
+    if transposed:
+        return ConvMap(each(stride), each(padding), each(dilation), groups, True, each(output_padding))
+    extra: tuple[int, ...] = ()
+    if padding == "valid":
+        padding = 0
     elif padding == "same":
-        both = [d * (k - 1) for d, k in zip(layer.dilation, weight.shape[2:], strict=True)]
-        if all(total % 2 == 0 for total in both):
-            padding = tuple(total // 2 for total in both)
-        else:  # last axis first: (left, right) each, the odd one to the right
-            padding, extra = (0,) * dims, tuple(n for t in reversed(both) for n in (t // 2, t - t // 2))  # type: ignore[assignment]
-    channels = min(weight.shape[1], weight.shape[0] // layer.groups)
-    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, extra=extra, group_channels=channels)  # type: ignore[arg-type]
+        both = [d * (k - 1) for d, k in zip(each(dilation), weight.shape[2:], strict=True)]
+        padding = tuple(total // 2 for total in both)
+        if any(total % 2 for total in both):  # last axis first: (left, right) each, the odd one to the right
+            padding, extra = 0, tuple(n for t in reversed(both) for n in (t // 2, t - t // 2))
+    channels = min(weight.shape[1], weight.shape[0] // groups)
+    return ConvMap(each(stride), each(padding), each(dilation), groups, extra=extra, group_channels=channels)
 
 
 def convolution(
@@ -232,35 +253,41 @@ def convolution(
     """
     if is_restored(layer):
         return _float_convolution(layer, input, weight, bias, output_size)
-    batched = _batched(layer, input, weight)
+    dims = len(layer.kernel_size)
+    if weight.ndim != dims + 2:
+        shape = tuple(weight.shape)
+        raise RuntimeError(f"{type(layer).__name__}: a weight of shape {shape} has not {dims + 2} axes")
     map = linear_map(layer, weight)
     assert isinstance(map, ConvMap)
+    _check_image(layer, input, weight, map)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         map = replace(map, output_padding=_output_padding(layer, input, output_size))
     elif layer.padding_mode != "zeros":
-        batched = F.pad(batched, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    output = products(layer, batched, weight, bias, map)
-    return output if input.ndim == weight.ndim else output.squeeze(0)
+        input = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    return convolve(layer, input, weight, bias, map)
 
 
-def _batched(layer: nn.modules.conv._ConvNd, input: Tensor, weight: Tensor) -> Tensor:
-    """(N, C, *), checked against the weight: (O, C/groups, *), or (C, O/groups, *) if transposed."""
+def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: ConvMap) -> Tensor:
+    """The convolution of an input (N, C, *) or (C, *) by any map on quantized operands."""
+    _check_image(layer, input, weight, map)
+    if input.ndim == weight.ndim:
+        return products(layer, input, weight, bias, map)
+    return products(layer, input.unsqueeze(0), weight, bias, map).squeeze(0)
+
+
+def _check_image(layer: nn.Module, input: Tensor, weight: Tensor, map: ConvMap) -> None:
+    """Raises for an input that does not fit a weight (O, C/groups, *), or (C, O/groups, *) if transposed."""
     check_tensor(layer, input)
-    kind, dims = type(layer).__name__, len(layer.kernel_size)
-    if weight.ndim != dims + 2:
-        raise RuntimeError(f"{kind}: a weight of shape {tuple(weight.shape)} has not {dims + 2} axes")
+    kind, dims = type(layer).__name__, weight.ndim - 2
     if input.is_nested or input.layout != torch.strided:
         odd = "nested" if input.is_nested else str(input.layout)
         raise RuntimeError(f"{kind}: the input is {odd}; a convolution takes a dense tensor")
     if input.ndim not in (dims + 1, dims + 2):
         raise RuntimeError(f"{kind}: an input of shape {tuple(input.shape)} has not {dims + 1} or {dims + 2} axes")
-    batched = input if input.ndim == dims + 2 else input.unsqueeze(0)
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    channels = weight.shape[0] if transposed else weight.shape[1] * layer.groups
-    if batched.shape[1] != channels:
+    channels = weight.shape[0] if map.transposed else weight.shape[1] * map.groups
+    if input.shape[-dims - 1] != channels:
         shapes = f"an input of shape {tuple(input.shape)} does not fit a weight of shape {tuple(weight.shape)}"
         raise RuntimeError(f"{kind}: {shapes}: it wants {channels} channels")
-    return batched
 
 
 def _output_padding(
