@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fqt
 from fqt import ConversionError, FqtError, Recipe, Rule
@@ -41,6 +42,12 @@ class BareAttention(nn.MultiheadAttention):
         return super().forward(*args)[0]
 
 
+def _two(layer: nn.Linear) -> nn.Linear:
+    """A weight of a class that multiplies in its own way."""
+    layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()))
+    return layer
+
+
 LEFT: dict[str, Callable[[], nn.Module]] = {
     "LSTM": lambda: nn.LSTM(3, 3),
     "GRU": lambda: nn.GRU(3, 3),
@@ -55,6 +62,7 @@ LEFT: dict[str, Callable[[], nn.Module]] = {
     "add_bias_kv": lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True),
     "add_zero_attn": lambda: nn.MultiheadAttention(4, 2, add_zero_attn=True),
     "BareAttention": BareAttention,
+    "TwoTensor": lambda: _two(nn.Linear(3, 3)),
 }
 
 

@@ -38,7 +38,21 @@ def _run() -> dict[str, object]:
         reduced = parameter_gradients(model, batch)
         found[recipe] = (local, {n.removeprefix("module."): g for n, g in reduced.items()}, draws)
     found["weights"] = _train()
+    found["refused"] = _refused(DistributedDataParallel(fqt.quantize_(small_net(), "psq4")))
     return found
+
+
+def _refused(model: DistributedDataParallel) -> str:
+    """What a monitor says of gradients that are averages over ranks; a diagnosis is this rank's own."""
+    torch.manual_seed(3)
+    batches = [small_batch(), small_batch()]
+    alone, wrapped = (fqt.diagnose(m, loss_of, batches, table=0).total for m in (model.module, model))
+    assert alone.quantization == wrapped.quantization
+    try:
+        fqt.Monitor(model, loss_of)
+    except fqt.FqtError as error:
+        return str(error)
+    return ""
 
 
 def _train() -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fqt.errors import ConversionError, FqtError
 from fqt.nn import patched
@@ -184,9 +185,14 @@ def _obstacle(module: nn.Module) -> str | None:
         return f"{own}, and what that computes cannot be seen: tell fqt its quantized form with fqt.register"
     if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
         return "MultiheadAttention with add_bias_kv or add_zero_attn has no quantized form"
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not a real floating-point tensor"
+    tensors = {**dict(module.named_parameters(recurse=False)), "weight": getattr(module, "weight", None)}
+    for name, weight in tensors.items():
+        if not isinstance(weight, torch.Tensor):
+            continue
+        if not weight.is_floating_point():
+            return f"its {name} is {weight.dtype}, not a real floating-point tensor"
+        if is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor":
+            return f"its {name} is a {type(weight).__name__}, a class of tensors with products of its own"
     hidden = patched.hidden(module)
     return f"{hidden}: convert it before" if hidden else None
 
@@ -199,6 +205,8 @@ def _no_form(module: nn.Module) -> str:
     own = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1}
     if not own or isinstance(module, _NO_PRODUCT_INSIDE):
         return _NO_PRODUCT
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module: convert before scripting or tracing"
     if "expert" in kind.lower() or hasattr(module, "num_experts"):
         fused = [f"{n} {tuple(p.shape)}" for n, p in own.items() if p.ndim == 3]
         if fused:
