@@ -64,6 +64,10 @@ def test_qat_has_no_noise(ranks: list[dict]) -> None:
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+def test_a_monitor_refuses_averages_over_ranks(ranks: list[dict]) -> None:
+    assert all("averages gradients over 2 processes" in rank["refused"] for rank in ranks)
+
+
 def test_weights_stay_equal(ranks: list[dict]) -> None:
     assert all(map(torch.equal, ranks[0]["weights"], ranks[1]["weights"]))
 

@@ -15,7 +15,7 @@ import fqt
 from fqt.kernels.codes import Findings
 from fqt.kernels.cpu import fused, library
 from fqt.kernels.linear_map import ConvMap, DenseMap
-from fqt.nn import function
+from fqt.nn import function, layers
 from fqt.quant import Scale
 
 from .cases import FORWARD, LAYERS, Case, converted, equal, gradients
@@ -141,12 +141,16 @@ def test_gradients_and_inputs_at_the_edge(
 
 @pytest.mark.parametrize("layer", [nn.Linear(8, 2000), nn.Conv2d(3, 500, 1)], ids=["linear", "conv"])
 def test_a_bias_that_does_not_fit(layer: nn.Module) -> None:
-    """It must not be read beyond its end."""
+    """It must not be read beyond its end: refused by the layer, as torch does, and by the product itself."""
     layer = copy.deepcopy(layer)
-    layer.bias = nn.Parameter(torch.zeros(1))
+    layer.bias = nn.Parameter(torch.zeros(3))
     x = torch.randn(4, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 4, 4)
+    fqt.quantize_(layer, "psq8")
+    with pytest.raises(RuntimeError, match=r"bias of shape|expanded size"):
+        layer(x)
+    call = function.Call(layers.linear_map(layer), layer.fqt_recipe, None, 0, x.dtype)
     with pytest.raises(ValueError, match="bias has shape"):
-        fqt.quantize_(layer, "psq8")(x)
+        function.linear_products(x, layer.weight, layer.bias, call)
 
 
 @pytest.mark.parametrize("name", ["psq8", "ptq4", "folded", "folded_input", "shq4", "default", "psq8x"])

@@ -40,6 +40,7 @@ def _run() -> dict[str, object]:
         found[recipe] = (local, {n.removeprefix("module."): g for n, g in reduced.items()}, draws)
     found["weights"] = _train()
     found["sharded"] = _tensor_parallel()
+    found["refused"] = _refused(DistributedDataParallel(fqt.quantize_(small_net(), "psq4")))
     return found
 
 
@@ -96,6 +97,19 @@ def distribute(model: nn.Module, mesh: object) -> nn.Module:
     from torch.distributed.tensor import distribute_module
 
     return distribute_module(model, mesh)
+
+
+def _refused(model: DistributedDataParallel) -> str:
+    """What a monitor says of gradients that are averages over ranks; a diagnosis is this rank's own."""
+    torch.manual_seed(3)
+    batches = [small_batch(), small_batch()]
+    alone, wrapped = (fqt.diagnose(m, loss_of, batches, table=0).total for m in (model.module, model))
+    assert alone.quantization == wrapped.quantization
+    try:
+        fqt.Monitor(model, loss_of)
+    except fqt.FqtError as error:
+        return str(error)
+    return ""
 
 
 def _train() -> list[torch.Tensor]:

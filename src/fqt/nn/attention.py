@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fqt.kernels.linear_map import DenseMap
-from fqt.nn.layers import products
+from fqt.nn.layers import check_tensor, is_restored, products
 
 
 class QuantizedMultiheadAttention(nn.MultiheadAttention):
@@ -32,6 +32,22 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention`."""
+        if is_restored(self):
+            return nn.MultiheadAttention.forward(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        for given in (query, key, value):
+            check_tensor(self, given)
+            if given.is_nested:
+                raise RuntimeError("MultiheadAttention: nested tensors: give a padded batch and key_padding_mask")
         batched = query.ndim == 3
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give the mask too, as torch asks")

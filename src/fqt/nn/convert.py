@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,25 +15,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fqt.errors import ConversionError, FqtError
-from fqt.nn import coverage, layers, stored
-from fqt.nn.attention import QuantizedMultiheadAttention
+from fqt.nn import coverage, layers, patched, stored
+from fqt.nn.forms import float_form, is_quantized, known, quantized_form, replaced
 from fqt.nn.recipe import DEFAULT, Recipe, Rule, load_recipe
+from fqt.nn.wrappers import named_modules
 
 Model = TypeVar("Model", bound=nn.Module)
+Filter = Callable[[nn.Module, str], bool]
 
-QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: layers.QuantizedLinear,
-    nn.Conv1d: layers.QuantizedConv1d,
-    nn.Conv2d: layers.QuantizedConv2d,
-    nn.Conv3d: layers.QuantizedConv3d,
-    nn.ConvTranspose1d: layers.QuantizedConvTranspose1d,
-    nn.ConvTranspose2d: layers.QuantizedConvTranspose2d,
-    nn.ConvTranspose3d: layers.QuantizedConvTranspose3d,
-    nn.MultiheadAttention: QuantizedMultiheadAttention,
-}
-"""The quantized form of each layer class; a new layer is a new row."""
-
-_FLOAT_FORM = {quantized: plain for plain, quantized in QUANTIZED.items()}
 # Modules that multiply by a weight but have no quantized form here: named in every report.
 _PRODUCTS_IN_FLOAT = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.Linear, nn.modules.conv._ConvNd)
 # Modules whose parameters scale, shift or are looked up.
@@ -63,20 +53,29 @@ class Selection:
 
 
 def quantize_(
-    model: Model, recipe: Recipe | str | Path | Mapping[str, Any] = DEFAULT, *, strict: bool = False
+    model: Model,
+    recipe: Recipe | str | Path | Mapping[str, Any] = DEFAULT,
+    *,
+    filter_fn: Filter | None = None,
+    strict: bool = False,
 ) -> Model:
     """Train this model fully quantized from now on, in place.
 
-    Parameters, their names and the training loop stay what they are. Modules of other kinds that own a matrix
-    stay float and are listed by `explain`; one line to the logger "fqt" says how much that is, as a warning if it
-    is over a hundredth of the weights that are multiplied and no rule asked for it. State dicts hold each layer's
-    recipe beside the weights (`recipe_of`), and so does a Hugging Face model's configuration. Convert a
-    `nn.TransformerEncoder` as a whole: the switch that keeps torch's fused inference path from bypassing converted
-    layers sits in the encoder.
+    Parameters, their names and the training loop stay what they are. Besides torch's own layers, what is converted
+    are subclasses that keep their forward, layers that torch has parametrized or sharded, the `Conv1D` of
+    transformers (GPT-2), and classes that `fqt.register` was told of. Modules of other kinds that own a matrix stay
+    float and are listed by `explain`; so does a layer whose forward was replaced on the instance by something that
+    cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
+    hundredth of the weights that are multiplied and no rule asked for it. Names are those of the model inside
+    `torch.compile`, `DistributedDataParallel` and the like. State dicts hold each layer's recipe beside the weights
+    (`recipe_of`), and so does a Hugging Face model's configuration. Convert a `nn.TransformerEncoder` as a whole:
+    the switch that keeps torch's fused inference path from bypassing converted layers sits in the encoder.
 
     Args:
         model: any module.
         recipe: a name ("bhq4"), a `Recipe`, a TOML file, or a mapping with its words.
+        filter_fn: ``filter_fn(module, name) -> bool``, asked for every layer that could be converted; one that it
+            refuses stays as it is, whatever the rules say.
         strict: whether a layer that would stay float without having been asked to is an error.
 
     Returns:
@@ -90,7 +89,7 @@ def quantize_(
     resolved = load_recipe(recipe)
     if not isinstance(model, nn.Module):
         raise FqtError(f"quantize_ takes a torch.nn.Module, not {type(model).__name__}")
-    selections, problems = select(model, resolved)
+    selections, problems = select(model, resolved, filter_fn)
     if strict:
         problems += [
             f"{s.name or '(model)'!r} would stay float: {s.reason}" for s in coverage.left_float(selections)
@@ -99,11 +98,7 @@ def quantize_(
         raise ConversionError("cannot convert the model; nothing was changed:\n  " + "\n  ".join(problems))
     if not any(is_converted(selection.module) for selection in selections):
         stored.compare_configuration(model, resolved)
-    for selection in selections:
-        if selection.recipe is not None:
-            _convert(selection.module, selection.recipe)
-    for module in model.modules():
-        _set_fast_path(module)
+    _switch(model, {s.module: s.recipe for s in selections if s.recipe is not None})
     converted = any(is_converted(selection.module) for selection in selections)
     stored.attach(selection.module for selection in selections)
     stored.write_configuration(model, resolved if converted else None)
@@ -112,31 +107,35 @@ def quantize_(
 
 
 def restore_(model: Model) -> Model:
-    """Turn all layers back into torch's own, in place, with the same parameters. Returns the model.
+    """Turn all layers back into their float classes, in place, with the same parameters. Returns the model.
 
     They still warn when weights are loaded into them that were saved quantized.
+
+    Raises:
+        ConversionError: a layer's class cannot be changed; the model is unchanged.
     """
+    _switch(model, {module: load_recipe("none") for module in model.modules() if is_converted(module)})
     for module in model.modules():
-        if is_converted(module):
-            _convert(module, load_recipe("none"))
         stored.detach(module, keep_comparing=True)
-    for module in model.modules():
-        _set_fast_path(module)
     stored.write_configuration(model, None)
     return model
 
 
-def select(model: nn.Module, recipe: Recipe) -> tuple[list[Selection], list[str]]:
+def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) -> tuple[list[Selection], list[str]]:
     """What `quantize_` would do with every layer that has products, and the problems it would raise."""
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         names.setdefault(module, []).append(name)
+    wrapped: dict[nn.Module, list[str]] = {module: [] for module in names}  # what wrappers make of the names
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and name not in names[module]:
+            wrapped[module].append(name)
     # An attention's output projection is not called as a layer: it belongs to the attention.
     inside_attention = {m.out_proj for m in names if isinstance(m, nn.MultiheadAttention)}
     used: set[Rule] = set()
     selections, problems = [], []
     for module, aliases in names.items():
-        rule = next((r for r in recipe.rules if _match_any(r, aliases)), None)
+        rule = _rule(recipe, aliases) or _rule(recipe, wrapped[module], wrapped=True)
         if module in inside_attention:
             if rule is not None and rule.pattern in aliases:
                 problems.append(f"{aliases[0]!r} is part of an attention module: name that module instead")
@@ -145,10 +144,12 @@ def select(model: nn.Module, recipe: Recipe) -> tuple[list[Selection], list[str]
         wanted = recipe if rule is None else load_recipe(rule.recipe)
         asked = rule is not None and not load_recipe(rule.recipe).is_float
         if reason is None:
-            selections.append(Selection(aliases[0], module, wanted))
+            left = filter_fn is not None and not filter_fn(module, aliases[0])
+            why = _FILTERED if left else ""
+            selections.append(Selection(aliases[0], module, None if left else wanted, why, by_request=left))
             # A rule in another one's shadow does no harm where both say the same, of a layer with two names.
             used.update(r for r in recipe.rules if rule and r.recipe == rule.recipe and _match_any(r, aliases))
-        elif asked and rule is not None and rule.pattern in aliases and not _inside_convertible(module):
+        elif asked and rule is not None and rule.pattern in aliases and not _holds_convertible(module):
             problems.append(f"rule {rule.pattern!r} names a layer that cannot be converted: {reason}")
             used.add(rule)
         elif reason != _NO_PRODUCT:
@@ -165,11 +166,19 @@ def select(model: nn.Module, recipe: Recipe) -> tuple[list[Selection], list[str]
 
 
 _NO_PRODUCT = "it has no product with a weight"
+_FILTERED = "filter_fn left it out"
 
 
-def _inside_convertible(module: nn.Module) -> bool:
+def _holds_convertible(module: nn.Module) -> bool:
     """Whether a container holds a layer that can be converted, so that naming it makes sense."""
-    return any(_obstacle(m) is None for m in module.modules() if m is not module)
+    own = {module, module.out_proj} if isinstance(module, nn.MultiheadAttention) else {module}
+    return any(_obstacle(m) is None for m in module.modules() if m not in own)
+
+
+def _rule(recipe: Recipe, names: list[str], wrapped: bool = False) -> Rule | None:
+    """The first rule that one of the names matches; a wrapper's word alone means a layer of that name."""
+    rules = (rule for rule in recipe.rules if "." in rule.pattern or not wrapped)
+    return next((rule for rule in rules if any(_matches(rule.pattern, n) for n in names)), None)
 
 
 def _match_any(rule: Rule, names: list[str]) -> bool:
@@ -188,47 +197,93 @@ def _shorten(text: str, limit: int = 300) -> str:
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why a module cannot be converted, or None if it can."""
-    kind = type(module)
     if is_converted(module):
         return None
-    if kind not in QUANTIZED:
-        if isinstance(module, (*QUANTIZED, *_PRODUCTS_IN_FLOAT)):
-            if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
-                return f"{kind.__name__} has no parameters yet: run one batch through the model first"
-            return f"{kind.__name__} is not a class fqt has a quantized form of"
-        own = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
-        if own and not isinstance(module, _NO_PRODUCT_INSIDE):
-            return f"{kind.__name__} has parameters of its own ({', '.join(own)}) that fqt cannot see the use of"
-        return _NO_PRODUCT
+    kind = type(module)
+    if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
+        return f"{kind.__name__} has no parameters yet: run one batch through the model first"
+    base = known(kind)
+    if base is None:
+        return _no_form(module)
+    methods = replaced(kind, base)
+    if methods:
+        own = f"{kind.__name__} has its own {' and '.join(methods)}"
+        return f"{own}, and what that computes cannot be seen: tell fqt its quantized form with fqt.register"
     if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
         return "MultiheadAttention with add_bias_kv or add_zero_attn has no quantized form"
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not a real floating-point tensor"
-    return (layers.foreign(weight) or None) if isinstance(weight, torch.Tensor) else None
+    tensors = {**dict(module.named_parameters(recurse=False)), "weight": getattr(module, "weight", None)}
+    for name, weight in tensors.items():
+        if not isinstance(weight, torch.Tensor):
+            continue
+        if not weight.is_floating_point():
+            return f"its {name} is {weight.dtype}, not a real floating-point tensor"
+        if why := layers.foreign(weight):
+            return why
+    hidden = patched.hidden(module)
+    return f"{hidden}: convert it before" if hidden else None
+
+
+def _no_form(module: nn.Module) -> str:
+    """Why a module of a class that nobody knows stays float."""
+    kind = type(module).__name__
+    if isinstance(module, _PRODUCTS_IN_FLOAT):
+        return f"{kind} is not a class fqt has a quantized form of"
+    own = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1}
+    if not own or isinstance(module, _NO_PRODUCT_INSIDE):
+        return _NO_PRODUCT
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module: convert before scripting or tracing"
+    if "expert" in kind.lower() or hasattr(module, "num_experts"):
+        fused = [f"{n} {tuple(p.shape)}" for n, p in own.items() if p.ndim == 3]
+        if fused:
+            return f"{kind} multiplies by fused expert weights, one matrix per expert: {', '.join(fused)}"
+    return f"{kind} has parameters of its own ({', '.join(own)}) that fqt cannot see the use of"
 
 
 def is_converted(module: nn.Module) -> bool:
     """Whether this module's products run on quantized operands."""
-    return isinstance(module, tuple(_FLOAT_FORM))
+    return is_quantized(type(module))
 
 
-def _convert(module: nn.Module, recipe: Recipe) -> None:
-    kind = type(module)
-    plain = _FLOAT_FORM.get(kind, kind)
-    if recipe.is_float:
-        if is_converted(module) and kind not in _FLOAT_FORM:
-            # torch.nn.utils.parametrize has put a class of its own on top since: rebuild it on the float form.
-            members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-            plain = type(kind.__name__.replace("Quantized", ""), (_FLOAT_FORM[kind.__bases__[0]],), members)
-        module.__class__ = plain
-        module.__dict__.pop("fqt_recipe", None)
-        module.__dict__.pop("__module__", None)
-    else:
-        if not is_converted(module):
-            module.__class__ = QUANTIZED[plain]
-        module.fqt_recipe = recipe  # type: ignore[assignment]
-        module.__dict__["__module__"] = "torch.nn"  # by which torch.fx knows a leaf, as the float layer is one
+def _switch(model: nn.Module, recipes: Mapping[nn.Module, Recipe]) -> None:
+    """Gives modules of the model their recipes, and with them their classes: all of them, or none.
+
+    Raises:
+        ConversionError: a class cannot be made or given to a module.
+    """
+    with _all_or_nothing(model):
+        forms = {m: (float_form if r.is_float else quantized_form)(type(m)) for m, r in recipes.items()}
+        swaps: patched.Swaps = {m: (type(m).forward, form.forward) for m, form in forms.items()}
+        for module, recipe in recipes.items():
+            if type(module) is not forms[module]:
+                module.__class__ = forms[module]
+            if recipe.is_float:
+                module.__dict__.pop("fqt_recipe", None)
+                module.__dict__.pop("__module__", None)
+            else:
+                module.fqt_recipe = recipe  # type: ignore[assignment]
+                module.__dict__["__module__"] = "torch.nn"  # by which torch.fx knows a leaf, as the float layer is
+        patched.rewire(model, {m: s for m, s in swaps.items() if s[0] is not s[1]})
+        for module in model.modules():
+            _set_fast_path(module)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Puts every module's class and attributes back if what is inside fails."""
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException as error:
+        for module, kind, members in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(members)
+        if not isinstance(error, Exception) or isinstance(error, ConversionError):
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise ConversionError(f"cannot change the model's layers; nothing was changed: {why}") from error
 
 
 def _set_fast_path(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fqt.nn import patched
 from fqt.nn.arithmetic import OPERANDS, machine_obstacle, obstacle
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
@@ -149,8 +150,9 @@ def _conversion(layer: Selection) -> Iterator[Product]:
     if not is_converted(module):
         yield Product(name, "all", "float", "", _unconverted(layer), 3 * weights)
         return
-    if "forward" in module.__dict__:
-        why = "another forward was put on this layer; with a batch, explain says whether fqt's is still called"
+    hidden = patched.hidden(module)
+    if hidden:
+        why = f"{hidden}; with a batch, explain says whether fqt's is still called"
         yield Product(name, "all", "unknown", "", why, 3 * weights)
         return
     for product in OPERANDS:

@@ -57,6 +57,7 @@ class GradientOperand:
         quantizer: the recipe's for this role.
         rows: the axes of `gradient` that are its rows.
         seed: of the noise: `quantizer.quantize(gradient, seed, axis=rows)` gives the very codes of the product.
+        weight: shape of the weight that the layer multiplied by in this call; None if the layer did not say.
     """
 
     role: str
@@ -65,6 +66,7 @@ class GradientOperand:
     quantizer: Quantizer
     rows: tuple[int, ...]
     seed: Tensor
+    weight: torch.Size | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ distributed wrappers and checkpoints.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from fqt.errors import FqtError
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn import compiled, sharded
 from fqt.nn.autograd import is_transformed, linear_products
-from fqt.nn.function import Call
+from fqt.nn.function import Call, GradientOperand
 from fqt.nn.recipe import Recipe
 
 _SEED_RANGE = 2**63 - 1
@@ -74,12 +76,29 @@ _eager_products = torch.compiler.disable(
 )
 
 
+@dataclass(frozen=True)
+class _Weighed:
+    """An observer that is also told the weight's shape, which is not always that of the layer's own."""
+
+    observer: Callable[[GradientOperand], None]
+    weight: torch.Size
+
+    def __call__(self, operand: GradientOperand) -> None:
+        self.observer(replace(operand, weight=self.weight))
+
+
+def is_restored(layer: nn.Module) -> bool:
+    """Whether a layer is float again while something kept the forward of its converted form."""
+    return "fqt_recipe" not in layer.__dict__
+
+
 def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: LinearMap) -> Tensor:
     """One linear map of a converted layer. Draws its seed from torch's generator, in training mode only.
 
     The seed is drawn whether or not a gradient will be asked for, so that an activation checkpoint's two
     forward passes draw the same one.
     """
+    _check_operands(layer, input, weight, bias, map)
     recipe: Recipe = layer.fqt_recipe  # type: ignore[assignment]
     if type(input) not in _PLAIN or type(weight) not in _PLAIN:
         if sharded.is_sharded(input) or sharded.is_sharded(weight):
@@ -91,7 +110,8 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     compiling = torch.compiler.is_compiling()
     # A compiler guards what getattr finds or misses, which costs an eager layer more than a look into its dict.
     look = (lambda name: getattr(layer, name, None)) if compiling else layer.__dict__.get
-    told = look("fqt_observer"), look("fqt_witness")
+    observer, witness = look("fqt_observer"), look("fqt_witness")
+    told = None if observer is None else _Weighed(observer, weight.shape), witness
     # As torch's own layers have it: channels-last if an operand is.
     dense = isinstance(map, DenseMap)
     channels_last = not dense and not is_transformed() and (_is_channels_last(input) or _is_channels_last(weight))
@@ -101,11 +121,82 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     return (_eager_products if compiling else linear_products)(input, weight, bias, call)
 
 
-def _check_size(layer: nn.Module, input: Tensor, axis: int, wanted: int, name: str) -> None:
-    """Raises RuntimeError, as torch's own layers do, naming the layer."""
-    if input.shape[axis] != wanted:
+def _check_operands(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: LinearMap) -> None:
+    """What the map itself takes for granted."""
+    kind = type(layer).__name__
+    if input.device != weight.device:
+        raise RuntimeError(f"{kind}: input is on {input.device} but weight is on {weight.device}")
+    channels = weight.shape[1] * map.groups if isinstance(map, ConvMap) and map.transposed else weight.shape[0]
+    if bias is not None and bias.shape != (channels,):
+        raise RuntimeError(f"{kind}: a bias of shape {tuple(bias.shape)} does not fit {channels} output channels")
+
+
+def check_tensor(layer: nn.Module, input: Tensor) -> None:
+    """Raises TypeError, as torch's own layers do, for what is no tensor."""
+    if not isinstance(input, Tensor):
         kind = type(layer).__name__
-        raise RuntimeError(f"{kind}: an input of shape {tuple(input.shape)} does not fit {name} = {wanted}")
+        raise TypeError(f"{kind}: the input must be a torch.Tensor, not {type(input).__name__}")
+
+
+def linear(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` on quantized operands, for the forward of a converted layer.
+
+    For layers of your own (`fqt.register`). In a layer that has been restored it is torch's function.
+
+    Args:
+        layer: whose recipe, mode and random numbers count.
+        input: (…, I); every token is a row by habit. Nested tensors are multiplied as the tokens that they hold;
+            a sparse one as a dense one.
+        weight: (O, I), whatever it was made from; the layer's own attributes are not asked.
+        bias: (O,).
+
+    Returns:
+        (…, O).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, as torch's function.
+    """
+    if is_restored(layer):
+        return F.linear(input, weight, bias)
+    check_tensor(layer, input)
+    if input.is_nested:
+        return _tokenwise(layer, input, weight, bias)
+    if input.layout != torch.strided:
+        input = input.to_dense()
+    kind = type(layer).__name__
+    if input.ndim == 0 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+        shapes = f"an input of shape {tuple(input.shape)} does not fit a weight of shape {tuple(weight.shape)}"
+        raise RuntimeError(f"{kind}: {shapes}: they are (…, in_features) and (out_features, in_features)")
+    later = None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        bias, later = None, bias  # one value for all features, or some for every token
+    rows = input if input.ndim > 1 else input.unsqueeze(0)
+    output = products(layer, rows, weight, bias, DenseMap())
+    output = output if input.ndim > 1 else output.squeeze(0)
+    return output if later is None else output + later.to(output.dtype).expand(output.shape)
+
+
+def _tokenwise(layer: nn.Module, input: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of a nested tensor (N, tokens, I): all tokens together, since a token is a row."""
+    if input.ndim < 3:
+        raise RuntimeError(
+            f"{type(layer).__name__}: a nested input has {input.ndim} axes; give (N, tokens, features)"
+        )
+    if input.layout == torch.jagged and input._ragged_idx != input.ndim - 1 and input.lengths() is None:
+        values = linear(layer, input.values(), weight, bias)
+        return torch.nested.nested_tensor_from_jagged(
+            values, input.offsets(), jagged_dim=input._ragged_idx, min_seqlen=None, max_seqlen=None
+        )
+    parts = [part.contiguous() for part in input.unbind()]
+    if any(part.shape[-1] != weight.shape[-1] for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts[:3])
+        kind = type(layer).__name__
+        raise RuntimeError(f"{kind}: nested parts of shapes {shapes}: features must be those of the weight")
+    outputs = linear(layer, torch.cat([part.flatten(0, -2) for part in parts]), weight, bias)
+    sizes = [part.shape[:-1] for part in parts]
+    split = outputs.split([size.numel() for size in sizes])
+    whole = [part.unflatten(0, size) for part, size in zip(split, sizes, strict=True)]
+    return torch.nested.as_nested_tensor(whole, layout=input.layout)
 
 
 class QuantizedLinear(nn.Linear):
@@ -113,71 +204,153 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) to (…, out_features)."""
-        if input.ndim == 0:
-            raise RuntimeError("Linear: the input has no axis; give (…, in_features)")
-        _check_size(self, input, -1, self.in_features, "in_features")
-        rows = input if input.ndim > 1 else input.unsqueeze(0)
-        output = products(self, rows, self.weight, self.bias, DenseMap())
-        return output if input.ndim > 1 else output.squeeze(0)
+        return linear(self, input, self.weight, self.bias)
 
 
-def linear_map(layer: nn.Module) -> LinearMap:
-    """The linear map of a layer, but for a transposed convolution's output padding, which an input may change."""
+def transposed_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """The forward of a layer whose weight is (in_features, out_features), as GPT-2's `Conv1D`."""
+    return linear(layer, x, layer.weight.t(), layer.bias)  # type: ignore[operator, arg-type]
+
+
+def linear_map(layer: nn.Module, weight: Tensor | None = None) -> LinearMap:
+    """The linear map of a layer, but for a transposed convolution's output padding, which an input may change.
+
+    Args:
+        layer: any; what is no convolution is dense.
+        weight: that it multiplies by, if it is not the layer's own.
+    """
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return DenseMap()
-    dims = len(layer.kernel_size)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        padding = layer.padding
-        return ConvMap(layer.stride, padding, layer.dilation, layer.groups, True, layer.output_padding)  # type: ignore[arg-type]
-    padding, extra = layer.padding, ()
-    if layer.padding_mode != "zeros":
-        padding = (0,) * dims  # the layer pads its input itself
-    elif isinstance(padding, str):
-        both = layer._reversed_padding_repeated_twice  # last axis first: (left, right) each
-        sides = [(both[2 * i], both[2 * i + 1]) for i in reversed(range(dims))]
-        if all(left == right for left, right in sides):
-            padding = tuple(left for left, _ in sides)
-        else:
-            padding, extra = (0,) * dims, tuple(both)  # type: ignore[assignment]
-    group_channels = min(layer.in_channels, layer.out_channels) // layer.groups
-    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, extra=extra, group_channels=group_channels)
+    weight = layer.weight if weight is None else weight
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    padding: Any = layer.padding
+    if not transposed and layer.padding_mode != "zeros":
+        padding = 0  # the layer pads its input itself
+    output_padding = layer.output_padding if transposed else ()
+    return conv_map(weight, layer.stride, padding, layer.dilation, layer.groups, transposed, output_padding)
 
 
-def _batched(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:
-    if input.ndim not in (dims + 1, dims + 2):
-        kind = type(layer).__name__
-        raise RuntimeError(f"{kind}: an input of shape {tuple(input.shape)} has not {dims + 1} or {dims + 2} axes")
-    batched = input if input.ndim == dims + 2 else input.unsqueeze(0)
-    _check_size(layer, batched, 1, layer.in_channels, "in_channels")
-    return batched
+def conv_map(
+    weight: Tensor,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: Any = (),
+) -> ConvMap:
+    """The map of a convolution by this weight; the rest as torch's functions take it."""
+    dims = weight.ndim - 2
+
+    def each(value: Any) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, Sequence) else (value,)
+        return values * dims if len(values) == 1 else values
+
+    if transposed:
+        return ConvMap(each(stride), each(padding), each(dilation), groups, True, each(output_padding))
+    extra: tuple[int, ...] = ()
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        both = [d * (k - 1) for d, k in zip(each(dilation), weight.shape[2:], strict=True)]
+        padding = tuple(total // 2 for total in both)
+        if any(total % 2 for total in both):  # last axis first: (left, right) each, the odd one to the right
+            padding, extra = 0, tuple(n for t in reversed(both) for n in (t // 2, t - t // 2))
+    channels = min(weight.shape[1], weight.shape[0] // groups)
+    return ConvMap(each(stride), each(padding), each(dilation), groups, extra=extra, group_channels=channels)
 
 
-def _convolve(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:
-    batched = _batched(layer, input, dims)
-    if layer.padding_mode != "zeros":
-        batched = F.pad(batched, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    output = products(layer, batched, layer.weight, layer.bias, linear_map(layer))
-    return output if input.ndim == dims + 2 else output.squeeze(0)
-
-
-def _convolve_transposed(
-    layer: nn.modules.conv._ConvTransposeNd, input: Tensor, output_size: list[int] | None, dims: int
+def convolution(
+    layer: nn.modules.conv._ConvNd,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    output_size: list[int] | None = None,
 ) -> Tensor:
-    batched = _batched(layer, input, dims)
-    output_padding = layer._output_padding(
+    """A convolution layer's own convolution on quantized operands, with a weight and a bias that you give.
+
+    For layers of your own (`fqt.register`). In a layer that has been restored it is torch's function.
+
+    Args:
+        layer: an `nn.Conv…` or `nn.ConvTranspose…` of any kind: its stride, padding, padding mode, dilation and
+            groups count, and its recipe, mode and random numbers.
+        input: (N, C, *) or (C, *); every sample is a row by habit.
+        weight: as the layer's own weight, whatever it was made from; channels and kernel are those of its shape.
+        bias: (O,).
+        output_size: of a transposed convolution, as its forward takes it.
+
+    Returns:
+        (N, O, *) or (O, *).
+
+    Raises:
+        RuntimeError, ValueError: shapes, dtypes or devices do not fit, as torch's function.
+    """
+    if is_restored(layer):
+        return _float_convolution(layer, input, weight, bias, output_size)
+    dims = len(layer.kernel_size)
+    if weight.ndim != dims + 2:
+        shape = tuple(weight.shape)
+        raise RuntimeError(f"{type(layer).__name__}: a weight of shape {shape} has not {dims + 2} axes")
+    map = linear_map(layer, weight)
+    assert isinstance(map, ConvMap)
+    _check_image(layer, input, weight, map)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        map = replace(map, output_padding=_output_padding(layer, input, output_size))
+    elif layer.padding_mode != "zeros":
+        input = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    return convolve(layer, input, weight, bias, map)
+
+
+def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: ConvMap) -> Tensor:
+    """The convolution of an input (N, C, *) or (C, *) by any map on quantized operands."""
+    _check_image(layer, input, weight, map)
+    if input.ndim == weight.ndim:
+        return products(layer, input, weight, bias, map)
+    return products(layer, input.unsqueeze(0), weight, bias, map).squeeze(0)
+
+
+def _check_image(layer: nn.Module, input: Tensor, weight: Tensor, map: ConvMap) -> None:
+    """Raises for an input that does not fit a weight (O, C/groups, *), or (C, O/groups, *) if transposed."""
+    check_tensor(layer, input)
+    kind, dims = type(layer).__name__, weight.ndim - 2
+    if input.is_nested or input.layout != torch.strided:
+        odd = "nested" if input.is_nested else str(input.layout)
+        raise RuntimeError(f"{kind}: the input is {odd}; a convolution takes a dense tensor")
+    if input.ndim not in (dims + 1, dims + 2):
+        raise RuntimeError(f"{kind}: an input of shape {tuple(input.shape)} has not {dims + 1} or {dims + 2} axes")
+    channels = weight.shape[0] if map.transposed else weight.shape[1] * map.groups
+    if input.shape[-dims - 1] != channels:
+        shapes = f"an input of shape {tuple(input.shape)} does not fit a weight of shape {tuple(weight.shape)}"
+        raise RuntimeError(f"{kind}: {shapes}: it wants {channels} channels")
+
+
+def _output_padding(
+    layer: nn.modules.conv._ConvTransposeNd, input: Tensor, output_size: list[int] | None
+) -> tuple[int, ...]:
+    padding = layer._output_padding(
         input,
         output_size,
         layer.stride,  # type: ignore[arg-type]
         layer.padding,  # type: ignore[arg-type]
         layer.kernel_size,  # type: ignore[arg-type]
-        dims,
+        len(layer.kernel_size),
         layer.dilation,  # type: ignore[arg-type]
     )
-    map = linear_map(layer)
-    assert isinstance(map, ConvMap)
-    map = replace(map, output_padding=tuple(output_padding))
-    output = products(layer, batched, layer.weight, layer.bias, map)
-    return output if input.ndim == dims + 2 else output.squeeze(0)
+    return tuple(padding)
+
+
+def _float_convolution(
+    layer: nn.modules.conv._ConvNd,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: list[int] | None,
+) -> Tensor:
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return layer._conv_forward(input, weight, bias)
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(layer.kernel_size) - 1]
+    extra = _output_padding(layer, input, output_size)
+    return function(input, weight, bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation)  # type: ignore[arg-type]
 
 
 class QuantizedConv1d(nn.Conv1d):
@@ -185,7 +358,7 @@ class QuantizedConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Conv1d`."""
-        return _convolve(self, input, 1)
+        return convolution(self, input, self.weight, self.bias)
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -193,7 +366,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Conv2d`."""
-        return _convolve(self, input, 2)
+        return convolution(self, input, self.weight, self.bias)
 
 
 class QuantizedConv3d(nn.Conv3d):
@@ -201,7 +374,7 @@ class QuantizedConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Conv3d`."""
-        return _convolve(self, input, 3)
+        return convolution(self, input, self.weight, self.bias)
 
 
 class QuantizedConvTranspose1d(nn.ConvTranspose1d):
@@ -209,7 +382,7 @@ class QuantizedConvTranspose1d(nn.ConvTranspose1d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As `torch.nn.ConvTranspose1d`."""
-        return _convolve_transposed(self, input, output_size, 1)
+        return convolution(self, input, self.weight, self.bias, output_size)
 
 
 class QuantizedConvTranspose2d(nn.ConvTranspose2d):
@@ -217,7 +390,7 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As `torch.nn.ConvTranspose2d`."""
-        return _convolve_transposed(self, input, output_size, 2)
+        return convolution(self, input, self.weight, self.bias, output_size)
 
 
 class QuantizedConvTranspose3d(nn.ConvTranspose3d):
@@ -225,4 +398,4 @@ class QuantizedConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As `torch.nn.ConvTranspose3d`."""
-        return _convolve_transposed(self, input, output_size, 3)
+        return convolution(self, input, self.weight, self.bias, output_size)

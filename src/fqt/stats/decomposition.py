@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fqt.errors import FqtError
 from fqt.nn import observe
+from fqt.nn.observe import eagerly
 from fqt.stats.moments import Moments
 from fqt.stats.operands import Operands
 from fqt.stats.passes import ROLES, LossFn, check_model, energy, owner, stream, trainable, without
@@ -102,7 +103,8 @@ def decompose(
     for b, batch in enumerate(batches):
         of_batch = Moments()
         for m in range(draws):
-            rows, total = chain.draw(batch, derive_seed(seed, "table", b, m))
+            with eagerly():
+                rows, total = chain.draw(batch, derive_seed(seed, "table", b, m))
             observation = [chain.table(rows), chain.effects(rows), total]
             of_batch.update(observation)
             pooled.update(observation)

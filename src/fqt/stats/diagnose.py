@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe, observe
+from fqt.nn.observe import eagerly
 from fqt.stats.decomposition import Decomposition, decompose
 from fqt.stats.moments import Moments
 from fqt.stats.operands import Operand, Operands
 from fqt.stats.passes import (
     LossFn,
+    alone,
     check_batches,
     check_model,
     converted,
@@ -122,7 +124,8 @@ def diagnose(
     a batch of one sample is measured like any other (its per-sample quantizers have one row).
 
     Args:
-        model: in training mode, with layers that quantize their gradient ("shq8", not "qat").
+        model: in training mode, with layers that quantize their gradient ("shq8", not "qat"). A compiled model is
+            run eagerly, one in `DistributedDataParallel` as this process has it.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batches: at least 2 independent batches of one size, gone through repeatedly (an iterator's are kept).
         draws: at least 2 quantized gradients per batch.
@@ -134,7 +137,8 @@ def diagnose(
 
     Raises:
         FqtError: no converted layer, none that quantizes its gradient, one in eval mode, no trainable parameter,
-            too few batches or draws, batches of unequal size, a loss that is not a finite scalar, active dropout.
+            parameters sharded over processes, too few batches or draws, batches of unequal size, a loss that is not
+            a finite scalar, active dropout.
     """
     if draws < 2:
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
@@ -142,9 +146,10 @@ def diagnose(
         raise FqtError(f"table is a number of draws, got {table}")
     batches = batches if isinstance(batches, Sequence) else list(batches)
     check_batches(batches, 2)
+    model = alone(model)
     layers, parameters = check_model(model), trainable(model)
     groups = {name: owner(name) for name in parameters}
-    with undisturbed(model):
+    with undisturbed(model), eagerly():  # one way for all passes: rounding and dropout differ in compiled graphs
         variance, energies = _sampling(model, loss_fn, batches, parameters, layers, seed)
         operands = Operands(model)
         quantization = _quantization(model, loss_fn, batches, parameters, groups, draws, seed, operands)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fqt.errors import FqtError
 from fqt.nn.convert import is_converted
+from fqt.nn.wrappers import named_parameters
 from fqt.stats.moments import Moments
 from fqt.stats.passes import LossFn, undisturbed
 from fqt.stats.seeds import derive_seed
@@ -142,7 +143,7 @@ def sampling_variance(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any],
 def _parameters(model: nn.Module, batches: Sequence[Any]) -> dict[str, nn.Parameter]:
     if len(batches) < 2:
         raise FqtError(f"a variance and its error need at least 2 batches, got {len(batches)}")
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p for name, p in named_parameters(model) if p.requires_grad}
     if not found:
         raise FqtError("the model has no parameter that requires a gradient")
     return found

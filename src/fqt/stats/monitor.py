@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.stats.passes import (
     LossFn,
+    alone,
     check_model,
     energy,
     owner,
@@ -64,7 +65,8 @@ class Monitor:
             that it holds. By default every tensor with as many rows as the first one is cut there.
 
     Raises:
-        FqtError: no layer that quantizes its gradient, no trainable parameter, or values that make no sense.
+        FqtError: no layer that quantizes its gradient, no trainable parameter, values that make no sense, or a
+            model whose gradients are sharded or averaged over processes.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Monitor:
         if not 0 <= memory < 1:
             raise FqtError(f"memory must lie in [0, 1), got {memory}")
         check_model(model, awake=False)
-        self.model, self.loss_fn, self.every, self.memory = model, loss_fn, every, memory
+        self.model, self.loss_fn, self.every, self.memory = alone(model, averaged=True), loss_fn, every, memory
         self.half = half or first_half
         self.names = list(dict.fromkeys(map(owner, trainable(model))))
         self.count = 0

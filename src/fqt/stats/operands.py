@@ -22,7 +22,7 @@ from fqt.kernels.tensor import RowView
 from fqt.nn import GradientOperand
 from fqt.quant.quantizer import Quantizer
 from fqt.stats.moments import Moments
-from fqt.stats.passes import energy
+from fqt.stats.passes import converted, energy
 from fqt.stats.spread import Estimate, estimates
 
 __all__ = ["WIDTHS", "Operand", "Operands", "multiplications", "nuclear_norm"]
@@ -86,7 +86,7 @@ class Operands:
     """
 
     def __init__(self, model: nn.Module, widths: Sequence[int] = WIDTHS, full: bool = True) -> None:
-        self.model, self.widths, self.full = model, tuple(widths), full
+        self.layers, self.widths, self.full = converted(model), tuple(widths), full
         self.order: list[str] = []
         """Layers in the order in which their gradients were quantized last, uses in a row counted once."""
         self.uses: dict[str, int] = {}
@@ -108,7 +108,7 @@ class Operands:
             self.order.append(name)
         key = (name, operand.role)
         matrix = self._matrix(operand) if self.full else None
-        sums = _Sums.of(self.model.get_submodule(name), operand, self.widths, matrix)
+        sums = _Sums.of(self.layers[name], operand, self.widths, matrix)
         self._now[key] = sums if key not in self._now else self._now[key].plus(sums)
         self.uses[name] = max(self.uses.get(name, 0), self._now[key].uses)
         if matrix is not None and key not in self._concentration:
@@ -239,7 +239,7 @@ class _Sums:
         figures = [unfolded.reshape(1), variances.cpu()]
         if matrix is not None:
             figures += [bounds.cpu(), matrix.range_ratio]
-        count = multiplications(module, x)
+        count = multiplications(module, x, operand.weight)
         return _Sums(q, shape, count, torch.cat(figures), matrix is not None, folded is not None)
 
     def plus(self, other: _Sums) -> _Sums:
@@ -291,18 +291,26 @@ def _histogram(operand: GradientOperand) -> Tensor:
     return torch.bincount(codes.flatten().int() - levels.low, minlength=levels.high - levels.low + 1).cpu()
 
 
-def multiplications(module: nn.Module, grad_output: Tensor) -> int:
+def multiplications(module: nn.Module, grad_output: Tensor, shape: torch.Size | None = None) -> int:
     """Of one backward product of a layer: entries of grad_output times the terms that each one meets.
 
-    A transposed convolution's borders are counted as its inside; an attention's projections as if all had its
-    embedding dimension.
+    A transposed convolution's borders are counted as its inside.
+
+    Args:
+        module: the layer.
+        grad_output: of the product.
+        shape: of the weight in it, (O, I/groups, *), transposed (I, O/groups, *). If it is None, the layer's own;
+            an attention's products are then counted as if all had its embedding dimension.
     """
-    if isinstance(module, nn.MultiheadAttention):
+    if shape is None and isinstance(module, nn.MultiheadAttention):
         return grad_output.numel() * module.embed_dim
-    weight, stride = getattr(module, "weight", None), getattr(module, "stride", None)
-    assert isinstance(weight, Tensor)
+    if shape is None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        shape = weight.shape
+    stride = getattr(module, "stride", None)
     if getattr(module, "transposed", False) and isinstance(stride, tuple):
         groups = int(module.groups)  # type: ignore[arg-type]
-        terms = weight.shape[0] // groups * math.prod(weight.shape[2:])
+        terms = shape[0] // groups * math.prod(shape[2:])
         return grad_output.numel() * terms // math.prod(stride)
-    return grad_output.numel() * weight[0].numel()
+    return grad_output.numel() * math.prod(shape[1:])

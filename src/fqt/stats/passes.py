@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.nn import Recipe
 from fqt.nn.convert import is_converted
+from fqt.nn.wrappers import inside, named_modules, named_parameters
 
 __all__ = [
     "LossFn",
     "Sink",
+    "alone",
     "check_batches",
     "check_model",
     "converted",
@@ -45,12 +47,12 @@ _PIECE = 4096
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by qualified name.
+    """The parameters that require a gradient, by qualified name, without what wrappers add to it.
 
     Raises:
         FqtError: there is none.
     """
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p for name, p in named_parameters(model) if p.requires_grad}
     if not found:
         raise FqtError("the model has no parameter that requires a gradient")
     return found
@@ -62,8 +64,39 @@ def owner(parameter: str) -> str:
 
 
 def converted(model: nn.Module) -> dict[str, nn.Module]:
-    """The converted layers by qualified name."""
-    return {name: module for name, module in model.named_modules() if is_converted(module)}
+    """The converted layers by qualified name, without what wrappers add to it."""
+    return {name: module for name, module in named_modules(model) if is_converted(module)}
+
+
+def alone(model: nn.Module, averaged: bool = False) -> nn.Module:
+    """The model as one process has it, out of the wrappers that average gradients over processes or devices.
+
+    Args:
+        model: wrapped or not.
+        averaged: whether `.grad`, which is such an average if there are several processes, will be compared.
+
+    Raises:
+        FqtError: no process has the whole model, since its parameters are sharded; or `.grad` will not be its own.
+    """
+    kinds = {kind.__name__ for p in model.parameters() for kind in type(p).__mro__}
+    kinds |= {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    sharded = kinds & {"DTensor", "FullyShardedDataParallel"}
+    if sharded:
+        raise FqtError(
+            f"the model's parameters are sharded over processes ({', '.join(sorted(sharded))}), and a gradient's "
+            "statistics need all of it: measure the model before it is sharded"
+        )
+    while any(kind.__name__ in ("DistributedDataParallel", "DataParallel") for kind in type(model).__mro__):
+        name = inside(model)
+        assert name is not None
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if averaged and ranks > 1:
+            raise FqtError(
+                f"{type(model).__name__} averages gradients over {ranks} processes, so that .grad belongs to more "
+                "than this process's batch: use diagnose, which measures one process"
+            )
+        model = model.get_submodule(name)
+    return model
 
 
 def check_model(model: nn.Module, awake: bool = True) -> dict[str, nn.Module]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.nn.function import GradientOperand
 from fqt.nn.observe import observe
+from fqt.nn.wrappers import named_modules
 from fqt.quant import Quantizer
 from fqt.stats.gradient import undisturbed
 from fqt.stats.seeds import derive_seed
@@ -98,7 +99,7 @@ def layer_profile(
             into[label] += float(q.variance(x, operand.seed, axis=rows)) / len(batches)
 
     _backward(model, loss_fn, batches, seed, note)
-    order = [name for name, _ in model.named_modules() if name in shapes]
+    order = [name for name, _ in named_modules(model) if name in shapes]
     if not order:
         raise FqtError("no layer of the model quantizes its grad_input in training mode: nothing to profile")
     return [
@@ -134,7 +135,7 @@ def gradient_of_layer(
             found.setdefault(name, rows.reshape(rows.shape[0], -1).clone())
 
     _backward(model, loss_fn, [batch], seed, note)
-    order = [name for name, _ in model.named_modules() if name in found]
+    order = [name for name, _ in named_modules(model) if name in found]
     if not order:
         raise FqtError("no layer of the model quantizes its grad_input in training mode: there is nothing to show")
     name = order[len(order) // 2] if layer is None else layer
