@@ -10,7 +10,7 @@ from torch import nn
 
 from fqt.errors import FqtError
 from fqt.train import Interrupted, read_result, train
-from fqt.train.checkpoint import load_checkpoint, restore_rng, rng_state
+from fqt.train.checkpoint import load_checkpoint, restore_rng, rng_state, save_checkpoint
 from fqt.train.run import STATE, continue_config
 from fqt.train.trainer import Trainer
 
@@ -121,7 +121,7 @@ def test_recipes_share_weights_and_batches(small):
 def test_the_record_is_complete(tmp_path, small, metrics):
     result = train(small(), tmp_path, command=["fqt", "train"])
     assert {p.name for p in tmp_path.iterdir()} == {
-        "config.toml", "environment.json", "metrics.jsonl", "checkpoint.pt", "halfway.pt",
+        "config.toml", "environment.json", "metrics.jsonl", "metrics.sums", "checkpoint.pt", "halfway.pt",
     }  # fmt: skip
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 5, 7, 9, 10]
@@ -227,7 +227,7 @@ def _code(path):
 def _other_model(path):
     state = torch.load(path)
     state["model"]["fc.weight"] = torch.zeros(3, 3)
-    torch.save(state, path)
+    save_checkpoint(path, state)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,11 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path, small, metrics):
     assert metrics(tmp_path)[-1]["diverged"]
     assert train(small(lr=1e30, recipe="none", model=DROPPED), tmp_path, resume=True).diverged
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
-    with pytest.raises(FqtError, match="not finished"):
+    with pytest.raises(FqtError, match="cut short"):
+        read_result(tmp_path)
+    (tmp_path / "metrics.sums").unlink()  # as an earlier version left it
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
+    with pytest.raises(FqtError, match="incomplete: it has no 'epoch'"):
         read_result(tmp_path)
 
 
