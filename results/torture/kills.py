@@ -20,46 +20,62 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # by every optimizer
+from torch import nn
 
 import fqt.cli
 import fqt.records
 from fqt.train.checkpoint import load_checkpoint
+from fqt.train.readers import read_digits
 
-SMALL = ["--batch-size", "256", "--window", "2", "--device", "cpu"]
+SMALL = ["--model", f"{Path(__file__).stem}:net", "--batch-size", "256", "--window", "2", "--device", "cpu"]
 COMMANDS = {
     "train": ["train", "digits", "--recipe", "psq4", "--steps", "12", *SMALL],
     "adapt": ["train", "digits", "--recipe", "shq4", "--adapt", "--adapt-every", "2", "--steps", "12", *SMALL],
     "compare": [
-        "compare", "digits", "--recipes", "qat,psq4", "--seeds", "1", "--steps", "6", "--batches", "2", "--draws", "2",
-        *SMALL,
+        "compare", "digits", "--recipes", "qat,psq4", "--seeds", "1", "--steps", "6", "--batches", "2",
+        "--draws", "2", *SMALL,
     ],
-    "reproduce": ["reproduce", "variance", "histogram", "--quick", "--steps", "4"],
+    "reproduce": ["reproduce", "variance", "histogram", "--quick", "--steps", "4", "--model", SMALL[1]],
 }  # fmt: skip
 LONGEST = 600.0  # seconds that a command may take
 CLOCK = ("seconds", "time", "environment", "metrics_bytes", "source")
 
 
-def main(cases: int, seed: int = 0, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+def net(num_classes: int) -> nn.Module:
+    """A network that takes no time."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+
+def main(
+    cases: int,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    *,
+    commands: Sequence[str] = tuple(COMMANDS),
+) -> dict[str, Any]:
     """Kills `cases` times, in turn each command; what was found.
 
     Args:
         cases: kills.
         seed: of the moments.
         progress: told how many were made.
+        commands: the ones to kill.
     """
     torch.set_num_threads(1)
+    read_digits("")  # with the imports below: what every fork would import anew
     random_ = random.Random(seed)
-    kills, runs, failures = dict.fromkeys(COMMANDS, 0), 0, []
+    kills, runs, failures = dict.fromkeys(commands, 0), 0, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        whole = {command: _Whole(command, folder / f"{command}-whole") for command in COMMANDS}
+        whole = {command: _Whole(command, folder / f"{command}-whole") for command in commands}
         while sum(kills.values()) < cases:
-            command = min(COMMANDS, key=lambda c: kills[c])
+            command = min(commands, key=lambda c: kills[c])
             found = _until_it_ends(whole[command], folder / "killed", random_)
             kills[command] += found["kills"]
             runs += 1
@@ -102,9 +118,7 @@ def _until_it_ends(whole: _Whole, folder: Path, random_: random.Random) -> dict[
     return {"kills": kills, "failures": ["it does not come to an end"]}
 
 
-def _run(
-    command: str, folder: Path, *, after: float | None = None, at: int | None = None
-) -> tuple[int, str, int]:
+def _run(command: str, folder: Path, *, after: float | None = None, at: int | None = None) -> tuple[int, str, int]:
     """Runs a command in a fork, perhaps killed; its status, what it said, how often it wrote."""
     arguments = [*COMMANDS[command], "--out", str(folder)]
     if command in ("train", "adapt") and (folder / "config.toml").exists():
@@ -133,7 +147,7 @@ def _child(arguments: list[str], log: Path, counted: Path, at: int | None) -> No
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(output, number)
-    sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
     sys.argv = ["fqt", *arguments]
     writes = _watch_writes(at)
     status: Any = 1
@@ -215,5 +229,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", default=",".join(COMMANDS), help="separated by commas")
     options = parser.parse_args()
-    print(json.dumps(main(options.cases, options.seed), indent=1))
+    print(json.dumps(main(options.cases, options.seed, commands=options.commands.split(",")), indent=1))

@@ -80,7 +80,8 @@ class Seal:
         end = len(data) - len(self.tail) - DIGITS
         if end >= 0 and data[:end].endswith(self.lead):
             return data[end:] == digest(data[:end]) + self.tail
-        return False if self.head and data.startswith(self.head) else None
+        begins = bool(self.head and data) and data.startswith(self.head[: len(data)])
+        return False if begins else None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -217,24 +218,37 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         FqtError: another process is writing there; the message names it. Or the folder cannot be made.
     """
+    check_path(folder)
     try:
         made = [place for place in (folder, *folder.parents) if not place.exists()]
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        with _held(folder):
+            _clear_parts(folder)
+            yield
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The lock alone."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         number = _take(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
     _HELD.add(number)
     try:
-        _clear_parts(folder)
         yield
     finally:
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink()  # while it is held: whoever opened it meanwhile sees that it has gone
         _HELD.discard(number)
         os.close(number)
-        for place in made:
-            with contextlib.suppress(OSError):
-                place.rmdir()
 
 
 def _take(folder: Path) -> int:

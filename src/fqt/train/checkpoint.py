@@ -32,13 +32,20 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values())
 
 
+def _is_adapter(value: Any) -> bool:
+    if value is not None:
+        check_shape(value, {"recipe": (dict, type(None))}, "the checkpoint's adapter")
+    return True
+
+
 SHAPES = {
     "config": {},
     "recipe": {},
     "step": lambda step: type(step) is int and step >= 0,
     "model": _is_state,
-    "optimizer": {"state": {}, "param_groups": [{}]},
-    "window": lambda window: isinstance(window, Tensor) and window.shape == (3,),
+    "optimizer": {"state": {...: {}}, "param_groups": [{}]},
+    "window": lambda window: isinstance(window, Tensor) and window.shape == (3,) and window.dtype == torch.float64,
+    "adapter": _is_adapter,
     "rng": {"torch": (Tensor,), "cuda": (list,), "numpy": (tuple,), "python": (tuple,)},
     "metrics_bytes": lambda size: type(size) is int and size >= 0,
 }
