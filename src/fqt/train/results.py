@@ -83,16 +83,10 @@ def is_finished(folder: Path) -> bool:
     """Whether the folder holds a run that came to its end.
 
     Raises:
-        FqtError: its metrics are damaged, and there is no checkpoint from which the end could be made again.
+        FqtError: its metrics are damaged.
     """
-    if not (folder / "metrics.jsonl").exists():
-        return False
-    try:
-        return any(record["kind"] == "end" for record in read_metrics(folder)[-1:])
-    except FqtError:
-        if (folder / "checkpoint.pt").exists():
-            return False
-        raise
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(record["kind"] == "end" for record in read_metrics(folder)[-1:])
 
 
 def read_result(folder: Path) -> RunResult:

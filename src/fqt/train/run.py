@@ -163,7 +163,12 @@ def _is_done(config: TrainConfig, folder: Path, *, resume: bool, force: bool) ->
     if (folder / "config.toml").exists():
         _check_same(folder, _saved_config(folder), config)
         _check_recipe(folder, config)
-    return is_finished(folder)
+    try:
+        return is_finished(folder)
+    except FqtError:
+        if (folder / "checkpoint.pt").exists():  # from which what is damaged after it is made again
+            return False
+        raise
 
 
 def discard(folder: Path) -> None:
