@@ -1,6 +1,9 @@
 """The command line as a user meets it: output, exit status, one line for an error."""
 
+import errno
+import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -9,6 +12,8 @@ import time
 import pytest
 
 import fqt.cli
+from fqt.records import write_json
+from fqt.train import read_result
 from fqt.train.checkpoint import load_checkpoint
 from fqt.train.run import STATE, continue_config
 from fqt.train.trainer import Trainer
@@ -119,6 +124,13 @@ ERRORS = [
     (["report", "nowhere"], "cannot read nowhere"),
     (["report", "."], "holds no record of fqt"),
     (["report"], "Missing argument 'RUN...'"),
+    (["train", "--out", "n" * 300], "File name too long; name another place"),
+    (["train", "--out", "d/" * 2500], "File name too long"),
+    (["train", "--recipe", "n" * 300 + ".toml"], "File name too long"),
+    (["train", "--preset", "n/" * 2500 + ".toml"], "File name too long"),
+    (["train", "cifar10", "--data", "n" * 300], "File name too long"),
+    (["train", "--seed", "9" * 400], "seed must have less than 64 bits"),
+    (["report", "n" * 300], "File name too long"),
     (["dance"], "No such command"),
 ]
 
@@ -132,6 +144,103 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, arguments, message):
     assert err.count("\n") == 1
     assert out == ""
     assert not list(tmp_path.rglob("*"))  # nothing was left behind
+
+
+def test_a_file_where_a_folder_should_be(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for command in ("train", "compare", "reproduce"):
+        status, out, err = run(command, "--out", "file/x")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "Not a directory" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream of another encoding, or one that fails."""
+
+    def __init__(self, encoding="utf-8", fails=0):
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict", newline="\n")
+        self.fails = fails
+
+    def write(self, text):
+        if self.fails:
+            raise OSError(self.fails, os.strerror(self.fails))
+        return super().write(text)
+
+    def text(self):
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+def _streams(monkeypatch, out, err):
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    return out, err
+
+
+def _main(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        fqt.cli.main(list(arguments))
+    return stop.value.code
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_no_encoding_changes_a_status(tmp_path, monkeypatch, encoding):
+    monkeypatch.chdir(tmp_path)
+    out, err = _streams(monkeypatch, Stream(encoding), Stream(encoding))
+    small = [
+        "--recipes",
+        "qat,psq4",
+        "--seeds",
+        "1",
+        "--steps",
+        "2",
+        "--draws",
+        "2",
+        "--batches",
+        "2",
+        "--out",
+        "ρ",
+    ]
+    assert _main("compare", "digits", *small, *FAST) == 0
+    assert ("noise ρ" if encoding == "utf-8" else "noise rho") in out.text()
+    assert "report.html" in out.text()
+    assert _main("report", "ρ/nowhere") == 2
+    assert ("ρ/nowhere" if encoding == "utf-8" else "rho/nowhere") in err.text()
+    assert (sys.stdout, sys.stderr) == (out, err)
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 1), (errno.EPIPE, 0), (errno.EIO, 0)])
+def test_output_that_cannot_be_written(tmp_path, monkeypatch, number, status):
+    """A full disk is told in one line; a reader that has gone changes nothing. The record is whole."""
+    monkeypatch.chdir(tmp_path)
+    _, err = _streams(monkeypatch, Stream(fails=number), Stream())
+    assert _main("train", "--recipe", "none", "--out", "r", *FAST) == status
+    said = [line for line in err.text().splitlines() if line.startswith("fqt: ")]
+    assert said == (["fqt: cannot write to standard output: No space left on device"] if status else [])
+    _streams(monkeypatch, Stream(), Stream(fails=number))
+    assert _main("train", "--recipe", "none", "--out", "s", *FAST) == 0
+    assert read_result(tmp_path / "r").accuracy == read_result(tmp_path / "s").accuracy
+
+
+def test_a_page_on_standard_output_is_the_page_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "a.json", {"format": "fqt other", "rows": [{"a": 1}]})
+    with open(tmp_path / "page.html", "w") as out:
+        _, err = _streams(monkeypatch, out, Stream())
+        assert _main("report", "a.json", "--html", f"/dev/fd/{out.fileno()}") == 0
+    text = (tmp_path / "page.html").read_text()
+    assert text.startswith("<!doctype html>")
+    assert text.rstrip().endswith("</html>")
+    assert "page: /dev/fd/" in err.text()
+
+
+def test_python_m_fqt(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/__main__.py", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("fqt", run_name="__main__")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"fqt, version {fqt.__version__}\n"
 
 
 def test_divergence_is_status_1(run):

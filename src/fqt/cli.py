@@ -1,7 +1,8 @@
 """The command line: wires the rooms together and turns errors into one line and an exit status.
 
-Exit status: 0 done; 1 the training diverged, a bench found a wrong result, or a certificate's verdict is not
-"exact"; 2 bad input, or a record that could not be written; 130 interrupted with the state saved.
+Exit status: 0 done; 1 the training diverged, a bench found a wrong result, a certificate's verdict is not "exact",
+or standard output could not be written; 2 bad input, or a record that could not be written; 130 interrupted with
+the state saved.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from rich.progress import Progress, TextColumn
 
 import fqt
 from fqt import bench
+from fqt.cli_common import PLACE, complain, keep_clear, say, steady_output, typed
 from fqt.cli_reproduce import reproduce_command
 from fqt.errors import FqtError
-from fqt.records import environment, read_json, write_bytes, write_json
+from fqt.files import shown
+from fqt.records import TEXT, check_shape, environment, plain, read_json, write_bytes, write_json
 from fqt.report import (
     certificate_table,
     collect,
@@ -58,19 +61,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``fqt``; ends the process with the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     sys.path.append(os.getcwd())  # so that --model finds a module beside the user; last, so that it hides none
+    with steady_output() as out:
+        status = _status(arguments)
+        out.flush()
+        if out.failure:
+            complain(f"cannot write to standard output: {out.failure}")
+            status = status or 1
+    sys.exit(status)
+
+
+def _status(arguments: list[str]) -> int:
+    """Runs a command; what ended it is said in one line."""
     try:
-        status = cli.main(args=arguments, prog_name="fqt", standalone_mode=False)
-    except (FqtError, click.ClickException) as error:
-        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        print("fqt: " + " ".join(text.split()), file=sys.stderr)
-        sys.exit(2)
+        return cli.main(args=arguments, prog_name="fqt", standalone_mode=False) or 0
+    except click.ClickException as error:
+        complain(error.format_message())
+    except FqtError as error:
+        complain(str(error))
+    except OSError as error:  # of the system, not of ours: where it was is all that there is to say
+        where = f" ({shown(os.fsdecode(error.filename))})" if isinstance(error.filename, str | bytes) else ""
+        complain(f"{error.strerror or error}{where}")
     except Interrupted as stop:
-        print(f"fqt: {stop}; the same command with --resume (not --force) continues", file=sys.stderr)
-        sys.exit(130)
+        complain(f"{stop}; the same command with --resume (not --force) continues")
+        return 130
     except (KeyboardInterrupt, click.Abort):
-        print("fqt: interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(status or 0)
+        complain("interrupted")
+        return 130
+    return 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -108,7 +125,7 @@ def _training_options(command: Command) -> Command:
         click.option("--amp/--no-amp", default=None, help="bfloat16 autocast."),
         click.option("--window", type=int, help="Steps per line of metrics."),
         click.option("--seed", type=int, help="What all randomness derives from; the first one, for compare."),
-        click.option("--out", type=click.Path(path_type=Path), help="Folder of the record [default: under runs/]."),
+        click.option("--out", type=PLACE, help="Folder of the record [default: under runs/]."),
         click.option("--force", is_flag=True, help="Discard what is in the folder."),
     ]
     for option in reversed(options):
@@ -138,8 +155,8 @@ def train_command(
             raise FqtError("--resume continues and --force discards: give one of them")
         config = continue_config(folder, _explicit(config, task, preset, given))
     console = Console(stderr=True)
-    result = train(config, folder, resume=resume, force=force, command=sys.argv, observer=ConsoleObserver(console))
-    click.echo(
+    result = train(config, folder, resume=resume, force=force, command=typed(), observer=ConsoleObserver(console))
+    say(
         f"accuracy {100 * result.accuracy:.2f} % (best {100 * result.best_accuracy:.2f} %), "
         f"training loss {result.train_loss:.4f}, {result.steps} steps, record in {folder}"
     )
@@ -184,15 +201,15 @@ def compare_command(
     folder = out or Path("runs") / f"compare-{config.task}"
     comparison = Comparison(base=config, recipes=recipes, seeds=tuple(range(first, first + seeds)), **measure)
     console = Console(stderr=True)
-    compare(comparison, folder, force=force, command=sys.argv, observer=ConsoleObserver(console))
+    compare(comparison, folder, force=force, command=typed(), observer=ConsoleObserver(console))
     _write_reports((folder,), None)
 
 
 @cli.command("report")
-@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=PLACE)
 @click.option(
     "--html",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     help="File of the page [default: report.html in the folder; with several, in the current one].",
 )
 def report_command(paths: tuple[Path, ...], html: Path | None) -> None:
@@ -200,6 +217,7 @@ def report_command(paths: tuple[Path, ...], html: Path | None) -> None:
 
     Of a comparison that is named itself, the table and the plot are made again too.
     """
+    keep_clear(html)
     _write_reports(paths, html)
 
 
@@ -210,9 +228,9 @@ def _write_reports(paths: Sequence[Path], html: Path | None) -> None:
             _write_report(folder)
     page = html or (paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()) / "report.html"
     problems = write_page(found, page)
-    click.echo(f"page: {page}")
+    say(f"page: {page}")
     for problem in problems:
-        print(f"fqt: {problem}", file=sys.stderr)
+        complain(problem)
 
 
 def _write_report(folder: Path) -> None:
@@ -223,11 +241,11 @@ def _write_report(folder: Path) -> None:
     for ending in ("png", "svg"):
         save_figure(figure, folder / f"compare.{ending}")
     Console().print(terminal_table(record, rows))
-    click.echo(f"table and plot: {folder}/compare.md, compare.png, compare.svg")
+    say(f"table and plot: {folder}/compare.md, compare.png, compare.svg")
 
 
 @cli.command("diagnose")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PLACE)
 @click.option("--recipe", help="Recipe to measure with [default: the run's].")
 @click.option("--at", type=click.Choice(["checkpoint", "halfway"]), default="checkpoint", show_default=True)
 @click.option("--batches", default=8, show_default=True, help="Fresh training batches.")
@@ -236,11 +254,12 @@ def _write_report(folder: Path) -> None:
 @click.option("--seed", default=0, show_default=True, help="Of the noise.")
 @click.option("--data", help="Folder with the task's files, if it has moved.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1 …")
-@click.option("--out", type=click.Path(path_type=Path), help="Record [default: diagnosis.json in the folder].")
+@click.option("--out", type=PLACE, help="Record [default: diagnosis.json in the folder].")
 def diagnose_command(
     folder: Path, recipe: str | None, at: str, batches: int, out: Path | None, **given: Any
 ) -> None:
     """Measure where the gradient noise of the run in FOLDER comes from, at its latest weights."""
+    keep_clear(out)
     snapshot = Snapshot.of_run(folder, at=at, data=given.pop("data"), device=given.pop("device"))
     console = Console(stderr=True)
     with console.status("measuring gradients", spinner="line"):
@@ -252,17 +271,17 @@ def diagnose_command(
         "at": at,
         "recipe": recipe_label(recipe or snapshot.config.recipe) + adapted,
         **diagnosis_record(found),
-        "environment": environment(sys.argv),
+        "environment": environment(typed()),
     }
     path = out or folder / "diagnosis.json"
     write_json(path, record)
-    for table in diagnosis_tables(read_json(path)):
+    for table in diagnosis_tables(plain(record)):
         _print_whole(table)
-    click.echo(f"record: {path}")
+    say(f"record: {path}")
 
 
 @cli.command("plan")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=PLACE)
 @click.option("--rho", type=float, help="Fewest bits with quantization over sampling variance at most this [0.1].")
 @click.option("--mean-width", type=float, help="Least variance at this mean width by multiplications instead.")
 @click.option(
@@ -274,7 +293,7 @@ def diagnose_command(
 )
 @click.option("--data", help="For --check: folder with the task's files, if it has moved.")
 @click.option("--device", help="For --check: auto, cpu, cuda …")
-@click.option("--out", type=click.Path(path_type=Path), help="Recipe file [default: plan.toml beside the record].")
+@click.option("--out", type=PLACE, help="Recipe file [default: plan.toml beside the record].")
 def plan_command(
     source: Path, rho: float | None, mean_width: float | None, check: int, out: Path | None, **given: Any
 ) -> None:
@@ -287,17 +306,18 @@ def plan_command(
         raise FqtError("--check needs at least 2 batches, to tell how sure the measurement is")
     record = read_json(path)
     made = fqt.plan(diagnosis_from(record), rho=rho, mean_width=mean_width)
+    if check:
+        check_shape(record, {"run": TEXT, "at": TEXT}, f"{path}, for --check")
     target = out or path.with_name("plan.toml")
+    keep_clear(out)
     made.save(target)
     _print_whole(plan_table(made.widths, made.costs.weight))
-    click.echo(f"mean width {made.mean_width:.2f} bits, predicted ρ {made.rho:.3g}; recipe: {target}")
+    say(f"mean width {made.mean_width:.2f} bits, predicted ρ {made.rho:.3g}; recipe: {target}")
     if check:
         snapshot = Snapshot.of_run(Path(record["run"]), at=record["at"], **given)
         fresh = snapshot.batches(check, start=record["batches"])
         noise = quantization_variance(snapshot.model(made.recipe), snapshot.loss, fresh, draws=2).total
-        click.echo(
-            f"quantization variance: predicted {made.variance:.3g}, measured {noise.value:.3g} ± {noise.error:.2g}"
-        )
+        say(f"quantization variance: predicted {made.variance:.3g}, measured {noise.value:.3g} ± {noise.error:.2g}")
 
 
 def _print_whole(table: Table) -> None:
@@ -322,7 +342,7 @@ def explain_command(task: str | None, model: str | None, recipe: str, data: str 
     loader = _task_data(config)
     network = make_model(config, loader, config.recipe)
     given = (next(iter(loader.train(0))), training_loss(config)) if batch else ()
-    click.echo(str(fqt.explain(network, *given)))
+    say(str(fqt.explain(network, *given)))
 
 
 @cli.command("bench")
@@ -334,12 +354,12 @@ def explain_command(task: str | None, model: str | None, recipe: str, data: str 
 @click.option("--quick", is_flag=True, help="Few rounds and no compiled contestants: a look, not a measurement.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     default=Path("runs/bench.json"),
     show_default=True,
     help="File of the record; one that is there is replaced.",
 )
-@click.option("--table", type=click.Path(path_type=Path), help="Print the Markdown tables of that record, and end.")
+@click.option("--table", type=PLACE, help="Print the Markdown tables of that record, and end.")
 def bench_command(
     cases: tuple[str, ...],
     list_cases: bool,
@@ -355,9 +375,10 @@ def bench_command(
     Every result is verified before it is timed. The exit status is 1 if one was wrong; a floor that is missed is
     a result like any other, and the status stays 0. Ctrl-C keeps what was measured.
     """
+    keep_clear(out)
     console = Console()
     if table is not None:
-        click.echo(bench.markdown(bench.read_bench(table)), nl=False)
+        say(bench.markdown(bench.read_bench(table)), end="")
         return 0
     chosen = bench.select(cases)
     if list_cases:
@@ -370,15 +391,15 @@ def bench_command(
         repeats=repeats or (5 if quick else 20),
         seeds=2 if quick else 4,
         compile=not quick,
-        command=sys.argv,
+        command=typed(),
     )
     with bench.ConsoleObserver(Console(stderr=True)) as observer:
         record = bench.run(plan, out, observer)
     for tables in bench.terminal_tables(record):
         console.print(tables)
-    click.echo(f"record in {out}" + (", as far as it came" if record["interrupted"] else ""))
+    say(f"record in {out}" + (", as far as it came" if record["interrupted"] else ""))
     for line in bench.failures(record):
-        click.echo(f"wrong result: {line}", err=True)
+        print(f"wrong result: {line}", file=sys.stderr)
     if record["interrupted"]:
         return 130
     return 1 if bench.failures(record) else 0
@@ -406,7 +427,7 @@ def _task_data(config: TrainConfig) -> Loader:
 @click.option(
     "--json",
     "file",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     help="Write the certificate to this file, too; `fqt report` shows it.",
 )
 def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str, file: Path | None) -> int:
@@ -418,6 +439,7 @@ def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str
     axes = {"rows": 0, "features": 1, "none": None}
     if mixes not in axes:
         raise FqtError(f"--mixes must be rows, features or none, not {mixes!r}")
+    keep_clear(file)
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[input]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -431,7 +453,7 @@ def certify_command(subject: str, draws: int, rate: float, seed: int, mixes: str
             progress=lambda name, done, total: bars.update(task, completed=done, total=total, input=name),
         )
     if file is not None:
-        write_json(file, {**certificate.to_dict(), "environment": environment(sys.argv)})
+        write_json(file, {**certificate.to_dict(), "environment": environment(typed())})
     wide = screen()
     wide.print(certificate_table(certificate, wide.width))
     return 0 if certificate.exact else 1

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from fqt.cli_common import PLACE, complain, say, typed
 from fqt.errors import FqtError
+from fqt.files import locked
 from fqt.records import environment, read_json, write_json
 from fqt.report import collect, read_comparison, save_figure, write_page
 from fqt.report.paper import accuracy_record, check_paper, layers_record, paper_figure, paper_tables
@@ -26,7 +27,7 @@ RECORD = Path("results/cifar10-resnet20")
 
 @click.command("reproduce")
 @click.argument("figures", metavar="[FIGURE]...", nargs=-1)
-@click.option("--run", type=click.Path(path_type=Path), help="A run of `fqt train` to measure, at its half-way.")
+@click.option("--run", type=PLACE, help="A run of `fqt train` to measure, at its half-way.")
 @click.option("--data", help="CIFAR-10's folder, to train the network on it; without, it is trained on digits.")
 @click.option("--model", help="The network to train [default: the task's].")
 @click.option(
@@ -35,15 +36,15 @@ RECORD = Path("results/cifar10-resnet20")
 @click.option("--layer", help="The layer of the histogram [default: the middle one].")
 @click.option(
     "--comparison",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     help=f"A record of `fqt compare`, for accuracy [default: {RECORD}].",
 )
 @click.option(
     "--table",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     help="Draw layers from this record of `fqt diagnose` instead of measuring it.",
 )
-@click.option("--out", default=Path("runs/paper"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--out", default=Path("runs/paper"), show_default=True, type=PLACE)
 @click.option("--seed", default=0, show_default=True, help="Of the network and of all noise.")
 @click.option("--quick", is_flag=True, help="Fewer bits, batches and repeats: to see that it works.")
 @click.option("--force", is_flag=True, help="Discard the figures' records in the folder (not the network).")
@@ -78,35 +79,36 @@ def reproduce_command(
     wanted = [name for name in FIGURES if name in (figures or FIGURES)]
     network: Snapshot | None = None
     effort = QUICK if quick else FULL
-    work = Reproduction(out, effort=effort, seed=seed, force=force, command=sys.argv, observer=observer)
+    work = Reproduction(out, effort=effort, seed=seed, force=force, command=typed(), observer=observer)
     try:
-        measured = [name for name in wanted if name in MEASURED and not (name == "layers" and table)]
-        if set(measured) - {"overhead"}:
-            if run is not None:
-                network = Snapshot.of_run(run, data=data)
-            else:
-                network = trained_network(
-                    out / "network",
-                    data=data,
-                    model=model,
-                    steps=steps or (60 if quick and data else None),
-                    seed=seed,
-                    command=sys.argv,
-                    observer=observer,
-                )
-        for name in wanted:
-            if name in measured:
-                _measure(name, work, network, layer)
-            elif not _read(name, out, comparison if name == "accuracy" else table, asked=name in figures):
-                continue
-            _show(out / f"{name}.json")
+        with locked(out):
+            measured = [name for name in wanted if name in MEASURED and not (name == "layers" and table)]
+            if set(measured) - {"overhead"}:
+                if run is not None:
+                    network = Snapshot.of_run(run, data=data)
+                else:
+                    network = trained_network(
+                        out / "network",
+                        data=data,
+                        model=model,
+                        steps=steps or (60 if quick and data else None),
+                        seed=seed,
+                        command=typed(),
+                        observer=observer,
+                    )
+            for name in wanted:
+                if name in measured:
+                    _measure(name, work, network, layer)
+                elif not _read(name, out, comparison if name == "accuracy" else table, asked=name in figures):
+                    continue
+                _show(out / f"{name}.json")
     except KeyboardInterrupt:
-        console.print(f"fqt: what was measured is kept in {out}; the same command continues", highlight=False)
+        complain(f"what was measured is kept in {out}; the same command continues")
         raise
     page = out / "report.html"
     for problem in write_page(collect([out]), page):
-        print(f"fqt: {problem}", file=sys.stderr)
-    click.echo(f"records and figures: {out}; page: {page}")
+        complain(problem)
+    say(f"records and figures: {out}; page: {page}")
 
 
 def _measure(name: str, work: Reproduction, network: Snapshot | None, layer: str | None) -> None:
@@ -134,9 +136,9 @@ def _read(name: str, out: Path, source: Path | None, *, asked: bool) -> bool:
         hint = "--comparison, a folder of `fqt compare` (make one: fqt compare cifar10 --data DATA --out FOLDER)"
         if asked:
             raise FqtError(f"{name} needs {hint}")
-        print(f"fqt: {name} is left out: it needs {hint}", file=sys.stderr)
+        complain(f"{name} is left out: it needs {hint}")
         return False
-    stamp = environment(sys.argv)
+    stamp = environment(typed())
     if name == "accuracy":
         record = accuracy_record(read_comparison(source), str(source), stamp)
     else:

@@ -1,4 +1,4 @@
-"""The errors that `fqt` raises on purpose. A leaf: any room may import it."""
+"""The errors that `fqt` raises on purpose, and its warnings. A leaf: any room may import it."""
 
 from __future__ import annotations
 
@@ -14,5 +14,9 @@ class ConversionError(FqtError):
     """A model cannot be converted as asked; the message lists every problem. The model is unchanged."""
 
 
-class RecipeWarning(UserWarning):
+class FqtWarning(UserWarning):
+    """Something a user should know that is no error; the command line prints it as one line."""
+
+
+class RecipeWarning(FqtWarning):
     """Weights that were saved quantized are loaded into a model that computes with them in another way."""

@@ -134,8 +134,8 @@ def test_wrong_types(name: str) -> None:
 
 def test_files(tmp_path: Path) -> None:
     bad = {
-        "syntax.toml": (b"input = [", "not TOML"),
-        "binary.toml": (b"\xff\xfe", "not TOML"),
+        "syntax.toml": (b"input = [", "not a TOML file"),
+        "binary.toml": (b"\xff\xfe", "not a TOML file"),
         "word.toml": (b'input = "int8"', "int8"),
     }
     for name, (content, word) in bad.items():

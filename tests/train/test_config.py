@@ -1,9 +1,9 @@
 import pytest
 
 from fqt.errors import FqtError
-from fqt.records import read_toml
+from fqt.records import read_toml, write_toml
 from fqt.train import TrainConfig, preset_names, resolve
-from fqt.train.config import differing, to_toml
+from fqt.train.config import differing
 
 PAPER_CIFAR = {
     "task": "cifar10", "model": "preact-resnet56", "batch_size": 128, "epochs": 200, "lr": 0.1, "momentum": 0.9,
@@ -31,7 +31,7 @@ def test_presets_have_the_papers_numbers(name):
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_and_survives_toml(name, tmp_path):
     config = resolve(None, name, {})
-    (tmp_path / "c.toml").write_bytes(to_toml(config.to_dict()))
+    write_toml(tmp_path / "c.toml", config.to_dict())
     assert TrainConfig.from_dict(read_toml(tmp_path / "c.toml")) == config
 
 

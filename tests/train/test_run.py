@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import io
 import os
 import random
 import signal
@@ -8,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fqt.errors import FqtError
+from fqt.errors import FqtError, FqtWarning
 from fqt.train import Interrupted, read_result, train
-from fqt.train.checkpoint import load_checkpoint, restore_rng, rng_state
-from fqt.train.run import STATE, continue_config
+from fqt.train.checkpoint import load_checkpoint, restore_rng, rng_state, save_checkpoint
+from fqt.train.run import STATE, Silent, continue_config
 from fqt.train.trainer import Trainer
 
 
@@ -121,7 +123,7 @@ def test_recipes_share_weights_and_batches(small):
 def test_the_record_is_complete(tmp_path, small, metrics):
     result = train(small(), tmp_path, command=["fqt", "train"])
     assert {p.name for p in tmp_path.iterdir()} == {
-        "config.toml", "environment.json", "metrics.jsonl", "checkpoint.pt", "halfway.pt",
+        "config.toml", "environment.json", "metrics.jsonl", "metrics.sums", "checkpoint.pt", "halfway.pt",
     }  # fmt: skip
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 5, 7, 9, 10]
@@ -227,7 +229,7 @@ def _code(path):
 def _other_model(path):
     state = torch.load(path)
     state["model"]["fc.weight"] = torch.zeros(3, 3)
-    torch.save(state, path)
+    save_checkpoint(path, state)
 
 
 @pytest.mark.parametrize(
@@ -284,12 +286,16 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path, small, metrics):
     assert metrics(tmp_path)[-1]["diverged"]
     assert train(small(lr=1e30, recipe="none", model=DROPPED), tmp_path, resume=True).diverged
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
-    with pytest.raises(FqtError, match="not finished"):
+    with pytest.raises(FqtError, match="cut short"):
+        read_result(tmp_path)
+    (tmp_path / "metrics.sums").unlink()  # as an earlier version left it
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
+    with pytest.raises(FqtError, match="incomplete: it has no 'epoch'"):
         read_result(tmp_path)
 
 
 def test_the_users_signal_handlers_come_back(tmp_path, small, interruption):
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before = signal.getsignal(number)
         with pytest.raises(Interrupted):
             train(small(), tmp_path, force=True, observer=interruption(1, number))
@@ -318,3 +324,116 @@ def test_a_missing_device_is_a_clear_error(tmp_path, small):
 
 def test_autocast_runs(tmp_path, small):
     assert np.isfinite(train(small(steps=2, amp=True, recipe="none"), tmp_path).train_loss)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path, small, interruption):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train(small(steps=3), tmp_path, observer=interruption(1, signal.SIGHUP)).steps == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class Second(Silent):
+    """Another run of the same folder, while the first is at work."""
+
+    def __init__(self, config, folder, **options):
+        self.again = lambda: train(config, folder, **options)
+
+    def step(self):
+        with pytest.raises(FqtError, match=rf"in use by another run \(process {os.getpid()} on "):
+            self.again()
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"force": True}])
+def test_two_runs_in_one_folder_at_once(tmp_path, small, metrics, options):
+    config = small(recipe="none")
+    train(config, tmp_path / "alone")
+    train(config, tmp_path / "run", observer=Second(config, tmp_path / "run", **options))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_warning(tmp_path, small, metrics, interruption):
+    config = small(model=DROPPED)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", observer=interruption(7))
+    checkpoint = tmp_path / "cut" / "checkpoint.pt"
+    torch.save({**torch.load(checkpoint), "format": "fqt checkpoint 1"}, checkpoint)
+    (tmp_path / "cut" / "metrics.sums").unlink()
+    old = checkpoint.read_bytes()
+    changed = bytearray(old)
+    changed[old.index(_state_bytes(old))] ^= 1
+    checkpoint.write_bytes(changed)
+    with pytest.raises(FqtError, match="has another checksum"):
+        train(config, tmp_path / "cut", resume=True)
+    checkpoint.write_bytes(old)
+    with pytest.warns(FqtWarning, match="earlier version of fqt, without a digest"):
+        train(config, tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def _state_bytes(data):
+    return torch.load(io.BytesIO(data))["model"]["fc.weight"].numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:-9], lambda data: data.replace(b"0", b"1", 1)]
+)
+def test_damaged_metrics_are_not_continued(tmp_path, small, interruption, damage):
+    config = small(model=DROPPED)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path, observer=interruption(3))
+    path = tmp_path / "metrics.jsonl"
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    with pytest.raises(FqtError, match=r"metrics\.jsonl is (damaged|cut short).*--force"):
+        train(config, tmp_path, resume=True)
+    assert path.read_bytes() == damaged
+
+
+def test_a_lost_end_is_made_again_from_the_checkpoint(tmp_path, small, metrics):
+    config = small(model=DROPPED)
+    result = train(config, tmp_path)
+    lines = metrics(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert train(config, tmp_path, resume=True) == result
+    assert metrics(tmp_path) == lines
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_killed_at_any_write_of_its_start_can_be_started_again(tmp_path, small, monkeypatch):
+    """Also where it had been started before and killed before its first checkpoint."""
+    config, real = small(steps=1, model=DROPPED, recipe="none"), {}
+    left = [0]
+
+    def counted(name):
+        def call(*given, **named):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return real[name](*given, **named)
+
+        return call
+
+    for name in ("fsync", "replace", "unlink", "truncate"):
+        real[name] = getattr(os, name)
+        monkeypatch.setattr(os, name, counted(name))
+    for point in range(1, 60):
+        folder = tmp_path / str(point)
+        for _ in range(2):
+            left[0] = point
+            with contextlib.suppress(Killed):
+                train(config, folder, resume=(folder / "config.toml").exists())
+        if left[0] > 0:
+            break
+        if (folder / "config.toml").exists():
+            continue_config(folder, {})
+        left[0] = 0
+        assert train(config, folder, resume=(folder / "config.toml").exists()).steps == 1
+    assert point > 8  # every write was one at which it was killed

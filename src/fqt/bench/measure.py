@@ -21,6 +21,7 @@ from fqt.bench.quantizing import Copy, Quantization, draw_all
 from fqt.bench.verify import Verification, check_bias, check_error
 from fqt.bench.workloads import Layer, Quantize, Step, count_macs
 from fqt.errors import FqtError
+from fqt.files import is_plain
 from fqt.records import environment, write_json
 
 FORMAT = 1
@@ -102,7 +103,7 @@ def run(plan: Plan, out: Path | None, observer: Observer) -> dict[str, Any]:
             "cases": [],
         }
         if out is not None:
-            write_json(out, record)  # what cannot be written is said before hours of work
+            _keep(out, record)  # what cannot be written is said before hours of work
         with torch.random.fork_rng(devices=[]), _compiler() if plan.compile else contextlib.nullcontext():
             _measure(plan, out, record, observer)
     except KeyboardInterrupt:
@@ -112,6 +113,12 @@ def run(plan: Plan, out: Path | None, observer: Observer) -> dict[str, Any]:
         if out is not None and "cases" in record:
             write_json(out, record)
     return record
+
+
+def _keep(out: Path, record: Mapping[str, Any]) -> None:
+    """Writes the record as far as it has come; into a pipe goes only the whole one."""
+    if is_plain(out):
+        write_json(out, record)
 
 
 def failures(record: Mapping[str, Any]) -> list[str]:
@@ -155,7 +162,7 @@ def _measure(plan: Plan, out: Path | None, record: dict[str, Any], observer: Obs
             calls = _prepare(case, recipes, plan, product, entry, observer)
         _time(calls, plan.repeats, entry, observer)
         if out is not None:
-            write_json(out, record)
+            _keep(out, record)
         if plan.compile:
             torch._dynamo.reset()
 

@@ -11,9 +11,19 @@ import numpy as np
 
 from fqt.bench.cases import MEASURES
 from fqt.errors import FqtError
-from fqt.records import read_json
+from fqt.records import NUMBER, TEXT, check_shape, read_json
 
 Entry = Mapping[str, Any]
+_TIMES = [lambda t: isinstance(t, float) and t > 0]
+SHAPE: dict[str, Any] = {
+    "cases": [
+        {
+            "name": TEXT, "title": TEXT, "kind": TEXT,
+            "floors": [{"measure": TEXT, "value": NUMBER, "recipes": [TEXT]}],
+            "contestants": [{"name": TEXT, "group": TEXT, "status": TEXT, "reason": TEXT, "seconds": _TIMES}],
+        }
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ def read_bench(path: Path) -> dict[str, Any]:
         raise FqtError(f"{path} is not the record of a bench: make one with fqt bench --out")
     if record.get("format") != 1:
         raise FqtError(f"{path} has format {record.get('format')!r}; this version reads format 1: measure again")
+    check_shape(record, SHAPE, str(path))
     return record
 
 

@@ -12,7 +12,6 @@ was rejected, since every new idea would then need four new fields.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -26,11 +25,7 @@ from fqt.quant.grid import Integers
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder, Identity, ScaledHadamard, Transform
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fqt.records import read_toml
 
 OPERANDS = ("input", "weight", "grad_input", "grad_weight")
 FOLDS = ("never", "auto", "always")
@@ -221,12 +216,9 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 
 
 def _from_file(path: Path) -> Recipe:
+    table = read_toml(path)
     try:
-        return _from_mapping(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise FqtError(f"cannot read recipe {str(path)!r}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FqtError(f"recipe {str(path)!r} is not TOML: {error}") from None
+        return _from_mapping(table)
     except FqtError as error:
         raise FqtError(f"recipe {str(path)!r}: {error}") from None
 

@@ -15,10 +15,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
+from fqt.records import TEXT, check_shape
 from fqt.report.chart import Point, labelled, plain
 from fqt.report.panel import Panel
 from fqt.report.section import Table
-from fqt.report.summary import TEXT, check_shape, number
+from fqt.report.summary import number
 
 __all__ = ["LABELS", "check_matrix", "is_matrix", "matrix_panel", "matrix_table"]
 

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fqt.errors import FqtError
+from fqt.records import NUMBER, TEXT, check_shape
 from fqt.report.figures import figure_of
 from fqt.report.matrix import check_matrix, matrix_panel, matrix_table
 from fqt.report.panel import Built
@@ -19,7 +20,7 @@ from fqt.report.paper_layers import histogram, profile
 from fqt.report.paper_training import accuracy, overhead
 from fqt.report.paper_variance import variance
 from fqt.report.section import Section, Table, facts
-from fqt.report.summary import NUMBER, TEXT, check_shape, runs_of
+from fqt.report.summary import runs_of
 
 __all__ = ["accuracy_record", "check_paper", "layers_record", "paper_figure", "paper_section", "paper_tables"]
 

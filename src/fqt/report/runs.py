@@ -14,6 +14,7 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.records import read_json, read_records, read_toml
+from fqt.train.results import check_line
 
 __all__ = ["RunRecord", "is_run", "read_run"]
 
@@ -95,7 +96,7 @@ def read_run(folder: Path) -> RunRecord:
     if not config and not lines:
         raise FqtError(f"{folder} holds no readable run ({'; '.join(problems) or 'its files are empty'})")
     stamp = attempt(read_json, "environment.json", {})
-    records = [line for line in lines if isinstance(line, dict) and isinstance(_step(line), float)]
+    records = _sound(lines, folder / "metrics.jsonl", problems)
     end = next((record for record in records if record.get("kind") == "end"), None)
     state = "incomplete" if end is None else "diverged" if end.get("diverged") else "finished"
     recipe = config.pop("resolved_recipe", {})
@@ -112,6 +113,21 @@ def read_run(folder: Path) -> RunRecord:
         state=state,
         problems=tuple(problems),
     )
+
+
+def _sound(lines: list[dict[str, Any]], path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The lines that are what they should be; the first that is not becomes a problem."""
+    sound, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            check_line(line, f"line {number} of {path}")
+            sound.append(line)
+        except FqtError as error:
+            damaged.append(str(error))
+    if damaged:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        problems.append(f"{damaged[0]}{more}; it is left out")
+    return [line for line in sound if isinstance(_step(line), float)]
 
 
 def _stamps(stamp: Any) -> list[dict[str, Any]]:

@@ -10,27 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError
-from fqt.records import read_json
+from fqt.records import check_shape, read_json
+from fqt.train.compare import FORMAT, SHAPE
 
-__all__ = ["Row", "Spread", "check_shape", "read_comparison", "summarize"]
-
-NUMBER, TEXT = (int, float), (str,)
-ESTIMATE = {"value": (int, float, type(None))}
-SHAPE = {
-    "environment": {"time": TEXT, "commit": (str, type(None)), "dirty": (bool, type(None)), "accelerators": [TEXT]},
-    "config": {"task": TEXT, "model": TEXT},
-    "baseline": TEXT,
-    "recipes": [TEXT],
-    "seeds": [(int,)],
-    "measurement": {"reference": TEXT, "batches": (int,), "draws": (int,)},
-    "runs": [
-        {
-            "recipe": TEXT, "seed": (int,), "accuracy": NUMBER, "train_loss": (int, float, type(None)),
-            "diverged": (bool,), "loss_curve": [(list,)], "accuracy_curve": [(list,)],
-        }
-    ],
-    "gradient": [{"recipe": TEXT, "seed": (int,), "ratio": ESTIMATE}],
-}  # fmt: skip
+__all__ = ["Row", "Spread", "read_comparison", "summarize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,32 +68,10 @@ def read_comparison(path: Path) -> dict[str, Any]:
     """
     file = path / "compare.json" if path.is_dir() else path
     record = read_json(file)
-    if not isinstance(record, dict) or record.get("format") != "fqt compare 1":
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise FqtError(f"{file} is no record of a comparison")
     check_shape(record, SHAPE, str(file))
     return record
-
-
-def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Checks a JSON value against an example of its shape, in which a tuple of types stands for a leaf.
-
-    Raises:
-        FqtError: something is missing or of another type; the message says what.
-    """
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            raise FqtError(f"{where} is damaged: it is no table of names and values")
-        for name, inner in shape.items():
-            if name not in value:
-                raise FqtError(f"{where} is incomplete: it has no {name!r}")
-            check_shape(value[name], inner, f"{where}, {name}" if isinstance(inner, tuple) else f"{where}: {name}")
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            raise FqtError(f"{where} is damaged: it is no list")
-        for i, item in enumerate(value):
-            check_shape(item, shape[0], f"{where}[{i}]")
-    elif not isinstance(value, shape) or (isinstance(value, bool) and bool not in shape):
-        raise FqtError(f"{where} is damaged: {str(value)[:40]!r} is of the wrong type")
 
 
 def summarize(record: Mapping[str, Any]) -> list[Row]:

@@ -10,15 +10,36 @@ from typing import Any
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe
 from fqt.quant.quantizer import Quantizer
+from fqt.records import TEXT, check_shape
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis, Noise
-from fqt.stats.operands import Operand
+from fqt.stats.operands import WIDTHS, Operand
 from fqt.stats.spread import Estimate
 
 __all__ = ["FORMAT", "diagnosis_from", "diagnosis_record", "table_record"]
 
 FORMAT = "fqt diagnosis 1"
 WHOLE = "*"  # stands for the whole gradient where a layer's name could stand
+
+_MAYBE = (int, float, type(None))  # null stands for a number that was not finite
+_ESTIMATE = {"value": _MAYBE, "error": _MAYBE}
+_NOISE = {"sampling": _ESTIMATE, "quantization": _ESTIMATE, "energy": _ESTIMATE, "rho": _ESTIMATE}
+_OPERAND = {
+    "layer": TEXT, "role": TEXT, "quantizer": (str, dict), "bits": (int,), "shape": [(int,)],
+    "multiplications": (int,), "energy": _ESTIMATE, "variance": {...: _ESTIMATE}, "bound": {...: _MAYBE},
+    "limit": (dict, type(None)), "range_ratio": _MAYBE, "histogram": [(int,)], "empty": _MAYBE,
+}  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "total": _NOISE, "layers": {...: _NOISE}, "drowned": [TEXT], "operands": [_OPERAND],
+    "table": (dict, type(None)), "recipes": {...: (str, dict)}, "batches": (int,), "draws": (int,),
+}  # fmt: skip
+_TABLE: dict[str, Any] = {
+    "sources": [TEXT], "targets": [TEXT], "parts": {...: {...: _ESTIMATE}},
+    "effect": {...: {"grad_input": _ESTIMATE, "grad_weight": _ESTIMATE}},
+    "total": {...: _ESTIMATE}, "gap": {...: _ESTIMATE}, "interval": {...: _MAYBE},
+    "operands": {...: {...: {...: _MAYBE}}}, "weight": {...: lambda w: type(w) is int and w > 0},
+    "batches": (int,), "draws": (int,),
+}  # fmt: skip
 
 
 def diagnosis_record(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -53,7 +74,10 @@ def diagnosis_from(record: Any) -> Diagnosis:
     if not isinstance(record, Mapping) or record.get("format") != FORMAT:
         raise FqtError("this is no record of fqt diagnose")
     try:
-        return Diagnosis(
+        check_shape(record, SHAPE, "its content")
+        if record["table"] is not None:
+            check_shape(record["table"], _TABLE, "its table")
+        found = Diagnosis(
             total=_noise(record["total"]),
             layers={name: _noise(value) for name, value in record["layers"].items()},
             operands=tuple(map(_operand, record["operands"])),
@@ -62,8 +86,24 @@ def diagnosis_from(record: Any) -> Diagnosis:
             batches=record["batches"],
             draws=record["draws"],
         )
+        if found.table is not None:
+            _check_names(found.table, found.recipes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FqtError(f"the record of fqt diagnose is damaged ({type(error).__name__}: {error})") from error
+        reason = str(error) if isinstance(error, FqtError) else f"{type(error).__name__}: {error}"
+        raise FqtError(f"the record of fqt diagnose is damaged ({reason})") from error
+    return found
+
+
+def _check_names(table: Decomposition, recipes: Mapping[str, Recipe]) -> None:
+    """Every layer of the table has what a plan asks of it; ValueError or KeyError."""
+    for layer in table.sources:
+        table.effect[layer]
+        widths = table.operands[layer].get("grad_input")
+        quantizer = recipes[layer].operand("grad_input")
+        if widths is not None and (quantizer is None or not {*WIDTHS, quantizer.grid.bits} <= {*widths}):
+            raise ValueError(f"{layer} has not all widths of grad_input")
+        if widths is not None:
+            table.weight[layer]
 
 
 def _dump(quantizer: Quantizer) -> Any:
@@ -88,7 +128,8 @@ def _by_width(value: Mapping[str, Any], read: Callable[[Any], Any] = _number) ->
 
 def _operand(value: Mapping[str, Any]) -> Operand:
     quantizer = load_recipe({"grad_input": value["quantizer"]}).operand("grad_input")
-    assert quantizer is not None
+    if quantizer is None:
+        raise ValueError("an operand is not quantized")
     return Operand(
         **{
             **{name: item for name, item in value.items() if name != "bits"},

@@ -1,4 +1,4 @@
-"""Checkpoints: one file, written whole or not at all, read without running code from it.
+"""Checkpoints: one file, written whole or not at all, sealed, read without running code from it.
 
 A checkpoint is a dictionary of tensors and plain values, so that ``torch.load(weights_only=True)`` reads it.
 """
@@ -7,23 +7,52 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterable
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fqt.errors import FqtError
-from fqt.records import write_bytes
+from fqt.errors import FqtError, FqtWarning
+from fqt.files import DIGITS, Seal, read_bytes, write_bytes
+from fqt.records import check_shape
 
 __all__ = ["load_checkpoint", "restore_rng", "rng_state", "save_checkpoint", "seed_all"]
 
-FORMAT = "fqt checkpoint 1"
+FORMAT = "fqt checkpoint 2"
+UNSEALED = "fqt checkpoint 1"  # of versions before 0.2
+SEAL = Seal(b"", b"fqt digest ", b"")  # as the comment that a ZIP archive, which torch writes, may end with
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _is_adapter(value: Any) -> bool:
+    if value is not None:
+        check_shape(value, {"recipe": (dict, type(None))}, "the checkpoint's adapter")
+    return True
+
+
+SHAPES = {
+    "config": {},
+    "recipe": {},
+    "step": lambda step: type(step) is int and step >= 0,
+    "model": _is_state,
+    "optimizer": {"state": {...: {}}, "param_groups": [{}]},
+    "window": lambda window: isinstance(window, Tensor) and window.shape == (3,) and window.dtype == torch.float64,
+    "adapter": _is_adapter,
+    "rng": {"torch": (Tensor,), "cuda": (list,), "numpy": (tuple,), "python": (tuple,)},
+    "metrics_bytes": lambda size: type(size) is int and size >= 0,
+}
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Writes ``content`` (tensors and plain values) to ``path``, atomically.
+    """Writes ``content`` (tensors and plain values) to ``path``, atomically and sealed.
 
     The file is put together in memory first: a full disk then shows as one clear error of the write, and the
     checkpoint that was there stays.
@@ -33,30 +62,48 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
-    write_bytes(path, buffer.getvalue())
+    length = len(SEAL.lead) + DIGITS  # of the comment; the archive's last two bytes say it
+    write_bytes(path, SEAL.put(buffer.getvalue()[:-2] + length.to_bytes(2, "little")))
 
 
 def load_checkpoint(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU and makes sure that it holds ``keys``.
+    """Reads a checkpoint onto the CPU and makes sure that it holds ``keys``. No code in it is run.
+
+    A checkpoint of a version that did not seal them is checked as far as its archive's own sums go, with a warning.
 
     Raises:
         FqtError: the file is missing, cut short, damaged, or was not written by `save_checkpoint`.
     """
     if not path.is_file():
         raise FqtError(f"there is no checkpoint {path}")
+    data = read_bytes(path)
+    sealed = SEAL.holds(data)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if sealed is False:
+            raise ValueError("it is not what was written: its digest is another")
+        if sealed is None and (record := zipfile.ZipFile(io.BytesIO(data)).testzip()):
+            raise ValueError(f"{record} has another checksum")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on where the damage is
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FqtError(
             f"{path} is damaged or is no checkpoint of fqt ({reason[:120]}); "
             "put back an intact copy, or start the run again with --force"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, UNSEALED):
         raise FqtError(f"{path} is a file that PyTorch can read, but no checkpoint of fqt; name another folder")
+    if sealed is None:
+        if content["format"] == FORMAT:
+            raise FqtError(f"{path} is damaged: its digest is missing; put back an intact copy")
+        warnings.warn(
+            f"{path} was written by an earlier version of fqt, without a digest: it is taken as it is",
+            FqtWarning,
+            stacklevel=2,
+        )
     missing = [key for key in keys if key not in content]
     if missing:
         raise FqtError(f"the checkpoint {path} lacks {', '.join(missing)}; it was written for another purpose")
+    check_shape(content, {key: SHAPES[key] for key in SHAPES if key in content}, str(path))
     return content
 
 

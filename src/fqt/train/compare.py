@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError
+from fqt.files import check_path, locked
 from fqt.nn import load_recipe
-from fqt.records import environment, read_json, write_json
+from fqt.records import NUMBER, TEXT, check_shape, environment, read_json, write_json
 from fqt.stats import Estimate, quantization_variance, sampling_variance
 from fqt.train.config import TrainConfig, differing
-from fqt.train.results import RunResult
+from fqt.train.results import RunResult, is_share
 from fqt.train.run import Observer, Silent, discard, train
 from fqt.train.snapshot import Snapshot
 from fqt.train.tasks import load_task
@@ -43,6 +44,24 @@ from fqt.train.trainer import make_model, pick_device
 __all__ = ["Comparison", "compare"]
 
 FORMAT = "fqt compare 1"
+_MAYBE = (int, float, type(None))
+_ESTIMATE = {"value": _MAYBE, "error": _MAYBE}
+# What everyone who reads a record of a comparison may rely on.
+SHAPE: dict[str, Any] = {
+    "environment": {"time": TEXT, "commit": (str, type(None)), "dirty": (bool, type(None)), "accelerators": [TEXT]},
+    "config": {"task": TEXT, "model": TEXT},
+    "baseline": TEXT,
+    "recipes": [TEXT],
+    "seeds": [(int,)],
+    "measurement": {"reference": TEXT, "batches": (int,), "draws": (int,)},
+    "runs": [
+        {
+            "recipe": TEXT, "seed": (int,), "accuracy": is_share, "train_loss": _MAYBE, "diverged": (bool,),
+            "loss_curve": [[_MAYBE]], "accuracy_curve": [[NUMBER]],
+        }
+    ],
+    "gradient": [{"recipe": TEXT, "seed": (int,), "ratio": _ESTIMATE}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +146,15 @@ def compare(
             recipe that does not fit the model is found before anything runs.
         Interrupted: the user stopped it; calling again continues.
     """
+    check_path(folder)
     _check_recipes(comparison)
+    with locked(folder):
+        return _compare(comparison, folder, force, command, observer or Silent())
+
+
+def _compare(
+    comparison: Comparison, folder: Path, force: bool, command: Sequence[str], observer: Observer
+) -> dict[str, Any]:
     path = folder / "compare.json"
     shared = _shared(comparison.base)
     if force:
@@ -155,7 +182,7 @@ def compare(
             record["runs"].append(_run_record(recipe, seed, result))
             write_json(path, record)
         if comparison.batches:
-            for entry in _measurements(comparison, folder, seed, record, observer or Silent()):
+            for entry in _measurements(comparison, folder, seed, record, observer):
                 record["gradient"].append(entry)
                 write_json(path, record)
     return record
@@ -186,6 +213,7 @@ def _check_old(old: Any, shared: dict[str, Any], path: Path) -> None:
         return
     if not isinstance(old, dict) or old.get("format") != FORMAT:
         raise FqtError(f"{path} is no record of a comparison; name another --out, or discard it with --force")
+    check_shape(old, SHAPE, str(path))
     changed = differing(old["config"], shared)
     if changed:
         raise FqtError(

@@ -17,8 +17,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from fqt.errors import FqtError
 from fqt.records import read_toml
 
@@ -190,11 +188,6 @@ def load_preset(name: str) -> dict[str, Any]:
     raise FqtError(f"unknown preset {name!r}; known: {', '.join(preset_names())}, or the path of a .toml file")
 
 
-def to_toml(values: Mapping[str, Any]) -> bytes:
-    """The TOML text of a mapping."""
-    return tomli_w.dumps(values).encode()
-
-
 def _presets() -> Any:
     return resources.files("fqt.train") / "presets"
 
@@ -207,6 +200,7 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
             return None
         kind = "int"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _require(not isinstance(value, int) or abs(value) < 2**63, f"{field.name} must have less than 64 bits")
     if kind == "float" and is_number:
         _require(math.isfinite(value), f"{field.name} must be finite, got {value}")
         return float(value)

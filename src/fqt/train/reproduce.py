@@ -22,7 +22,7 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe
-from fqt.records import environment, read_json, write_json
+from fqt.records import TEXT, check_shape, environment, read_json, write_json
 from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.decomposition import decompose
 from fqt.stats.overhead import Convolution, check_overhead, time_convolution, time_quantizer
@@ -37,6 +37,12 @@ from fqt.train.snapshot import Snapshot
 __all__ = ["FULL", "MEASURED", "QUICK", "Effort", "Reproduction", "trained_network"]
 
 FORMAT = "fqt paper 1"
+_NAME, _MAYBE = (str, type(None)), (int, float, type(None))
+# What a row must say for it to be known as done.
+ROWS: dict[str, dict[str, Any]] = {
+    "variance": {"method": _NAME, "rounding": _NAME, "bits": _MAYBE, "grad_weight": TEXT, "value": _MAYBE},
+    "overhead": {"samples": (int,), "method": _NAME, "rounding": _NAME},
+}
 ROUNDINGS = ("stochastic", "dithered")
 CIFAR10_STEPS = 600  # half-way, at 300, the loss falls fast and the gradient is that of a network in training
 HISTOGRAM_BITS = 8  # the paper's
@@ -290,6 +296,7 @@ class Reproduction:
                 raise FqtError(
                     f"{path} is no record of this figure; name another --out, or discard it with --force"
                 )
+            check_shape(record, {"environment": {}, "rows": [ROWS.get(figure, {})]}, str(path))
             if record.get("settings") != wanted or record.get("network") != identity:
                 raise FqtError(
                     f"{path} was measured with other settings or on another network: name another --out, or "

@@ -8,19 +8,25 @@ The folder holds
 ``metrics.jsonl``      one line per window of steps (``kind = "train"``) and per evaluation (``"eval"``), with
                        ``--adapt`` one per reading of ρ (``"monitor"``) and per change of widths (``"adapt"``); a
                        last line of kind ``"end"`` marks a finished run
+``metrics.sums``       how long that file was after each line, and the digest of it
 ``checkpoint.pt``      the latest state, enough to continue to the same numbers
 ``halfway.pt``         the weights after half of the steps, where `fqt compare` measures gradients
+``.lock``              while a process is at work there: which one
 =====================  ===========================================================================================
 
-A checkpoint is written after every epoch, every ten minutes within one, and on Ctrl-C. It remembers how long
-``metrics.jsonl`` was, so that a continued run cuts off lines from steps that will be done again.
+A checkpoint is written after every epoch, every ten minutes within one, and when the user ends the run (Ctrl-C,
+SIGTERM, a terminal that is closed). It remembers how long ``metrics.jsonl`` was, so that a continued run cuts off
+lines from steps that will be done again. All files are sealed (`fqt.files`): a damaged one is refused.
+
+The process may be killed between any two writes. ``config.toml`` is therefore the first file to be there and the
+last to go, and is replaced, never removed, where a run starts again; the checkpoint goes before all that it
+refers to.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import threading
 import time
@@ -30,17 +36,20 @@ from types import FrameType
 from typing import Any, Protocol
 
 from fqt.errors import FqtError
+from fqt.files import check_path, locked
 from fqt.nn import load_recipe
-from fqt.records import append_record, environment, read_json, read_toml, write_bytes, write_json
+from fqt.records import RecordLog, check_shape, environment, read_json, read_toml, write_json, write_toml
 from fqt.train.checkpoint import load_checkpoint, save_checkpoint
-from fqt.train.config import MACHINE_FIELDS, TrainConfig, differing, to_toml
+from fqt.train.config import MACHINE_FIELDS, TrainConfig, differing
 from fqt.train.results import RunResult, is_finished, read_result
 from fqt.train.trainer import Trainer
 
 __all__ = ["Interrupted", "Observer", "Silent", "continue_config", "discard", "train"]
 
 CHECKPOINT_SECONDS = 600.0
-FILES = ("metrics.jsonl", "checkpoint.pt", "halfway.pt", "environment.json", "config.toml")
+# In the order in which they are removed: see the module.
+FILES = ("checkpoint.pt", "metrics.sums", "metrics.jsonl", "halfway.pt", "environment.json", "config.toml")
+STAMPS: dict[str, Any] = {"started": (dict, type(None)), "continued": [{}]}
 STATE = ("config", "recipe", "step", "model", "optimizer", "window", "rng", "metrics_bytes")
 
 
@@ -95,9 +104,9 @@ def train(
 ) -> RunResult:
     """Trains, and leaves the record in ``folder``.
 
-    Interrupted (Ctrl-C, SIGTERM) or stopped by an error and then resumed, a run gives the same metrics, bit for
-    bit, as one that was left alone: on the same machine, with the same number of threads, and on a GPU as far as
-    its kernels are deterministic.
+    Interrupted (Ctrl-C, SIGTERM, a closed terminal), killed or stopped by an error and then resumed, a run gives
+    the same metrics, bit for bit, as one that was left alone: on the same machine, with the same number of threads,
+    and on a GPU as far as its kernels are deterministic.
 
     Args:
         config: the run.
@@ -112,43 +121,67 @@ def train(
         The run's numbers, read back from the record.
 
     Raises:
-        FqtError: bad configuration, missing data, a folder that already holds a run, a checkpoint that cannot be
-            used, a full disk. What was saved before is intact.
+        FqtError: bad configuration, missing data, a folder that already holds a run or where another process is at
+            work, a checkpoint that cannot be used, a damaged record, a full disk. What was saved before is intact.
         Interrupted: the user stopped it.
     """
+    check_path(folder)
     if folder.exists() and not folder.is_dir():
         raise FqtError(f"{folder} is a file, not a folder: name another --out")
+    if _is_done(config, folder, resume=resume, force=force):
+        return read_result(folder)
+    with locked(folder):
+        if _is_done(config, folder, resume=resume, force=force):  # meanwhile, by the process that held the lock
+            return read_result(folder)
+        state = _saved_state(config, folder) if resume else None
+        trainer = Trainer(config)  # finds every fault of the configuration before anything is touched
+        log = _take_up(trainer, state, folder, command) if state else _open_folder(trainer, folder, command)
+        watcher: Observer = observer or Silent()
+        watcher.begin(f"{config.recipe} seed {config.seed}", trainer.total_steps, trainer.step)
+        try:
+            with _StopRequest() as stop:
+                _Loop(trainer, folder, log, watcher, stop).run()
+        finally:
+            watcher.end()
+        return read_result(folder)
+
+
+def _is_done(config: TrainConfig, folder: Path, *, resume: bool, force: bool) -> bool:
+    """Whether the folder holds this run, finished.
+
+    Raises:
+        FqtError: it holds another run, or one that was not to be there.
+    """
     occupied = any((folder / name).exists() for name in FILES)
     if occupied and not (resume or force):
         raise FqtError(
             f"{folder} already holds a run: continue it with --resume, discard it with --force, "
             "or name another --out"
         )
-    if resume and (folder / "config.toml").exists():
+    if not resume:
+        return False
+    if (folder / "config.toml").exists():
         _check_same(folder, _saved_config(folder), config)
         _check_recipe(folder, config)
-    if resume and is_finished(folder):
-        return read_result(folder)
-    trainer = Trainer(config)  # finds every fault of the configuration before anything is touched
-    if resume and (folder / "checkpoint.pt").exists():
-        _take_up(trainer, folder, command)
-    else:
-        discard(folder)
-        _open_folder(trainer, folder, command)
-    watcher: Observer = observer or Silent()
-    watcher.begin(f"{config.recipe} seed {config.seed}", trainer.total_steps, trainer.step)
     try:
-        with _StopRequest() as stop:
-            _Loop(trainer, folder, watcher, stop).run()
-    finally:
-        watcher.end()
-    return read_result(folder)
+        return is_finished(folder)
+    except FqtError:
+        if (folder / "checkpoint.pt").exists():  # from which what is damaged after it is made again
+            return False
+        raise
 
 
 def discard(folder: Path) -> None:
     """Removes the run in ``folder``, and nothing else that lies there."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, FILES)
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    try:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise FqtError(f"cannot remove {error.filename}: {error.strerror}") from error
 
 
 def continue_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
@@ -194,8 +227,10 @@ def _check_recipe(folder: Path, config: TrainConfig) -> None:
 class _Loop:
     """Steps, windows, evaluations and checkpoints, in order."""
 
-    def __init__(self, trainer: Trainer, folder: Path, observer: Observer, stop: _StopRequest) -> None:
-        self.trainer, self.folder, self.observer, self.stop = trainer, folder, observer, stop
+    def __init__(
+        self, trainer: Trainer, folder: Path, log: RecordLog, observer: Observer, stop: _StopRequest
+    ) -> None:
+        self.trainer, self.folder, self.log, self.observer, self.stop = trainer, folder, log, observer, stop
         self.clock = self.saved_at = time.monotonic()
 
     def run(self) -> None:
@@ -220,7 +255,7 @@ class _Loop:
             save_checkpoint(self.folder / "halfway.pt", {**weights, "model": self.trainer.model.state_dict()})
         self.trainer.train_step(batch)
         for record in self.trainer.take_events():
-            append_record(self.folder / "metrics.jsonl", record)
+            self.log.append(record)
             self.observer.record(record)
         self.observer.step()
 
@@ -228,7 +263,7 @@ class _Loop:
         """Writes a line of metrics; whether its loss is finite."""
         now = time.monotonic()
         record["seconds"], self.clock = round(now - self.clock, 3), now
-        append_record(self.folder / "metrics.jsonl", record)
+        self.log.append(record)
         self.observer.record(record)
         return math.isfinite(record["loss"])
 
@@ -241,11 +276,7 @@ class _Loop:
             self._maybe_stop()
 
     def _save(self) -> None:
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():
-            with open(metrics, "rb") as file:  # the lines must not be younger on the disk than the state
-                os.fsync(file.fileno())
-        size = metrics.stat().st_size if metrics.exists() else 0
+        size = self.log.sync()  # the lines must not be younger on the disk than the state
         save_checkpoint(self.folder / "checkpoint.pt", {**self.trainer.state(), "metrics_bytes": size})
         self.saved_at = time.monotonic()
 
@@ -257,35 +288,57 @@ class _Loop:
         record: dict[str, Any] = {"kind": "end", "step": self.trainer.step, "diverged": diverged}
         if self.trainer.adapter is not None:
             record["mean_width"] = self.trainer.adapter.mean_width
-        append_record(self.folder / "metrics.jsonl", record)
+        self.log.append(record)
         self.observer.record(record)
 
 
-def _open_folder(trainer: Trainer, folder: Path, command: Sequence[str]) -> None:
-    values = {**trainer.config.to_dict(), "resolved_recipe": trainer.recipe}
-    write_bytes(folder / "config.toml", to_toml(values))
+def _open_folder(trainer: Trainer, folder: Path, command: Sequence[str]) -> RecordLog:
+    """Starts the run's record in the place of what is there of a run."""
+    _remove(folder, FILES[:-1])
+    write_toml(folder / "config.toml", {**trainer.config.to_dict(), "resolved_recipe": trainer.recipe})
     write_json(folder / "environment.json", {"started": environment(command), "continued": []})
+    return RecordLog(folder / "metrics.jsonl")
 
 
-def _take_up(trainer: Trainer, folder: Path, command: Sequence[str]) -> None:
+def _saved_state(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint's content; None where there is none.
+
+    Raises:
+        FqtError: it is damaged or of another run.
+    """
+    if not (folder / "checkpoint.pt").exists():
+        return None
     state = load_checkpoint(folder / "checkpoint.pt", STATE)
-    changed = differing(state["config"], trainer.config.to_dict())
+    changed = differing(state["config"], config.to_dict())
     if changed:
         raise FqtError(f"the checkpoint in {folder} is of another run ({', '.join(changed)} differ)")
-    trainer.restore(state)
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size > state["metrics_bytes"]:
-        os.truncate(metrics, state["metrics_bytes"])
+    return state
+
+
+def _take_up(trainer: Trainer, state: dict[str, Any], folder: Path, command: Sequence[str]) -> RecordLog:
+    """Continues the run's record where the checkpoint was written."""
     stamps = folder / "environment.json"
     record = read_json(stamps) if stamps.exists() else {"started": None, "continued": []}
+    check_shape(record, STAMPS, str(stamps))
+    try:
+        trainer.restore(state)
+    except FqtError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # Of the right shape, yet no state: only a file without a digest comes this far.
+        reason = " ".join(str(error).split())[:120]
+        raise FqtError(f"{folder / 'checkpoint.pt'} is damaged ({type(error).__name__}: {reason})") from error
+    log = RecordLog(folder / "metrics.jsonl", state["metrics_bytes"])
     record["continued"].append({"step": trainer.step, **environment(command)})
     write_json(stamps, record)
+    return log
 
 
 class _StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request, so that the step in progress is finished and saved.
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request, so that the step in progress is finished and saved.
 
-    A second one interrupts at once. Outside the main thread, where Python allows no handlers, it does nothing.
+    SIGHUP (the terminal is closed) stays ignored where it was, as under nohup. A second one of the others
+    interrupts at once. Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -294,8 +347,10 @@ class _StopRequest:
 
     def __enter__(self) -> _StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._request)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -303,6 +358,6 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP comes twice of itself
             raise KeyboardInterrupt
         self.requested = True

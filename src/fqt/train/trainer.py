@@ -159,10 +159,14 @@ class Trainer:
                 "put the old recipe back, or start a new run"
             )
         load_weights(self.model, state["model"])
+        built = self.optimizer.param_groups
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise FqtError(f"the checkpoint's optimizer does not fit this model ({error})") from error
+        shapes = [(b.shape, p.shape) for p, s in self.optimizer.state.items() for b in s.values() if b is not None]
+        if _differ(built, self.optimizer.param_groups) or any(buffer != parameter for buffer, parameter in shapes):
+            raise FqtError("the checkpoint's optimizer is another than this run's")
         self.step = state["step"]
         self._window = state["window"].to(self.device)
         if self.adapter is not None:
@@ -177,6 +181,15 @@ class Trainer:
 
     def _empty_window(self) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=self.device)  # loss · samples, hits, samples
+
+
+def _differ(built: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> bool:
+    """Whether an optimizer's groups have other settings, but for the rate, which every step sets.
+
+    Settings that only one of them has are another version's of torch.
+    """
+    pairs = zip(built, loaded, strict=True)
+    return any(a[name] != b[name] for a, b in pairs for name in {*a} & {*b} - {"params", "lr"})
 
 
 def make_model(config: TrainConfig, data: Loader, recipe: str | Recipe) -> nn.Module:
