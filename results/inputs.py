@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 from fqt.nn.fold import Split
-from fqt.nn.linear_map import LinearMap, rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fqt
+from fqt.kernels.linear_map import LinearMap, rows
 from fqt.nn.convert import QUANTIZED
 from fqt.nn.layers import linear_map
 from fqt.quant import Integers, Quantizer, Scale
@@ -183,7 +183,7 @@ CANDIDATES: dict[str, tuple[Quantizer, Callable[[fqt.QuantizedTensor], Split | N
 def noise(seen: Seen, quantizer: Quantizer, taken_apart: Callable[..., Split | None]) -> tuple[float, float]:
     """Of the output and of the weight's gradient."""
     map, laid = seen.map, seen.map.lay(seen.x)
-    codes = quantizer.quantize(laid, axis=rows(map, quantizer.scale, laid.ndim))
+    codes = quantizer.quantize(laid, axis=rows(map, quantizer.scale.row_axis, laid.ndim))
     value = codes.dequantize()
     error = map.output(map.unlay(value - laid), seen.weight)
     output = float(error.square().sum() / map.output(seen.x, seen.weight).square().sum())
@@ -192,7 +192,7 @@ def noise(seen: Seen, quantizer: Quantizer, taken_apart: Callable[..., Split | N
     # An error of one entry of g reaches all products with the patch of `rest` that it meets.
     patches = map.output(map.unlay(rest.square()), torch.ones_like(seen.weight[:1]))
     weight = map.lay(patches)
-    axis = rows(map, GRADIENT.scale, g.ndim, "channel")
+    axis = rows(map, GRADIENT.scale.row_axis, g.ndim, "channel")
     variance = GRADIENT.variances(g, [8], 0, axis=axis, weight=weight)[0]
     exact = map.grad_weight(map.unlay(seen.g), map.unlay(value), seen.weight.shape)
     return output, float(variance[0]) / float(exact.square().sum())

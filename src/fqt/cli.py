@@ -420,7 +420,7 @@ def _task_data(config: TrainConfig) -> Loader:
 @click.option("--seed", default=0, show_default=True, help="What inputs and noise derive from.")
 @click.option(
     "--mixes",
-    default="rows",
+    default="none",
     show_default=True,
     help="Of a function: the axis it may mix: rows, features or none. Correlation there is not judged.",
 )

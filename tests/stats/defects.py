@@ -87,6 +87,16 @@ nvfp4_head_room = nvfp4(16 / 17, 2.0**-9)  # exact but for blocks 3e-5 of the la
 nvfp4_exact = nvfp4(16 / 17, 2.0**-6)
 
 
+def mxfp4(x: Tensor, seed: int) -> Tensor:
+    """Blocks of 32 with a power-of-two scale that is rounded up, so that nothing saturates."""
+
+    def blocks(b: Tensor) -> Tensor:
+        scale = torch.exp2((b.abs().amax(2, keepdim=True) / 6).clamp(min=1e-300).log2().ceil())
+        return e2m1_stochastic(b / scale, uniform(b.shape, seed)) * scale
+
+    return in_blocks(x, 32, blocks)
+
+
 def four_over_six(x: Tensor, seed: int) -> Tensor:
     """The block's largest entry to 6 or to 4, whichever rounds better: the choice looks at the noise."""
 
@@ -165,6 +175,21 @@ def noise_per_column(x: Tensor, seed: int) -> Tensor:
     return row_stochastic(x, seed, lambda t: uniform((1, t.shape[1]), seed).expand(t.shape))
 
 
+def dithered(x: Tensor, seed: int) -> Tensor:
+    """Noise added before rounding to nearest and subtracted after it: errors uniform whatever the value."""
+    step = x.double().abs().amax(1, keepdim=True) / 7
+    noise = uniform(x.shape, seed) - 0.5
+    return (((divide(x.double(), step) + noise).round() - noise) * step).float()
+
+
+def affine(x: Tensor, seed: int) -> Tensor:
+    """Codes 0 … 15 from each row's minimum."""
+    x = x.double()
+    low = x.amin(1, keepdim=True)
+    step = (x.amax(1, keepdim=True) - low) / 15
+    return (stochastic(divide(x - low, step), uniform(x.shape, seed)) * step + low).float()
+
+
 def zero_preserving(x: Tensor, seed: int) -> Tensor:
     """The zero code is −min·B/range without its fraction; where that is 0 the scale is 0/0."""
     low, size = x.double().min(), x.double().max() - x.double().min()
@@ -194,6 +219,34 @@ def short_scale_clipped(x: Tensor, seed: int) -> Tensor:
     return (stochastic(divide(x.double(), scale), uniform(x.shape, seed)).clamp(-128, 127) * scale).float()
 
 
+def down_to_minus_128(x: Tensor, seed: int) -> Tensor:
+    """INT8 with scale amax/128, so that the largest positive value, at 128, is clipped to 127."""
+    scale = x.double().abs().amax(1, keepdim=True) / 128
+    return (stochastic(divide(x.double(), scale), uniform(x.shape, seed)).clamp(-128, 127) * scale).float()
+
+
+def gaussian_noise(x: Tensor, seed: int) -> Tensor:
+    """A tenth of a step of Gaussian noise before rounding to nearest: at fraction 0.3 it hardly ever rounds up."""
+    step = x.double().abs().amax(1, keepdim=True) / 7
+    g = torch.Generator().manual_seed(seed)
+    noise = 0.1 * torch.randn(x.shape, generator=g, dtype=torch.float64)
+    return ((divide(x.double(), step) + noise).round() * step).float()
+
+
+def random_mantissa(x: Tensor, seed: int) -> Tensor:
+    """16 random bits under bfloat16's mantissa, cut off; then divided by the scale and rounded to nearest."""
+    bits = x.contiguous().view(torch.int32) + (uniform(x.shape, seed) * 2**16).int()
+    short = (bits & ~0xFFFF).view(torch.float32).double()
+    step = x.double().abs().amax(1, keepdim=True) / 7
+    return (divide(short, step).round() * step).float()
+
+
+def remainder_dropped(x: Tensor, seed: int) -> Tensor:
+    """Columns beyond the last whole group of four come back as zero."""
+    whole = torch.arange(x.shape[1]) < max(x.shape[1] // 4 * 4, 1)
+    return row_stochastic(x, seed) * whole
+
+
 def few_random_bits(x: Tensor, seed: int) -> Tensor:
     """⌊t + k/8⌋ with 3-bit k: the noise's mean is 7/16, not ½."""
     return row_stochastic(x, seed, lambda t: (uniform(t.shape, seed) * 8).floor() / 8 + 1 / 8, 127)
@@ -209,6 +262,31 @@ def same_noise_always(x: Tensor, seed: int) -> Tensor:
 
 def eight_seeds(x: Tensor, seed: int) -> Tensor:
     return row_stochastic(x, seed % 8)
+
+
+def seed_modulo(x: Tensor, seed: int) -> Tensor:
+    """20 bits of the seed count."""
+    return row_stochastic(x, seed % 2**20)
+
+
+def antithetic(x: Tensor, seed: int) -> Tensor:
+    """Seeds that differ in bit 16 have opposite noise."""
+
+    def noise(t: Tensor) -> Tensor:
+        u = uniform(t.shape, seed & ~(1 << 16))
+        return 1 - u if seed >> 16 & 1 else u
+
+    return row_stochastic(x, seed, noise)
+
+
+def shifted_noise(x: Tensor, seed: int) -> Tensor:
+    """One array of noise for all seeds, moved by the seed's multiple."""
+    return row_stochastic(x, seed, lambda t: uniform(t.shape, 5).flatten().roll(seed * 7919).view(t.shape))
+
+
+def seed_ignored(x: Tensor, seed: int) -> Tensor:
+    """Noise of the global generator, as it comes."""
+    return row_stochastic(x, seed, torch.rand_like)
 
 
 def zero_seed_is_nearest(x: Tensor, seed: int) -> Tensor:
@@ -230,12 +308,13 @@ def seed_plus_index(x: Tensor, seed: int) -> Tensor:
 # Logarithmic grids
 
 
-def luq(signed_maximum: bool = False, noise_in_logarithm: bool = False) -> Function:
+def luq(signed_maximum: bool = False, noise_in_logarithm: bool = False, by_row: bool = False) -> Function:
     """Powers of two down to amax/64, stochastic between neighbours and below the least."""
 
     def estimate(x: Tensor, seed: int) -> Tensor:
         x, u = x.double(), uniform(x.shape, seed)
-        largest = (x.max() if signed_maximum else x.abs().max()).clamp(min=1e-300)
+        extremes = x if signed_maximum else x.abs()
+        largest = (extremes.amax(1, keepdim=True) if by_row else extremes.max()).clamp(min=1e-300)
         least = largest / 64
         ratio = (x.abs() / least).clamp(min=1e-30)
         if noise_in_logarithm:
@@ -253,6 +332,17 @@ def power_domain(x: Tensor, seed: int) -> Tensor:
     size = x.double().abs().amax(1, keepdim=True)
     t = divide(x.double().abs(), size).sqrt() * 7
     return (x.sign() * (stochastic(t, uniform(t.shape, seed)) / 7).square() * size).float()
+
+
+def terngrad(by_row: bool = False) -> Function:
+    """−s, 0 or s with s the largest magnitude: errors are rare and large."""
+
+    def estimate(x: Tensor, seed: int) -> Tensor:
+        size = x.double().abs()
+        largest = size.amax(1, keepdim=True) if by_row else size.max()
+        return (x.sign() * (uniform(x.shape, seed) * largest < size) * largest).float()
+
+    return estimate
 
 
 # Sampling
@@ -300,12 +390,12 @@ class Case(NamedTuple):
     function: Function
     verdict: str
     mixes: int | None = None
-    draws: int = 128  # how many show it
+    draws: int = 64  # how many show it
 
 
 DEFECTS = {
     "NVFP4, scale rounds down, maximum saturates": Case(nvfp4_saturating, "biased"),
-    "NVFP4 with head-room, subnormal scales": Case(nvfp4_head_room, "biased"),
+    "NVFP4 with head-room, subnormal scales": Case(nvfp4_head_room, "biased", draws=256),
     "MS-EDEN, a float32 scale per tensor": Case(ms_eden, "biased", 1, 256),
     "MS-EDEN, a float32 scale per row": Case(ms_eden_by_row, "asymptotic", 1),
     "4-bit splitting, codes clamped to ±6": Case(bit_split(98, 6), "biased"),
@@ -319,7 +409,7 @@ DEFECTS = {
     "absolute epsilon": Case(absolute_epsilon, "biased"),
     "bfloat16 minimum and range": Case(short_parameters, "biased"),
     "bfloat16 scale, codes clipped to 127": Case(short_scale_clipped, "biased"),
-    "four over six by realised error": Case(four_over_six, "biased"),
+    "four over six by realised error": Case(four_over_six, "biased", draws=128),
     "low-sequency Walsh rows only": Case(low_sequency, "biased", 1),
     "rounding in the power domain": Case(power_domain, "biased"),
     "three random bits": Case(few_random_bits, "biased"),
@@ -328,6 +418,14 @@ DEFECTS = {
     "eight seeds in turn": Case(eight_seeds, "dependent"),
     "seed 0 rounds to nearest": Case(zero_seed_is_nearest, "dependent"),
     "noise at seed + index": Case(seed_plus_index, "dependent"),
+    "INT8 to −128, maximum clipped": Case(down_to_minus_128, "biased"),
+    "a tenth of a step of Gaussian noise": Case(gaussian_noise, "biased"),
+    "random mantissa bits before the scale": Case(random_mantissa, "biased"),
+    "remainder dropped": Case(remainder_dropped, "biased"),
+    "20 bits of the seed": Case(seed_modulo, "dependent"),
+    "antithetic seeds": Case(antithetic, "dependent"),
+    "one noise array, shifted": Case(shifted_noise, "dependent"),
+    "seed ignored": Case(seed_ignored, "dependent"),
 }
 
 SOUND = {
@@ -335,6 +433,13 @@ SOUND = {
     "NVFP4 with head-room and normal scales": Case(nvfp4_exact, "exact"),
     "4-bit splitting, codes to ±7": Case(bit_split(105, 7), "exact"),
     "LUQ": Case(luq(), "exact"),
-    # Unbiased, but whether a row is there at all is common to its entries.
+    "LUQ, a grid per row": Case(luq(by_row=True), "exact"),
+    "TernGrad without clipping": Case(terngrad(), "exact"),
+    "TernGrad without clipping, by row": Case(terngrad(by_row=True), "exact"),
+    "MXFP4, scale rounds up": Case(mxfp4, "exact"),
+    "subtractive dither": Case(dithered, "exact"),
+    "stochastic from each row's minimum": Case(affine, "exact"),
+    # Unbiased, but whether a row is there at all is common to its entries: exact if that is admitted.
     "rows sampled with p at most 1": Case(sampled_rows(capped=True), "dependent"),
+    "rows sampled, dependence along rows admitted": Case(sampled_rows(capped=True), "exact", 1),
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 import fqt
 from fqt.errors import FqtError
 from fqt.kernels import ops, rounding
+from fqt.stats.certification import seeding
 from fqt.stats.certification.bias import row_mean
 from fqt.stats.certification.inputs import Input, adversarial_inputs
 from fqt.stats.certification.run import _levels, row_noise, smallest_bias
@@ -154,7 +155,12 @@ def test_power_of_a_row_is_as_stated() -> None:
     found = 0
     for trial in range(300):
         error = (uniform((m, 128), trial) < fraction).double() - fraction + bias
-        found += row_mean(Sample(given, error, torch.ones(128), error, None, None, None, m), level).score > 1
+        found += (
+            row_mean(
+                Sample(given, error, torch.ones(128), torch.zeros(128).bool(), error, None, None, None, m), level
+            ).score
+            > 1
+        )
     assert found >= 291, found
 
 
@@ -171,13 +177,55 @@ def test_same_arguments_same_certificate_and_the_global_generator_is_untouched()
     assert first.verdict == "exact"
 
 
-def test_noise_that_ignores_the_seed_is_exact_and_said_so() -> None:
-    def fresh(x: Tensor, seed: int) -> Tensor:
-        return row_stochastic(x, 0, lambda t: torch.rand_like(t))
-
-    certificate = fqt.certify(fresh, draws=64)
-    assert certificate.verdict == "exact"
+def test_noise_that_ignores_the_seed_is_said_so() -> None:
+    certificate = fqt.certify(DEFECTS["seed ignored"].function, draws=64)
+    assert [f.test for f in certificate.convicted["gaussian"]] == ["same seed, same draw"]
     assert any(note.startswith("not repeatable") for note in certificate.notes)
+
+
+def test_last_bits_that_differ_each_time_are_no_conviction() -> None:
+    """As sums in no fixed order, on a device, leave them."""
+
+    def jittered(x: Tensor, seed: int) -> Tensor:
+        return row_stochastic(x, seed) * (1 + 1e-7 * torch.randn(()))
+
+    certificate = fqt.certify(jittered, draws=64)
+    assert certificate.verdict == "exact", str(certificate)
+
+
+def test_inputs_share_no_generator_with_the_noise() -> None:
+    """A function that makes float64 noise from its seed would be correlated with an input made from that seed."""
+    for seed in (0, 1, 5):
+        x = adversarial_inputs(seed)[0].x
+        for dtype in (torch.float32, torch.float64):
+            same = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+            correlation = torch.corrcoef(torch.stack([x.flatten(), same.float().flatten()]))[0, 1]
+            assert abs(correlation) < 0.15  # five standard deviations
+
+
+@pytest.mark.parametrize(("relation", "where"), [(1 << 30, "bit 30"), (1 << 3, "bit 3"), (2**31 - 1, "all bits")])
+def test_opposite_noise_of_related_seeds_is_found(relation: int, where: str) -> None:
+    def opposite(x: Tensor, seed: int) -> Tensor:
+        first = min(seed, seed ^ relation)
+        u = uniform(x.shape, first)
+        return row_stochastic(x, 0, lambda t: u if seed == first else 1 - u)
+
+    found = fqt.certify(opposite, draws=64).convicted["gaussian"]
+    assert any(f.test == "related seeds" and f.where.endswith(where) and f.effect < -0.3 for f in found)
+
+
+@pytest.mark.parametrize("p", [0.003, 0.05, 0.5])
+def test_an_odd_draw_is_no_more_surprising_than_it_is(p: float) -> None:
+    """Exact: of 200 terms of 0 or 1 the bound on a tail is not below its binomial probability."""
+    terms = (uniform((1000, 200), 3) < p).double()
+    level = Level(1e-4, 1000)
+    for k in {0, round(100 * p), round(200 * p), round(400 * p), 40, 199}:
+        above = -binom.logsf(k - 1, 200, p)
+        below = -binom.logcdf(k, 200, p)
+        # 5 %: p is estimated from 1,000 draws
+        assert seeding._surprise(terms, k, 1, 1.0, level) <= 1.05 * above + 0.05
+        assert seeding._surprise(terms, k, -1, 1.0, level) <= 1.05 * below + 0.05
+    assert seeding._surprise(terms, 199, 1, 1.0, level) > level.log  # and yet it convicts
 
 
 def test_what_mixes_is_reported_and_not_judged() -> None:
@@ -187,10 +235,10 @@ def test_what_mixes_is_reported_and_not_judged() -> None:
     def mixed(x: Tensor, seed: int) -> Tensor:
         return q.quantize(x, seed).dequantize()
 
-    assert fqt.certify(mixed, draws=64).verdict == "exact"
-    certificate = fqt.certify(mixed, draws=64, mixes=None)
+    assert fqt.certify(mixed, draws=64, mixes=0).verdict == "exact"
+    certificate = fqt.certify(mixed, draws=64)
     assert certificate.verdict == "dependent"
-    assert any(f.test == "sums of errors" for f in certificate.convicted["one large row"])
+    assert {"sums of errors"} <= {f.test for found in certificate.convicted.values() for f in found}
 
 
 def test_a_function_that_refuses_an_input_is_not_convicted_for_it() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -153,6 +155,186 @@ def test_frozen_parameters_are_left_out() -> None:
     assert set(readings(model, [batch])[0]["layers"]) == {"0", "5"}
 
 
+# What is wrong with the gradients when the monitor reads them, and how the refusal begins. "Right" is the control.
+MISUSES: dict[str, tuple[Callable[[nn.Module, list], tuple], str]] = {}
+
+
+def misuse(message: str) -> Callable:
+    """Registers a step gone wrong: it leaves gradients in the model and gives the monitor's arguments."""
+
+    def register(step: Callable[[nn.Module, list], tuple]) -> Callable:
+        MISUSES[step.__name__] = step, message
+        return step
+
+    return register
+
+
+def backward(model: nn.Module, batch: tuple, factor: float = 1.0) -> None:
+    (loss(model, batch) * factor).backward()
+
+
+@misuse("")
+def right(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0])
+    return (data[0],)
+
+
+@misuse("got another batch")
+def another_batch(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0])
+    return (data[1],)
+
+
+@misuse("not those of this batch: look for")
+def other_targets(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0])
+    return ((data[0][0], data[0][1].flip(0)),)
+
+
+@misuse("and 1 more forward passes were seen")
+def two_batches_accumulated(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0])
+    backward(model, data[1])
+    return (data[1],)
+
+
+@misuse("got another batch")
+def one_batch_of_two_given_wrongly(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0])
+    backward(model, data[1])
+    return data[0], data[2]
+
+
+@misuse(r"2 times those of these 2 batches.*reduction=\"sum\"")
+def summed_not_averaged(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0])
+    backward(model, data[1])
+    return data[0], data[1]
+
+
+@misuse(r"0\.\d+ times those of this batch.*before clipping")
+def clipped_before(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0])
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    nn.utils.clip_grad_norm_(model.parameters(), float(norm) / 2)
+    return (data[0],)
+
+
+@misuse("not those of this batch: look for")
+def clipped_by_value(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0])
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    return (data[0],)
+
+
+@misuse(r"65536 times those of this batch.*pass scale=")
+def loss_scaled(model: nn.Module, data: list) -> tuple:
+    backward(model, data[0], 65536)
+    return (data[0],)
+
+
+@misuse("a missing zero_grad")
+def zero_grad_forgotten(model: nn.Module, data: list) -> tuple:
+    other = copy.deepcopy(model)  # so that the step before has no forward pass in this one
+    backward(other, data[1])
+    for p, before in zip(model.parameters(), other.parameters(), strict=True):
+        p.grad = before.grad
+    return right(model, data)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "after three good readings"])
+@pytest.mark.parametrize("name", MISUSES)
+def test_what_is_no_gradient_of_the_batch_is_refused(name: str, late: bool) -> None:
+    step, message = MISUSES[name]
+    model, data = plain("psq4", dropout=0.5), batches(3)
+    monitor = fqt.Monitor(model, loss, every=1)
+    for _ in range(3 if late else 0):
+        model.zero_grad()
+        assert monitor.step(*right(model, data))
+    model.zero_grad()
+    before, given = monitor.state_dict(), step(model, data)
+    if not message:
+        assert monitor.step(*given)
+        return
+    with pytest.raises(FqtError, match=message) as error:
+        monitor.step(*given)
+    assert "\n" not in str(error.value)
+    assert monitor.state_dict() == {**before, "count": before["count"] + 1}
+    model.zero_grad()
+    assert monitor.step(*right(model, data))
+
+
+@pytest.mark.parametrize("recipe", ["ptq2", "psq4", "shq8d", "default"])
+@pytest.mark.parametrize("build", [lambda: nn.Linear(4, 2), mlp], ids=["tiny", "mlp"])
+def test_a_right_gradient_is_never_refused(build: Callable[[], nn.Module], recipe: str) -> None:
+    """A tiny layer's noise has few directions, 8 bits hardly any noise: shares along the gradient say nothing."""
+    model = make(build, recipe)
+    data = batches(40, shape=(4,) if isinstance(model, nn.Linear) else (6,))
+    data = [(x, y % 2) for x, y in data]
+    assert all(readings(model, data))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_accumulated_gradient_is_read_as_such(reduction: str) -> None:
+    """Quantization by its definition; sampling, by enumeration, the variance of the accumulated gradient."""
+    float_forward = fqt.Recipe(input=None, weight=None, grad_input="psq3", grad_weight="ptq3")
+    data, found, parts = batches(4), [], 4 if reduction == "mean" else 1
+    torch.manual_seed(0)
+    exact = fqt.restore_(plain())
+    single = torch.stack([gradient(exact, batch) for batch in data]) / parts
+    for first in itertools.combinations(range(4), 2):
+        model = plain(float_forward, dropout=0.0)
+        order = [data[i] for i in (*first, *(i for i in range(4) if i not in first))]
+        monitor = fqt.Monitor(model, loss, every=1)
+        for batch in order:
+            backward(model, batch, 1 / parts)
+        reading = monitor.step(*order, reduction=reduction)
+        noisy = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+        assert reading["quantization"] == pytest.approx(float((noisy - single.sum(0)).square().sum()), rel=1e-4)
+        found.append(reading["sampling"])
+    assert sum(found) / len(found) == pytest.approx(4 * float(single.var(0).sum()), rel=1e-4)
+
+
+def test_accumulated_batches_replay_their_own_masks() -> None:
+    """Random numbers drawn between the batches, as by a loader, are no part of any pass."""
+    model, data = plain("psq8", dropout=0.5), batches(2)
+    monitor = fqt.Monitor(model, loss, every=1)
+    for batch in data:
+        backward(model, batch, 0.5)
+        torch.rand(3)
+    noise = monitor.step(*data)["quantization"]
+    assert noise < 1e-3 * sum(float(p.grad.square().sum()) for p in model.parameters())
+
+
+def test_a_grad_scaler_is_divided_out() -> None:
+    model, batch = plain(), batches(1)[0]
+    plainly = readings(model, [batch])[0]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for scale in (scaler, 2.0**16):
+        monitor = fqt.Monitor(model, loss, every=1)
+        model.zero_grad()
+        torch.manual_seed(0)
+        scaler.scale(loss(model, batch)).backward()
+        assert monitor.step(batch, scale=scale) == plainly
+        monitor.close()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = fqt.Monitor(model, loss, every=1)
+    model.zero_grad()
+    scaler.scale(loss(model, batch)).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(FqtError, match=r"1\.52588e-05 times"):
+        monitor.step(batch, scale=scaler)
+
+
+def test_a_gradient_that_overflowed_gives_no_reading() -> None:
+    model, batch = plain(), batches(1)[0]
+    monitor = fqt.Monitor(model, loss, every=1)
+    backward(model, batch)
+    model[0].weight.grad[0, 0] = math.inf
+    assert monitor.step(batch, scale=2.0**16) is None
+    assert math.isnan(monitor.reading()["rho"])
+
+
 def test_errors() -> None:
     model, batch = plain(), batches(1)[0]
     for bad, message in [(mlp(), "no converted layer"), (make(recipe="qat"), "no layer quantizes its gradient")]:
@@ -172,6 +354,13 @@ def test_errors() -> None:
     loss(model, one).backward()
     with pytest.raises(FqtError, match="a batch of one sample"):
         monitor.step(one)
+    for arguments, message in [
+        ({"scale": 0}, "finite number other than 0"),
+        ({"reduction": "max"}, 'must be "mean"'),
+    ]:
+        loss(model, batch).backward()
+        with pytest.raises(FqtError, match=message):
+            monitor.step(batch, **arguments)
     bad = (batch[0] * math.nan, batch[1])
     loss(model, batch).backward()
     with pytest.raises(FqtError, match="the loss is nan"):

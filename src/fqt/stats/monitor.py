@@ -9,17 +9,27 @@ batch and g₁ that of its first n₁ samples (n₂ = n − n₁ the rest),
 since g₁ − g = (n₂/n)(g₁ − g₂). Both are unbiased up to this: batch norm sees half a batch in g₁, so that the
 sampling variance gets the difference of the two normalizations on top (measured: see docs/statistics.md), and
 active dropout draws other masks for g₁, which adds twice its share of the variance. The pass for g replays the
-random state of the training forward, so that ĝ − g is quantization only.
+random state of the training forward, so that ĝ − g is quantization only. Of a gradient accumulated over batches, g₁
+is that of the first half of the batches, and batch norm sees whole ones.
 
 A single reading is rough (one draw, one pair of halves), so variances are averaged over readings with exponentially
 decaying weights, and ρ is the quotient of the averages. The alternative, differences of successive training
 gradients, costs no pass but takes the progress of training for noise.
+
+All of it rests on ĝ being the gradient of that batch. Where it is, the quantized pass made again from the same
+random state gives ĝ back, whatever the noise; where gradients were scaled, clipped, accumulated or are another
+batch's, it does not. That check costs a pass. It is made for the first reading, and for each that stands out:
+‖ĝ − g‖² is over `JUMP` times its average; more than `SUSPECT` of it lies along g (noise of many entries has hardly
+a part in any one direction, a wrong factor lies wholly along it); or forward passes of the step are left over.
+Standing out alone convicts nobody: in tiny layers noise has few directions and jumps, and another batch's gradient
+has hardly a part along this one's where sampling noise dominates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +37,7 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.stats.passes import (
     LossFn,
+    Sink,
     alone,
     check_model,
     energy,
@@ -37,8 +48,21 @@ from fqt.stats.passes import (
     undisturbed,
     without,
 )
+from fqt.stats.replay import Passes
 
 __all__ = ["Monitor", "first_half"]
+
+JUMP = 2.0
+SUSPECT = 0.25
+_UNLIKE = 0.05  # of ‖ĝ − g‖² that may come from something else than the rounding of this batch's gradient
+_SAME_LINE = 1e-3  # 1 − cos² below which two gradients differ by a factor
+
+
+class Scaler(Protocol):
+    """What multiplies the loss before `backward`, such as `torch.amp.GradScaler`."""
+
+    def get_scale(self) -> float:
+        """The factor in force."""
 
 
 class Monitor:
@@ -56,9 +80,12 @@ class Monitor:
     >>> [reading is None for reading in readings], sorted(readings[1])
     ([True, False, True, False], ['layers', 'quantization', 'rho', 'sampling'])
 
+    What `step` refuses, and what it cannot know, is said there.
+
     Args:
         model: in training, with layers that quantize their gradient.
-        loss_fn: ``loss_fn(model, batch) -> scalar``, the training loss, a mean over samples.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, the training loss, a mean over samples. It must be what
+            training computes, autocast and label smoothing included, and random through torch's generators only.
         every: steps between readings.
         memory: weight of the past at each reading, in [0, 1).
         half: gives ``(first part, share)`` of a batch: a batch of the first samples, and the share of all samples
@@ -89,41 +116,72 @@ class Monitor:
         self.count = 0
         self._quantization = _Average(len(self.names) + 1)
         self._sampling = _Average(len(self.names) + 1)
-        self._random: tuple[Tensor, list[Tensor]] | None = None
-        self._hook = model.register_forward_pre_hook(self._before_forward)
+        self._passes = Passes(model)
+        self._await_next()
 
     def close(self) -> None:
         """Takes the monitor off the model."""
-        self._hook.remove()
+        self._passes.close()
 
-    def step(self, batch: Any) -> dict[str, Any] | None:
-        """Call it once per step, after ``backward()`` and before anything changes the gradients or the weights.
+    def step(
+        self,
+        batch: Any,
+        *more: Any,
+        reduction: Literal["mean", "sum"] = "mean",
+        scale: float | Scaler = 1.0,
+    ) -> dict[str, Any] | None:
+        """Call it once per optimizer step, after ``backward()`` and before anything changes gradients or weights.
 
-        Parameters, buffers, gradients and the random state are left as they were.
+        Parameters, buffers, gradients and the random state are left as they were. A gradient accumulated over
+        several batches is read as such: its variances are those of the accumulated gradient.
+
+            for batch in batches: (loss_fn(model, batch) / len(batches)).backward()
+            monitor.step(*batches)
+
+        With a `GradScaler`, give it, and call this before ``unscale_`` (or after, without giving it); the scale is
+        divided out of what is returned. Clip afterwards.
+
+        Refused is what is seen to be something else than the quantized gradient of the batches: other tensors went
+        into the model; or the gradient is not what the same passes give when they are made again, up to 5 % of the
+        reading. The latter, tried in the first reading and in each that stands out (more than twice the average; a
+        quarter or more along g; forward passes unaccounted for), sees gradients that are scaled, clipped, not
+        zeroed, accumulated, averaged over workers or of other targets, and a `loss_fn` that is not the training
+        loss. It never refuses a right gradient whose pass is deterministic. What goes wrong later, and so little
+        that the reading stays within twice the average, is not seen; nor is a loss that is no mean over
+        independent samples, which makes ``sampling`` wrong.
 
         Args:
-            batch: the one that `.grad` belongs to, and nothing else (no accumulation over batches, no loss scale).
+            batch: the one that `.grad` belongs to.
+            more: further batches that `.grad` was accumulated over, in that order.
+            reduction: "mean" where each batch's loss was divided by their number, "sum" where it was not.
+            scale: what the loss was multiplied by before ``backward()``: a number, or a `GradScaler`.
 
         Returns:
-            None between readings; else ``rho``, ``quantization``, ``sampling`` of the whole gradient and
-            ``layers``, ρ by layer (NaN where its sampling variance is zero), averaged over readings.
+            None between readings, and where the gradient is not finite, which has no variance (a `GradScaler` skips
+            that step, too); else ``rho``, ``quantization``, ``sampling`` of the whole gradient and ``layers``,
+            ρ by layer (NaN where its sampling variance is zero), averaged over readings.
 
         Raises:
-            FqtError: a batch of one sample, no gradients, a loss that is not finite, or no forward pass of the
-                model in training mode since the last step.
+            FqtError: the gradients are not those of the batches; a single batch of one sample, no gradients, a loss
+                that is not finite, or no forward pass of the model in training mode since the last step.
         """
         self.count += 1
-        if self.count % self.every:
-            self._random = None
+        try:
+            found = None
+            if self.count % self.every == 0:
+                batches, unit = [batch, *more], _number(scale)
+                found = self._measure(batches, unit, unit / _parts(reduction, len(batches)))
+        finally:
+            self._await_next()
+        if found is None:
             return None
-        quantization, sampling = self._measure(batch)
-        self._quantization.update(quantization, self.memory)
-        self._sampling.update(sampling, self.memory)
+        for average, value in zip((self._quantization, self._sampling), found, strict=True):
+            average.update(value, self.memory)
         return self.reading()
 
     def skip(self) -> None:
         """Call it instead of `step` for a batch smaller than the others, whose sampling variance is another's."""
-        self._random = None
+        self._await_next()
 
     def reading(self) -> dict[str, Any]:
         """The averages as they are; NaN before the first reading."""
@@ -160,46 +218,194 @@ class Monitor:
         self.count = state["count"]
         self._quantization = _Average.of(state["quantization"])
         self._sampling = _Average.of(state["sampling"])
+        self._await_next()
 
-    def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        """Remembers the random state at the step's first forward pass, from which the next reading will repeat."""
-        due = (self.count + 1) % self.every == 0
-        if due and self._random is None and model.training and torch.is_grad_enabled():
-            self._random = (torch.get_rng_state(), _device_states())
+    def _await_next(self) -> None:
+        """Forgets the passes that were seen; the next step's are recorded if it is due for a reading."""
+        self._passes.clear()
+        self._passes.recording = (self.count + 1) % self.every == 0
 
-    def _measure(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _measure(self, batches: Sequence[Any], unit: float, factor: float) -> tuple[Tensor, Tensor] | None:
+        """Quantization and sampling variance by layer and in all; None where the gradient is not finite.
+
+        Args:
+            batches: that `.grad` was accumulated over.
+            unit: what `.grad` is a multiple of the gradient by.
+            factor: what each batch's loss was multiplied by.
+        """
         layers = check_model(self.model)
         noisy = {name: p.grad for name, p in trainable(self.model).items() if p.grad is not None}
-        parameters = {name: p for name, p in trainable(self.model).items() if name in noisy}
-        if not parameters:
+        if not noisy:
             raise FqtError("there are no gradients: call Monitor.step between backward() and the optimizer's step")
-        part, share = self.half(batch)
-        if not 0 < share < 1:
-            raise FqtError("a batch of one sample has no halves to tell its sampling variance from")
-        if self._random is None:
+        first, share, weight = self._first_part(batches)
+        if not self._passes:
             raise FqtError("no forward pass in training mode was seen since the last step: call the model itself")
-        state = self._random
+        if not all(torch.isfinite(gradient).all() for gradient in noisy.values()):
+            return None
         exact: dict[str, Tensor] = {}
+        apart = _Comparison()
         quantization = torch.zeros(len(self.names) + 1, dtype=torch.float64)
         sampling = torch.zeros_like(quantization)
 
         def against_training(name: str, gradient: Tensor) -> None:
             exact[name] = gradient
-            quantization[self._where(name)] += energy(noisy[name] - gradient)
+            quantization[self._where(name)] += apart.add(noisy[name], gradient)
 
         def against_whole(name: str, gradient: Tensor) -> None:
             sampling[self._where(name)] += energy(gradient - exact.pop(name)) * (share / (1 - share))
 
-        with undisturbed(self.model), without(layers):
-            for piece, sink in ((batch, against_training), (part, against_whole)):
-                torch.set_rng_state(state[0])
-                _set_device_states(state[1])
-                stream(self.model, self.loss_fn, piece, parameters, sink)
-        self._random = None  # what the passes above left
-        return quantization, sampling
+        with undisturbed(self.model):
+            with without(layers), self._passes.again() as seen:
+                self._gradients(batches, factor, noisy, against_training)
+            if seen.unknown:
+                raise FqtError(
+                    "Monitor.step got another batch than the model in this step: give it the one that .grad "
+                    "belongs to, and a loss_fn that prepares it as training does"
+                )
+            usual = JUMP * float(self._quantization.value()[-1]) * unit**2  # NaN before the first reading
+            if seen.left or not (apart.square <= usual and apart.along < SUSPECT):
+                self._check(batches, factor, noisy, apart, seen.left)
+            with without(layers), self._passes.again():
+                self._gradients(first, factor * weight, noisy, against_whole)
+        return quantization / unit**2, sampling / unit**2
+
+    def _first_part(self, batches: Sequence[Any]) -> tuple[Sequence[Any], float, float]:
+        """A first part of the samples, its share of them, and what makes its sum one for the whole."""
+        if len(batches) > 1:
+            count = len(batches) // 2
+            return batches[:count], count / len(batches), len(batches) / count
+        part, share = self.half(batches[0])
+        if not 0 < share < 1:
+            raise FqtError("a batch of one sample has no halves to tell its sampling variance from")
+        return [part], share, 1.0
+
+    def _gradients(self, batches: Sequence[Any], factor: float, names: Mapping[str, Any], sink: Sink) -> None:
+        """The summed gradient of `factor` times each batch's loss, parameter by parameter; held only if several."""
+        parameters = {name: p for name, p in trainable(self.model).items() if name in names}
+
+        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+            loss = self.loss_fn(model, batch)
+            return loss if factor == 1 else loss * factor
+
+        if len(batches) == 1:
+            stream(self.model, loss_fn, batches[0], parameters, sink)
+            return
+        total: dict[str, Tensor] = {}
+
+        def accumulate(name: str, gradient: Tensor) -> None:
+            total[name] = total[name].add_(gradient) if name in total else gradient
+
+        for batch in batches:
+            stream(self.model, loss_fn, batch, parameters, accumulate)
+        for name in parameters:
+            sink(name, total.pop(name))
+
+    def _check(
+        self, batches: Sequence[Any], factor: float, noisy: Mapping[str, Tensor], apart: _Comparison, left: int
+    ) -> None:
+        """Makes the passes again, noise included, and compares what they give with the gradients.
+
+        Raises:
+            FqtError: they differ, by more than `_UNLIKE` of what sets them apart from the exact gradient.
+        """
+        repeated = _Comparison()
+
+        def against_training(name: str, gradient: Tensor) -> None:
+            repeated.add(noisy[name], gradient)
+
+        with self._passes.again():
+            self._gradients(batches, factor, noisy, against_training)
+        if not repeated.square <= max(_UNLIKE * apart.square, repeated.last_bits):
+            raise FqtError(_looks_like(repeated, len(batches), left))
 
     def _where(self, name: str) -> list[int]:
         return [self.names.index(owner(name)), -1]
+
+
+class _Comparison:
+    """How far gradients a lie from gradients b: ‖a − b‖², and how much of it lies along b."""
+
+    def __init__(self) -> None:
+        self.square = self.inner = 0.0  # ‖a − b‖², ⟨a − b, b⟩
+        self.own = self.reference = self.product = 0.0  # ‖a‖², ‖b‖², ⟨a, b⟩
+        self.precision = 0.0
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Takes one parameter's; gives its ‖a − b‖², float64 scalar on the CPU."""
+        gap = a - b
+        square = energy(gap)
+        self.square += float(square)
+        self.inner += _inner(gap, b)
+        self.own += float(energy(a))
+        self.reference += float(energy(b))
+        self.product += _inner(a, b)
+        self.precision = max(self.precision, torch.finfo(b.dtype).eps)
+        return square
+
+    @property
+    def along(self) -> float:
+        """⟨a − b, b⟩² over ‖a − b‖²‖b‖², in [0, 1]: 0 where a is b, NaN where b is 0."""
+        if self.square == 0:
+            return 0.0
+        return self.inner**2 / (self.square * self.reference) if self.reference else math.nan
+
+    @property
+    def factor(self) -> float | None:
+        """The c of a = c·b; None where no number is it."""
+        if self.product**2 < (1 - _SAME_LINE) * self.own * self.reference or not self.reference:
+            return None
+        return self.product / self.reference
+
+    @property
+    def last_bits(self) -> float:
+        """What another order of summation may make of ‖a − b‖² where a is b."""
+        return (16 * self.precision) ** 2 * self.reference
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(dtype=torch.float64))
+
+
+def _number(scale: float | Scaler) -> float:
+    """The number that `scale` stands for.
+
+    Raises:
+        FqtError: it stands for none, or for none that could be divided out.
+    """
+    value = scale.get_scale() if hasattr(scale, "get_scale") else scale
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
+        raise FqtError(f"scale must be a finite number other than 0, or a GradScaler, not {scale!r}")
+    return float(value)
+
+
+def _parts(reduction: str, count: int) -> int:
+    """What each of `count` batches' losses was divided by.
+
+    Raises:
+        FqtError: `reduction` is no word for it.
+    """
+    if reduction not in ("mean", "sum"):
+        raise FqtError(f'reduction must be "mean" or "sum" (of the batches\' losses), not {reduction!r}')
+    return count if reduction == "mean" else 1
+
+
+def _looks_like(repeated: _Comparison, batches: int, left: int) -> str:
+    """What gradients that are not the batches' look like, and what to do about it."""
+    which, c = ("this batch" if batches == 1 else f"these {batches} batches"), repeated.factor
+    if c is not None:
+        ways = ["scaled (pass scale=)", "clipped (call Monitor.step before clipping)"]
+        if batches > 1:
+            ways.append('summed where reduction says averaged, or the reverse (pass reduction="sum" or "mean")')
+        return f"the gradients are {c:.6g} times those of {which}: they were {', or '.join(ways)}"
+    if left:
+        return (
+            f"the gradients are not those of {which}, and {left} more forward passes were seen in this step: pass "
+            "all batches that were accumulated, Monitor.step(first, second, …)"
+        )
+    return (
+        f"the gradients are not those of {which}: look for a missing zero_grad(), clipping entry by entry, "
+        "averaging over workers, and a loss_fn, targets, autocast or random numbers other than training's"
+    )
 
 
 class _Average:

@@ -137,14 +137,18 @@ def _projection(sample: Sample, projected: Tensor, weights: Tensor, level: Level
     """Scores and means of projections (M, k) of the errors.
 
     A projection moves by at most one entry's movement at a time where errors are independent; where they are not,
-    its own fourth moment says by how much. `weights` has k·n entries, or 2·n of rows projected one by one.
+    its own fourth moment says by how much, and of a row that was not seen to move all entries may move at once (it
+    was sampled, and never taken). `weights` has k·n entries, or 2·n of rows projected one by one.
     """
     k = projected.shape[1]
     weights = weights.abs().reshape(k, -1)
     repeats = weights.numel() // sample.width.numel()
-    widths, slacks = (v.repeat(repeats).view(weights.shape) for v in (sample.width, sample.slack))
+    widths, slacks, still = (
+        v.repeat(repeats).view(weights.shape) for v in (sample.width, sample.slack, sample.still)
+    )
     of = moments(projected)
-    jump = torch.maximum(of.jump, (weights * widths).amax(1))
+    together = (weights * widths * still).view(k, -1, sample.shape[1]).sum(2).amax(1)
+    jump = torch.maximum(of.jump, torch.maximum((weights * widths).amax(1), together))
     return level.score(of, jump, sample.distinct, (weights * slacks).sum(1)), of.mean
 
 

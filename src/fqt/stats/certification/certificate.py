@@ -8,16 +8,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fqt.errors import FqtError
+from fqt.stats.certification.inputs import COLUMNS, Input
 
 FORMAT = "fqt certificate 1"
+DENSE = COLUMNS / 4  # entries that carry a row's energy
 BIAS_TESTS = ("finite", "mean, each entry", "mean, each row", "mean, all entries", "magnitude", "no clipping")
 NOISE_TESTS = (
     "variance law",
     "pairs of errors",
     "sums of errors",
     "seeds",
+    "related seeds",
+    "shifted draws",
     "repeated draws",
     "every seed alike",
+    "same seed, same draw",
 )
 _EFFECTS = {
     "finite": "",
@@ -30,8 +35,11 @@ _EFFECTS = {
     "pairs of errors": "correlation",
     "sums of errors": "variance of a sum, independent = 1",
     "seeds": "correlation between seeds",
+    "related seeds": "correlation between seeds",
+    "shifted draws": "overlap of draws when moved",
     "repeated draws": "share of draws that repeat another",
     "every seed alike": "gap of one draw's ‖error‖², in spans of the others",
+    "same seed, same draw": "largest difference, in spreads",
     "spread of ‖error‖²": "Var‖error‖², independent = 1",
 }
 
@@ -101,9 +109,9 @@ class Certificate:
 
     Attributes:
         subject: what was certified.
-        verdict: "exact": every test passed; "asymptotic": biased only where few entries carry a row's energy;
-            "dependent": unbiased, but the noise is correlated, repeated or not of the declared variance;
-            "biased".
+        verdict: "exact": every test passed; "asymptotic": biased only where few of a row's many entries carry its
+            energy; "dependent": unbiased, but the noise is correlated, repeated, not of the declared variance or
+            not what the seed says; "biased".
         rate: probability at most, of a verdict other than "exact" on a quantizer that is exact.
         draws: estimates per input. seed: what inputs and seeds of the draws start from.
         findings: all tests on all inputs.
@@ -237,19 +245,23 @@ def _finding(row: Mapping[str, Any]) -> Finding:
 HEADER = ("test", "outcome", "score", "effect", "what the effect is", "where the score is largest")
 
 
-def verdict(findings: Sequence[Finding], carriers: dict[str, float], many: float) -> str:
+def verdict(findings: Sequence[Finding], tested: Mapping[str, Input]) -> str:
     """The verdict that the failed tests amount to.
+
+    Bias is "asymptotic" if it was found on wide inputs of which few entries carry a row's energy, and on none that
+    is dense: it vanishes as energy spreads. On short rows alone, which have few entries to begin with, it is plain
+    bias: of a remainder, say.
 
     Args:
         findings: all of them.
-        carriers: by input, how many entries carry a row's energy (`Input.carriers`).
-        many: from how many on an input counts as dense. Bias on no dense input is "asymptotic": it vanishes as
-            a row's energy spreads over more entries.
+        tested: the inputs by name.
     """
     failed = [f for f in findings if not f.passed]
     biased = [f for f in failed if f.test in BIAS_TESTS]
-    if biased:
-        dense = any(carriers.get(f.input, 0.0) >= many or f.test == "finite" for f in biased)
-        clipped = any(math.isinf(f.score) and f.test == "no clipping" for f in biased)
-        return "biased" if dense or clipped else "asymptotic"
-    return "dependent" if failed else "exact"
+    if not biased:
+        return "dependent" if failed else "exact"
+    if any(f.test == "finite" or (f.test == "no clipping" and math.isinf(f.score)) for f in biased):
+        return "biased"
+    wide = [tested[f.input] for f in biased if tested[f.input].x.shape[1] >= COLUMNS]
+    dense = any(tested[f.input].carriers >= DENSE for f in biased)
+    return "asymptotic" if wide and not dense else "biased"

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fqt.stats.seeds import derive_seed
+
 ROWS, COLUMNS = 8, 128
 
 
@@ -30,7 +32,7 @@ class Input:
 
     @property
     def carriers(self) -> float:
-        """How many entries carry a row's energy: the least (Σx²)²/Σx⁴ of the rows that are not zero; 0 if all are.
+        """How many entries carry a row's energy: (Σx²)²/Σx⁴, the median of rows that are not zero; 0 if all are.
 
         1 for a one-hot row, D for a row of equal magnitudes, about D/3 for a Gaussian one.
         """
@@ -38,7 +40,7 @@ class Input:
         square = square / square.amax(1, keepdim=True).clamp(min=1e-300)  # fourth powers must not underflow
         energy = square.sum(1)
         share = energy.square() / square.square().sum(1).clamp(min=1e-300)
-        return float(share[energy > 0].min()) if (energy > 0).any() else 0.0
+        return float(share[energy > 0].median()) if (energy > 0).any() else 0.0
 
 
 def _one_hot(g: torch.Generator) -> Tensor:
@@ -119,6 +121,10 @@ _MAKERS: dict[str, Callable[[torch.Generator], Tensor]] = {
 
 
 def adversarial_inputs(seed: int) -> list[Input]:
-    """All inputs; their random entries depend on `seed` alone. The first is plain Gaussian."""
-    g = torch.Generator().manual_seed(seed)
+    """All inputs; their random entries depend on `seed` alone. The first is plain Gaussian.
+
+    Their generator's seed is none that a draw may get (below 2³¹), not in the 32 bits that torch's generator uses
+    either: a function that makes noise from its seed as the inputs were made would be correlated with them.
+    """
+    g = torch.Generator().manual_seed(2**31 + derive_seed(seed, "inputs") % 2**31)
     return [Input(name, make(g)) for name, make in _MAKERS.items()]

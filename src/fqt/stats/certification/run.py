@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fqt.errors import FqtError
 from fqt.kernels.rounding import DITHERED
 from fqt.quant import Quantizer, quantizer, quantizer_name
-from fqt.stats.certification import bias, independence
+from fqt.stats.certification import bias, independence, seeding
 from fqt.stats.certification.certificate import Certificate, Finding, Power, verdict
 from fqt.stats.certification.inputs import COLUMNS, Input, adversarial_inputs
 from fqt.stats.certification.sample import Function, Refused, Sample, draw
@@ -21,8 +22,7 @@ from fqt.stats.seeds import derive_seed
 
 DRAWS = 1024
 RATE = 1e-3
-_KINDS = 10  # kinds of tests that share the false-alarm rate equally
-_DENSE = COLUMNS / 4
+_KINDS = 13  # kinds of tests that share the false-alarm rate equally
 _SEEDS = 2**31
 
 Progress = Callable[[str, int, int], None]
@@ -34,7 +34,7 @@ def certify(
     draws: int = DRAWS,
     rate: float = RATE,
     seed: int = 0,
-    mixes: int | None = 0,
+    mixes: int | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
     """Tests whether an estimate of x is unbiased, and its noise independent, on inputs chosen to break it.
@@ -51,7 +51,7 @@ def certify(
         rate: probability at most, of convicting an exact quantizer, over all tests and inputs.
         seed: what the inputs and the seeds of the draws derive from; below 2³¹ − draws.
         mixes: of a function: the axis along which it may mix entries, so that errors there are rightly
-            correlated: 0 (a transform over rows; the default), 1 (over features) or None (none). Correlation
+            correlated: 0 (a transform over rows), 1 (over features) or None (none; the default). Correlation
             along it is reported and not judged. A `Quantizer` is judged before its transform is undone.
         progress: called with (input's name, inputs done, inputs in all).
 
@@ -69,23 +69,25 @@ def _certify(
     name: str, target: Quantizer | Function, draws: int, rate: float, seed: int, mixes: int | None, tell: Progress
 ) -> Certificate:
     inputs = adversarial_inputs(seed)
-    levels = _levels(inputs, rate, isinstance(target, Quantizer))
+    levels = _levels(inputs, rate, isinstance(target, Quantizer), draws)
     axis = None if isinstance(target, Quantizer) else mixes
-    findings, notes, deterministic = _between_seeds(target, inputs[0], range(seed, seed + draws), levels)
+    near = _Near.draw(target, inputs[0], range(seed, seed + draws))
+    findings, notes = near.judge(levels, axis)
     spread_seeds, distinct = _spread_seeds(seed, draws), float(draws)
-    tested: dict[str, float] = {}
+    tested: dict[str, Input] = {}
     refused: dict[str, str] = {}
     for done, given in enumerate(inputs):
         tell(given.name, done, len(inputs))
         try:
-            sample = draw(target, given, spread_seeds, deterministic)
+            sample = draw(target, given, spread_seeds, near.deterministic)
         except Refused as reason:
             refused[given.name] = str(reason)
             continue
-        tested[given.name] = given.carriers
+        tested[given.name] = given
         if done == 0:
-            found, distinct = independence.repeats(sample, levels["repeats"])
-            findings.append(found)
+            found, distinct = seeding.repeats(sample, levels["repeats"], axis)
+            odd = seeding.odd_draw(near.sample, sample, levels["alike"], seed, axis)
+            findings += [found, odd]
         findings += _judge(replace(sample, distinct=distinct), levels, axis)
     if distinct < 0.5 * draws:
         notes.append(f"seeds repeat draws: bias is tested with the force of {distinct:.0f} draws only")
@@ -93,7 +95,7 @@ def _certify(
     if refused:
         text = " ".join(next(iter(refused.values())).split())[:120]
         notes.append(f"not tested, the function raised, on: {', '.join(refused)} ({text})")
-    result = verdict(findings, tested, _DENSE)
+    result = verdict(findings, tested)
     notes += _more_notes(target, findings, result, mixes)
     power = Power(
         entry=smallest_bias(levels["entry"], draws, variance=1 / 4, jump=1.0),
@@ -114,7 +116,7 @@ def row_noise(columns: int) -> tuple[float, float]:
     return variance, math.sqrt(3 * variance)
 
 
-def _levels(inputs: Sequence[Input], rate: float, of_quantizer: bool) -> dict[str, Level]:
+def _levels(inputs: Sequence[Input], rate: float, of_quantizer: bool, draws: int = DRAWS) -> dict[str, Level]:
     """Each kind's share of the rate and number of tests, counted before anything is drawn."""
     entries = sum(i.x.numel() for i in inputs)
     rows, columns = (sum(i.x.shape[axis] for i in inputs) for axis in (0, 1))
@@ -127,8 +129,11 @@ def _levels(inputs: Sequence[Input], rate: float, of_quantizer: bool) -> dict[st
         "law": entries + len(inputs) if of_quantizer else 0,
         "pairs": sum(i.x.numel() * (i.x.numel() - 1) // 2 for i in inputs),
         "sums": rows + columns + len(inputs),
-        "seeds": len(independence.LAGS) * len(independence.SHIFTS),
+        "seeds": len(seeding.LAGS) * len(seeding.SHIFTS),
+        "related": 2 * seeding.RELATIVES,
+        "shifted": 1,
         "repeats": 2,
+        "alike": draws,
     }
     assert len(counts) == _KINDS
     return {kind: Level(rate / _KINDS, max(count, 1)) for kind, count in counts.items()}
@@ -155,39 +160,60 @@ def _judge(sample: Sample, levels: dict[str, Level], mixes: int | None) -> list[
     return found if law is None else [*found, law]
 
 
-def _between_seeds(
-    target: Quantizer | Function, given: Input, seeds: range, levels: dict[str, Level]
-) -> tuple[list[Finding], list[str], bool]:
-    """On plain data, with consecutive seeds as a user would: are draws new, unrelated, and of one kind?
+@dataclass(frozen=True)
+class _Near:
+    """Draws of plain data with consecutive seeds, as a user would take them, and with relatives of a few seeds."""
 
-    Returns:
-        Findings, notes, and whether nothing is drawn at all.
-    """
-    try:
-        sample = draw(target, given, seeds)
-        again = draw(target, given, seeds[:1])
-    except Refused as reason:
-        shape, why = tuple(given.x.shape), " ".join(str(reason).split())
-        raise FqtError(f"f(x, seed) failed on a plain {shape} float32 tensor: {why}") from reason
-    if not torch.isfinite(sample.error).all():
-        raise FqtError("f(x, seed) returned NaN or Inf for plain Gaussian data: there is nothing to certify")
-    repeated, distinct = independence.repeats(sample, levels["repeats"])
-    sample = replace(sample, distinct=distinct)
-    findings = [
-        repeated,
-        independence.seeds(sample, levels["seeds"]),
-        independence.odd_draw(sample, seeds[0]),
-    ]
-    if bool((sample.error == sample.error[0]).all()):
-        return findings, ["deterministic: every seed gives the same estimate"], True
-    if not torch.equal(again.error[0], sample.error[0]):
-        return findings, ["not repeatable: the same seed gives another estimate each time"], False
-    return findings, [], False
+    sample: Sample
+    relatives: Sample
+    again: Tensor
+    seeds: range
+
+    @staticmethod
+    def draw(target: Quantizer | Function, given: Input, seeds: range) -> _Near:
+        """Draws them, and the first once more.
+
+        Raises:
+            FqtError: plain data cannot be quantized, or comes back as NaN.
+        """
+        related = seeding.relatives(_spread_seeds(seeds[0], seeding.BASES, "relatives"))
+        try:
+            sample = draw(target, given, [*seeds, *related])
+            again = draw(target, given, seeds[:1])
+        except Refused as reason:
+            shape, why = tuple(given.x.shape), " ".join(str(reason).split())
+            raise FqtError(f"f(x, seed) failed on a plain {shape} float32 tensor: {why}") from reason
+        if not torch.isfinite(sample.error).all():
+            raise FqtError("f(x, seed) returned NaN or Inf for plain Gaussian data: there is nothing to certify")
+        near, far = (seeding.part(sample, s) for s in (slice(0, len(seeds)), slice(len(seeds), None)))
+        return _Near(near, far, again.error[0], seeds)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether nothing is drawn at all."""
+        error = self.sample.error
+        return bool((error == error[0]).all() and (self.relatives.error == error[0]).all())
+
+    def judge(self, levels: dict[str, Level], mixes: int | None) -> tuple[list[Finding], list[str]]:
+        """Are draws new, unrelated, and what the seed says? Findings and notes."""
+        repeated, distinct = seeding.repeats(self.sample, levels["repeats"], mixes)
+        sample = replace(self.sample, distinct=distinct)
+        findings = [
+            repeated,
+            seeding.neighbours(sample, levels["seeds"]),
+            seeding.related(self.relatives, levels["related"]),
+            seeding.shifted(sample, levels["shifted"]),
+            seeding.repeatable(sample, self.again),
+        ]
+        notes = ["deterministic: every seed gives the same estimate"] if self.deterministic else []
+        if not findings[-1].passed:
+            notes.append("not repeatable: the same seed gives another estimate each time")
+        return findings, notes
 
 
-def _spread_seeds(seed: int, draws: int) -> list[int]:
+def _spread_seeds(seed: int, draws: int, purpose: str = "certify") -> list[int]:
     """Seeds below 2³¹ without pattern, so that a relation between neighbours does not pass for a bias."""
-    g = torch.Generator().manual_seed(derive_seed(seed, "certify"))
+    g = torch.Generator().manual_seed(derive_seed(seed, purpose))
     return [int(s) for s in torch.randint(0, _SEEDS, (draws,), generator=g)]
 
 
@@ -232,8 +258,8 @@ def _resolve(subject: object) -> tuple[str, Quantizer | Function]:
     return getattr(subject, "__qualname__", type(subject).__name__), subject
 
 
-def load_function(path: str) -> Function:
-    """The function that "package.module:function" names.
+def load_function(path: str) -> Quantizer | Function:
+    """The function, or `Quantizer`, that "package.module:name" stands for.
 
     Raises:
         FqtError: it cannot be imported, or is none.
@@ -246,8 +272,7 @@ def load_function(path: str) -> Function:
     except Exception as error:  # a module may raise anything while it is imported
         raise FqtError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from error
     if isinstance(found, Quantizer):
-        q = found
-        return lambda x, seed: q.quantize(x, seed).dequantize()
+        return found
     if isinstance(found, type) or not callable(found):
         raise FqtError(f"{path}: is not a function f(x, seed)")
     return found

@@ -29,6 +29,7 @@ class Sample:
         input: what was quantized.
         error: (M, n) float64, estimate − x.
         width: (n,) float64, how far each entry's error moves.
+        still: (n,) bool, where noise is drawn but nothing was seen to move in the whole row.
         unit: (M, n) float64, the errors whose dependence is tested: of a `Quantizer`, in steps and before the
             inverse transform; of a function, the same as `error` over the row's spread.
         law: the declared variance of `unit`, (M, n) or (M, 1); None for a function.
@@ -40,6 +41,7 @@ class Sample:
     input: Input
     error: Tensor
     width: Tensor
+    still: Tensor
     unit: Tensor
     law: Tensor | None
     clipped: bool | None
@@ -93,8 +95,8 @@ def _checked(value: object, given: Input) -> Tensor:
     return value.detach().to("cpu", torch.float64)
 
 
-def _width(error: Tensor, x: Tensor, deterministic: bool) -> Tensor:
-    """(n,): how far an entry's error moves, taken from its row: the widest movement seen in it.
+def _width(error: Tensor, x: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """(n,): how far an entry's error moves, taken from its row: the widest movement seen in it; and `still`.
 
     In a row that did not move, but for the last bits of floats, rare movements may have gone unseen. It gets the
     widest of all rows; if none moved, its own range, beyond which no quantizer steps. A function that never moves
@@ -102,11 +104,11 @@ def _width(error: Tensor, x: Tensor, deterministic: bool) -> Tensor:
     """
     n, d = x.shape
     if deterministic:
-        return torch.zeros(n * d, dtype=torch.float64)
+        return torch.zeros(n * d, dtype=torch.float64), torch.zeros(n * d, dtype=torch.bool)
     row = (error.amax(0) - error.amin(0)).view(n, d).amax(1)
     still = row <= 1e-6 * x.abs().amax(1) + _TINY
     unseen = x.amax(1) - x.amin(1) if still.all() else row.masked_fill(still, 0.0).max()
-    return torch.where(still, unseen, row).repeat_interleave(d)
+    return torch.where(still, unseen, row).repeat_interleave(d), still.repeat_interleave(d)
 
 
 def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int], deterministic: bool = False) -> Sample:
@@ -123,9 +125,9 @@ def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int], dete
         return _draw_quantizer(subject, given, seeds, deterministic)
     x = given.x.double()
     error = estimates(subject, given, seeds) - x.flatten()
-    width = _width(error, x, deterministic)
+    width, still = _width(error, x, deterministic)
     unit = torch.where(width > 0, error / width.clamp(min=1e-300), 0.0)
-    return Sample(given, error, width, unit, None, None, None, len(seeds))
+    return Sample(given, error, width, still, unit, None, None, None, len(seeds))
 
 
 def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], deterministic: bool) -> Sample:
@@ -144,7 +146,7 @@ def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], determinis
     return Sample(
         given,
         error,
-        _width(error, x.double(), deterministic),
+        *_width(error, x.double(), deterministic),
         rounding.error.flatten(1),
         rounding.variance.flatten(1),
         rounding.clipped,
