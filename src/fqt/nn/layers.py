@@ -117,11 +117,22 @@ def _batched(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor
     return batched
 
 
+def _is_empty(input: Tensor, weight: Tensor, map: ConvMap) -> bool:
+    """Whether nothing is to be quantized, or a kernel does not fit: torch's own layer is exact, or says so."""
+    if torch.compiler.is_compiling():
+        return False
+    return not input.numel() or not weight.numel() or min(map.output_size(input.shape[2:], weight.shape[2:])) < 1
+
+
 def _convolve(layer: nn.modules.conv._ConvNd, input: Tensor, dims: int) -> Tensor:
     batched = _batched(layer, input, dims)
     if layer.padding_mode != "zeros":
         batched = F.pad(batched, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    output = products(layer, batched, layer.weight, layer.bias, linear_map(layer))
+    map = linear_map(layer)
+    assert isinstance(map, ConvMap)
+    if _is_empty(batched, layer.weight, map):
+        return layer._conv_forward(input, layer.weight, layer.bias)
+    output = products(layer, batched, layer.weight, layer.bias, map)
     return output if input.ndim == dims + 2 else output.squeeze(0)
 
 
@@ -141,6 +152,10 @@ def _convolve_transposed(
     map = linear_map(layer)
     assert isinstance(map, ConvMap)
     map = replace(map, output_padding=tuple(output_padding))
+    if _is_empty(batched, layer.weight, map):
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        rest = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
+        return convolve(input, layer.weight, layer.bias, *rest)  # type: ignore[arg-type]
     output = products(layer, batched, layer.weight, layer.bias, map)
     return output if input.ndim == dims + 2 else output.squeeze(0)
 
