@@ -36,7 +36,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def values(x: Tensor, factor: Tensor | None = None) -> Tensor:
     """What is quantized: x (N, D) in its compute dtype, column j times factor[j mod P] for a factor (P,)."""
     x = x.to(compute_dtype(x.dtype))
-    return x if factor is None else x * factor.repeat(x.shape[1] // factor.numel())
+    if factor is None or (not factor.numel() and not x.shape[1]):
+        return x
+    return x * factor.repeat(x.shape[1] // factor.numel())
 
 
 def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ def known_names() -> str:
     """One line that says which names there are."""
     methods = ", ".join(METHODS)
     return (
-        f"{methods}, each with its bits 2–8 ('psq4'), then 'd' for dithered, 'x' for the better of stochastic and "
+        f"{methods}, each with its bits 2–8 ('psq4'), then 'd' for dithered, 'x' for the best of stochastic and "
         f"dithered or 'n' for nearest rounding, then '@' and an axis ({', '.join(AXES)}) for layers"
     )
 

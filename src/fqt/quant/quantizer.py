@@ -19,12 +19,13 @@ from fqt.kernels import mixed, native, ops, reference
 from fqt.kernels.ops import Findings
 from fqt.kernels.philox import as_seed
 from fqt.kernels.reference import Quantized
-from fqt.quant.rounding import Either, Entries, Plan
+from fqt.quant.rounding import Best, Entries, Plan
 from fqt.quant.scale import Integers, Scale
 from fqt.quant.tensor import Dither, QuantizedTensor, RowView
 from fqt.quant.transform import Identity, Mixing, Transform
 
 ROUNDINGS = ("nearest", "stochastic", "dithered", "best")
+_GUARD_GRID = Integers(8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class Quantizer:
     Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest", up to the rounding of float
     arithmetic. Nothing is ever clipped, but for estimates beyond the largest float of the dtype, which only
     dithered rounding and transforms can give: half a step, or their noise, outside the range of x.
-    "best" is stochastic or dithered per tensor, whichever has the lower exact variance on it (its stochastic
-    candidate follows the scale's mode, its dithered one is affine).
+    "best" takes per tensor what has the least exact variance on it: stochastic or dithered on affine scales, and
+    with the scale mode "zero" also stochastic with zero on a code. So it is never above any of those.
 
     Attributes:
         transform: `Identity()`, `BlockHouseholder()` or `ScaledHadamard()`; the latter two take row scales.
@@ -136,7 +137,7 @@ class Quantizer:
         if self.rounding == "best" or self.scale.mode != "affine":
             return None
         high = Plan.codes(self.scale.mode, self.grid, self.rounding)[1]
-        how = mixed.Rounding(True, self.grid.affine_steps, high, self.rounding, key)
+        how = mixed.Rounding(True, _GUARD_GRID.affine_steps, high, self.rounding, key)
         found = self.transform.codes(matrix, factor, how)
         if found is None:
             return None
@@ -204,8 +205,8 @@ class Quantizer:
     ) -> tuple[Tensor, Tensor]:
         """`variance` and `variance_bound` of this quantizer at other widths, sharing what widths have in common.
 
-        The transform and the ranges are computed once (but with guard="exact", whose choice depends on the
-        width). With `weight` they are those of Σ weight·error², entries weighted.
+        The transform and the ranges are computed once where the guard's choice does not depend on the width: on
+        affine scales, unless it is "exact". With `weight` they are those of Σ weight·error², entries weighted.
 
         Args:
             x: as for `quantize`.
@@ -219,7 +220,7 @@ class Quantizer:
         matrix, view, _ = self._matrix(x, axis, None)
         matrix = reference.values(matrix)
         members = [replace(self, grid=Integers(bits)) for bits in widths]
-        key, shares = self._key(seed, x.device), getattr(self.transform, "guard", True) != "exact"
+        key, shares = self._key(seed, x.device), self._guards_any_width()
         exact, bound = [], []
         for number, member in enumerate(members):
             if number == 0 or not shares:
@@ -228,7 +229,7 @@ class Quantizer:
                 cost = None if mixing is None else mixing.cost
                 entries = None if weight is None else _entry_weight(weight, view, mixing)
             plan = member._rounding_plan(y, None, ranges, cost)
-            taken = plan.taken() if isinstance(plan, Either) else plan
+            taken = plan.plan() if isinstance(plan, Best) else plan
             if entries is None:
                 upper = taken.row_bound(y)
                 exact.append(plan.variance(y, cost))
@@ -253,6 +254,8 @@ class Quantizer:
         self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None
     ) -> tuple[Tensor, RowView, Tensor | None]:
         """The matrix of x, its view, and the factor as the kernels take it."""
+        if factor is not None and factor.shape != x.shape[-1:]:
+            raise FqtError(f"a factor of shape {tuple(factor.shape)} for a tensor of shape {tuple(x.shape)}")
         # A transform mixes rows: its kernels want them as the matrix's rows.
         view = _view(x, axis, may_transpose=isinstance(self.transform, Identity))
         matrix = view.matrix(x.detach())
@@ -269,7 +272,7 @@ class Quantizer:
 
     def _plan(
         self, x: Tensor, factor: Tensor | None, transposed: bool, key: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Mixing | None, Plan | Either]:
+    ) -> tuple[Tensor, Tensor | None, Mixing | None, Plan | Best]:
         """The transformed matrix and the factor still to be applied, how to undo the transform, how to round."""
         if factor is not None and not isinstance(self.transform, Identity):
             x, factor = reference.values(x, factor), None
@@ -293,24 +296,27 @@ class Quantizer:
             lo, hi = ops.value_range(y, "row")
             if getattr(self.transform, "guard", True) == "exact":
                 return self._rounding_plan(y, None, (lo, hi), None).row_variance(reference.values(y))
-            return Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic").row_bound(y)
+            # Affine steps are in proportion to ranges: at one width for all, the choice is the same to a bit.
+            grid = _GUARD_GRID if self.scale.mode == "affine" else self.grid
+            return Plan.of(lo, hi, self.scale.mode, grid, "stochastic").row_bound(y)
 
         return self.transform.apply(x, key, row_cost)
 
+    def _guards_any_width(self) -> bool:
+        """Whether the transformed matrix is the same at every width."""
+        guard = getattr(self.transform, "guard", False)
+        return guard is False or (guard is True and self.scale.mode == "affine")
+
     def _rounding_plan(
         self, y: Tensor, factor: Tensor | None, ranges: tuple[Tensor, Tensor], cost: Tensor | None
-    ) -> Plan | Either:
+    ) -> Plan | Best:
         lo, hi = ranges
         if self.rounding != "best":
             return Plan.of(lo, hi, self.scale.mode, self.grid, self.rounding)
-        stochastic = Plan.of(lo, hi, self.scale.mode, self.grid, "stochastic")
-        dithered = Plan.of(lo, hi, "affine", self.grid, "dithered")
-        groups = dithered.group_variance(y, factor), stochastic.group_variance(y, factor)
-        gain = groups[1] - groups[0]
-        if cost is not None:
-            gain = gain * cost[:, None]
-        # A running sum adds in one order on every backend: the choice must not depend on the machine.
-        return Either(gain.flatten().cumsum(0)[-1:].sum() > 0, dithered, stochastic, groups)
+        modes = ("zero", "affine") if self.scale.mode == "zero" else (self.scale.mode,)
+        plans = [Plan.of(lo, hi, mode, self.grid, "stochastic") for mode in modes]
+        plans.append(Plan.of(lo, hi, "affine", self.grid, "dithered"))
+        return Best.of(tuple(plans), y, factor, cost)
 
 
 def _entry_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:

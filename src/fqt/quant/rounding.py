@@ -1,7 +1,8 @@
-"""How groups of known ranges are rounded: steps, codes and variances of one rounding, or of the better of two."""
+"""How groups of known ranges are rounded: steps, codes and variances of one rounding, or of the best of several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,44 +126,56 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Either:
-    """Two plans and a boolean scalar that takes the first; the choice stays on the device.
+class Best:
+    """Several plans and which of them is taken; the choice stays on the device.
 
     Attributes:
-        take_first: bool scalar tensor.
-        first, second: the plans.
+        taken: int64 scalar tensor, an index of `plans`.
+        plans: the candidates, at most one of them dithered.
         groups: their group variances, which the choice was made on.
     """
 
-    take_first: Tensor
-    first: Plan
-    second: Plan
-    groups: tuple[Tensor, Tensor]
+    taken: Tensor
+    plans: tuple[Plan, ...]
+    groups: tuple[Tensor, ...]
 
-    def _pick(self, first: Tensor, second: Tensor) -> Tensor:
-        return torch.where(self.take_first, first, second)
+    @staticmethod
+    def of(plans: tuple[Plan, ...], y: Tensor, factor: Tensor | None, cost: Tensor | None) -> Best:
+        """The plan of the least exact variance on y (N, D), times `cost` (N,) by row; the first of equals."""
+        groups = tuple(plan.group_variance(y, factor) for plan in plans)
+        taken = torch.zeros((), dtype=torch.int64, device=y.device)
+        least = _in_order(groups[0], cost)
+        for index, group in enumerate(groups[1:], 1):
+            variance = _in_order(group, cost)
+            taken = torch.where(variance < least, index, taken)
+            least = torch.where(variance < least, variance, least)
+        return Best(taken, plans, groups)
+
+    def _pick(self, values: Sequence[Tensor]) -> Tensor:
+        picked = values[0]
+        for index, value in enumerate(values[1:], 1):
+            picked = torch.where(self.taken == index, value, picked)
+        return picked
 
     def _on_cpu(self) -> Plan | None:
         """The plan taken, where asking costs nothing."""
-        if not ops.at_hand(self.take_first):
-            return None
-        return self.first if bool(self.take_first) else self.second
+        return self.plans[int(self.taken)] if ops.at_hand(self.taken) else None
 
-    def taken(self) -> Plan | Either:
-        """The plan taken, where asking costs nothing; else both."""
+    def plan(self) -> Plan | Best:
+        """The plan taken, where asking costs nothing; else all."""
         return self._on_cpu() or self
 
     def variance(self, y: Tensor, cost: Tensor | None) -> Tensor:
         """float64 scalar, of the matrix the choice was made on."""
-        plans = zip((self.first, self.second), self.groups, strict=True)
-        return self._pick(*(plan.variance(y, cost, groups) for plan, groups in plans))
+        plans = zip(self.plans, self.groups, strict=True)
+        return self._pick([plan.variance(y, cost, groups) for plan, groups in plans])
 
     def encode(self, x: Entries, key: Tensor | None) -> Tensor:
         """(N, D) codes."""
         taken = self._on_cpu()
         if taken is not None:
             return taken.encode(x, key)
-        return self._pick(self.first.encode(x, key), self.second.encode(x, key))
+        return self._pick([plan.encode(x, key) for plan in self.plans])
 
     def decoding(
         self, matrix: Tensor, transposed: bool, key: Tensor | None
@@ -171,34 +184,43 @@ class Either:
         taken = self._on_cpu()
         if taken is not None:
             return taken.decoding(matrix, transposed, key)
-        step, offset, dither = self.first.decoding(matrix, transposed, key)
+        picked = self._pick([p.step for p in self.plans]), self._pick([p.offset for p in self.plans])
+        dithered = next((i for i, p in enumerate(self.plans) if p.rounding == "dithered"), None)
+        if dithered is None:
+            return *picked, None
+        dither = self.plans[dithered].decoding(matrix, transposed, key)[2]
         assert dither is not None
-        picked = self._pick(step, self.second.step), self._pick(offset, self.second.offset)
-        return *picked, dither.where(self.take_first)
+        return *picked, dither.where(self.taken == dithered)
 
     def row_variance(self, y: Tensor) -> Tensor:
         """(N,) float64."""
-        return self._pick(self.first.row_variance(y), self.second.row_variance(y))
+        return self._pick([plan.row_variance(y) for plan in self.plans])
 
     def row_bound(self, y: Tensor) -> Tensor:
         """(N,) float64."""
-        return self._pick(self.first.row_bound(y), self.second.row_bound(y))
+        return self._pick([plan.row_bound(y) for plan in self.plans])
 
     def entry_variance(self, y: Tensor) -> Tensor:
         """(N, D) float64."""
-        return self._pick(self.first.entry_variance(y), self.second.entry_variance(y))
+        return self._pick([plan.entry_variance(y) for plan in self.plans])
 
     def entry_bound(self, y: Tensor) -> Tensor:
         """(N, D) float64."""
-        return self._pick(self.first.entry_bound(y), self.second.entry_bound(y))
+        return self._pick([plan.entry_bound(y) for plan in self.plans])
 
     def weighted_variance(self, y: Tensor, weight: Tensor) -> Tensor:
         """float64 scalar."""
-        return self._pick(self.first.weighted_variance(y, weight), self.second.weighted_variance(y, weight))
+        return self._pick([plan.weighted_variance(y, weight) for plan in self.plans])
 
     def weighted_bound(self, y: Tensor, weight: Tensor) -> Tensor:
         """float64 scalar."""
-        return self._pick(self.first.weighted_bound(y, weight), self.second.weighted_bound(y, weight))
+        return self._pick([plan.weighted_bound(y, weight) for plan in self.plans])
+
+
+def _in_order(groups: Tensor, cost: Tensor | None) -> Tensor:
+    """float64 scalar: the groups' sum, added in one order on every backend: no choice may depend on the machine."""
+    weighted = groups if cost is None else groups * cost[:, None]
+    return weighted.flatten().cumsum(0)[-1:].sum()
 
 
 def _row_sums(x: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ is ‖S⁻¹e_i‖² = Σ_r M_ir²/s_r²; with it the variance of any member has
 
 The guard keeps plain rows (S = I) in every block where they cost less: `True` compares the step bounds
 Σ_i ‖S⁻¹e_i‖² R_i², whose ranges R are known by then; "exact" compares exact variances at the price of a pass;
-False never keeps them. It looks at the data, not at the rounding noise, so it leaves the estimate unbiased.
+False never keeps them. So under `True` the bound is never above that of plain rows, but the exact variance of
+stochastic rounding may be, where plain entries lie on codes and mixed ones do not: with 97 % zeros and lognormal
+rows bhq4 was seen at 15.6 and shq4 at 9.9 times psq4. Dithered variances are their bounds: there it is exact. The
+guard looks at the data, not at the rounding noise, so it leaves the estimate unbiased.
 """
 
 from __future__ import annotations
