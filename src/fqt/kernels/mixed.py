@@ -108,7 +108,7 @@ def hadamard_codes(
     work = _Work(x, factor, how, more=0)
     order = torch.empty(x.shape[0], dtype=torch.int64, device="cpu")
     sizes = block_sizes(blocks)
-    lists = (deal.data_ptr(), ctypes.addressof(sizes), len(blocks))
+    lists = (native.expect("deal", deal, x.shape[:1], torch.int64), ctypes.addressof(sizes), len(blocks))
     native.call("fqt_hadamard_codes", *work.arguments, *lists, work.how, order.data_ptr())
     return (work.result(), order) if work.finite else None
 
@@ -141,6 +141,10 @@ class _Work:
 
     def __init__(self, x: Tensor, factor: Tensor | None, how: Rounding, more: int) -> None:
         n, d = x.shape
+        if not 0 < how.high + (how.rounding == "dithered") <= 255 or how.levels < 1:
+            raise ValueError(
+                f"codes 0 … {how.high} of {how.rounding} rounding, {how.levels} levels: no byte holds them"
+            )
         self._source, self._alive = source_of(x.detach(), factor)
         self._seed = how.seed
         dithered = how.rounding == "dithered"
@@ -152,7 +156,7 @@ class _Work:
         self._keep = torch.empty((n, 1), dtype=torch.bool, device="cpu")
         self._codes = empty(x.shape, torch.uint8)
         self._how = _Mixed(
-            None if how.seed is None else how.seed.data_ptr(),
+            native.key_of(how.seed, how.rounding),
             int(how.guard),
             how.levels,
             how.high,

@@ -155,6 +155,41 @@ def call(name: str, *arguments: object) -> None:
         raise IndexError(f"{name}: an index lies outside the rows, or block sizes are not powers of two that fit")
 
 
+def expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """The address of a tensor that is what a kernel will take it for: it sees no shapes, so none may be trusted."""
+    if x.shape != shape or x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}; "
+            f"the kernel takes contiguous {dtype} of shape {tuple(shape)} on the CPU"
+        )
+    return x.data_ptr()
+
+
+def _matrix_codes(codes: Tensor) -> tuple[int, int, int, int]:
+    """The address of codes (N, D), whether they are signed, and the shape."""
+    if codes.ndim != 2 or codes.dtype not in _INTEGERS[1:]:
+        raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; give a matrix of uint8 or int8")
+    rows, columns = codes.shape
+    return expect("codes", codes, (rows, columns), codes.dtype), int(codes.dtype == torch.int8), rows, columns
+
+
+def key_of(seed: Tensor | None, rounding: str) -> int | None:
+    """The address of a seed; None where nothing is drawn."""
+    if seed is None:
+        if rounding != "nearest":
+            raise ValueError(f"{rounding} rounding without a seed")
+        return None
+    if seed.numel() != 1:
+        raise ValueError(f"a seed of shape {tuple(seed.shape)}; give a scalar")
+    return expect("seed", seed, tuple(seed.shape), torch.int64)
+
+
+def _check_codes(low: int, high: int, rounding: str) -> None:
+    last = high + (rounding == "dithered")
+    if not (low == 0 < last <= 255 or -128 <= low < last <= 127):
+        raise ValueError(f"codes {low} … {last} do not fit a byte")
+
+
 def _group(parameter: Tensor, rows: int, columns: int) -> tuple[int, int]:
     """Whether a parameter (1, 1), (N, 1) or (1, D) varies by row, and by column."""
     by_row, by_column = int(parameter.shape[0] != 1), int(parameter.shape[1] != 1)
@@ -167,7 +202,7 @@ def _group(parameter: Tensor, rows: int, columns: int) -> tuple[int, int]:
 def random_words(seed: Tensor, stream: int, n: int, shift: int) -> Tensor:
     """(n,) int32: the bits of a stream's words, shifted right by `shift`."""
     out = torch.empty(n, dtype=torch.int32, device="cpu")
-    call("fqt_random", seed.data_ptr(), stream, shift, n, out.data_ptr())
+    call("fqt_random", key_of(seed, "stochastic"), stream, shift, n, out.data_ptr())
     return out
 
 
@@ -190,10 +225,12 @@ def takes_source(x: Tensor, factor: Tensor | None) -> bool:
 def source_of(x: Tensor, factor: Tensor | None) -> tuple[_Source, tuple[Tensor | None, ...]]:
     """The C form of x (N, D) times a factor (P,) that repeats along its rows, and what must outlive it."""
     x = x.contiguous()
+    if x.ndim != 2 or x.dtype not in _IN_TYPES:
+        raise ValueError(f"values are {x.dtype} of shape {tuple(x.shape)}; give a matrix of float32 or bfloat16")
     if factor is None or (factor.ndim == 1 and not factor.numel() and not x.shape[1]):
         return _Source(x.data_ptr(), None, 1, _IN_TYPES[x.dtype]), (x,)
-    if factor.ndim != 1 or not factor.numel() or x.shape[1] % factor.numel():
-        raise ValueError(f"factors of shape {tuple(factor.shape)} for rows of {x.shape[1]}")
+    if factor.ndim != 1 or not factor.numel() or x.shape[1] % factor.numel() or factor.dtype != torch.float32:
+        raise ValueError(f"factors {factor.dtype} of shape {tuple(factor.shape)} for rows of {x.shape[1]}")
     times = x.shape[1] // factor.numel()
     repeats = max(1, min(times, _PERIOD // factor.numel()))
     while times % repeats:
@@ -206,6 +243,8 @@ def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Te
     """As the reference; no axis that is reduced may be empty."""
     source, _alive = source_of(x, factor)
     rows, columns = x.shape
+    if not x.numel():
+        raise ValueError(f"no range of nothing: values of shape {tuple(x.shape)}")
     shape = {"tensor": (1, 1), "row": (rows, 1), "column": (1, columns)}[group]
     lo, hi = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
     address = ctypes.addressof(source)
@@ -219,9 +258,11 @@ def value_range(x: Tensor, group: str, factor: Tensor | None = None) -> tuple[Te
 def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
     """As the reference."""
     lo, hi = lo.contiguous(), hi.contiguous()
+    if steps < 1:
+        raise ValueError(f"a range in {steps} steps; give at least 1")
+    ranges = (expect("lo", lo, tuple(lo.shape)), expect("hi", hi, tuple(lo.shape)))
     step, offset = torch.empty_like(lo), torch.empty_like(lo)
-    pointers = (step.data_ptr(), offset.data_ptr())
-    call("fqt_parameters", lo.data_ptr(), hi.data_ptr(), lo.numel(), _MODES[mode], steps, *pointers)
+    call("fqt_parameters", *ranges, lo.numel(), _MODES[mode], steps, step.data_ptr(), offset.data_ptr())
     return step, offset
 
 
@@ -246,12 +287,10 @@ def encode(
 ) -> Tensor:
     """As the reference."""
     source, _alive = source_of(x, factor)
-    step, offset = step.contiguous(), offset.contiguous()
+    _check_codes(low, high, rounding)
+    pointers, groups, _held = _grouped(ctypes.addressof(source), x, step, offset)
     codes = empty(x.shape, torch.uint8 if low == 0 else torch.int8)
-    key = None if seed is None else seed.data_ptr()
-    groups = _group(step, *x.shape)
-    pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
-    rest = (ROUNDINGS[rounding], key, int(transposed), codes.data_ptr())
+    rest = (ROUNDINGS[rounding], key_of(seed, rounding), int(transposed), codes.data_ptr())
     call("fqt_encode", *pointers, *groups, low, high, *rest)
     return codes
 
@@ -309,10 +348,15 @@ def quantize(
     """As `ops.quantize`, and for rounding "best", which `Quantizer` defines; at least one entry."""
     source, _alive = source_of(x, factor)
     rows, columns = x.shape
+    if not x.numel():
+        raise ValueError(f"nothing to quantize in values of shape {tuple(x.shape)}")
+    _check_codes(low, high, rounding)
+    if rounding == "best" and (low or mode == "symmetric"):
+        raise ValueError("the best rounding is one of affine scales, whose codes begin at 0")
     shape = (rows if group == "row" else 1, columns if group == "column" else 1)
     step, offset = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
     codes = empty(x.shape, torch.uint8 if low == 0 else torch.int8)
-    key = None if seed is None else seed.data_ptr()
+    key = key_of(seed, rounding)
     noise: tuple[Tensor, Tensor] | None = None
     pointers: tuple[int | None, int | None] = (None, None)
     if rounding in ("dithered", "best"):
@@ -332,52 +376,54 @@ def variance_sums(
 ) -> Tensor:
     """As the reference."""
     source, _alive = source_of(x, factor)
-    step, offset = step.contiguous(), offset.contiguous()
+    pointers, groups, _held = _grouped(ctypes.addressof(source), x, step, offset)
     sums = torch.empty(step.shape, dtype=torch.int64, device="cpu")
-    pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
-    call("fqt_variance_sums", *pointers, *_group(step, *x.shape), low, high, sums.data_ptr())
+    call("fqt_variance_sums", *pointers, *groups, low, high, sums.data_ptr())
     return sums
 
 
 def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """As the reference."""
     codes = codes.contiguous()
-    weights = None if weights is None else weights.contiguous()
+    matrix = _matrix_codes(codes)
     plain, weighted = torch.empty((2, codes.shape[1]), dtype=torch.int64, device="cpu")
     pointers: tuple[int | None, ...] = (None, plain.data_ptr(), None)
     if weights is not None:
-        pointers = (weights.data_ptr(), plain.data_ptr(), weighted.data_ptr())
-    call("fqt_column_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, *pointers)
+        weights = weights.contiguous()
+        pointers = (expect("weights", weights, codes.shape[:1], torch.int32), plain.data_ptr(), weighted.data_ptr())
+    call("fqt_column_sums", *matrix, *pointers)
     return plain, None if weights is None else weighted
 
 
 def row_sums(codes: Tensor) -> Tensor:
     """As the reference."""
     codes = codes.contiguous()
+    matrix = _matrix_codes(codes)
     sums = torch.empty(codes.shape[0], dtype=torch.int64, device="cpu")
-    call("fqt_row_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, sums.data_ptr())
+    call("fqt_row_sums", *matrix, sums.data_ptr())
     return sums
 
 
 def decode(codes: Tensor, step: Tensor, offset: Tensor, dither: Tensor | None) -> Tensor:
     """As the reference."""
     codes, step, offset = codes.contiguous(), step.contiguous(), offset.contiguous()
+    matrix, groups = _matrix_codes(codes), _group(step, *codes.shape)
+    pointers = (expect("step", step, tuple(step.shape)), expect("offset", offset, tuple(step.shape)))
     out = empty(codes.shape, step.dtype)
-    pointers = (codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, step.data_ptr(), offset.data_ptr())
     noise: tuple[int | None, int, int] = (None, 0, 0)
     if dither is not None:
         dither = dither.contiguous()
-        noise = (dither.data_ptr(), *_group(dither, *codes.shape))
-    call("fqt_decode", *pointers, *_group(step, *codes.shape), *noise, out.data_ptr())
+        noise = (expect("dither", dither, tuple(dither.shape)), *_group(dither, *codes.shape))
+    call("fqt_decode", *matrix, *pointers, *groups, *noise, out.data_ptr())
     return out
 
 
 def code_variance(x: Tensor, step: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
     """As the reference."""
-    x, step, offset = x.contiguous(), step.contiguous(), offset.contiguous()
+    x = x.contiguous()
+    pointers, groups, _held = _grouped(expect("x", x, tuple(x.shape)), x, step, offset)
     out = torch.empty_like(x)
-    pointers = (x.data_ptr(), *x.shape, step.data_ptr(), offset.data_ptr())
-    call("fqt_code_variance", *pointers, *_group(step, *x.shape), low, high, out.data_ptr())
+    call("fqt_code_variance", *pointers, *groups, low, high, out.data_ptr())
     return out
 
 
@@ -397,11 +443,18 @@ def hadamard(
 ) -> Tensor:
     """As the reference."""
     order = order.contiguous()
+    expect("order", order, x.shape[:1], torch.int64)
     held = block_sizes(blocks)
     sizes = (ctypes.addressof(held), len(blocks))
     work = _RowWork(x, before, after)
     kept = None if keep is None else keep.contiguous()
-    arguments = (order.data_ptr(), *sizes, *work.before, None if kept is None else _per_row(kept, x), *work.after)
+    arguments = (
+        order.data_ptr(),
+        *sizes,
+        *work.before,
+        None if kept is None else _per_row(kept, x, torch.bool),
+        *work.after,
+    )
     call("fqt_hadamard", work.source, *x.shape, *arguments)
     return work.out
 
@@ -417,7 +470,7 @@ def reflect(
     """As the reference."""
     group, normal, factor = group.contiguous(), normal.contiguous(), factor.contiguous()
     work = _RowWork(x, before, after)
-    pointers = (group.data_ptr(), normal.data_ptr(), factor.data_ptr())
+    pointers = (expect("group", group, x.shape[:1], torch.int64), _per_row(normal, x), _per_row(factor, x))
     call("fqt_reflect", work.source, *x.shape, *pointers, *work.before, *work.after)
     return work.out
 
@@ -442,22 +495,33 @@ class _RowWork:
             right = None if after.right is None else after.right.contiguous()
             if right is not None and right.shape != x.shape[1:]:
                 raise ValueError(f"a right factor of shape {tuple(right.shape)} for rows of {x.shape[1]}")
-            pointers = (*(_per_row(p, x) for p in parts), None if right is None else right.data_ptr())
+            end = None if right is None else expect("right", right, x.shape[1:])
+            pointers = (*(_per_row(p, x) for p in parts), end)
             alive += [*parts, right]
         self.after = (*pointers, OUT_TYPES[dtype], self.out.data_ptr())
         self._alive = alive
 
 
-def _per_row(parameter: Tensor, x: Tensor) -> int:
+def _per_row(parameter: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> int:
     """The address of a contiguous parameter (N, 1) for the rows of x."""
-    if parameter.shape != (x.shape[0], 1):
-        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} for {x.shape[0]} rows")
-    return parameter.data_ptr()
+    return expect("a parameter by row", parameter, (x.shape[0], 1), dtype)
+
+
+def _grouped(
+    values: int, x: Tensor, step: Tensor, offset: Tensor
+) -> tuple[tuple[int, ...], tuple[int, int], tuple[Tensor, Tensor]]:
+    """Values like x (N, D) with their shape and parameters' addresses, who shares these, what must outlive them."""
+    step, offset = step.contiguous(), offset.contiguous()
+    rows, columns = x.shape
+    groups = _group(step, rows, columns)
+    pointers = (expect("step", step, tuple(step.shape)), expect("offset", offset, tuple(step.shape)))
+    return (values, rows, columns, *pointers), groups, (step, offset)
 
 
 def replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     """As the reference; y contiguous."""
     source, _alive = source_of(x, None)
     keep = keep.contiguous()
-    call("fqt_replace_rows", y.data_ptr(), *y.shape, _per_row(keep, y), ctypes.addressof(source))
+    pointer, (rows, columns) = expect("y", y, tuple(x.shape)), y.shape
+    call("fqt_replace_rows", pointer, rows, columns, _per_row(keep, y, torch.bool), ctypes.addressof(source))
     return y
