@@ -143,45 +143,86 @@ bool quantize_rows(const Task& task, int64_t rows, int mode, int steps, EncodePi
   return true;
 }
 
-// Rows as groups: range, step and the variance of stochastic codes of a row while it is in the cache.
-void measure_rows(const Source& source, int64_t rows, int64_t columns, int mode, int steps, float* lo, float* hi, float* step,
-                  float* offset, int64_t* sums, int threads) {
-  const vf least_code = splat(0.0f), last_code = splat(static_cast<float>(steps));
+// One of the ways that kBest chooses from: each group's step and offset, its stochastic codes' sums of variances.
+struct Candidate {
+  float *step, *offset;
+  int64_t* sums;  // null: dithered, whose variance is known
+  int mode, steps;
+};
+
+// Rows as groups: ranges, steps, and the variances of stochastic codes on G grids of a row while it is in the cache.
+template <int G>
+void measure_rows(const Source& source, int64_t rows, int64_t columns, const Candidate* candidates, float* lo, float* hi,
+                  int threads) {
+  const vf least_code = splat(0.0f), last_code = splat(static_cast<float>(candidates->steps));
   const int64_t per_item = 1 + 8 * kChunk / columns;
   parallel_for(ceil_div(rows, per_item), rows * columns, threads, [&](int64_t item) {
     for (int64_t r = item * per_item; r < rows && r < (item + 1) * per_item; ++r) {
       range_of_entries(source, r * columns, columns, lo + r, hi + r);
-      group_parameters(lo[r], hi[r], mode, steps, step + r, offset + r);
-      const Groups g = Groups::of(Group::of(step[r], offset[r]));
-      sums[r] = 0;
+      Groups g[G];
+      int64_t sums[G] = {};
+      for (int k = 0; k < G; ++k) {
+        const Candidate& c = candidates[k];
+        group_parameters(lo[r], hi[r], c.mode, c.steps, c.step + r, c.offset + r);
+        g[k] = Groups::of(Group::of(c.step[r], c.offset[r]));
+      }
       for (int64_t j = 0; j < columns; j += kVariancePiece) {
         const int64_t n = columns - j < kVariancePiece ? columns - j : kVariancePiece;
         if (columns <= kChunk) prefetch(source, (r + 1) * columns + j, n);
-        sums[r] += sum_of_variances(source, r * columns + j, n, g, least_code, last_code);
+        int64_t piece[G];
+        sums_of_variances(source, r * columns + j, n, g, least_code, last_code, piece);
+        for (int k = 0; k < G; ++k) sums[k] += piece[k];
       }
+      for (int k = 0; k < G; ++k) candidates[k].sums[r] = sums[k];
     }
   });
 }
 
-// Whether dithered rounding on an affine grid has the lower exact variance; its steps and offsets are written. In the
-// order of Quantizer's own sum.
-bool dithered_is_better(const float* lo, const float* hi, const float* step, const int64_t* sums, int64_t groups,
-                        int64_t entries, int steps, float* other_step, float* other_offset) {
-  double gain = 0;
+// The exact variance of a candidate, in the order of Quantizer's own sum.
+double variance_of(const Candidate& c, int64_t groups, int64_t entries) {
+  double total = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    group_parameters(lo[g], hi[g], kAffine, steps - 1, other_step + g, other_offset + g);
-    const double square = static_cast<double>(step[g]) * step[g];
-    const double other = static_cast<double>(other_step[g]) * other_step[g];
-    gain += static_cast<double>(sums[g]) / kLevels * square - other * (entries * (1.0 / 12));
+    const double square = static_cast<double>(c.step[g]) * c.step[g];
+    total += c.sums ? static_cast<double>(c.sums[g]) / kLevels * square : square * (entries * (1.0 / 12));
   }
-  return gain > 0;
+  return total;
+}
+
+// For kBest: ranges, and of all candidates (the stochastic ones first, the dithered one last) the parameters and sums.
+template <int G>
+int measure(const Source& source, int64_t rows, int64_t columns, int group, Candidate* candidates, float* lo, float* hi,
+            Findings* findings, int threads) {
+  const int64_t groups = group == 0 ? 1 : group == 1 ? rows : columns;
+  if (group == 1) {
+    measure_rows<G>(source, rows, columns, candidates, lo, hi, threads);
+    if (findings) find_range(lo, hi, rows, findings);
+  } else {
+    Grid grids[G];
+    for (int k = 0; k < G; ++k) {
+      const Candidate& c = candidates[k];
+      for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], c.mode, c.steps, c.step + g, c.offset + g);
+      grids[k] = {c.step, c.offset, c.sums};
+    }
+    sum_variances(source, rows, columns, grids, false, group == 2, 0, candidates->steps, threads);
+  }
+  const Candidate& last = candidates[G];
+  for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], last.mode, last.steps, last.step + g, last.offset + g);
+  int best = 0;
+  const int64_t entries = rows * columns / groups;
+  double least = variance_of(candidates[0], groups, entries);
+  for (int k = 1; k <= G; ++k) {
+    const double variance = variance_of(candidates[k], groups, entries);
+    if (variance < least) least = variance, best = k;
+  }
+  return best;
 }
 
 }  // namespace
 
 // Range, parameters and codes in one: group 0 the tensor, 1 rows, 2 columns; as fqt_range_*, fqt_parameters with
 // `steps`, fqt_encode. step and offset are results here. At least one entry. Rounding kBest (low = 0, high = steps):
-// stochastic, or dithered on the affine grid of a step less where its exact variance, summed over the matrix, is lower.
+// whichever has the least exact variance, summed over the matrix, and the first of equals: stochastic on the grid of
+// `mode`, stochastic on the affine one, dithered on the affine one of a step less.
 // findings, unless it is null: the range of all entries, taken from it where it is known and needed, else found with
 // rows as groups; so are the sums. The dither that was added, in fractions of a step, goes to row_noise (rows,) and column_noise (columns,); *dithered
 // says whether there was any.
@@ -193,7 +234,7 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
   std::unique_ptr<float[]> range;
   bool known = false;  // step and offset
   if (group != 1 || rounding == kBest) {
-    range.reset(new (std::nothrow) float[4 * groups]);
+    range.reset(new (std::nothrow) float[6 * groups]);
     if (!range) return kNoMemory;
   }
   float *lo = range.get(), *hi = lo + groups;
@@ -211,24 +252,25 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
     known = true;
   }
   if (rounding == kBest) {
-    const std::unique_ptr<int64_t[]> sums(new (std::nothrow) int64_t[groups]);
+    const int stochastic = mode == kZero ? 2 : 1;
+    const std::unique_ptr<int64_t[]> sums(new (std::nothrow) int64_t[stochastic * groups]);
     if (!sums) return kNoMemory;
-    if (group == 1) {
-      measure_rows(*source, rows, columns, mode, steps, lo, hi, step, offset, sums.get(), threads);
-      if (findings) find_range(lo, hi, rows, findings);
-      known = true;
-    } else {
-      fqt_variance_sums(source, rows, columns, step, offset, 0, group == 2, low, high, sums.get(), threads);
+    Candidate candidates[3];
+    float* parameters = hi + groups;
+    candidates[0] = {step, offset, sums.get(), mode, steps};
+    for (int k = 1; k <= stochastic; ++k, parameters += 2 * groups) {
+      const bool last = k == stochastic;
+      candidates[k] = {parameters, parameters + groups, last ? nullptr : sums.get() + groups, kAffine, steps - last};
     }
-    float *other_step = hi + groups, *other_offset = other_step + groups;
-    const int64_t entries = rows * columns / groups;
-    rounding = kStochastic;
-    if (dithered_is_better(lo, hi, step, sums.get(), groups, entries, steps, other_step, other_offset)) {
-      rounding = kDithered;
-      --high;
-      std::memcpy(step, other_step, groups * sizeof(float));
-      std::memcpy(offset, other_offset, groups * sizeof(float));
+    const int best = stochastic == 2 ? measure<2>(*source, rows, columns, group, candidates, lo, hi, findings, threads)
+                                     : measure<1>(*source, rows, columns, group, candidates, lo, hi, findings, threads);
+    rounding = best == stochastic ? kDithered : kStochastic;
+    if (rounding == kDithered) --high;
+    if (best) {
+      std::memcpy(step, candidates[best].step, groups * sizeof(float));
+      std::memcpy(offset, candidates[best].offset, groups * sizeof(float));
     }
+    known = true;
   }
   *dithered = rounding == kDithered;
   const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;

@@ -11,11 +11,21 @@ namespace fqt {
 
 constexpr int64_t kVariancePiece = 256 * W;  // 256 additions per lane
 
-// Their sum over the n ≤ kVariancePiece entries from `start` on, all of one group; each rounded to an integer.
-int64_t sum_of_variances(const Source& source, int64_t start, int64_t n, const Groups& g, vf low, vf high);
+// Their sums over the n ≤ kVariancePiece entries from `start` on, all of one group, on each of G grids; each variance
+// rounded to an integer.
+template <int G>
+void sums_of_variances(const Source& source, int64_t start, int64_t n, const Groups (&g)[G], vf low, vf high,
+                       int64_t (&total)[G]);
+
+// Where codes lie, one step and offset per group, and where the groups' sums go.
+struct Grid {
+  const float *step, *offset;
+  int64_t* sums;
+};
+
+// The sums of all groups on each of G grids, in one pass; as fqt_variance_sums.
+template <int G>
+void sum_variances(const Source& source, int64_t rows, int64_t columns, const Grid (&grids)[G], bool by_row,
+                   bool by_column, int low, int high, int threads);
 
 }  // namespace fqt
-
-FQT_API int fqt_variance_sums(const fqt::Source* source, int64_t rows, int64_t columns, const float* step,
-                              const float* offset, int by_row, int by_column, int low, int high, int64_t* sums,
-                              int threads);

@@ -1,12 +1,15 @@
-"""Rounding "best" takes the better of stochastic and dithered, exactly, and stays unbiased while it chooses."""
+"""Rounding "best" takes what has the least exact variance of all allowed, and stays unbiased while it chooses."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fqt import FqtError, Quantizer
-from fqt.quant import Scale
+from fqt.kernels import ops
+from fqt.quant import Integers, Scale, quantizer
 from tests.backends import reference_only
 
 from .cases import FAMILIES, build, gaussian, gen, plain
@@ -15,21 +18,47 @@ CASES = [(f, n, b) for f in FAMILIES for n in (7, 16) for b in (2, 4, 8)]
 
 
 def candidates(q: Quantizer) -> list[Quantizer]:
-    """Stochastic in the quantizer's own mode, dithered on the affine grid."""
-    own = Scale(q.scale.group, q.scale.mode)
-    affine = Scale(q.scale.group, "affine")
-    return [
-        Quantizer(transform=q.transform, scale=own, grid=q.grid, rounding="stochastic"),
-        Quantizer(transform=q.transform, scale=affine, grid=q.grid, rounding="dithered"),
-    ]
+    """Stochastic in the quantizer's own mode and on the affine grid, dithered on the affine grid."""
+    modes = dict.fromkeys((q.scale.mode, "affine"))
+    stochastic = [replace(q, scale=replace(q.scale, mode=mode), rounding="stochastic") for mode in modes]
+    return [*stochastic, replace(stochastic[-1], rounding="dithered")]
 
 
 @pytest.mark.parametrize("method", ["ptq", "psq", "bhq", "shq"])
 @pytest.mark.parametrize(("family", "n", "bits"), CASES)
-def test_variance_is_the_lower_of_the_two(method: str, family: str, n: int, bits: int) -> None:
+def test_variance_is_the_least(method: str, family: str, n: int, bits: int) -> None:
     q, x = build(f"{method}{bits}x"), FAMILIES[family](n, 20, 1)
     lower = min(float(c.variance(x, 3)) for c in candidates(q))
     assert float(q.variance(x, 3)) == pytest.approx(lower, rel=1e-12)
+
+
+def _one_hot(n: int, d: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.arange(n) % d, d).float()
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("name", ["psq2x", "psq4x", "psq8x", "ptq4x"])
+@pytest.mark.parametrize("kind", ["one_hot", "uniform", "sparse", "relu", "softmax", "gaussian"])
+def test_never_above_the_named_quantizers(kind: str, name: str, axis: int) -> None:
+    """`psq4x` is at most `psq4` and `psq4d`, by the variance and by the codes that are really made."""
+    noise = gaussian(64, 64)
+    x = {
+        "one_hot": lambda: _one_hot(16, 10) - 0.1,
+        "uniform": lambda: torch.rand(64, 64, generator=gen(0)),
+        "sparse": lambda: noise * (torch.rand(64, 64, generator=gen(1)) < 0.03) * noise.exp()[:, :1],
+        "relu": lambda: noise.relu() - noise.relu().mean(),
+        "softmax": lambda: (4 * noise[:, :10]).softmax(1) - _one_hot(64, 10),
+        "gaussian": lambda: noise,
+    }[kind]()
+    q = quantizer(name)
+    least = min(float(quantizer(name[:-1] + suffix).variance(x, axis=axis)) for suffix in ("", "d"))
+    assert float(q.variance(x, axis=axis)) <= least * (1 + 1e-12)
+    if kind == "one_hot" and axis == 0 and name == "psq4x":
+        assert float(q.variance(x)) < 1e-8 * float(x.square().sum())
+    taken = [
+        c for c in candidates(q) if torch.equal(q.quantize(x, 3, axis=axis).step, c.quantize(x, 3, axis=axis).step)
+    ]
+    assert min(float(c.variance(x, axis=axis)) for c in taken) == pytest.approx(float(q.variance(x, axis=axis)))
 
 
 @pytest.mark.parametrize("method", ["bhq", "shq"])

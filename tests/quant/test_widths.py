@@ -34,6 +34,35 @@ def test_every_width_is_that_widths_variance(q: fqt.Quantizer, axis: int | tuple
     assert (bounds >= variances * (1 - 1e-12)).all()
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "dithered", "best"])
+@pytest.mark.parametrize("mode", ["affine", "zero", "symmetric"])
+@pytest.mark.parametrize("transform", [fqt.quant.Identity, fqt.quant.BlockHouseholder, fqt.quant.ScaledHadamard])
+def test_widths_share_only_what_they_have_in_common(transform: type, mode: str, rounding: str) -> None:
+    """Tiny and one-signed rows, duplicates and constants, where a guard's choice may turn on the width."""
+    if mode == "symmetric" and rounding in ("dithered", "best"):
+        return
+    identity = transform is fqt.quant.Identity
+    g = torch.Generator().manual_seed(0)
+    matrices = [torch.rand(2, 1, 5, generator=g) + shift for shift in (0.0, 0.1, 1.0) for _ in range(3)]
+    matrices += [
+        torch.rand(1, 6, generator=g).expand(4, 6),
+        torch.ones(3, 4),
+        torch.eye(5),
+        torch.randn(9, 7, generator=g),
+    ]
+    for guard in (True,) if identity else (True, False, "exact"):
+        if guard == "exact" and rounding == "best":
+            continue
+        q = fqt.Quantizer(
+            transform=transform() if identity else transform(guard=guard),
+            scale=fqt.quant.Scale("row", mode),
+            rounding=rounding,
+        )
+        for x in matrices:
+            expected = torch.stack([replace(q, grid=Integers(bits)).variance(x, 5) for bits in WIDTHS])
+            torch.testing.assert_close(q.variances(x, WIDTHS, seed=5)[0], expected, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(4,), (12, 1, 1), (5, 1), (12, 5, 4)])
 @pytest.mark.parametrize("name", ["psq3", "ptq3d", "bhq3", "shq3d"])
 def test_weighted_variance_is_that_of_weighted_errors(name: str, shape: tuple[int, ...]) -> None:

@@ -42,12 +42,10 @@ class Choice:
         if len(errors) == 1:
             return Choice(torch.zeros((), dtype=torch.int64, device=lo.device), errors, (None,))
         variances = tuple(error.by_block(x) for error in errors)
-        taken, least = torch.zeros((), dtype=torch.int64, device=lo.device), variances[0]
+        taken, least = torch.zeros((), dtype=torch.int64, device=lo.device), _in_order(variances[0], cost)
         for place, each in enumerate(variances[1:], 1):
-            gain = least - each if cost is None else (least - each) * cost[:, None]
-            # A running sum adds in one order on every backend: the choice must not depend on the machine.
-            better = gain.flatten().cumsum(0)[-1:].sum() > 0
-            taken, least = torch.where(better, place, taken), torch.where(better, each, least)
+            total = _in_order(each, cost)
+            taken, least = torch.where(total < least, place, taken), torch.where(total < least, total, least)
         return Choice(taken, errors, variances)
 
     @property
@@ -88,6 +86,12 @@ class Choice:
         if self.place is not None:
             return ask(self.errors[self.place])
         return self.pick([ask(error) for error in self.errors])
+
+
+def _in_order(blocks: Tensor, cost: Tensor | None) -> Tensor:
+    """float64 scalar: the blocks' sum, added in one order on every backend: no choice may depend on the machine."""
+    weighted = blocks if cost is None else blocks * cost[:, None]
+    return weighted.flatten().cumsum(0)[-1:].sum()
 
 
 @Op

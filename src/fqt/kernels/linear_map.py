@@ -7,6 +7,8 @@ the last axis, which is how the integer kernels read them.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +96,8 @@ class ConvMap:
 
     def grad_input(self, grad_output: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         """(N, C, *)."""
+        if not grad_output.numel() or not math.prod(input_shape):  # which torch refuses
+            return grad_output.new_zeros(input_shape)
         padded = self._pad(grad_output.new_empty(1).expand(input_shape), shape_only=True)
         grad, _, _ = torch.ops.aten.convolution_backward(
             grad_output, padded, weight, None, *self._arguments(), [True, False, False]
@@ -104,11 +108,45 @@ class ConvMap:
 
     def grad_weight(self, grad_output: Tensor, input: Tensor, weight_shape: torch.Size) -> Tensor:
         """The weight's shape."""
+        if not grad_output.numel() or not input.numel():  # which torch refuses
+            return grad_output.new_zeros(weight_shape)
+        arguments = self._arguments()
+        if self._skips_pixels(weight_shape):
+            # oneDNN writes past its buffers on the way from channels-last images of few channels (float32, where
+            # AVX2 is the best instruction set). The tap meets every stride-th pixel: it gets only those.
+            spatial = input.shape[2:] if self.transposed else grad_output.shape[2:]
+            steps = [slice(None, (n - 1) * s + 1, s) for n, s in zip(spatial, self.stride, strict=True)]
+            met = (slice(None), slice(None), *steps)
+            if self.transposed:
+                grad_output = grad_output[met]
+            else:
+                input = input[met]
+            ones, zeros = [1] * len(self.stride), [0] * len(self.stride)
+            arguments = (ones, zeros, ones, self.transposed, zeros, self.groups)
         weight = grad_output.new_empty(1).expand(weight_shape)
         _, grad, _ = torch.ops.aten.convolution_backward(
-            grad_output, self._pad(input), weight, None, *self._arguments(), [False, True, False]
+            grad_output, self._pad(input), weight, None, *arguments, [False, True, False]
         )
         return grad
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """Of the spatial axes, for an input and a kernel of these sizes; below 1 where a kernel does not fit."""
+        sizes = list(zip(size, kernel, self.stride, self.padding, self.dilation, strict=True))
+        if self.transposed:
+            more = list(self.output_padding) or [0] * len(sizes)
+            return tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + 1 + m for (n, k, s, p, d), m in zip(sizes, more, strict=True)
+            )
+        both = [left + right for left, right in zip(self.extra[::2], self.extra[1::2], strict=True)]
+        more = both[::-1] or [0] * len(sizes)  # `extra` has the last axis first
+        return tuple(
+            (n + m + 2 * p - d * (k - 1) - 1) // s + 1 for (n, k, s, p, d), m in zip(sizes, more, strict=True)
+        )
+
+    def _skips_pixels(self, weight_shape: Sequence[int]) -> bool:
+        """Whether strides pass over pixels that the kernel, of one tap and without padding, never meets."""
+        one_tap = max(self.stride) > 1 and max(weight_shape[2:]) == 1
+        return one_tap and not any(self.padding) and not self.extra
 
     def grad_bias(self, grad_output: Tensor) -> Tensor:
         """(O,) float64."""

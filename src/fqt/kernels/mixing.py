@@ -6,7 +6,10 @@ is ‖S⁻¹e_i‖² = Σ_r M_ir²/s_r²; with it the variance of any member has
 
 The guard keeps plain rows (S = I) in every block where they cost less: `True` compares the step bounds
 Σ_i ‖S⁻¹e_i‖² R_i², whose ranges R are known by then; "exact" compares exact variances at the price of a pass;
-False never keeps them. It looks at the data, not at the rounding noise, so it leaves the estimate unbiased.
+False never keeps them. So under `True` the bound is never above that of plain rows, but the exact variance of
+stochastic rounding may be, where plain entries lie on codes and mixed ones do not: with 97 % zeros and lognormal
+rows bhq4 was seen at 15.6 and shq4 at 9.9 times psq4. Dithered variances are their bounds: there it is exact. The
+guard looks at the data, not at the rounding noise, so it leaves the estimate unbiased.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from fqt.kernels.reference import Scaling, Unscaling
 from fqt.kernels.roots import inverse_cube_root, square_root
 from fqt.kernels.rounding import STOCHASTIC, Coding
 from fqt.kernels.variance import RoundingError
+
+WIDEST = 255
+"""Steps of a range at which the bounds of affine rows are compared, whatever the width of their codes."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,9 @@ class Guard:
         """(N,) float64: the variance of each row, exact or bounded."""
         coding, levels = self.coding, self.coding.levels
         if self.kind != "exact":
-            whole = replace(levels, high=levels.high + coding.rounding.headroom)
-            coding = replace(coding, levels=whole, rounding=STOCHASTIC)
+            # Affine steps are in proportion to ranges: at one width for all, the choice is the same to a bit.
+            top = WIDEST if coding.mode == "affine" else levels.high + coding.rounding.headroom
+            coding = replace(coding, levels=replace(levels, high=top), rounding=STOCHASTIC)
         error = RoundingError(ops.scales_of(*ops.value_range(Entries(y), ROW), coding, ROW), coding)
         return error.by_row(Entries(y).values()) if self.kind == "exact" else error.bound_by_row(y)
 

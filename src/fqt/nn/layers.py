@@ -260,6 +260,14 @@ def conv_map(
     return ConvMap(each(stride), each(padding), each(dilation), groups, extra=extra, group_channels=channels)
 
 
+def _is_empty(input: Tensor, weight: Tensor, map: ConvMap) -> bool:
+    """Whether nothing is to be quantized, or a kernel does not fit: torch's own layer is exact, or says so."""
+    if torch.compiler.is_compiling():
+        return False
+    spatial, kernel = input.shape[2 - weight.ndim :], weight.shape[2:]
+    return not input.numel() or not weight.numel() or min(map.output_size(spatial, kernel)) < 1
+
+
 def convolution(
     layer: nn.modules.conv._ConvNd,
     input: Tensor,
@@ -294,11 +302,14 @@ def convolution(
     map = linear_map(layer, weight)
     assert isinstance(map, ConvMap)
     _check_image(layer, input, weight, map)
+    padded = input
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         map = replace(map, output_padding=_output_padding(layer, input, output_size))
     elif layer.padding_mode != "zeros":
-        input = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    return convolve(layer, input, weight, bias, map)
+        padded = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    if _is_empty(padded, weight, map):
+        return _float_convolution(layer, input, weight, bias, output_size)
+    return convolve(layer, padded, weight, bias, map)
 
 
 def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: ConvMap) -> Tensor:

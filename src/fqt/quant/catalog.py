@@ -31,7 +31,7 @@ def known_names() -> str:
     """One line that says which names there are."""
     methods = ", ".join(METHODS)
     return (
-        f"{methods}, each with its bits 2–8 ('psq4'), then 'd' for dithered, 'x' for the better of stochastic and "
+        f"{methods}, each with its bits 2–8 ('psq4'), then 'd' for dithered, 'x' for the best of stochastic and "
         f"dithered or 'n' for nearest rounding, then '@' and an axis ({', '.join(AXES)}) for layers"
     )
 
@@ -72,14 +72,16 @@ def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: str) -> Qu
 
     Args:
         transform, scale, grid: as `Quantizer` takes them.
-        rounding: as `Quantizer` takes it; or "best": the better of stochastic rounding on this scale and dithered
-            rounding on the affine one.
+        rounding: as `Quantizer` takes it; or "best": of stochastic rounding on this scale and on the affine one, and
+            dithered rounding on that, whichever has the least exact variance.
     """
     if rounding != "best":
         return Quantizer(transform=transform, scale=scale, grid=grid, rounding=rounding)
-    affine = replace(scale, mode="affine")
-    stochastic = Quantizer(transform=transform, scale=scale, grid=grid, rounding="stochastic")
-    return Best(candidates=(stochastic, replace(stochastic, scale=affine, rounding="dithered")))
+    if scale.mode == "symmetric":
+        raise FqtError("the best rounding is one of affine scales, not of a symmetric one")
+    own = Quantizer(transform=transform, scale=scale, grid=grid, rounding="stochastic")
+    affine = replace(own, scale=replace(scale, mode="affine"))
+    return Best(candidates=tuple(dict.fromkeys((own, affine, replace(affine, rounding="dithered")))))
 
 
 def quantizer_name(q: Quantizer) -> str | None:

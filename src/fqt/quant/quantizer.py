@@ -221,8 +221,8 @@ class Quantizer:
     ) -> tuple[Tensor, Tensor]:
         """`variance` and `variance_bound` of this quantizer at other widths, sharing what widths have in common.
 
-        The transform and the ranges are computed once (but with guard="exact", whose choice depends on the
-        width). With `weight` they are those of Σ weight·error², entries weighted.
+        The transform and the ranges are computed once where the guard's choice does not depend on the width: on
+        affine scales, unless it is "exact". With `weight` they are those of Σ weight·error², entries weighted.
 
         Args:
             x: as for `quantize`.
@@ -255,9 +255,8 @@ class Quantizer:
 
     @property
     def _mixing_sees_levels(self) -> bool:
-        """Whether what the transform does depends on the width; bounds of steps proportional to ranges do not."""
-        proportional = self.scale.mode != "zero" and self.scale.store == "float32"
-        return self.transform.sees_levels or not proportional
+        """Whether what the transform does depends on the width."""
+        return self.transform.sees_levels(self.scale.mode)
 
     def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
         entries, view = self._entries(x, axis, None)
@@ -269,6 +268,8 @@ class Quantizer:
 
     def _entries(self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None) -> tuple[Entries, RowView]:
         """x as a matrix, with the factor as the kernels take it, and its view."""
+        if factor is not None and factor.shape != x.shape[-1:]:
+            raise FqtError(f"a factor of shape {tuple(factor.shape)} for a tensor of shape {tuple(x.shape)}")
         # A transform mixes rows: its kernels want them as the matrix's rows.
         view = _view(x, axis, may_transpose=not self.transform.needs_rows)
         values = x.detach()
@@ -314,7 +315,7 @@ class Best(Quantizer):
             object.__setattr__(self, name, getattr(first, name))
         if any((q.transform, q.scale.group, q.scale.axis, q.grid) != self._common for q in self.candidates):
             raise FqtError("the quantizers that Best chooses between must have one transform, group, axis and grid")
-        if self.transform.sees_levels:
+        if self.transform.sees_levels("affine"):
             # The guard decides block by block, the choice is of the whole: neither is exact without the other.
             raise FqtError("guard='exact' compares one rounding's variances: choose 'stochastic' or 'dithered'")
         if any(q.code_dtype != first.code_dtype for q in self.candidates):

@@ -48,9 +48,8 @@ class Transform:
         """Whether rows meet: their steps must then be per row."""
         return False
 
-    @property
-    def sees_levels(self) -> bool:
-        """Whether what is mixed depends on the levels that come after."""
+    def sees_levels(self, mode: str) -> bool:
+        """Whether what is mixed depends on the levels that come after, on a scale of that mode."""
         return False
 
     def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
@@ -94,10 +93,9 @@ class OverRows(Transform):
         """True."""
         return True
 
-    @property
-    def sees_levels(self) -> bool:
-        """Exact variances depend on the width, ranges do not."""
-        return self.guard == "exact"
+    def sees_levels(self, mode: str) -> bool:
+        """Exact variances depend on them; bounds do not where steps are in proportion to ranges."""
+        return self.guard == "exact" or (self.guard is True and mode != "affine")
 
 
 @dataclass(frozen=True)
@@ -206,10 +204,9 @@ class Rotated(Transform):
         """Whether the transform over rows does."""
         return self.rows.mixes_rows
 
-    @property
-    def sees_levels(self) -> bool:
+    def sees_levels(self, mode: str) -> bool:
         """Whether the transform over rows does."""
-        return self.rows.sees_levels
+        return self.rows.sees_levels(mode)
 
     def _rotated(self, x: Entries, seed: Tensor | None) -> tuple[Entries, Rotation]:
         values, period = x.values(), x.period or x.shape[1]

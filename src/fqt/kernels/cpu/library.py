@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
+from fqt.kernels.rounding import STOCHASTIC, Rounding
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
 _ABI = 13  # FQT_ABI of csrc/platform.h
@@ -153,3 +154,24 @@ def call(name: str, *arguments: object) -> None:
         raise MemoryError(f"{name}: no memory for the workspace")
     if code == 2:
         raise IndexError(f"{name}: an index lies outside the rows, or block sizes are not powers of two that fit")
+
+
+def expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """The address of a tensor that is what a kernel will take it for: it sees no shapes, so none may be trusted."""
+    if x.shape != shape or x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}; "
+            f"the kernel takes contiguous {dtype} of shape {tuple(shape)} on the CPU"
+        )
+    return x.data_ptr()
+
+
+def key_of(seed: Tensor | None, rounding: Rounding = STOCHASTIC) -> int | None:
+    """The address of a seed; None where nothing is drawn."""
+    if seed is None:
+        if rounding.draws:
+            raise ValueError(f"{rounding} rounding without a seed")
+        return None
+    if seed.numel() != 1:
+        raise ValueError(f"a seed of shape {tuple(seed.shape)}; give a scalar")
+    return expect("seed", seed, tuple(seed.shape), torch.int64)

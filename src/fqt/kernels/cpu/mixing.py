@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fqt.kernels import mixing, ops
 from fqt.kernels.codes import ROW, Dither, Entries, Findings, Quantized, Scales
-from fqt.kernels.cpu.library import call, takes
+from fqt.kernels.cpu.library import call, expect, key_of, takes
 from fqt.kernels.cpu.memory import empty
 from fqt.kernels.cpu.quantize import BACKEND, ROUNDINGS
 from fqt.kernels.cpu.source import OUT_TYPES, per_row, source_of, takes_entries, takes_source
@@ -54,6 +54,7 @@ def _hadamard(
     after: Unscaling | None = None,
 ) -> Tensor:
     order = order.contiguous()
+    expect("order", order, x.shape[:1], torch.int64)
     held = _block_sizes(blocks)
     sizes = (ctypes.addressof(held), len(blocks))
     work = _RowWork(x, before, after)
@@ -62,7 +63,7 @@ def _hadamard(
         order.data_ptr(),
         *sizes,
         *work.before,
-        None if kept is None else per_row(kept, len(x)),
+        None if kept is None else per_row(kept, len(x), torch.bool),
         *work.after,
     )
     call("fqt_hadamard", work.source, *x.shape, *arguments)
@@ -85,7 +86,7 @@ def _reflect(
 ) -> Tensor:
     group, normal, factor = group.contiguous(), normal.contiguous(), factor.contiguous()
     work = _RowWork(x, before, after)
-    pointers = (group.data_ptr(), normal.data_ptr(), factor.data_ptr())
+    pointers = (expect("group", group, x.shape[:1], torch.int64), *(per_row(t, len(x)) for t in (normal, factor)))
     call("fqt_reflect", work.source, *x.shape, *pointers, *work.before, *work.after)
     return work.out
 
@@ -136,7 +137,10 @@ class _RowWork:
             right = None if after.right is None else after.right.contiguous()
             if right is not None and right.shape != x.shape[1:]:
                 raise ValueError(f"a right factor of shape {tuple(right.shape)} for rows of {x.shape[1]}")
-            pointers = (*(per_row(p, len(x)) for p in parts), None if right is None else right.data_ptr())
+            pointers = (
+                *(per_row(p, len(x)) for p in parts),
+                None if right is None else expect("right", right, x.shape[1:]),
+            )
             alive += [*parts, right]
         self.after = (*pointers, OUT_TYPES[dtype], self.out.data_ptr())
         self._alive = alive
@@ -149,7 +153,7 @@ class _RowWork:
 def _replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     source, _alive = source_of(x)
     keep = keep.contiguous()
-    call("fqt_replace_rows", y.data_ptr(), *y.shape, per_row(keep, len(y)), ctypes.addressof(source))
+    call("fqt_replace_rows", y.data_ptr(), *y.shape, per_row(keep, len(y), torch.bool), ctypes.addressof(source))
     return y
 
 
@@ -200,9 +204,9 @@ class _CodesWork:
         self.keep = torch.empty((n, 1), dtype=torch.bool, device="cpu")
         self._codes = empty(x.shape, torch.uint8)
         self._how = _Mixed(
-            None if seed is None else seed.data_ptr(),
+            key_of(seed, coding.rounding),
             int(guard),
-            coding.levels.high + coding.rounding.headroom,
+            mixing.WIDEST,
             coding.levels.high,
             ROUNDINGS[coding.rounding.name],
             *(t.data_ptr() for t in (inverse, offset_back, self._cost, step, offset, row_dither, self._column)),
@@ -240,7 +244,7 @@ def _hadamard_codes(
     order = torch.empty(x.shape[0], dtype=torch.int64, device="cpu")
     blocks, deal = mixing.hadamard_blocks(x.shape[0], block)
     sizes = _block_sizes(blocks)
-    lists = (deal.data_ptr(), ctypes.addressof(sizes), len(blocks))
+    lists = (expect("deal", deal, x.matrix.shape[:1], torch.int64), ctypes.addressof(sizes), len(blocks))
     call("fqt_hadamard_codes", *work.arguments, *lists, work.how, order.data_ptr())
     if not work.finite:
         return mixing.hadamard_codes.reference(x, block, guard, coding, seed, known)

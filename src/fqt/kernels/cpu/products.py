@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctypes import Structure, addressof, c_int32, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`fqt::matmul` on checked arguments."""
     (a, a_strides), (b, b_strides) = _matrix(a), _matrix(b)
     (m, k), n = a.shape, b.shape[1]
+    _has("a", a, m * k)
+    _has("b", b, k * n)
     out = empty((m, n), dtype)
     finish, _alive = _finishing(out, n, 1, epilogue)
     left = (a.data_ptr(), int(a.dtype == torch.int8), *a_strides)
@@ -69,12 +71,45 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     return out
 
 
+class Sizes(NamedTuple):
+    """How many entries a convolution's operands have."""
+
+    input: int
+    weight: int
+    output: int
+
+
 class Conv(Structure):
     """`Conv` of csrc/conv.h."""
 
     _names = "samples height width channels out_height out_width out_channels kernel_height kernel_width"
     _more = "stride_height stride_width padding_height padding_width dilation_height dilation_width groups"
     _fields_ = [(name, c_int64) for name in f"{_names} {_more}".split()]
+
+    def sizes(self) -> Sizes:
+        """How many entries the operands have.
+
+        Raises:
+            ValueError: sizes that are not those of one convolution; the kernels would read beyond the operands.
+        """
+        names = ("height", "width")
+        for out, n, k, s, p, d in [
+            [
+                getattr(self, f"{field}{name}")
+                for field in ("out_", "", "kernel_", "stride_", "padding_", "dilation_")
+            ]
+            for name in names
+        ]:
+            if min(k, s, d) < 1 or p < 0 or out < 0 or out != (n + 2 * p - d * (k - 1) - 1) // s + 1:
+                raise ValueError(f"{k} taps on {n} pixels, stride {s}, padding {p}, dilation {d}: not {out} pixels")
+        channels, outputs, groups = self.channels, self.out_channels, self.groups
+        if groups < 1 or channels % groups or outputs % groups or min(self.samples, channels, outputs) < 0:
+            raise ValueError(f"{channels} channels and {outputs} output channels in {groups} groups")
+        return Sizes(
+            self.samples * self.height * self.width * channels,
+            outputs * self.kernel_height * self.kernel_width * (channels // groups),
+            self.samples * self.out_height * self.out_width * outputs,
+        )
 
     @classmethod
     def of(cls, shapes: Any) -> Conv:
@@ -89,12 +124,20 @@ def _image(codes: Tensor) -> Tensor:
     return codes.permute(0, 2, 3, 1).contiguous()
 
 
+def _has(name: str, codes: Tensor, count: int) -> None:
+    if codes.numel() != count or codes.dtype not in (torch.uint8, torch.int8):
+        raise ValueError(f"{name} is {codes.dtype} of shape {tuple(codes.shape)}; the product takes {count} codes")
+
+
 def conv2d(
     codes: Tensor, weight: Tensor, shapes: Any, dtype: torch.dtype, epilogue: tuple, backward: bool
 ) -> Tensor:
     """`fqt::conv2d`, or with `backward` `fqt::conv2d_grad_input`, on checked arguments."""
     n, channels, h, w = shapes.input if backward else shapes.output
     codes, weight, conv = _image(codes), _image(weight), Conv.of(shapes)
+    sizes = conv.sizes()
+    _has("codes", codes, sizes.output if backward else sizes.input)
+    _has("weight", weight, sizes.weight)
     out = empty((n, h, w, channels), dtype)
     finish, _alive = _finishing(out, channels, h * w, epilogue)
     operands = (codes.data_ptr(), int(codes.dtype == torch.int8), weight.data_ptr())
@@ -107,6 +150,9 @@ def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Any, dtype: torch.dt
     """`fqt::conv2d_grad_weight` on checked arguments."""
     o, depth, kh, kw = shapes.weight
     grad, input, conv = _image(grad), _image(input), Conv.of(shapes)
+    sizes = conv.sizes()
+    _has("grad_output", grad, sizes.output)
+    _has("input", input, sizes.input)
     out = torch.empty((o, kh, kw, depth), dtype=dtype, device="cpu")
     finish, _alive = _finishing(out, kh * kw * depth, 1, epilogue)
     operands = (grad.data_ptr(), int(grad.dtype == torch.int8), input.data_ptr(), int(input.dtype == torch.int8))

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from fqt.kernels import choice, ops
 from fqt.kernels.codes import COLUMN, ROW, TENSOR, Blocks, Dither, Entries, Findings, Levels, Quantized, Scales
-from fqt.kernels.cpu.library import call, takes, takes_codes
+from fqt.kernels.cpu.library import call, expect, key_of, takes, takes_codes
 from fqt.kernels.cpu.memory import empty
-from fqt.kernels.cpu.source import source_of, takes_entries, takes_scales, takes_source, varies
+from fqt.kernels.cpu.source import (
+    grouped,
+    matrix_codes,
+    source_of,
+    takes_entries,
+    takes_scales,
+    takes_source,
+    varies,
+)
 from fqt.kernels.rounding import DITHERED, STOCHASTIC, Coding, Rounding
 
 BACKEND = "cpu"
@@ -26,13 +34,15 @@ _MODES = {"affine": 0, "symmetric": 1, "zero": 2}
 @ops.random_u24.on(BACKEND, when=lambda seed, stream, n: takes(integers=seed))
 def _random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
     out = torch.empty(n, dtype=torch.int32, device="cpu")
-    call("fqt_random", seed.data_ptr(), stream, 8, n, out.data_ptr())
+    call("fqt_random", key_of(seed), stream, 8, n, out.data_ptr())
     return out
 
 
 @ops.value_range.on(BACKEND, when=lambda x, blocks: blocks.plain and x.matrix.numel() > 0 and takes_entries(x))
 def _value_range(x: Entries, blocks: Blocks) -> tuple[Tensor, Tensor]:
     source, _alive = source_of(x.matrix, x.factor)
+    if not x.matrix.numel():
+        raise ValueError(f"no range of nothing: values of shape {x.shape}")
     lo, hi = (torch.empty(blocks.count(x.shape), dtype=torch.float32, device="cpu") for _ in range(2))
     address, results = ctypes.addressof(source), (lo.data_ptr(), hi.data_ptr())
     if blocks == TENSOR:
@@ -45,9 +55,11 @@ def _value_range(x: Entries, blocks: Blocks) -> tuple[Tensor, Tensor]:
 @ops.parameters.on(BACKEND, when=lambda lo, hi, mode, steps: takes(lo, hi) and lo.shape == hi.shape)
 def _parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
     lo, hi = lo.contiguous(), hi.contiguous()
+    if steps < 1:
+        raise ValueError(f"a range in {steps} steps; give at least 1")
+    ranges = (expect("lo", lo, tuple(lo.shape)), expect("hi", hi, tuple(lo.shape)))
     step, offset = torch.empty_like(lo), torch.empty_like(lo)
-    pointers = (step.data_ptr(), offset.data_ptr())
-    call("fqt_parameters", lo.data_ptr(), hi.data_ptr(), lo.numel(), _MODES[mode], steps, *pointers)
+    call("fqt_parameters", *ranges, lo.numel(), _MODES[mode], steps, step.data_ptr(), offset.data_ptr())
     return step, offset
 
 
@@ -92,12 +104,10 @@ def _takes_levels(levels: Levels) -> bool:
 )
 def _encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None) -> Tensor:
     source, _alive = source_of(x.matrix, x.factor)
-    step, offset = scales.step.contiguous(), scales.offset.contiguous()
+    pointers, groups, _held = grouped(ctypes.addressof(source), x.shape, scales)
     codes = empty(x.shape, levels.dtype)
-    key = None if seed is None else seed.data_ptr()
-    pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
-    rest = (ROUNDINGS[rounding.name], key, int(x.transposed), codes.data_ptr())
-    call("fqt_encode", *pointers, *varies(step, x.shape), levels.low, levels.high, *rest)
+    rest = (ROUNDINGS[rounding.name], key_of(seed, rounding), int(x.transposed), codes.data_ptr())
+    call("fqt_encode", *pointers, *groups, levels.low, levels.high, *rest)
     return codes
 
 
@@ -137,7 +147,7 @@ class _Work:
         """Calls the kernel."""
         x, levels = self._x, coding.levels
         source, _alive = source_of(x.matrix, x.factor)
-        key, dithered = None if seed is None else seed.data_ptr(), ctypes.c_int32()
+        key, dithered = key_of(seed, coding.rounding), ctypes.c_int32()
         how = (_BLOCKS[self._blocks], _MODES[coding.mode], levels.high, levels.low, levels.high, rounding, key)
         results = [t.data_ptr() for t in (self._step, self._offset, self._codes)]
         noise = (None, None) if self._noise is None else tuple(n.data_ptr() for n in self._noise)
@@ -178,13 +188,13 @@ def _takes_best(
     cost: Tensor | None = None,
     known: Findings | None = None,
 ) -> bool:
-    """Whether the choice is between stochastic rounding and dithered rounding on an affine scale, in plain rows."""
-    if cost is not None or len(codings) != 2:
+    """Whether the choice is between stochastic rounding, on the affine scale too, and dithered on that, unmixed."""
+    if cost is not None or not _takes_quantize(x, blocks, codings[0], seed):
         return False
-    first, second = codings
+    first = codings[0]
+    stochastic = [Coding(mode, first.levels, STOCHASTIC) for mode in dict.fromkeys((first.mode, "affine"))]
     dithered = Coding("affine", replace(first.levels, high=first.levels.high - 1), DITHERED)
-    fits = first.rounding == STOCHASTIC and second == dithered and first.levels.low == 0
-    return fits and _takes_quantize(x, blocks, first, seed)
+    return first.levels.low == 0 and list(codings) == [*stochastic, dithered]
 
 
 @choice.quantize_best.on(BACKEND, when=_takes_best)
@@ -204,10 +214,9 @@ def _quantize_best(
 )
 def _variance_sums(x: Entries, scales: Scales, levels: Levels) -> Tensor:
     source, _alive = source_of(x.matrix, x.factor)
-    step, offset = scales.step.contiguous(), scales.offset.contiguous()
-    sums = torch.empty(step.shape, dtype=torch.int64, device="cpu")
-    pointers = (ctypes.addressof(source), *x.shape, step.data_ptr(), offset.data_ptr())
-    call("fqt_variance_sums", *pointers, *varies(step, x.shape), levels.low, levels.high, sums.data_ptr())
+    pointers, groups, _held = grouped(ctypes.addressof(source), x.shape, scales)
+    sums = torch.empty(scales.step.shape, dtype=torch.int64, device="cpu")
+    call("fqt_variance_sums", *pointers, *groups, levels.low, levels.high, sums.data_ptr())
     return sums
 
 
@@ -216,10 +225,10 @@ def _variance_sums(x: Entries, scales: Scales, levels: Levels) -> Tensor:
     when=lambda x, scales, levels: levels.uniform and x.factor is None and takes(x.matrix) and takes_scales(scales),
 )
 def _code_variance(x: Entries, scales: Scales, levels: Levels) -> Tensor:
-    matrix, step, offset = x.matrix.contiguous(), scales.step.contiguous(), scales.offset.contiguous()
+    matrix = x.matrix.contiguous()
+    pointers, groups, _held = grouped(expect("x", matrix, x.shape), x.shape, scales)
     out = torch.empty_like(matrix)
-    pointers = (matrix.data_ptr(), *x.shape, step.data_ptr(), offset.data_ptr())
-    call("fqt_code_variance", *pointers, *varies(step, x.shape), levels.low, levels.high, out.data_ptr())
+    call("fqt_code_variance", *pointers, *groups, levels.low, levels.high, out.data_ptr())
     return out
 
 
@@ -229,20 +238,22 @@ def _code_variance(x: Entries, scales: Scales, levels: Levels) -> Tensor:
 )
 def _column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     codes = codes.contiguous()
-    weights = None if weights is None else weights.contiguous()
+    matrix = matrix_codes(codes)
     plain, weighted = torch.empty((2, codes.shape[1]), dtype=torch.int64, device="cpu")
     pointers: tuple[int | None, ...] = (None, plain.data_ptr(), None)
     if weights is not None:
-        pointers = (weights.data_ptr(), plain.data_ptr(), weighted.data_ptr())
-    call("fqt_column_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, *pointers)
+        weights = weights.contiguous()
+        pointers = (expect("weights", weights, codes.shape[:1], torch.int32), plain.data_ptr(), weighted.data_ptr())
+    call("fqt_column_sums", *matrix, *pointers)
     return plain, None if weights is None else weighted
 
 
 @ops.row_sums.on(BACKEND, when=lambda codes: takes_codes(codes))
 def _row_sums(codes: Tensor) -> Tensor:
     codes = codes.contiguous()
+    matrix = matrix_codes(codes)
     sums = torch.empty(codes.shape[0], dtype=torch.int64, device="cpu")
-    call("fqt_row_sums", codes.data_ptr(), int(codes.dtype == torch.int8), *codes.shape, sums.data_ptr())
+    call("fqt_row_sums", *matrix, sums.data_ptr())
     return sums
 
 
@@ -257,12 +268,12 @@ def _decode(codes: Tensor, scales: Scales, dither: Tensor | None) -> Tensor:
     # One step may meet a dither per row in the offset.
     step, offset = scales.step.expand(scales.offset.shape).contiguous(), scales.offset.contiguous()
     codes = codes.contiguous()
+    matrix, shape = matrix_codes(codes), (codes.shape[0], codes.shape[1])
+    pointers = (expect("step", step, tuple(step.shape)), expect("offset", offset, tuple(step.shape)))
     out = empty(codes.shape, step.dtype)
-    shape = (codes.shape[0], codes.shape[1])
-    pointers = (codes.data_ptr(), int(codes.dtype == torch.int8), *shape, step.data_ptr(), offset.data_ptr())
     noise: tuple[int | None, int, int] = (None, 0, 0)
     if dither is not None:
         dither = dither.contiguous()
-        noise = (dither.data_ptr(), *varies(dither, shape))
-    call("fqt_decode", *pointers, *varies(step, shape), *noise, out.data_ptr())
+        noise = (expect("dither", dither, tuple(dither.shape)), *varies(dither, shape))
+    call("fqt_decode", *matrix, *pointers, *varies(step, shape), *noise, out.data_ptr())
     return out

@@ -7,7 +7,7 @@ from ctypes import Structure, addressof, c_int32, c_void_p
 import torch
 from torch import Tensor
 
-from fqt.kernels.cpu.library import call
+from fqt.kernels.cpu.library import call, expect
 from fqt.kernels.cpu.memory import empty
 from fqt.kernels.cpu.products import Conv
 from fqt.kernels.cpu.source import OUT_TYPES
@@ -15,6 +15,10 @@ from fqt.kernels.cpu.source import OUT_TYPES
 
 class Operand(Structure):
     """`Quantized` of csrc/quantized.h. The tensors it is made of must outlive it."""
+
+    shape: tuple[int, int]
+    groups: int
+    dithered: bool
 
     _fields_ = [
         ("codes", c_void_p),
@@ -28,11 +32,43 @@ class Operand(Structure):
 
     @classmethod
     def of(cls, codes: Tensor, step: Tensor, offset: Tensor, noise: tuple[Tensor, Tensor] | None) -> Operand:
-        """From contiguous codes (N, D), float32 step and offset of one shape, and dither (N, 1) and (1, D)."""
-        rows, columns = (None, None) if noise is None else (n.data_ptr() for n in noise)
-        many = int(step.numel() > 1)
-        pointers = (codes.data_ptr(), step.data_ptr(), offset.data_ptr(), rows, columns)
-        return cls(*pointers, int(codes.dtype == torch.int8), many)
+        """From contiguous codes (N, D), float32 step and offset of one shape, and dither (N, 1) and (1, D).
+
+        Raises:
+            ValueError: they are something else.
+        """
+        if codes.ndim != 2 or codes.dtype not in (torch.uint8, torch.int8):
+            raise ValueError(
+                f"codes are {codes.dtype} of shape {tuple(codes.shape)}; give a matrix of uint8 or int8"
+            )
+        shape = codes.shape
+        pointers = [
+            expect("codes", codes, shape, codes.dtype),
+            expect("step", step, step.shape),
+            expect("offset", offset, step.shape),
+        ]
+        rows = columns = None
+        if noise is not None:
+            rows = expect("row dither", noise[0], (shape[0], 1))
+            columns = expect("column dither", noise[1], (1, shape[1]))
+        groups = step.numel()
+        result = cls(*pointers, rows, columns, int(codes.dtype == torch.int8), int(groups > 1))
+        result.shape, result.groups, result.dithered = (shape[0], shape[1]), groups, noise is not None
+        return result
+
+    def fit(self, name: str, size: int, groups: int, matrix: tuple[int, int] | None = None) -> int:
+        """The address, if there are so many codes, one step or `groups`, and that matrix where it matters.
+
+        With dither, and with steps by row or column, it does.
+        """
+        rows, columns = self.shape
+        fits = rows * columns == size and self.groups in (1, groups)
+        if not fits or (matrix is not None and self.shape != matrix and (self.dithered or self.groups > 1)):
+            raise ValueError(
+                f"{name} has codes of shape {self.shape} with {self.groups} steps; the product takes {size} codes"
+                f"{'' if matrix is None else f' of shape {matrix}'} with 1 or {groups} steps"
+            )
+        return addressof(self)
 
 
 class Fold(Structure):
@@ -42,22 +78,36 @@ class Fold(Structure):
 
     @classmethod
     def of(cls, folded: bool, centre: Tensor | None, share: Tensor | None) -> Fold:
-        """From contiguous int32 and float32 tensors."""
-        if centre is not None and centre.dtype != torch.int32:
-            raise TypeError(f"centre holds {centre.dtype}: give int32")
-        if share is not None and share.dtype != torch.float32:
-            raise TypeError(f"share holds {share.dtype}: give float32")
-        pointers = (None if t is None else t.data_ptr() for t in (centre, share))
-        return cls(int(folded), *pointers)
+        """From contiguous tensors: int32, one per step of the input; float32 (taps, O)."""
+        pointers = (
+            None if centre is None else expect("centre", centre, tuple(centre.shape), torch.int32),
+            None if share is None else expect("share", share, tuple(share.shape)),
+        )
+        result = cls(int(folded), *pointers)
+        result.sizes = tuple(None if t is None else t.numel() for t in (centre, share))
+        return result
+
+    def fit(self, steps: int, taps: int, channels: int) -> int:
+        """The address, if there are as many centres as the input has steps, and a share for every tap and channel."""
+        centres, shares = self.sizes
+        if centres not in (None, steps) or shares not in (None, taps * channels):
+            raise ValueError(
+                f"{centres} centres and {shares} shares; the product takes {steps} and {taps} × {channels}"
+            )
+        return addressof(self)
 
 
 def dense_output(
     x: Operand, w: Operand, bias: Tensor | None, sizes: tuple[int, int, int], run: int, dtype: torch.dtype
 ) -> Tensor:
     """(T, O): x · wᵀ + bias. sizes: T, I, O; run: tokens per step of x, if it has many; bias: float32."""
-    out = empty((sizes[0], sizes[2]), dtype)
-    pointer = None if bias is None else bias.data_ptr()
-    call("fqt_dense_output", addressof(x), addressof(w), pointer, *sizes, run, OUT_TYPES[dtype], out.data_ptr())
+    t, i, o = sizes
+    if run * x.groups != t and x.groups != 1:
+        raise ValueError(f"{x.groups} steps of {run} tokens each for {t} tokens")
+    operands = (x.fit("input", t * i, x.groups), w.fit("weight", o * i, o, (o, i)))
+    out = empty((t, o), dtype)
+    pointer = None if bias is None else expect("bias", bias, (o,))
+    call("fqt_dense_output", *operands, pointer, *sizes, run, OUT_TYPES[dtype], out.data_ptr())
     return out
 
 
@@ -65,26 +115,33 @@ def dense_grad_input(
     g: Operand, w: Operand, sizes: tuple[int, int, int], folded: bool, dtype: torch.dtype, wants_ones: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(T, I): g · w; and 1 · w (I,) if wanted."""
-    out = empty((sizes[0], sizes[1]), dtype)
-    ones = torch.empty(sizes[1], dtype=torch.float32, device="cpu") if wants_ones else None
+    t, i, o = sizes
+    operands = (g.fit("grad_output", t * o, t, (t, o)), w.fit("weight", o * i, o, (o, i)))
+    out = empty((t, i), dtype)
+    ones = torch.empty(i, dtype=torch.float32, device="cpu") if wants_ones else None
     rest = (None if ones is None else ones.data_ptr(), OUT_TYPES[dtype], out.data_ptr())
-    call("fqt_dense_grad_input", addressof(g), addressof(w), *sizes, int(folded), *rest)
+    call("fqt_dense_grad_input", *operands, *sizes, int(folded), *rest)
     return out, ones
 
 
 def dense_grad_weight(g: Operand, x: Operand, sizes: tuple[int, int, int], fold: Fold) -> Tensor:
     """(O, I) float32: gᵀ · x."""
-    out = empty((sizes[2], sizes[1]), torch.float32)
-    call("fqt_dense_grad_weight", addressof(g), addressof(x), *sizes, addressof(fold), out.data_ptr())
+    t, i, o = sizes
+    steps = x.groups if fold.folded else 1
+    operands = (g.fit("grad_output", t * o, o, (t, o)), x.fit("input", t * i, steps))
+    out = empty((o, i), torch.float32)
+    call("fqt_dense_grad_weight", *operands, *sizes, fold.fit(x.groups, 1, o), out.data_ptr())
     return out
 
 
 def conv_output(x: Operand, w: Operand, bias: Tensor | None, conv: Conv, dtype: torch.dtype) -> Tensor:
     """(N, H', W', O)."""
+    sizes = conv.sizes()
+    operands = (x.fit("input", sizes.input, conv.samples), w.fit("weight", sizes.weight, conv.out_channels))
     out = empty((conv.samples, conv.out_height, conv.out_width, conv.out_channels), dtype)
-    pointer = None if bias is None else bias.data_ptr()
+    pointer = None if bias is None else expect("bias", bias, (conv.out_channels,))
     arguments = (addressof(conv), OUT_TYPES[dtype], out.data_ptr())
-    call("fqt_conv_output", addressof(x), addressof(w), pointer, *arguments)
+    call("fqt_conv_output", *operands, pointer, *arguments)
     return out
 
 
@@ -92,17 +149,36 @@ def conv_grad_input(
     g: Operand, w: Operand, conv: Conv, folded: bool, dtype: torch.dtype, wants_ones: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(N, H, W, C); and the gradient (H, W, C) of a g of ones if wanted."""
+    sizes = conv.sizes()
+    by_sample = (conv.samples, sizes.output // max(conv.samples, 1))
+    operands = (
+        g.fit("grad_output", sizes.output, conv.samples, by_sample),
+        w.fit("weight", sizes.weight, conv.out_channels),
+    )
     map = (conv.height, conv.width, conv.channels)
     out = empty((conv.samples, *map), dtype)
     ones = torch.empty(map, dtype=torch.float32, device="cpu") if wants_ones else None
     rest = (None if ones is None else ones.data_ptr(), OUT_TYPES[dtype], out.data_ptr())
-    call("fqt_conv_grad_input", addressof(g), addressof(w), addressof(conv), int(folded), *rest)
+    call("fqt_conv_grad_input", *operands, addressof(conv), int(folded), *rest)
     return out, ones
 
 
 def conv_grad_weight(g: Operand, x: Operand, conv: Conv, fold: Fold) -> Tensor:
     """(O, kh, kw, C/groups) float32."""
+    sizes = conv.sizes()
+    by_channel = (sizes.output // conv.out_channels, conv.out_channels)
+    operands = (
+        g.fit("grad_output", sizes.output, conv.out_channels, by_channel),
+        x.fit("input", sizes.input, x.groups if fold.folded else 1),
+    )
     depth = conv.channels // conv.groups
     out = empty((conv.out_channels, conv.kernel_height, conv.kernel_width, depth), torch.float32)
-    call("fqt_conv_grad_weight", addressof(g), addressof(x), addressof(conv), addressof(fold), out.data_ptr())
+    taps = conv.kernel_height * conv.kernel_width
+    call(
+        "fqt_conv_grad_weight",
+        *operands,
+        addressof(conv),
+        fold.fit(x.groups, taps, conv.out_channels),
+        out.data_ptr(),
+    )
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels.codes import Entries, Scales
-from fqt.kernels.cpu.library import plain, takes
+from fqt.kernels.cpu.library import expect, plain, takes
 
 _IN_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 OUT_TYPES = {torch.int32: 0, torch.int64: 1, torch.float32: 2, torch.bfloat16: 3}
@@ -39,10 +39,12 @@ def takes_entries(x: Entries) -> bool:
 def source_of(x: Tensor, factor: Tensor | None = None) -> tuple[Source, tuple[Tensor | None, ...]]:
     """The C form of x (N, D) times a factor (P,) that repeats along its rows, and what must outlive it."""
     x = x.detach().contiguous()
+    if x.ndim != 2 or x.dtype not in _IN_TYPES:
+        raise ValueError(f"values are {x.dtype} of shape {tuple(x.shape)}; give a matrix of float32 or bfloat16")
     if factor is None or (factor.ndim == 1 and not factor.numel() and not x.shape[1]):
         return Source(x.data_ptr(), None, 1, _IN_TYPES[x.dtype]), (x,)
-    if factor.ndim != 1 or not factor.numel() or x.shape[1] % factor.numel():
-        raise ValueError(f"factors of shape {tuple(factor.shape)} for rows of {x.shape[1]}")
+    if factor.ndim != 1 or not factor.numel() or x.shape[1] % factor.numel() or factor.dtype != torch.float32:
+        raise ValueError(f"factors {factor.dtype} of shape {tuple(factor.shape)} for rows of {x.shape[1]}")
     times = x.shape[1] // factor.numel()
     repeats = max(1, min(times, _PERIOD // factor.numel()))
     while times % repeats:
@@ -65,8 +67,24 @@ def varies(parameter: Tensor, shape: tuple[int, int]) -> tuple[int, int]:
     return by_row, by_column
 
 
-def per_row(parameter: Tensor, rows: int) -> int:
+def per_row(parameter: Tensor, rows: int, dtype: torch.dtype = torch.float32) -> int:
     """The address of a contiguous parameter (N, 1)."""
-    if parameter.shape != (rows, 1):
-        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} for {rows} rows")
-    return parameter.data_ptr()
+    return expect("a parameter by row", parameter, (rows, 1), dtype)
+
+
+def matrix_codes(codes: Tensor) -> tuple[int, int, int, int]:
+    """The address of contiguous codes (N, D), whether they are signed, and the shape."""
+    if codes.ndim != 2 or codes.dtype not in (torch.uint8, torch.int8):
+        raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; give a matrix of uint8 or int8")
+    rows, columns = codes.shape
+    return expect("codes", codes, (rows, columns), codes.dtype), int(codes.dtype == torch.int8), rows, columns
+
+
+def grouped(
+    values: int, shape: tuple[int, int], scales: Scales
+) -> tuple[tuple[int, ...], tuple[int, int], tuple[Tensor, Tensor]]:
+    """Values (N, D) with their shape and parameters' addresses, who shares these, and what must outlive them."""
+    step, offset = scales.step.contiguous(), scales.offset.contiguous()
+    by_row_and_column = varies(step, shape)
+    pointers = (expect("step", step, tuple(step.shape)), expect("offset", offset, tuple(step.shape)))
+    return (values, *shape, *pointers), by_row_and_column, (step, offset)

@@ -1,0 +1,55 @@
+"""What the fuzzers share: the plain-torch kernels in this process, and their command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+from fqt.kernels import native
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Everything inside runs without the native kernels."""
+    status = native.Status("reference", "a fuzzer compares with them")
+    with mock.patch.object(native, "_loaded", return_value=(None, status)):
+        yield
+
+
+def fuzz(case: Callable[[int], str], cases: int, seed: int) -> dict:
+    """Runs `case(seed)`, …, `case(seed + cases − 1)`, and prints each failure with the seed that shows it again.
+
+    Args:
+        case: returns what is wrong, or "".
+        cases: how many.
+        seed: the first one.
+
+    Returns:
+        "cases", "level" (the kernels under test), and "failures": one line each, seed first.
+    """
+    failures = []
+    for number in range(seed, seed + cases):
+        try:
+            wrong = case(number)
+        except Exception as error:  # a fuzzer's finding is any error at all
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            failures.append(f"seed {number}: {wrong}")
+            print(failures[-1], flush=True)
+    return {"cases": cases, "level": native.status().level, "failures": failures}
+
+
+def command(main: Callable[[int, int], dict], cases: int) -> None:
+    """`python …/script.py --cases 100000 --seed 0`; status 1 if anything failed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", type=int, default=cases)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first case; a failure's own seed shows it again"
+    )
+    given = parser.parse_args()
+    record = main(given.cases, given.seed)
+    print(json.dumps({**record, "failures": len(record["failures"])}))
+    raise SystemExit(bool(record["failures"]))
