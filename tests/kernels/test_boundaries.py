@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fqt.kernels.native_products import Conv
+from fqt.kernels.native_quantized import Operand
 from torch import Tensor
 
 from fqt.kernels import mixed, native, native_quantized
-from fqt.kernels.native_products import Conv
-from fqt.kernels.native_quantized import Operand
 from fqt.kernels.reference import Scaling, Unscaling
 
 pytestmark = pytest.mark.skipif(native.status().level == "reference", reason="no native kernels here")

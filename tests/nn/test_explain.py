@@ -8,8 +8,8 @@ from torch import nn
 import fqt
 from fqt import Recipe
 from fqt.kernels import Status
-from fqt.nn import arithmetic
-from fqt.nn.arithmetic import machine_obstacle
+from fqt.kernels.cpu import fused
+from fqt.kernels.integer import machine_obstacle
 
 from .cases import q, small_net
 
@@ -79,7 +79,7 @@ def test_reasons(row: int) -> None:
         )
     explained = fqt.explain(fqt.quantize_(LAYERS[layer](), recipe))
     (found,) = [p for p in explained.products if p.product == product]
-    if word is INTEGER and machine_obstacle():
+    if word is INTEGER and machine_obstacle("cpu"):
         word = "no integer kernels"
     assert word in found.why
     assert found.arithmetic == ("integer" if word is INTEGER else "simulated")
@@ -90,7 +90,7 @@ def test_what_the_machine_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fqt.quantize_(nn.Linear(4, 4), "psq8")
     doubled = fqt.explain(fqt.quantize_(nn.Linear(4, 4).double(), "psq8"))
     assert {(p.arithmetic, p.why) for p in doubled.products} == {("simulated", "float64 is computed in float64")}
-    monkeypatch.setattr(arithmetic, "status", lambda: Status("reference", "no compiler"))
+    monkeypatch.setattr(fused, "status", lambda: Status("reference", "no compiler"))
     assert {p.why for p in fqt.explain(layer).products} == {"no integer kernels: no compiler"}
 
 
@@ -126,7 +126,7 @@ def test_totals_are_shares_of_multiplied_weights() -> None:
     matrices = 4 * 3 * (2 + 3)
     fqt.quantize_(model, Recipe(grad_input="psq4", grad_weight=None))
     totals = fqt.explain(model).totals
-    quantized = "simulated" if machine_obstacle() else "integer"
+    quantized = "simulated" if machine_obstacle("cpu") else "integer"
     assert totals[quantized] == pytest.approx(2 / 3 * 32 / (32 + matrices))
     assert totals["float"] == pytest.approx(1 - totals[quantized])
     layer = fqt.quantize_(nn.MultiheadAttention(4, 2), "psq4")

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fqt
 from fqt import FqtError, Recipe, Rule
-from fqt.nn.arithmetic import machine_obstacle
+from fqt.kernels.integer import machine_obstacle
 
 from .cases import FEW, Case, equal, ids, loss_of, small_batch, small_net
 
@@ -27,7 +27,7 @@ def ran(explained: Any, layer: str) -> dict[str, tuple[str, int, int]]:
 
 
 def converted_arithmetic() -> str:
-    return "simulated" if machine_obstacle() else "integer"
+    return "simulated" if machine_obstacle("cpu") else "integer"
 
 
 def test_every_product_of_a_net_with_its_multiplications() -> None:
@@ -449,4 +449,4 @@ def test_it_prints_calls_and_shares() -> None:
     lines = str(fqt.explain(fqt.quantize_(Borrowed(), "psq4"), torch.tensor([0, 3]))).splitlines()
     assert lines[0].split() == ["layer", "product", "arithmetic", "operands", "calls", "share", "why"]
     assert [line for line in lines if line.startswith(("total: ", "never ran", "ran more than once: twice (2 ×)"))]
-    assert "integer" in lines[-3] or machine_obstacle()
+    assert "integer" in lines[-3] or machine_obstacle("cpu")

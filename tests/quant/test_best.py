@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fqt import FqtError, Quantizer
-from fqt.kernels import ops
-from fqt.quant import Integers, Scale, quantizer
+from fqt.quant import quantizer
 from tests.backends import reference_only
 
 from .cases import FAMILIES, build, gaussian, gen, plain

@@ -16,26 +16,50 @@ folded into grad_output before it was quantized: in grad_weight s_x is 1 then, z
 codes, and the share of the offsets is added (`fqt.kernels.fold`). A transform S over grad_output's rows is undone
 on the product; where its features are rotated, so is the other operand.
 
-These formulas are the reference; where a native kernel evaluates one of them at once (`fqt.kernels.cpu.fused`), it
-gives the same bits.
+These formulas are the reference; where a backend evaluates one of them at once (`fqt.kernels.cpu.fused`), it gives
+the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fqt.kernels import ops
-from fqt.kernels.cpu import fused
 from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.low_rank import Channels, ConvCodes, DenseCodes, row_offset
+from fqt.kernels.op import Op
 from fqt.kernels.products import Epilogue
 from fqt.kernels.tensor import QuantizedTensor
 
+_MACHINES: dict[str, Callable[[], str]] = {}
 
+
+def serve(device: str, obstacle: Callable[[], str]) -> None:
+    """Tells that a backend multiplies codes on devices of this type.
+
+    Args:
+        device: "cpu" or "cuda".
+        obstacle: says why the one at hand has no integer units for it; empty if it has.
+    """
+    _MACHINES[device] = obstacle
+
+
+def serves(device: str) -> bool:
+    """Whether products of codes on devices of this type are products of integers, exact in any case."""
+    return device in _MACHINES
+
+
+def machine_obstacle(device: str) -> str:
+    """Why products on devices of this type do not run on integer units here; empty if they do."""
+    return _MACHINES[device]() if device in _MACHINES else f"no integer kernels for {device}"
+
+
+@Op
 def output(
     map: LinearMap, x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -51,9 +75,6 @@ def output(
     Returns:
         Of the float layer's output's shape; channels-last for a convolution.
     """
-    at_once = fused.output(map, x, w, bias, dtype)
-    if at_once is not None:
-        return at_once
     product = _of(map)
     step, offset, weight_step = (v.flatten() for v in (x.matrix_step, x.group_offset, w.matrix_step))
     left = right = None
@@ -71,6 +92,7 @@ def output(
     return product.output(x, w, epilogue)
 
 
+@Op
 def grad_input(
     map: LinearMap, g: QuantizedTensor, w: QuantizedTensor, folded: bool, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor:
@@ -85,10 +107,6 @@ def grad_input(
         dtype: of the result, float32 or bfloat16.
     """
     product = _of(map)
-    at_once = fused.grad_input(map, g, w, folded, shape, dtype)
-    if at_once is not None:
-        result, of_ones = at_once
-        return result if of_ones is None else product.unmixed(g, result, of_ones, dtype)
     ones, dithered = product.vectors_times_weight(g, w, shape)
     weight_step = None if folded else w.matrix_step.flatten()
     if weight_step is not None:
@@ -108,6 +126,7 @@ def grad_input(
     return result if g.mixing is None else product.unmixed(g, result, ones, dtype)
 
 
+@Op
 def grad_weight(
     map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: Folded | None, shape: torch.Size
 ) -> Tensor:
@@ -120,9 +139,6 @@ def grad_weight(
         folded: what goes with the input's codes, if its steps are in `g` already.
         shape: the weight's.
     """
-    at_once = fused.grad_weight(map, g, x, folded, shape)
-    if at_once is not None:
-        return at_once
     channels = Channels.of(g)
     if isinstance(map, ConvMap) and map.groups > 1:
         # A convolution per group: no transform mixes their channels (`fqt.nn.arithmetic`).
@@ -214,6 +230,11 @@ def _zero_point(g: Channels) -> tuple[Tensor, Tensor]:
 def _all_zero(offset: Tensor) -> bool:
     """Whether a correction can be left out; asked only where the answer costs nothing."""
     return ops.at_hand(offset) and offset.numel() == 1 and not bool(offset)
+
+
+def unmixed(map: LinearMap, g: QuantizedTensor, product: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_input of a grad_output whose rows were mixed, from the product of the mixed rows and 1·w by column."""
+    return _of(map).unmixed(g, product, ones, dtype)
 
 
 def _of(map: LinearMap) -> DenseCodes | ConvCodes:

@@ -16,7 +16,7 @@ that kind. Under padding a missing tap counts as code 0, so an operand's offset 
 the taps that are there: `conv2d_mask` for output and grad_input, window sums for grad_weight.
 
 Each product is one op of `torch.library` (namespace `fqt`), with a plain-torch implementation for every device
-(in float64, which holds these sums exactly) and a native one for the CPU. The two give the same bits.
+(in float64, which holds these sums exactly); backends register beside it, and give the same bits.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fqt.kernels.cpu import products as native_products
-from fqt.kernels.cpu.library import takes_codes
+from fqt.kernels.op import Op
 
 CODES = (torch.uint8, torch.int8)
 _RESULTS = (torch.float32, torch.bfloat16)
@@ -309,11 +308,14 @@ def _check_matmul(a: Tensor, b: Tensor, epilogue: tuple) -> torch.dtype:
     return _sum_dtype(a.shape[1], a, b, epilogue[7])
 
 
+@Op
+def matmul_of(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
+    """`matmul` of checked operands, with the dtype of the result and an epilogue's arguments."""
+    return _finish(a.double() @ b.double(), dtype, epilogue)
+
+
 def _matmul(a: Tensor, b: Tensor, *epilogue: object) -> Tensor:
-    out = _check_matmul(a, b, epilogue)
-    if takes_codes(a, b) and a.shape[1] < 1 << 23:
-        return native_products.matmul(a, b, out, epilogue)
-    return _finish(a.double() @ b.double(), out, epilogue)
+    return matmul_of(a, b, _check_matmul(a, b, epilogue), epilogue)
 
 
 def _matmul_shape(a: Tensor, b: Tensor, *epilogue: object) -> Tensor:
@@ -330,7 +332,7 @@ def _check_geometry(stride: list[int], padding: list[int], dilation: list[int], 
 
 
 @dataclass(frozen=True)
-class _Shapes:
+class Shapes:
     """The shapes of one convolution, checked."""
 
     input: tuple[int, int, int, int]
@@ -341,7 +343,7 @@ class _Shapes:
 
 def _check_conv(
     input: tuple[int, ...], output: tuple[int, ...] | None, weight: tuple[int, ...], geometry: Geometry
-) -> _Shapes:
+) -> Shapes:
     n, c, h, w = input
     o, depth, *kernel = weight
     groups = geometry.groups
@@ -352,7 +354,7 @@ def _check_conv(
         raise ValueError(f"a kernel {tuple(kernel)} does not fit an input of {h} × {w} with {geometry}")
     if output is not None and tuple(output) != (n, o, out_h, out_w):
         raise ValueError(f"grad_output has shape {tuple(output)}, not {(n, o, out_h, out_w)}")
-    return _Shapes((n, c, h, w), (n, o, out_h, out_w), (o, depth, kernel[0], kernel[1]), geometry)
+    return Shapes((n, c, h, w), (n, o, out_h, out_w), (o, depth, kernel[0], kernel[1]), geometry)
 
 
 def _same_device(a: Tensor, b: Tensor) -> None:
@@ -360,7 +362,7 @@ def _same_device(a: Tensor, b: Tensor) -> None:
         raise ValueError(f"the operands lie on {a.device} and {b.device}")
 
 
-def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[_Shapes, torch.dtype, tuple]:
+def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[Shapes, torch.dtype, tuple]:
     _check_codes("input", input, 4)
     _check_codes("weight", weight, 4, (torch.int8,))
     _same_device(input, weight)
@@ -371,16 +373,19 @@ def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[_Shapes, 
     return shapes, _sum_dtype(terms, input, weight, rest[11]), rest[4:]
 
 
-def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
-    shapes, out, epilogue = _check_conv2d(input, weight, rest)
-    if takes_codes(input, weight) and weight.numel():
-        return native_products.conv2d(input, weight, shapes, out, epilogue, backward=False)
+@Op
+def conv2d_of(input: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple) -> Tensor:
+    """`conv2d` of checked operands."""
     # No terms, where torch.nn.functional.conv2d loses the output's channels, or no output, which it refuses.
     if not weight.numel() or 0 in shapes.output:
         sums = input.new_zeros(shapes.output, dtype=torch.float64)
     else:
-        sums = F.conv2d(input.double(), weight.double(), None, *rest[:4])  # type: ignore[call-overload]
-    return _finish(sums.permute(0, 2, 3, 1).contiguous(), out, epilogue).permute(0, 3, 1, 2)
+        sums = F.conv2d(input.double(), weight.double(), None, *shapes.geometry.arguments())
+    return _finish(sums.permute(0, 2, 3, 1).contiguous(), dtype, epilogue).permute(0, 3, 1, 2)
+
+
+def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    return conv2d_of(input, weight, *_check_conv2d(input, weight, rest))
 
 
 def _conv2d_shape(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
@@ -395,7 +400,7 @@ def _channels_last(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.
 
 def _check_grad_input(
     grad: Tensor, weight: Tensor, input_size: list[int], rest: tuple
-) -> tuple[_Shapes, torch.dtype, tuple]:
+) -> tuple[Shapes, torch.dtype, tuple]:
     _check_codes("grad_output", grad, 4)
     _check_codes("weight", weight, 4, (torch.int8,))
     _same_device(grad, weight)
@@ -421,15 +426,21 @@ def _grad_input(
     return torch.ops.aten.convolution_backward(grad, input, weight, *arguments)[0]
 
 
-def _conv2d_grad_input(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
-    shapes, out, epilogue = _check_grad_input(grad, weight, input_size, rest)
-    if takes_codes(grad, weight) and weight.numel():
-        return native_products.conv2d(grad, weight, shapes, out, epilogue, backward=True)
+@Op
+def conv2d_grad_input_of(
+    grad: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple
+) -> Tensor:
+    """`conv2d_grad_input` of checked operands."""
     if not weight.numel() or 0 in shapes.output:  # no terms, which convolution_backward refuses
         sums = grad.new_zeros(shapes.input, dtype=torch.float64)
     else:
-        sums = _grad_input(grad.double(), weight.double(), input_size, *rest[:4])  # type: ignore[arg-type]
-    return _finish(sums.permute(0, 2, 3, 1).contiguous(), out, epilogue).permute(0, 3, 1, 2)
+        size = list(shapes.input[2:])
+        sums = _grad_input(grad.double(), weight.double(), size, *shapes.geometry.arguments())
+    return _finish(sums.permute(0, 2, 3, 1).contiguous(), dtype, epilogue).permute(0, 3, 1, 2)
+
+
+def _conv2d_grad_input(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
+    return conv2d_grad_input_of(grad, weight, *_check_grad_input(grad, weight, input_size, rest))
 
 
 def _conv2d_grad_input_shape(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
@@ -439,7 +450,7 @@ def _conv2d_grad_input_shape(grad: Tensor, weight: Tensor, input_size: list[int]
 
 def _check_grad_weight(
     grad: Tensor, input: Tensor, kernel: list[int], rest: tuple
-) -> tuple[_Shapes, torch.dtype, tuple]:
+) -> tuple[Shapes, torch.dtype, tuple]:
     _check_codes("grad_output", grad, 4)
     _check_codes("input", input, 4)
     _same_device(grad, input)
@@ -453,20 +464,25 @@ def _check_grad_weight(
     return shapes, _sum_dtype(grad.shape[0] * grad.shape[2] * grad.shape[3], grad, input, rest[11]), rest[4:]
 
 
-def _conv2d_grad_weight(grad: Tensor, input: Tensor, kernel: list[int], *rest: object) -> Tensor:
-    shapes, out, epilogue = _check_grad_weight(grad, input, kernel, rest)
-    if takes_codes(grad, input) and shapes.output[3] <= 1 << 15:
-        return native_products.conv2d_grad_weight(grad, input, shapes, out, epilogue)
+@Op
+def conv2d_grad_weight_of(
+    grad: Tensor, input: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple
+) -> Tensor:
+    """`conv2d_grad_weight` of checked operands."""
     o, depth, kh, kw = shapes.weight
-    stride, padding, dilation, groups = rest[:4]
+    stride, padding, dilation, groups = shapes.geometry.arguments()
     weight = grad.new_empty(1, dtype=torch.float64).expand(o, depth, kh, kw)
     arguments = (None, stride, padding, dilation, False, [0, 0], groups, [False, True, False])
     if grad.numel() and input.numel():
         sums = torch.ops.aten.convolution_backward(grad.double(), input.double(), weight, *arguments)[1].round()
     else:
         sums = torch.zeros_like(weight)
-    flat = _finish(sums.permute(0, 2, 3, 1).reshape(o, kh * kw * depth), out, epilogue)
+    flat = _finish(sums.permute(0, 2, 3, 1).reshape(o, kh * kw * depth), dtype, epilogue)
     return flat.view(o, kh, kw, depth).permute(0, 3, 1, 2)
+
+
+def _conv2d_grad_weight(grad: Tensor, input: Tensor, kernel: list[int], *rest: object) -> Tensor:
+    return conv2d_grad_weight_of(grad, input, *_check_grad_weight(grad, input, kernel, rest))
 
 
 def _conv2d_grad_weight_shape(grad: Tensor, input: Tensor, kernel: list[int], *rest: object) -> Tensor:

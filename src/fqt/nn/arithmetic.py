@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fqt.kernels import status
+from fqt.kernels import integer
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
 from fqt.quant.quantizer import Quantizer
@@ -27,10 +27,10 @@ OPERANDS = {
 def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) -> bool:
     """Whether this product of these values runs on integer codes.
 
-    On the CPU and below float64 only. Without native kernels it does too, through exact sums in float64, so that
-    an installation without them computes the same numbers.
+    Below float64, on devices for which a backend says that it multiplies codes. Where this one has no integer
+    units for it, it does too, through exact sums in float64, so that every installation computes the same numbers.
     """
-    if values.dtype == torch.float64 or values.device.type != "cpu":
+    if values.dtype == torch.float64 or not integer.serves(values.device.type):
         return False
     if any(recipe.operand(name) is None for name in OPERANDS[product]):
         return False
@@ -55,12 +55,6 @@ def rotates(product: str, map: LinearMap, recipe: Recipe) -> bool:
         and isinstance(left.transform, Rotated)
         and not _rotation(product, map, left)
     )
-
-
-def machine_obstacle() -> str:
-    """Why this machine runs no product on integers; empty if it does."""
-    found = status()
-    return f"no integer kernels: {found.reason}" if found.level == "reference" else ""
 
 
 @lru_cache(maxsize=512)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fqt.kernels import integer
 from fqt.nn import patched
-from fqt.nn.arithmetic import OPERANDS, machine_obstacle, obstacle
+from fqt.nn.arithmetic import OPERANDS, obstacle
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
 from fqt.nn.layers import linear_map
@@ -183,11 +184,9 @@ def _product(layer: str, module: nn.Module, product: str) -> Product:
 def _machine(module: nn.Module) -> str:
     """What keeps the products of this module's parameters off integer units."""
     weight = next(module.parameters())
-    if weight.device.type != "cpu":
-        return f"no integer kernels for {weight.device.type}"
     if weight.dtype == torch.float64:
         return "float64 is computed in float64"
-    return machine_obstacle()
+    return integer.machine_obstacle(weight.device.type)
 
 
 def _words(entry: str | dict[str, Any]) -> str:

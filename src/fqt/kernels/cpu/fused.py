@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fqt.kernels import integer
 from fqt.kernels.cpu import quantized as kernels
-from fqt.kernels.cpu.library import takes
+from fqt.kernels.cpu.library import BACKEND, status, takes
 from fqt.kernels.cpu.products import Conv
 from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
@@ -165,3 +166,38 @@ def _image(x: Tensor, map: ConvMap) -> Tensor:
     """(N, C, *) from (N, H, W, C)."""
     image = x.permute(0, 3, 1, 2)
     return image.squeeze(2) if len(map.stride) == 1 else image
+
+
+@integer.output.on(BACKEND, when=lambda map, x, w, bias, dtype: _fits(x, w))
+def _output(
+    map: LinearMap, x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    found = output(map, x, w, bias, dtype)
+    return integer.output.reference(map, x, w, bias, dtype) if found is None else found
+
+
+@integer.grad_input.on(BACKEND, when=lambda map, g, w, folded, shape, dtype: _fits(g, w))
+def _grad_input(
+    map: LinearMap, g: QuantizedTensor, w: QuantizedTensor, folded: bool, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    found = grad_input(map, g, w, folded, shape, dtype)
+    if found is None:
+        return integer.grad_input.reference(map, g, w, folded, shape, dtype)
+    result, of_ones = found
+    return result if of_ones is None else integer.unmixed(map, g, result, of_ones, dtype)
+
+
+@integer.grad_weight.on(BACKEND, when=lambda map, g, x, folded, shape: _fits(g, x))
+def _grad_weight(
+    map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: Folded | None, shape: torch.Size
+) -> Tensor:
+    found = grad_weight(map, g, x, folded, shape)
+    return integer.grad_weight.reference(map, g, x, folded, shape) if found is None else found
+
+
+def _obstacle() -> str:
+    found = status()
+    return f"no integer kernels: {found.reason}" if found.level == "reference" else ""
+
+
+integer.serve("cpu", _obstacle)

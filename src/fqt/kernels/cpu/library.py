@@ -23,6 +23,7 @@ from torch import Tensor
 from fqt.errors import FqtError
 from fqt.kernels.rounding import STOCHASTIC, Rounding
 
+BACKEND = "cpu"
 LEVELS = ("portable", "avx2", "avx512", "amx")
 _ABI = 13  # FQT_ABI of csrc/platform.h
 

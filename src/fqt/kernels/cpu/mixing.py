@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fqt.kernels import mixing, ops
 from fqt.kernels.codes import ROW, Dither, Entries, Findings, Quantized, Scales
-from fqt.kernels.cpu.library import call, expect, key_of, takes
+from fqt.kernels.cpu.library import BACKEND, call, expect, key_of, takes
 from fqt.kernels.cpu.memory import empty
-from fqt.kernels.cpu.quantize import BACKEND, ROUNDINGS
+from fqt.kernels.cpu.quantize import ROUNDINGS
 from fqt.kernels.cpu.source import OUT_TYPES, per_row, source_of, takes_entries, takes_source
 from fqt.kernels.mixing import Butterflies, Mixing, Reflections
 from fqt.kernels.reference import Scaling, Unscaling

@@ -1,4 +1,4 @@
-"""The C++ kernels of the products, on arguments that `products` has checked."""
+"""The C++ kernels of the products, on arguments that `fqt.kernels.products` has checked."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fqt.kernels.cpu.library import call
+from fqt.kernels import products
+from fqt.kernels.cpu.library import BACKEND, call, takes_codes
 from fqt.kernels.cpu.memory import empty
 from fqt.kernels.cpu.source import OUT_TYPES
+from fqt.kernels.products import Shapes
+
+_LONGEST, _WIDEST = 1 << 23, 1 << 15
 
 
 class _Epilogue(Structure):
@@ -57,8 +61,9 @@ def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return x, (x.stride(0), 1)
 
 
+@products.matmul_of.on(BACKEND, when=lambda a, b, dtype, epilogue: takes_codes(a, b) and a.shape[1] < _LONGEST)
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
-    """`fqt::matmul` on checked arguments."""
+    """`products.matmul`."""
     (a, a_strides), (b, b_strides) = _matrix(a), _matrix(b)
     (m, k), n = a.shape, b.shape[1]
     _has("a", a, m * k)
@@ -129,10 +134,24 @@ def _has(name: str, codes: Tensor, count: int) -> None:
         raise ValueError(f"{name} is {codes.dtype} of shape {tuple(codes.shape)}; the product takes {count} codes")
 
 
+def _takes(codes: Tensor, weight: Tensor) -> bool:
+    return takes_codes(codes, weight) and weight.numel() > 0
+
+
+@products.conv2d_of.on(BACKEND, when=lambda input, weight, shapes, dtype, epilogue: _takes(input, weight))
+def _conv2d(input: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple) -> Tensor:
+    return conv2d(input, weight, shapes, dtype, epilogue, backward=False)
+
+
+@products.conv2d_grad_input_of.on(BACKEND, when=lambda grad, weight, shapes, dtype, epilogue: _takes(grad, weight))
+def _conv2d_grad_input(grad: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple) -> Tensor:
+    return conv2d(grad, weight, shapes, dtype, epilogue, backward=True)
+
+
 def conv2d(
-    codes: Tensor, weight: Tensor, shapes: Any, dtype: torch.dtype, epilogue: tuple, backward: bool
+    codes: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple, backward: bool
 ) -> Tensor:
-    """`fqt::conv2d`, or with `backward` `fqt::conv2d_grad_input`, on checked arguments."""
+    """`products.conv2d`, or with `backward` `products.conv2d_grad_input`."""
     n, channels, h, w = shapes.input if backward else shapes.output
     codes, weight, conv = _image(codes), _image(weight), Conv.of(shapes)
     sizes = conv.sizes()
@@ -146,8 +165,12 @@ def conv2d(
     return out.permute(0, 3, 1, 2)
 
 
-def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Any, dtype: torch.dtype, epilogue: tuple) -> Tensor:
-    """`fqt::conv2d_grad_weight` on checked arguments."""
+@products.conv2d_grad_weight_of.on(
+    BACKEND,
+    when=lambda grad, input, shapes, dtype, epilogue: takes_codes(grad, input) and shapes.output[3] <= _WIDEST,
+)
+def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple) -> Tensor:
+    """`products.conv2d_grad_weight`."""
     o, depth, kh, kw = shapes.weight
     grad, input, conv = _image(grad), _image(input), Conv.of(shapes)
     sizes = conv.sizes()

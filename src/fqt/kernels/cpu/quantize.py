@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fqt.kernels import choice, ops
 from fqt.kernels.codes import COLUMN, ROW, TENSOR, Blocks, Dither, Entries, Findings, Levels, Quantized, Scales
-from fqt.kernels.cpu.library import call, expect, key_of, takes, takes_codes
+from fqt.kernels.cpu.library import BACKEND, call, expect, key_of, takes, takes_codes
 from fqt.kernels.cpu.memory import empty
 from fqt.kernels.cpu.source import (
     grouped,
@@ -24,7 +24,6 @@ from fqt.kernels.cpu.source import (
 )
 from fqt.kernels.rounding import DITHERED, STOCHASTIC, Coding, Rounding
 
-BACKEND = "cpu"
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "dithered": 2}
 _BEST = 3
 _BLOCKS = {TENSOR: 0, ROW: 1, COLUMN: 2}

@@ -78,7 +78,7 @@ class Fold(Structure):
 
     @classmethod
     def of(cls, folded: bool, centre: Tensor | None, share: Tensor | None) -> Fold:
-        """From contiguous tensors: int32, one per step of the input; float32 (taps, O)."""
+        """From contiguous tensors: int32, one per row of the input; float32 (taps, O)."""
         pointers = (
             None if centre is None else expect("centre", centre, tuple(centre.shape), torch.int32),
             None if share is None else expect("share", share, tuple(share.shape)),
@@ -87,12 +87,12 @@ class Fold(Structure):
         result.sizes = tuple(None if t is None else t.numel() for t in (centre, share))
         return result
 
-    def fit(self, steps: int, taps: int, channels: int) -> int:
-        """The address, if there are as many centres as the input has steps, and a share for every tap and channel."""
+    def fit(self, rows: int, taps: int, channels: int) -> int:
+        """The address, if there are as many centres as the input has rows, and a share for every tap and channel."""
         centres, shares = self.sizes
-        if centres not in (None, steps) or shares not in (None, taps * channels):
+        if centres not in (None, rows) or shares not in (None, taps * channels):
             raise ValueError(
-                f"{centres} centres and {shares} shares; the product takes {steps} and {taps} × {channels}"
+                f"{centres} centres and {shares} shares; the product takes {rows} and {taps} × {channels}"
             )
         return addressof(self)
 
@@ -130,7 +130,7 @@ def dense_grad_weight(g: Operand, x: Operand, sizes: tuple[int, int, int], fold:
     steps = x.groups if fold.folded else 1
     operands = (g.fit("grad_output", t * o, o, (t, o)), x.fit("input", t * i, steps))
     out = empty((o, i), torch.float32)
-    call("fqt_dense_grad_weight", *operands, *sizes, fold.fit(x.groups, 1, o), out.data_ptr())
+    call("fqt_dense_grad_weight", *operands, *sizes, fold.fit(t, 1, o), out.data_ptr())
     return out
 
 
@@ -178,7 +178,7 @@ def conv_grad_weight(g: Operand, x: Operand, conv: Conv, fold: Fold) -> Tensor:
         "fqt_conv_grad_weight",
         *operands,
         addressof(conv),
-        fold.fit(x.groups, taps, conv.out_channels),
+        fold.fit(conv.samples, taps, conv.out_channels),
         out.data_ptr(),
     )
     return out
