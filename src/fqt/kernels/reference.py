@@ -299,6 +299,8 @@ def rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, .
     """
     period = before.numel()
     wide = Entries(x).wide()
+    if not wide.numel():
+        return wide.clone()
     runs = (wide.reshape(-1, period) * before).T.contiguous()
     mixed = _butterflies(runs, torch.arange(period, device=x.device), blocks).T
     return (mixed if after is None else mixed * after).reshape(wide.shape)
