@@ -149,6 +149,19 @@ def test_hadamard(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rotate(kind: str) -> None:
+    """Runs of every mixture of blocks, one or several to a row; none at all."""
+    for blocks in MIXED:
+        period = sum(blocks)
+        before, after = torch.randn(2, period, generator=torch.Generator().manual_seed(3))
+        for rows, runs in ((0, 2), (1, 1), (3, 2), (17, 1), (16, 5)):
+            x = matrix((rows, runs * period), kind)
+            for y in (x, x.bfloat16()):
+                for last in (None, after):
+                    compare(ops.rotate, y, before, last, blocks, by="cpu" if x.numel() else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_reflect(kind: str) -> None:
     for shape in shapes(kind):
         x = matrix(shape, kind)

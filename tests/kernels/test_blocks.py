@@ -99,6 +99,11 @@ def test_nothing_in_nothing_out(shape: tuple[int, int], blocks: Blocks) -> None:
     assert int(sums.abs().sum()) == 0
 
 
+def test_no_columns_take_no_factors() -> None:
+    for matrix in (torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.float64)):
+        assert Entries(matrix, torch.zeros(0)).values().shape == (3, 0)
+
+
 def test_a_value_that_is_not_finite_spoils_its_block_alone() -> None:
     x = matrix((6, 10))
     x[4, 7] = torch.nan

@@ -51,5 +51,5 @@ def test_codes_are_what_is_stored(name: str) -> None:
     n, d = 64, 512
     qx = build(name).quantize(gaussian(n, d), 3)
     assert qx.codes.element_size() == 1
-    beside = sum(t.numel() for t in (qx.matrix_step, qx.matrix_offset) if t is not None)
+    beside = sum(t.numel() for t in (qx.matrix_scales.step, qx.matrix_scales.offset))
     assert beside <= 2 * (n + d)

@@ -46,9 +46,9 @@ class Entries:
     def values(self) -> Tensor:
         """(N, D) in the compute dtype, the factor applied."""
         x = self.wide()
-        return (
-            x if self.factor is None or not x.numel() else x * self.factor.repeat(x.shape[1] // self.factor.numel())
-        )
+        if self.factor is None:
+            return x
+        return x * self.factor.repeat(x.shape[1] // max(self.factor.numel(), 1))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Blocks:
         """How many entries each block has, float64, of a parameter's shape or broadcasting to it."""
         each = []
         for length, size, count in zip(shape, (self.rows, self.columns), self.count(shape), strict=True):
-            part = torch.full((count,), float(size or length), dtype=torch.float64)
+            part = torch.full((count,), float(size or length), dtype=torch.float64, device="cpu")
             if size and count:
                 part[-1] = length - size * (count - 1)
             each.append(part)
