@@ -384,7 +384,7 @@ def bench_command(
     if list_cases:
         console.print(bench.list_table(bench.CASES if not cases else chosen))
         return 0
-    plan = bench.Plan(
+    request = bench.Request(
         cases=chosen,
         recipes=recipes,
         threads=threads,
@@ -394,7 +394,7 @@ def bench_command(
         command=typed(),
     )
     with bench.ConsoleObserver(Console(stderr=True)) as observer:
-        record = bench.run(plan, out, observer)
+        record = bench.run(request, out, observer)
     for tables in bench.terminal_tables(record):
         console.print(tables)
     say(f"record in {out}" + (", as far as it came" if record["interrupted"] else ""))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fqt.cli
-from fqt.bench import Plan, failures, markdown, read_bench, results, run, terminal_tables
+from fqt.bench import Request, failures, markdown, read_bench, results, run, terminal_tables
 from fqt.bench import cases as registry
 from fqt.bench.contestants import Unavailable
 from fqt.bench.integers import best_product
@@ -29,8 +29,8 @@ from .conftest import BLOCKS, LINEAR, MATRIX, TINY, Silent
 SHAPES = ((32, 48, 64),)
 
 
-def plan(*cases, **more):
-    return Plan(cases=cases, **{"repeats": 3, "seeds": 2, "compile": False, "shapes": SHAPES, **more})
+def request(*cases, **more):
+    return Request(cases=cases, **{"repeats": 3, "seeds": 2, "compile": False, "shapes": SHAPES, **more})
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def whole(tmp_path_factory):
     """The record of a run over all small cases, as returned and as read again."""
     path = tmp_path_factory.mktemp("bench") / "deep" / "bench.json"
     before = torch.get_rng_state(), torch.get_num_threads()
-    made = run(plan(*TINY, threads=1), path, Silent())
+    made = run(request(*TINY, threads=1), path, Silent())
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.get_num_threads() == before[1]
     return made, read_bench(path)
@@ -153,7 +153,7 @@ def test_a_wrong_contestant_is_reported_and_not_timed(monkeypatch, tmp_path):
         return model
 
     monkeypatch.setattr(contestants, "quantize_", wrong)
-    record = run(plan(LINEAR), tmp_path / "b.json", Silent())
+    record = run(request(LINEAR), tmp_path / "b.json", Silent())
     found = {row["name"]: row for row in record["cases"][0]["contestants"]}
     assert [line.split(":")[0] for line in failures(record)] == ["linear, psq8", "linear, psq8 bf16"]
     assert found["psq8"]["seconds"] == []
@@ -174,7 +174,7 @@ def test_what_does_not_run_is_recorded(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(contestants, "_torchao", no_torchao)
-    record = run(plan(replace(LINEAR, recipes=("psq8",)), compile=True), None, Silent())
+    record = run(request(replace(LINEAR, recipes=("psq8",)), compile=True), None, Silent())
     found = {row["name"]: (row["status"], row["reason"]) for row in record["cases"][0]["contestants"]}
     assert found["bf16 compiled"] == ("skipped", "RuntimeError: no C++ compiler")
     assert found["psq8 bf16 compiled"][0] == "skipped"
@@ -187,7 +187,7 @@ def test_a_compiled_contestant(monkeypatch):
     """With the eager backend, which needs no compiler and calls what dynamo found."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="eager", **options))
-    record = run(plan(replace(LINEAR, recipes=()), compile=True, repeats=1), None, Silent())
+    record = run(request(replace(LINEAR, recipes=()), compile=True, repeats=1), None, Silent())
     found = {row["name"]: row for row in record["cases"][0]["contestants"]}
     assert found["bf16 compiled"]["status"] == "timed"
     assert found["bf16 compiled"]["graph_breaks"] == 0
@@ -196,7 +196,7 @@ def test_a_compiled_contestant(monkeypatch):
 @pytest.mark.parametrize("stop_at", [0, 3, 12, 13])
 def test_an_interrupted_run_keeps_what_it_has(stop_at, tmp_path):
     path = tmp_path / "b.json"
-    record = run(plan(replace(LINEAR, recipes=("psq8",)), MATRIX, repeats=6), path, Silent(stop_at))
+    record = run(request(replace(LINEAR, recipes=("psq8",)), MATRIX, repeats=6), path, Silent(stop_at))
     assert read_bench(path) == record
     assert record["interrupted"] is True
     assert "interrupted" in markdown(record)
@@ -207,13 +207,13 @@ def test_an_interrupted_run_keeps_what_it_has(stop_at, tmp_path):
 
 def test_bad_plans(tmp_path):
     with pytest.raises(FqtError, match="unknown recipe"):
-        plan(LINEAR, recipes=("psq8", "nope"))
+        request(LINEAR, recipes=("psq8", "nope"))
     for wrong in ({"repeats": 0}, {"seeds": 1}, {"threads": 0}):
         with pytest.raises(FqtError, match="at least one round, two seeds and one thread"):
-            plan(LINEAR, **wrong)
+            request(LINEAR, **wrong)
     (tmp_path / "file").write_text("")
     with pytest.raises(FqtError, match="cannot write"):
-        run(plan(LINEAR), tmp_path / "file" / "b.json", Silent())
+        run(request(LINEAR), tmp_path / "file" / "b.json", Silent())
     path = tmp_path / "other.json"
     path.write_text("[1]")
     with pytest.raises(FqtError, match="is not the record of a bench"):

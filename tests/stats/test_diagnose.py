@@ -14,6 +14,7 @@ from torch import nn
 import fqt
 from fqt.errors import FqtError
 from fqt.nn import GradientOperand, observe
+from fqt.seeds import derive_seed
 from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.operands import WIDTHS, multiplications, nuclear_norm
 
@@ -53,7 +54,7 @@ def test_operand_variances_are_the_quantizers_own(name: str) -> None:
         expected.setdefault((layer, operand.role), []).append(torch.stack(values))
 
     for b, batch in enumerate(data):
-        torch.manual_seed(fqt.stats.derive_seed(3, b, 0))
+        torch.manual_seed(derive_seed(3, b, 0))
         with observe(model, look):
             loss(model, batch).backward()
     assert len(found.operands) == 5  # the first layer's grad_input is not computed
@@ -82,7 +83,7 @@ def test_a_folded_step_is_divided_out() -> None:
     assert operand.limit is None
     samples = []
     for b, batch in enumerate(data):
-        torch.manual_seed(fqt.stats.derive_seed(0, b, 0))
+        torch.manual_seed(derive_seed(0, b, 0))
         with observe(model, lambda name, o: seen.update({(name, o.role): o})):
             loss(model, batch).backward()
         o = seen["3", "grad_input"]

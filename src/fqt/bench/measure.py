@@ -42,7 +42,7 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Request:
     """What to measure.
 
     Attributes:
@@ -72,13 +72,13 @@ class Plan:
             nn.load_recipe(recipe)
 
 
-def run(plan: Plan, out: Path | None, observer: Observer) -> dict[str, Any]:
+def run(request: Request, out: Path | None, observer: Observer) -> dict[str, Any]:
     """Measures; the record is written after every case, and once more at the end.
 
     Torch's thread count and generator are afterwards what they were.
 
     Args:
-        plan: what.
+        request: what.
         out: the record's file; None writes none.
         observer: is told.
 
@@ -91,21 +91,21 @@ def run(plan: Plan, out: Path | None, observer: Observer) -> dict[str, Any]:
     before = torch.get_num_threads()
     record: dict[str, Any] = {"kind": "bench", "format": FORMAT}
     try:
-        torch.set_num_threads(plan.threads or before)
+        torch.set_num_threads(request.threads or before)
         record |= {
-            "environment": environment(plan.command),
+            "environment": environment(request.command),
             "kernels": asdict(kernels.status()),
             "torchao": torchao_version(),
-            "repeats": plan.repeats,
-            "compile": plan.compile,
+            "repeats": request.repeats,
+            "compile": request.compile,
             "interrupted": False,
             "integer_rate": None,
             "cases": [],
         }
         if out is not None:
             _keep(out, record)  # what cannot be written is said before hours of work
-        with torch.random.fork_rng(devices=[]), _compiler() if plan.compile else contextlib.nullcontext():
-            _measure(plan, out, record, observer)
+        with torch.random.fork_rng(devices=[]), _compiler() if request.compile else contextlib.nullcontext():
+            _measure(request, out, record, observer)
     except KeyboardInterrupt:
         record["interrupted"] = True
     finally:
@@ -141,9 +141,9 @@ def _compiler() -> Iterator[None]:
         yield
 
 
-def _measure(plan: Plan, out: Path | None, record: dict[str, Any], observer: Observer) -> None:
+def _measure(request: Request, out: Path | None, record: dict[str, Any], observer: Observer) -> None:
     product = None
-    for case in plan.cases:
+    for case in request.cases:
         entry: dict[str, Any] = {
             "name": case.name,
             "title": case.title,
@@ -153,24 +153,24 @@ def _measure(plan: Plan, out: Path | None, record: dict[str, Any], observer: Obs
             "contestants": [],
         }
         record["cases"].append(entry)
-        recipes = plan.recipes or case.recipes
+        recipes = request.recipes or case.recipes
         if isinstance(case.workload, Quantize):
-            calls = _prepare_quantizer(case.workload, recipes, plan, entry, observer)
+            calls = _prepare_quantizer(case.workload, recipes, request, entry, observer)
         else:
             if product is None:
-                product = _integer_rate(plan, record, observer)
-            calls = _prepare(case, recipes, plan, product, entry, observer)
-        _time(calls, plan.repeats, entry, observer)
+                product = _integer_rate(request, record, observer)
+            calls = _prepare(case, recipes, request, product, entry, observer)
+        _time(calls, request.repeats, entry, observer)
         if out is not None:
             _keep(out, record)
-        if plan.compile:
+        if request.compile:
             torch._dynamo.reset()
 
 
-def _integer_rate(plan: Plan, record: dict[str, Any], observer: Observer) -> IntegerProduct:
-    observer.case("integer products", len(plan.shapes))
+def _integer_rate(request: Request, record: dict[str, Any], observer: Observer) -> IntegerProduct:
+    observer.case("integer products", len(request.shapes))
     observer.say("finding the best shape")
-    product, tried = best_product(plan.shapes)
+    product, tried = best_product(request.shapes)
     if not product.is_right():
         raise FqtError("torch._int_mm returns wrong sums on this machine: there is no limit to measure against")
     record["integer_rate"] = {
@@ -201,7 +201,7 @@ def _verified(row: dict[str, Any], found: Verification) -> bool:
 def _prepare(
     case: Case,
     recipes: Sequence[str],
-    plan: Plan,
+    request: Request,
     product: IntegerProduct,
     entry: dict[str, Any],
     observer: Observer,
@@ -209,7 +209,7 @@ def _prepare(
     """Builds and verifies the contestants of a layer or a step."""
     assert isinstance(case.workload, Layer | Step)
     everyone = contestants(recipes)
-    observer.case(case.title, len(everyone) + plan.repeats)
+    observer.case(case.title, len(everyone) + request.repeats)
     entry |= {"macs": count_macs(case.workload), "kept": {}}
     calls: Calls = {}
     formats: dict[str, bool] = {}
@@ -225,12 +225,12 @@ def _prepare(
             compiled=contestant.compiled,
         )
         try:
-            if contestant.compiled and not plan.compile:
+            if contestant.compiled and not request.compile:
                 raise Unavailable("compilation was left out")
             breaks = _graph_breaks() if contestant.compiled else 0
             runner = _in_best_format(contestant, case.workload, formats)
             row["channels_last"] = runner.format is torch.channels_last
-            if _verified(row, _check(runner, reference, case, plan.seeds)):
+            if _verified(row, _check(runner, reference, case, request.seeds)):
                 calls[contestant.name] = runner
             if contestant.compiled:
                 row["graph_breaks"] = _graph_breaks() - breaks
@@ -299,9 +299,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepare_quantizer(
-    workload: Quantize, recipes: Sequence[str], plan: Plan, entry: dict[str, Any], observer: Observer
+    workload: Quantize, recipes: Sequence[str], request: Request, entry: dict[str, Any], observer: Observer
 ) -> Calls:
-    observer.case(entry["title"], 1 + len(recipes) + plan.repeats)
+    observer.case(entry["title"], 1 + len(recipes) + request.repeats)
     sources = draw_all(workload)
     copy = Copy(sources)
     calls: Calls = {}
@@ -316,7 +316,7 @@ def _prepare_quantizer(
             _row(entry, recipe, "ours", recipe=recipe, status="skipped", reason=str(reason))
         else:
             row = _row(entry, recipe, "ours", recipe=recipe, bytes=quantization.bytes)
-            if _verified(row, quantization.verify(plan.seeds)):
+            if _verified(row, quantization.verify(request.seeds)):
                 calls[recipe] = quantization
         observer.advance()
     return calls

@@ -12,7 +12,6 @@ from fqt.stats.monitor import Monitor
 from fqt.stats.operands import Operand
 from fqt.stats.plan import Plan, plan
 from fqt.stats.record import diagnosis_from, diagnosis_record
-from fqt.stats.seeds import derive_seed
 from fqt.stats.spread import Estimate
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "Operand",
     "Plan",
     "certify",
-    "derive_seed",
     "diagnose",
     "diagnosis_from",
     "diagnosis_record",

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.nn import observe
 from fqt.nn.observe import eagerly
+from fqt.seeds import derive_seed
 from fqt.stats.moments import Moments
 from fqt.stats.operands import Operands
 from fqt.stats.passes import ROLES, LossFn, check_model, energy, owner, stream, trainable, without
-from fqt.stats.seeds import derive_seed
 from fqt.stats.spread import Estimate, estimates
 
 __all__ = ["Decomposition", "decompose"]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.nn import Recipe, observe
 from fqt.nn.observe import eagerly
+from fqt.seeds import derive_seed
 from fqt.stats.decomposition import Decomposition, decompose
 from fqt.stats.moments import Moments
 from fqt.stats.operands import Operand, Operands
@@ -39,7 +40,6 @@ from fqt.stats.passes import (
     undisturbed,
     without,
 )
-from fqt.stats.seeds import derive_seed
 from fqt.stats.spread import Estimate, Spread, estimates, ratio
 
 __all__ = ["Diagnosis", "Noise", "diagnose"]

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.nn.convert import is_converted
 from fqt.nn.wrappers import named_parameters
+from fqt.seeds import derive_seed
 from fqt.stats.moments import Moments
 from fqt.stats.passes import LossFn, undisturbed
-from fqt.stats.seeds import derive_seed
 from fqt.stats.spread import Estimate
 
 __all__ = ["GradientVariance", "quantization_variance", "sampling_variance"]

@@ -19,8 +19,8 @@ from fqt.nn.function import GradientOperand
 from fqt.nn.observe import observe
 from fqt.nn.wrappers import named_modules
 from fqt.quant import Quantizer
+from fqt.seeds import derive_seed
 from fqt.stats.gradient import undisturbed
-from fqt.stats.seeds import derive_seed
 
 __all__ = ["CodeHistogram", "LayerProfile", "code_histogram", "gradient_of_layer", "layer_profile"]
 

@@ -22,7 +22,8 @@ from torch import nn
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe, observe, quantize_
-from fqt.stats import Monitor, derive_seed
+from fqt.seeds import derive_seed
+from fqt.stats import Monitor
 from fqt.stats.decomposition import decompose
 from fqt.stats.operands import WIDTHS, Operands
 from fqt.stats.passes import LossFn, converted, stream, trainable, undisturbed

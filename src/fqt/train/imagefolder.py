@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fqt.errors import FqtError
-from fqt.stats import derive_seed
+from fqt.seeds import derive_seed
 from fqt.train.loaders import Batch, count_steps, epoch_order
 
 __all__ = ["FolderLoader"]

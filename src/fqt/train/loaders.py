@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fqt.errors import FqtError
-from fqt.stats import derive_seed
+from fqt.seeds import derive_seed
 from fqt.train.readers import Arrays
 
 __all__ = ["ArrayLoader", "Batch", "Loader", "epoch_order"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
 from fqt.nn.stored import without_recipe
-from fqt.stats import derive_seed
+from fqt.seeds import derive_seed
 from fqt.stats.passes import LossFn
 from fqt.train.adapt import Adapter
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all

@@ -88,7 +88,7 @@ class Fold(Structure):
         return result
 
     def fit(self, rows: int, taps: int, channels: int) -> int:
-        """The address, if there are as many centres as the input has rows, and a share for every tap and channel."""
+        """The address, if there is a centre for every row of the input, and a share for every tap and channel."""
         centres, shares = self.sizes
         if centres not in (None, rows) or shares not in (None, taps * channels):
             raise ValueError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fqt.stats.seeds import derive_seed
+from fqt.seeds import derive_seed
 
 ROWS, COLUMNS = 8, 128
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from fqt.errors import FqtError
 from fqt.kernels.rounding import DITHERED
 from fqt.quant import Quantizer, quantizer, quantizer_name
+from fqt.seeds import derive_seed
 from fqt.stats.certification import bias, independence, seeding
 from fqt.stats.certification.certificate import Certificate, Finding, Power, verdict
 from fqt.stats.certification.inputs import COLUMNS, Input, adversarial_inputs
 from fqt.stats.certification.sample import Function, Refused, Sample, draw
 from fqt.stats.certification.statistic import Level
-from fqt.stats.seeds import derive_seed
 
 DRAWS = 1024
 RATE = 1e-3
