@@ -135,7 +135,7 @@ def _training_options(command: Command) -> Command:
 
 @cli.command("train")
 @_training_options
-@click.option("--recipe", help="none, qat, default, a quantizer such as bhq4, or a TOML file.")
+@click.option("--recipe", help="none, qat, default, int4all, a quantizer such as bhq4, or a TOML file.")
 @click.option("--adapt/--no-adapt", default=None, help="Let the widths of grad_input follow the noise.")
 @click.option("--rho", type=float, help="With --adapt: quantization over sampling variance to stay at [0.1].")
 @click.option("--adapt-every", type=int, help="With --adapt: steps between measurements [50].")
