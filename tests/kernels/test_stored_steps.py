@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fqt.kernels import ops
 from fqt.kernels.codes import Blocks, Levels
-from fqt.kernels.reference import stored_step
 from fqt.kernels.rounding import STOCHASTIC, Coding
+from fqt.kernels.steps import stored_step
 
 HIGHEST = [7, 12, 64, 127, 1]
 E4M3 = torch.float8_e4m3fn

@@ -75,7 +75,7 @@ def any_recipe(source: random.Random) -> Recipe:
     for name in ("input", "weight", "grad_input", "grad_weight"):
         q = recipe.operand(name)
         if q is not None:
-            grid = Integers(bits)
+            grid = Integers(bits) if isinstance(q.grid, Integers) else q.grid
             changed[name] = Quantizer(transform=q.transform, scale=q.scale, grid=grid, rounding=q.rounding)
     return Recipe(**{**chosen, **changed})
 
