@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fqt
+from fqt.kernels.fold import Split
+from fqt.kernels.linear_map import LinearMap, rows
 from fqt.nn.convert import QUANTIZED
-from fqt.nn.fold import Split
 from fqt.nn.layers import linear_map
-from fqt.nn.linear_map import LinearMap, rows
 from fqt.quant import Integers, Quantizer, Scale
 from fqt.records import environment, write_json
 from fqt.train.config import TrainConfig

@@ -47,7 +47,9 @@ class Entries:
     def values(self) -> Tensor:
         """(N, D) in the compute dtype, the factor applied."""
         x = self.wide()
-        return x if self.factor is None else x * self.factor.repeat(x.shape[1] // self.factor.numel())
+        if self.factor is None or not self.factor.numel():  # no factors: no columns
+            return x
+        return x * self.factor.repeat(x.shape[1] // self.factor.numel())
 
 
 @dataclass(frozen=True)

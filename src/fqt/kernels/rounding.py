@@ -129,7 +129,7 @@ class Corrected(Rounding):
 
     MS-EDEN (Quartet II, arXiv 2601.22813). S makes ⟨y, ŷ⟩ = ‖y‖² in every block; that alone is no unbiased
     estimate, but of a randomly rotated vector the errors' other parts average out as it grows: asymptotically
-    unbiased, with a bias of some percent where few entries carry a row (for 128 rotated and 16 in a block). Only the
+    unbiased, with a bias of some percent where few entries carry a row (128 rotated, 16 in a block). Only the
     rounding of the step is drawn. `errors` is the exact mean square of ŷ − y over it, given the rotation, not a
     variance: averaged over rotations it is the variance plus the squared bias.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from fqt.errors import FqtError
 from fqt.quant.grid import E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
@@ -62,6 +63,7 @@ class Method:
         product: what a product of its codes is: "integer"; "blocked", integer within each block that shares a step
             along the contraction, and added up in float between them; "simulated", no integers at all. Products
             that are not "integer" run simulated here, unless a kernel for blocks takes them.
+        usual: the widths that tables show; none: 4 bits if there are such, else the only ones.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Method:
     roundings: tuple[str, ...] = _ALL
     bias: str = "exact"
     product: str = "integer"
+    usual: tuple[int, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -87,6 +90,18 @@ class Method:
         return tuple(self.name.replace("*", str(bits)) for bits in self.widths)
 
     @property
+    def shown(self) -> tuple[str, ...]:
+        """The names that tables show: of the usual widths, and dithered ones."""
+        widths = self.usual or ((4,) if 4 in self.widths else self.widths)
+        letters = ("", "d") if "dithered" in self.roundings else ("",)
+        return tuple(self.name.replace("*", str(bits)) + letter for bits in widths for letter in letters)
+
+    def bits_of(self, name: str) -> int:
+        """The width that one of its names says."""
+        match = self.pattern.fullmatch(name)
+        return int(match[1]) if match is not None and match[1] else self.widths[0]
+
+    @cached_property
     def pattern(self) -> re.Pattern[str]:
         """Its names, with or without bits; groups: bits, letter, axis."""
         before, star, after = map(re.escape, self.name.partition("*"))
@@ -96,8 +111,8 @@ class Method:
     def quantizer(self, bits: int, letter: str = "", axis: str | None = None) -> Quantizer:
         """The quantizer of this width, rounding letter and axis."""
         if type(bits) is not int or bits not in self.widths:
-            some = "" if len(self.widths) == 1 else f" … {self.names[-1]}"
-            raise FqtError(f"{bits!r} bits: of this method there is {self.names[0]}{some}")
+            most = "" if len(self.widths) == 1 else f" to {self.widths[-1]}"
+            raise FqtError(f"{bits!r} bits: {self.stem} has {self.widths[0]}{most}")
         rounding = ROUNDING_SUFFIX[letter] if letter else self.roundings[0]
         if rounding not in self.roundings:
             known = " or ".join(self.roundings)
@@ -108,16 +123,14 @@ class Method:
 
     def name_of(self, q: Quantizer) -> str | None:
         """What it calls this quantizer; None if it has not made it."""
-        if q.transform != self.transform:
+        mine = (self.transform, self.scale.group, self.scale.store)
+        if (q.transform, q.scale.group, q.scale.store) != mine or q.rounding_name not in self.roundings:
             return None
+        letter = "" if q.rounding_name == self.roundings[0] else _LETTERS[q.rounding_name]
         for bits in self.widths:
-            if self.grid(bits) != q.grid:
-                continue
-            for rounding in self.roundings:
-                letter = "" if rounding == self.roundings[0] else _LETTERS[rounding]
-                if self.quantizer(bits, letter, q.scale.axis) == q:
-                    axis = f"@{q.scale.axis}" if q.scale.axis else ""
-                    return self.name.replace("*", str(bits)) + letter + axis
+            if self.grid(bits) == q.grid and self.quantizer(bits, letter, q.scale.axis) == q:
+                axis = f"@{q.scale.axis}" if q.scale.axis else ""
+                return self.name.replace("*", str(bits)) + letter + axis
         return None
 
 
@@ -213,6 +226,7 @@ _ROWS = (
         scale=_symmetric((1, 32), "power"),
         roundings=_PLAIN,
         product="blocked",
+        usual=(4, 8),
     ),
     Method(
         name="nvfp*",
@@ -246,6 +260,7 @@ _ROWS = (
         scale=_symmetric((32, 32)),
         roundings=_PLAIN,
         product="blocked",
+        usual=(4, 8),
     ),
     Method(
         name="fallback*",
