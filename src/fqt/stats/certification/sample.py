@@ -29,7 +29,7 @@ class Sample:
         input: what was quantized.
         error: (M, n) float64, estimate − x.
         width: (n,) float64, how far each entry's error moves.
-        unit: (M, n) float64, the errors whose dependence is tested: of a `Quantizer`, in steps and before the
+        unit: (M, n) float64, the errors whose dependence is tested: of a `Quantizer`, in gaps and before the
             inverse transform; of a function, the same as `error` over the row's spread.
         law: the declared variance of `unit`, (M, n) or (M, 1); None for a function, and for rounding that corrects
             steps after the codes, which declares none of an entry alone.
@@ -137,7 +137,7 @@ def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], determinis
     for i, seed in enumerate(seeds):
         y[i], quantized = q.rounded(x, seed)
         estimate[i], decoded[i] = quantized.dequantize(), quantized.decode()
-        step[i], offset[i] = quantized.scales.step, quantized.matrix_scales.offset
+        step[i], offset[i] = quantized.matrix_scales.spread((x.shape[0], x.shape[1]))
         # "best" has zeros for dither where it took the stochastic candidate.
         dithered[i] = quantized.matrix_dither is not None and bool(quantized.matrix_dither.any())
     error = (estimate - x.double()).flatten(1)
@@ -151,7 +151,7 @@ def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], determinis
 
 
 class _Rounding(NamedTuple):
-    """Errors in steps and their declared variance, (M, N, D), and two things that must not happen."""
+    """Errors in gaps between levels and their declared variance, (M, N, D), and two things that must not happen."""
 
     error: Tensor
     variance: Tensor
@@ -164,8 +164,8 @@ def _rounding_errors(
 ) -> _Rounding:
     """What rounding `y` to `decoded` did; all (M, N, D), `dithered` (M, 1, 1).
 
-    The declared variance is p(1 − p) squared gaps, p the position between the two levels beside it, or 1/12 when
-    dithered; in constant groups, which have no step, errors and variance are zero. Clipped: a position outside the
+    Errors are in gaps of the two levels beside them, one step where levels are one apart. Their declared variance is
+    p(1 − p), p the position between these two, or 1/12 when dithered; in constant groups, which have no step, errors and variance are zero. Clipped: a position outside the
     codes' range (dither, which is part of the offset, hides the position: there the error's length must tell).
     Overlong: an error of more than a gap, or half a gap if dithered or nearest. Both allow for what float32 may
     add.
@@ -177,8 +177,9 @@ def _rounding_errors(
     slack = 1e-4 + 1e-6 * torch.maximum(offset.abs(), y.abs()) / step
     levels, position = q.grid.levels(q.scale.mode), (y - offset) / step
     _, fraction, gap = levels.split(position)
-    limit = torch.where(dithered, 0.5, 1.0 if q.draws else 0.5) * gap
+    limit = torch.where(dithered, 0.5, 1.0 if q.draws else 0.5)
+    error = error / gap
     overlong = moving & (error.abs() > limit + slack)
-    variance = torch.where(dithered, 1 / 12, fraction * (1 - fraction) * gap * gap) * moving
+    variance = torch.where(dithered, 1 / 12, fraction * (1 - fraction)) * moving
     outside = moving & ~dithered & ((position > levels.high + slack) | (position < levels.low - slack))
     return _Rounding(error, variance, bool(outside.any()), bool(overlong.any()))
