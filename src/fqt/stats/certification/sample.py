@@ -164,11 +164,11 @@ def _rounding_errors(
 ) -> _Rounding:
     """What rounding `y` to `decoded` did; all (M, N, D), `dithered` (M, 1, 1).
 
-    Errors are in gaps of the two levels beside them, one step where levels are one apart. Their declared variance is
-    p(1 − p), p the position between these two, or 1/12 when dithered; in constant groups, which have no step, errors and variance are zero. Clipped: a position outside the
-    codes' range (dither, which is part of the offset, hides the position: there the error's length must tell).
-    Overlong: an error of more than a gap, or half a gap if dithered or nearest. Both allow for what float32 may
-    add.
+    Errors are in gaps of the two levels beside them, one step where levels are one apart. Their declared variance
+    is p(1 − p), p the position between these two, or 1/12 when dithered; in constant groups, which have no step,
+    errors and variance are zero. Clipped: a position outside the codes' range (dither, which is part of the offset,
+    hides the position: there the error's length must tell). Overlong: an error of more than a gap, or half a gap if
+    dithered or nearest. Both allow for what float32 may add.
     """
     moving = step > 0
     step = torch.where(moving, step, 1.0)
