@@ -26,6 +26,7 @@ from fqt.errors import FqtError
 from fqt.files import shown
 from fqt.records import TEXT, check_shape, environment, plain, read_json, write_bytes, write_json
 from fqt.report import (
+    catalog_table,
     certificate_table,
     collect,
     comparison_figure,
@@ -41,7 +42,7 @@ from fqt.report import (
 )
 from fqt.report.section import Table
 from fqt.report.tables import screen
-from fqt.stats import diagnosis_from, diagnosis_record, quantization_variance
+from fqt.stats import catalog_record, certified, diagnosis_from, diagnosis_record, quantization_variance
 from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
 from fqt.train.config import SCHEDULES, UNITS
@@ -411,6 +412,21 @@ def _task_data(config: TrainConfig) -> Loader:
     if config.task not in TASKS:
         raise FqtError(f"unknown task {config.task!r}; known: {', '.join(TASKS)}")
     return load_task(config, pick_device("cpu"))
+
+
+@cli.command("catalog")
+@click.option("--certify", is_flag=True, help="Test each for bias and dependence, too; takes minutes.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the table to this file, too.")
+def catalog_command(certify: bool, file: Path | None) -> None:
+    """List the quantizers of the literature: their choices, bits, bias, and exact variance on real gradients."""
+    record = catalog_record()
+    console = Console(stderr=True)
+    for row in record["rows"] if certify else ():
+        with console.status(f"certifying {row['name']}", spinner="line"):
+            row["certified"] = certified(row["name"])
+    if file is not None:
+        write_json(file, {**record, "environment": environment(sys.argv)})
+    _print_whole(catalog_table(record))
 
 
 @cli.command("certify")

@@ -10,7 +10,7 @@ import torch
 from fqt.kernels import ops, reference
 from fqt.kernels.codes import TENSOR, Entries, Levels, Scales
 from fqt.kernels.rounding import NEAREST, STOCHASTIC, round_stochastic
-from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers
+from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic
 
 FLOATS: dict[str, tuple[Grid, int]] = {  # and the exponent of the least number
     "E2M1": (E2M1, -1),
@@ -89,6 +89,52 @@ def test_neighbours_and_the_fraction_between_them(name: str) -> None:
     below, found, _ = levels.split(numbers)
     assert torch.equal(below, numbers)
     assert not found.any()
+
+
+TABLE = Levels(-64, 64, table=(0.0, 1.0, 1.5, 2.5, 5.0, 8.0, 16.0, 32.0, 64.0))
+
+
+def test_levels_of_a_table() -> None:
+    """Mirrored; rounding to nearest, and stochastically by all values of its noise, as between any neighbours."""
+    up = torch.tensor(TABLE.table, dtype=torch.float64)
+    numbers = torch.cat([-up.flip(0)[:-1], up])
+    low, gap = numbers[:-1], numbers[1:] - numbers[:-1]
+    assert not TABLE.uniform
+    assert TABLE.dtype == torch.float32
+    for fraction in (0.25, 0.5, 0.75):
+        below, found, apart = TABLE.split(low + fraction * gap)
+        assert torch.equal(below, low)
+        assert torch.equal(found, torch.full_like(low, fraction))
+        assert torch.equal(torch.as_tensor(apart), gap)
+        if fraction != 0.5:
+            assert torch.equal(TABLE.nearest(low + fraction * gap), low + gap * (fraction > 0.5))
+    assert torch.equal(TABLE.split(numbers)[0], numbers)
+    assert not TABLE.split(numbers)[1].any()
+    assert torch.equal(TABLE.nearest(numbers), numbers)
+    t = (low[:, None] + gap[:, None] * torch.arange(16) / 16).flatten()
+    codes = round_stochastic(t, torch.arange(16, dtype=torch.int32)[:, None], 16, TABLE)
+    assert torch.equal(codes.mean(0), t)
+    assert torch.isin(codes, numbers).all()
+
+
+def test_powers_are_eight_to_a_factor_of_two() -> None:
+    levels = Logarithmic(8).levels("symmetric")
+    up = torch.tensor(levels.table, dtype=torch.float64)
+    assert up[0] == 0
+    assert len(up) == 128
+    assert levels.high == up[-1] == 2**16
+    assert torch.allclose(up[2:] / up[1:-1], torch.full((126,), 2 ** (1 / 8), dtype=torch.float64), rtol=1e-7)
+    single = up.float()
+    assert torch.equal(single[:-1] + (single[1:] - single[:-1]), single[1:])
+
+
+@pytest.mark.parametrize("name", [*SMALL, "E4M3"])
+def test_the_gap_at_the_last_level_is_the_one_before_it(name: str) -> None:
+    """There is none beyond it: a bound would be that of a gap which is not there."""
+    levels = (E4M3 if name == "E4M3" else SMALL[name]).levels("symmetric")
+    numbers = enumerated(levels)
+    ends = torch.as_tensor(levels.gap(torch.tensor([float(levels.low), float(levels.high)])))
+    assert (ends == numbers[-1] - numbers[-2]).all()
 
 
 @by_small

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fqt.kernels import ops
 from fqt.kernels.codes import Blocks, Levels
-from fqt.kernels.reference import stored_step
 from fqt.kernels.rounding import STOCHASTIC, Coding
+from fqt.kernels.steps import STORES, stored_step
 
 HIGHEST = [7, 12, 64, 127, 1]
 E4M3 = torch.float8_e4m3fn
@@ -86,27 +86,65 @@ def test_e4m3_elsewhere_is_the_next_number(steps: int) -> None:
     assert torch.equal(stored_step(x * 0, x, steps, "e4m3")[clips], (next_up * common)[clips])
 
 
-@pytest.mark.parametrize("store", ["power", "e4m3"])
+@by_steps
+def test_shift_is_the_furthest_that_does_not_clip(steps: int) -> None:
+    x = torch.cat([magnitudes(3), beside(8 * torch.exp2(-torch.arange(14).float()))])
+    step = stored_step(-x, x, steps, "shift").double()
+    shift = (step.amax() / step).log2()
+    assert torch.equal(shift, shift.round())
+    assert float(shift.amax()) == 15
+    clips = x.double() > x.amax().double() * torch.exp2(-shift - 1)
+    assert (x.double() <= x.amax().double() * torch.exp2(-shift)).all()
+    assert (clips | (shift == 15)).all()
+
+
+@pytest.mark.parametrize("each", [2, 4, 8])
+def test_fallback_gives_a_quarter_of_the_blocks_their_second_code(each: int) -> None:
+    x, c = magnitudes(2), 2 ** (each - 1) - 1
+    step = stored_step(-x, x, c * (2 * c + 1), "fallback")
+    two = x.argsort(descending=True, stable=True)[: -(-x.numel() // 4)]
+    wanted = (x / (c * (2 * c + 1))).index_fill(0, two, 0) * (2 * c + 1)
+    wanted[two] = x[two] / (c * (2 * c + 1))
+    assert torch.equal(step, wanted)
+
+
+@by_steps
+def test_correctable_leaves_room_above_and_clips_a_little(steps: int) -> None:
+    """At most 256 of E4M3's 448, for a correction of up to 1.75; no value is far beyond the last level."""
+    x = magnitudes(1)
+    step = stored_step(-x, x, steps, "correctable").double()
+    largest = x.amax().double() / (256 * steps * 16 / 17 / 0.93)
+    assert float(step.amax()) <= 256 * float(largest) * (1 + 1e-6)
+    over = x.double() / (step * steps)
+    assert 1.0 < float(over.amax()) < 1.08 * 17 / 16
+    assert stored_step(x[:1] * 0 - 1e-9, x[:2].sum().view(1), steps, "correctable").item() > 0
+
+
+STORED = [name for name in STORES if name not in ("float32", "fallback")]
+
+
+@pytest.mark.parametrize("store", STORED)
 def test_zeros_and_values_that_are_not_finite(store: str) -> None:
     lo, hi = torch.tensor([[0.0, -1.0, 0.0, -torch.inf]]), torch.tensor([[0.0, 2.0, torch.nan, 1.0]])
     step = stored_step(lo, hi, 7, store)
-    assert torch.isnan(step).tolist() == ([[False, False, True, True]] if store == "power" else [[True] * 4])
+    alone = store == "power"  # each step is one of its own
+    assert torch.isnan(step).tolist() == ([[False, False, True, True]] if alone else [[True] * 4])
     clean = stored_step(lo[:, :2], hi[:, :2], 7, store)
     assert float(clean[0, 0]) == 0
-    assert float(clean[0, 1]) >= 2 / 7
+    assert float(clean[0, 1]) >= 2 / 7 * (0.9 if store == "correctable" else 1)
     assert stored_step(lo[:, :0], hi[:, :0], 7, store).shape == (1, 0)
     assert not stored_step(torch.zeros(3), torch.zeros(3), 7, store).any()
 
 
 def test_double_steps_stay_double() -> None:
     x = magnitudes(3).double()
-    for store in ("power", "e4m3"):
+    for store in STORED:
         assert stored_step(-x, x, 12, store).dtype == torch.float64
 
 
 def test_scales_have_the_stored_step_and_no_offset() -> None:
     lo, hi = torch.tensor([[-1.0, -2.0]]), torch.tensor([[0.5, 3.0]])
-    for store in ("power", "e4m3"):
+    for store in STORED:
         coding = Coding("symmetric", Levels(-12, 12, 1), STOCHASTIC, store)
         scales = ops.scales_of(lo, hi, coding, Blocks(1, 16))
         assert torch.equal(scales.step, stored_step(lo, hi, 12, store))

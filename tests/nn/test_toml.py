@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from fqt import Quantizer, Recipe, Rule
+from fqt import FqtError, Quantizer, Recipe, Rule, quantizer
 from fqt.nn import dump_recipe, load_recipe
-from fqt.quant import BlockHouseholder, Identity, Integers, Scale, ScaledHadamard
+from fqt.quant import METHODS as CATALOG
+from fqt.quant import (
+    BlockHouseholder,
+    Floats,
+    Identity,
+    Integers,
+    Logarithmic,
+    Pairs,
+    Rotated,
+    Scale,
+    ScaledHadamard,
+)
 from fqt.quant.catalog import rounded
+from fqt.quant.grid import E5M2
 
 METHODS = ("ptq", "psq", "bhq", "shq")
 AXES = ("", "@sample", "@token", "@channel")
@@ -62,6 +74,72 @@ def test_every_quantizer(tmp_path: Path) -> None:
         assert through_a_file(recipe, tmp_path) == recipe, quantizer
         count += 1
     assert count == 312
+
+
+def test_every_method(tmp_path: Path) -> None:
+    """As gradients' quantizer, and, where it is deterministic, as that of input and weight."""
+    for method in CATALOG.values():
+        for name in method.names:
+            forward = "nearest" in method.roundings and isinstance(method.transform, Identity)
+            recipe = Recipe(
+                grad_input=name,
+                grad_weight=name + "@token",
+                input=name if forward else None,
+                weight=name if forward else None,
+            )
+            assert through_a_file(recipe, tmp_path) == recipe, name
+
+
+def test_every_word_of_a_quantizer_without_a_name(tmp_path: Path) -> None:
+    block = Scale((4, 16), "symmetric", "channel", "correctable")
+    for own in (
+        Quantizer(transform=Rotated(ScaledHadamard(block=16), block=64), grid=Integers(5)),
+        Quantizer(transform=Rotated(BlockHouseholder(guard=False), block=32), rounding="dithered"),
+        Quantizer(transform=Rotated(Identity()), scale=Scale((1, 8), "symmetric"), grid=Floats(2, 3)),
+        Quantizer(scale=block, grid=Floats(3, 0), rounding="corrected"),
+        Quantizer(scale=Scale("row", "symmetric", store="shift"), grid=Pairs(3)),
+        Quantizer(scale=Scale("row", "symmetric", store="power"), grid=Logarithmic(7)),
+        Quantizer(scale=Scale((4, 4), "symmetric", store="fallback"), grid=Pairs(5)),
+        Quantizer(scale=Scale("row", "symmetric"), grid=E5M2),
+    ):
+        recipe = Recipe(grad_input=own, grad_weight=own)
+        assert isinstance(dump_recipe(recipe)["grad_input"], dict)
+        assert through_a_file(recipe, tmp_path) == recipe, own
+
+
+def test_blocks_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "blocks.toml"
+    path.write_text(
+        """
+        grad_input = { group = [1, 32], mode = "symmetric", store = "power", grid = "e2m1", rotate = 128 }
+        grad_weight = { group = [1, 32], mode = "symmetric", store = "power", grid = "e2m1" }
+        weight = { group = [1, 16], mode = "symmetric", store = "e4m3", grid = "e2m1", rounding = "nearest" }
+        """
+    )
+    recipe = load_recipe(path)
+    mx = Scale((1, 32), "symmetric", store="power")
+    assert recipe.grad_input == Quantizer(transform=Rotated(Identity()), scale=mx, grid=Floats(2, 1))
+    assert recipe.grad_weight == quantizer("mxfp4")
+    assert recipe.weight == quantizer("nvfp4n")
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"grid": "e9m1"}, "exponent"),
+        ({"grid": "ternary"}, "known: integers"),
+        ({"grid": "e2m1", "bits": 8, "mode": "symmetric"}, "4 bits"),
+        ({"grid": "pairs", "bits": 9, "mode": "symmetric"}, "2 to 8"),
+        ({"grid": "log8", "bits": 4, "mode": "symmetric"}, "6 to 8"),
+        ({"store": "double"}, "known: float32"),
+        ({"rotate": 12}, "power of two"),
+        ({"group": [1, 32, 4]}, "group"),
+    ],
+)
+def test_wrong_words_are_said_in_one_line(table: dict, says: str) -> None:
+    with pytest.raises(FqtError, match=says) as error:
+        load_recipe({"grad_input": table})
+    assert "\n" not in str(error.value)
 
 
 def test_rules(tmp_path: Path) -> None:

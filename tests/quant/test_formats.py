@@ -12,7 +12,7 @@ from torch import Tensor
 from fqt import Quantizer
 from fqt.kernels import ops, rounding
 from fqt.kernels.philox import STREAM_DITHER_ROW
-from fqt.quant import Floats, Integers, Scale
+from fqt.quant import Floats, Integers, Logarithmic, Pairs, Scale, quantizer
 from tests.backends import reference_only
 
 from .cases import FAMILIES, gaussian
@@ -29,6 +29,12 @@ FORMATS = {
     "dithered blocks": Quantizer(scale=Scale((1, 32)), grid=Integers(4), rounding="dithered"),
     "dithered tiles": Quantizer(scale=Scale((4, 8)), grid=Integers(4), rounding="dithered"),
     "e4m3": Quantizer(scale=Scale("row", "symmetric"), grid=Floats(4, 3, reserved=1)),
+    "power rows": Quantizer(scale=Scale("row", "symmetric", store="power"), grid=Integers(4)),
+    "e5m2": quantizer("e5m2"),
+    "lns8": quantizer("lns8"),
+    "split4": quantizer("split4"),
+    "shift4": quantizer("shift4"),
+    "fallback": Quantizer(scale=Scale((16, 16), "symmetric", store="fallback"), grid=Pairs(4)),
 }
 CHANCES = 128
 by_format = pytest.mark.parametrize("name", FORMATS)
@@ -37,6 +43,9 @@ by_format = pytest.mark.parametrize("name", FORMATS)
 def numbers(q: Quantizer) -> np.ndarray:
     """The levels of a symmetric grid of floats or of integers, from their definition."""
     levels = q.coding.levels
+    if isinstance(q.grid, Logarithmic):
+        powers = (2.0 ** (np.arange(-126, 1) / 8 + 16)).astype(np.float32).astype(float)
+        return np.concatenate([-powers[::-1], [0.0], powers])
     if isinstance(q.grid, Floats):
         m = q.grid.mantissa
         up = [0, *(f << e for e in range(40) for f in range(1 << m if e else 1, 2 << m))]

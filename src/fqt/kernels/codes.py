@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DITHER_LEVELS = 1 << 24
+LEAST_STEP = 2.0**-126
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,9 +47,9 @@ class Entries:
     def values(self) -> Tensor:
         """(N, D) in the compute dtype, the factor applied."""
         x = self.wide()
-        if self.factor is None:
+        if self.factor is None or not self.factor.numel():  # no factors: no columns
             return x
-        return x * self.factor.repeat(x.shape[1] // max(self.factor.numel(), 1))
+        return x * self.factor.repeat(x.shape[1] // self.factor.numel())
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,25 @@ class Levels:
         low, high: the least and the greatest.
         mantissa: None if every integer between is one. Else those that a float with so many bits after its leading
             one holds: every integer up to 2^(mantissa + 1), then twice as far apart with every power of two.
+        table: instead of either, the magnitudes themselves, from 0 to `high` and mirrored: float32 numbers, above 0
+            each at most twice the one before, so that their differences are exact.
     """
 
     low: int
     high: int
     mantissa: int | None = None
+    table: tuple[float, ...] | None = None
 
     @property
     def uniform(self) -> bool:
         """Whether neighbours are one apart everywhere."""
-        return self.mantissa is None
+        return self.mantissa is None and self.table is None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the codes: a byte where they fit one; else float32, which holds each of them exactly."""
+        if self.table is not None:
+            return torch.float32
         if self.low >= 0 and self.high <= 255:
             return torch.uint8
         return torch.int8 if self.low >= -128 and self.high <= 127 else torch.float32
@@ -142,19 +148,41 @@ class Levels:
     def gap(self, t: Tensor) -> Tensor | float:
         """How far apart the neighbours of a position are, t between them; at a level those further from zero.
 
-        At the last level, beyond which there is none, those below it.
+        At the last level those that are there.
         """
+        if self.table is not None:
+            return self._looked_up(t)[1]
         if self.mantissa is None:
             return 1.0
         _, exponent = torch.frexp(t)  # |t| in [2^(exponent − 1), 2^exponent)
-        last = max((self.high - 1).bit_length() - 1 - self.mantissa, 0)
-        return torch.ldexp(torch.ones_like(t), (exponent - 1 - self.mantissa).clamp(0, last))
+        last = (self.high - 1).bit_length()  # of the numbers below the highest
+        return torch.ldexp(torch.ones_like(t), (exponent.clamp(max=last) - 1 - self.mantissa).clamp(min=0))
 
     def split(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """The level at or below t, the fraction of the way to the next one, and the gap between the two."""
+        if self.table is not None:
+            level, apart = self._looked_up(t)
+            return level, (t - level) / apart, apart
         gap = self.gap(t)
         below = t.floor() if self.mantissa is None else (t / gap).floor() * gap
         return below, (t - below) / gap, gap
+
+    def nearest(self, t: Tensor) -> Tensor:
+        """The nearer of t's neighbours; of two as near the even number, of a table's the one below."""
+        if self.table is not None:
+            below, fraction, apart = self.split(t)
+            return below + apart * (fraction > 0.5)
+        gap = self.gap(t)
+        return (t / gap).round() * gap
+
+    def _looked_up(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The level of the table at or below t, and the gap as `gap` has it."""
+        levels = torch.tensor(self.table, dtype=t.dtype, device=t.device)
+        size = t.abs()
+        place = (torch.searchsorted(levels, size.contiguous(), right=True) - 1).clamp(0, levels.numel() - 2)
+        inner, outer = levels[place], levels[place + 1]
+        below = torch.where((size == inner) | (size == outer), t, torch.where(t < 0, -outer, inner))
+        return below, outer - inner
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fqt.kernels import philox, reference
 from fqt.kernels.codes import DITHER_LEVELS, Blocks, Dither, Entries, Findings, Levels, Quantized, Scales
 from fqt.kernels.op import Op
 from fqt.kernels.rounding import DITHERED, Coding, Rounding, dither_streams
+from fqt.kernels.steps import stored_step
 
 
 def at_hand(x: Tensor) -> bool:
@@ -72,7 +73,7 @@ def dither(seed: Tensor | None, x: Entries, dtype: torch.dtype) -> Dither:
 def scales_of(lo: Tensor, hi: Tensor, coding: Coding, blocks: Blocks) -> Scales:
     """The parameters of blocks with the ranges [lo, hi]; steps stored as the coding has it."""
     if coding.store != "float32":
-        step = reference.stored_step(lo, hi, coding.levels.high, coding.store)
+        step = stored_step(lo, hi, coding.levels.high, coding.store)
         return Scales(step, torch.zeros_like(step), blocks)
     return Scales(*parameters(lo, hi, coding.mode, coding.levels.high), blocks)
 
@@ -80,6 +81,7 @@ def scales_of(lo: Tensor, hi: Tensor, coding: Coding, blocks: Blocks) -> Scales:
 def encoded(x: Entries, scales: Scales, coding: Coding, seed: Tensor | None) -> Quantized:
     """The codes of x with these parameters, and its dither."""
     codes = encode(x, scales, coding.levels, coding.rounding, seed)
+    scales = coding.rounding.settled(x, codes, scales, coding.levels.high, seed)
     return Quantized(codes, scales, dither(seed, x, scales.step.dtype) if coding.rounding == DITHERED else None)
 
 

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fqt.kernels.codes import DITHER_LEVELS, Blocks, Entries, Findings, Levels, Scales
+from fqt.kernels.codes import DITHER_LEVELS, LEAST_STEP, Blocks, Entries, Findings, Levels, Scales
 from fqt.kernels.rounding import Rounding
 
-_LEAST_STEP = 2.0**-126
-_E4M3 = Levels(0, 448 * 512, 3)  # in units of its least number, 2⁻⁹
 # Beyond this step a group's range may exceed the largest float: its arithmetic is done on sixteenths.
 _WIDE_STEP = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
 
@@ -53,7 +51,7 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
     """
     if mode == "symmetric":
         magnitude = torch.maximum(lo.abs(), hi.abs())
-        step = torch.where(lo == hi, magnitude, (magnitude / steps).clamp(min=_LEAST_STEP))
+        step = torch.where(lo == hi, magnitude, (magnitude / steps).clamp(min=LEAST_STEP))
         offset = torch.zeros_like(lo)
     elif mode == "affine":
         step, offset = _affine_step(lo, hi, steps), lo
@@ -69,7 +67,7 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
 
 def _affine_step(lo: Tensor, hi: Tensor, steps: int) -> Tensor:
     half = torch.where(hi * 0.5 - lo * 0.5 > torch.finfo(lo.dtype).max / 4, 0.5, 1.0).to(lo.dtype)
-    return ((hi * half - lo * half) / steps / half).clamp(min=_LEAST_STEP)
+    return ((hi * half - lo * half) / steps / half).clamp(min=LEAST_STEP)
 
 
 def _zero_on_code(lo: Tensor, hi: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -92,43 +90,10 @@ def _zero_on_code(lo: Tensor, hi: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
     z = torch.where(widened(below_) <= widened(above_), below_, above_)
     largest = torch.finfo(lo.dtype).max
-    step = widened(z).clamp(_LEAST_STEP, largest * (1 - 2**-15))  # the next line may widen, not overflow
+    step = widened(z).clamp(LEAST_STEP, largest * (1 - 2**-15))  # the next line may widen, not overflow
     bits = step.view(torch.int32 if step.dtype == torch.float32 else torch.int64)
     step = ((bits + 0xFF) & ~0xFF).view(step.dtype)
     return step, torch.where(z == 0, 0.0, (-z * step).clamp(min=-largest))
-
-
-def stored_step(lo: Tensor, hi: Tensor, steps: int, store: str) -> Tensor:
-    """The steps of symmetric blocks as a format stores them, never so small that a value is clipped.
-
-    "power": the least power of two that is not below max|x|/steps (MX formats). "e4m3": s·g with one float32
-    g = M/(448·steps·16/17) for the tensor, M its largest value, and for each block the E4M3 number s nearest to
-    max|x|/(steps·16/17·g); the head-room 16/17 is what that rounding may take away (NVFP4, Quartet II). Below the
-    least normal number of E4M3 it may take more: there s is rounded up where it would clip.
-
-    Args:
-        lo, hi: the blocks' ranges.
-        steps: the highest level.
-        store: "power" or "e4m3".
-
-    Returns:
-        Of lo's shape and dtype; 0 where a block is zero, NaN where its range is not finite ("e4m3": any range).
-    """
-    magnitude = torch.maximum(lo.abs(), hi.abs())
-    finite = torch.isfinite(magnitude)
-    if store == "power":
-        mantissa, exponent = torch.frexp((magnitude / steps).clamp(min=_LEAST_STEP))
-        step = torch.ldexp(torch.ones_like(magnitude), exponent - (mantissa == 0.5).int())
-    else:
-        room = 16 / 17
-        whole = magnitude.amax() / (448 * steps * room) if magnitude.numel() else magnitude.new_zeros(())
-        whole, finite = whole.clamp(min=_LEAST_STEP), finite & torch.isfinite(whole)
-        t = (magnitude / (steps * room) / whole) * 512
-        gap = _E4M3.gap(t)
-        nearest = (t / gap).round() * gap
-        step = torch.where(nearest * whole * steps < magnitude * 512, nearest + gap, nearest)
-        step = step.clamp(max=_E4M3.high) * (whole / 512)
-    return torch.where(finite, torch.where(magnitude == 0, 0.0, step), torch.nan)
 
 
 def narrowing(step: Tensor) -> Tensor:

@@ -5,21 +5,30 @@ With f the fraction of the way from the level below t to the next one, a *gap* a
     nearest      the nearer one                  error deterministic, at most ½ gap: biased
     stochastic   the upper one with chance f     mean t, variance f(1 − f) gap², at most ¼ gap²
     dithered     ⌊t + a + b⌋ − a − b + ½         mean t, variance gap²/12 wherever t lies (uniform levels only)
+    corrected    the nearer one, then the block's step is corrected: asymptotically unbiased under a rotation
 
-Dithered rounding is *subtractive* dither: what was added is taken off again when codes are turned back. Its dither
-is the sum of one number per row and one per column, so that a product of codes can take it off with low rank.
+Dithered rounding is *subtractive* dither (Schuchman 1964; Gray & Stockham 1993): what was added is taken off again
+when codes are turned back. Its dither is the sum of one number per row and one per column, so that a product of
+codes can take it off with low rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fqt.kernels.codes import DITHER_LEVELS, Levels
-from fqt.kernels.philox import STREAM_DITHER_COLUMN, STREAM_DITHER_ROW, random_u24, rounding_noise
+from fqt.kernels.codes import DITHER_LEVELS, Entries, Levels, Scales
+from fqt.kernels.philox import (
+    STREAM_DITHER_COLUMN,
+    STREAM_DITHER_ROW,
+    STREAM_STEP,
+    random_u24,
+    rounding_noise,
+)
+from fqt.kernels.steps import E4M3, STORES, SmallFloat
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,14 @@ class Rounding:
         draws: whether it needs a seed.
         unit_bound: the largest variance of one entry, in squared gaps.
         headroom: how many levels at the upper end positions must stay away from.
+        settles: whether steps change after the codes are known; `errors` then says what that does.
     """
 
     name: ClassVar[str]
     draws: ClassVar[bool] = True
     unit_bound: ClassVar[float] = 0.0
     headroom: ClassVar[int] = 0
+    settles: ClassVar[bool] = False
 
     def round(self, t: Tensor, levels: Levels, seed: Tensor | None, transposed: bool) -> Tensor:
         """Levels for positions t (N, D) that lie between the lowest and the highest.
@@ -47,6 +58,14 @@ class Rounding:
 
     def unit_variance(self, fraction: Tensor) -> Tensor:
         """The variance of one entry, in squared gaps."""
+        raise NotImplementedError
+
+    def settled(self, x: Entries, codes: Tensor, scales: Scales, highest: int, seed: Tensor | None) -> Scales:
+        """What the codes of x mean in the end, where they were made with `scales` for levels up to `highest`."""
+        return scales
+
+    def errors(self, x: Entries, scales: Scales, levels: Levels) -> tuple[Tensor, Tensor]:
+        """Of a rounding that settles its steps later: (N, D) mean square errors and bounds, in squared steps."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -62,10 +81,7 @@ class Nearest(Rounding):
 
     def round(self, t: Tensor, levels: Levels, seed: Tensor | None, transposed: bool) -> Tensor:
         """The nearest level."""
-        if levels.uniform:
-            return t.round()
-        gap = levels.gap(t)
-        return (t / gap).round() * gap
+        return levels.nearest(t)
 
     def unit_variance(self, fraction: Tensor) -> Tensor:
         """0."""
@@ -108,6 +124,69 @@ class Dithered(Rounding):
 
 
 @dataclass(frozen=True)
+class Corrected(Rounding):
+    """To the nearer level, then the block's step times S = ⟨y, y⟩/⟨y, ŷ⟩, itself rounded stochastically to E4M3.
+
+    MS-EDEN (Quartet II, arXiv 2601.22813). S makes ⟨y, ŷ⟩ = ‖y‖² in every block; that alone is no unbiased
+    estimate, but of a randomly rotated vector the errors' other parts average out as it grows: asymptotically
+    unbiased, with a bias of some percent where few entries carry a row (128 rotated, 16 in a block). Only the
+    rounding of the step is drawn. `errors` is the exact mean square of ŷ − y over it, given the rotation, not a
+    variance: averaged over rotations it is the variance plus the squared bias.
+    """
+
+    name: ClassVar[str] = "corrected"
+    settles: ClassVar[bool] = True
+
+    def round(self, t: Tensor, levels: Levels, seed: Tensor | None, transposed: bool) -> Tensor:
+        """The nearest level."""
+        return levels.nearest(t)
+
+    def unit_variance(self, fraction: Tensor) -> Tensor:
+        """None of the codes."""
+        return torch.zeros_like(fraction)
+
+    def settled(self, x: Entries, codes: Tensor, scales: Scales, highest: int, seed: Tensor | None) -> Scales:
+        """The corrected steps."""
+        assert seed is not None
+        wanted, unit = _corrected(x, codes, scales, highest)
+        noise = random_u24(seed, STREAM_STEP, wanted.numel()).view(wanted.shape)
+        return replace(scales, step=round_stochastic(wanted, noise, levels=E4M3) * unit)
+
+    def errors(self, x: Entries, scales: Scales, levels: Levels) -> tuple[Tensor, Tensor]:
+        """(N, D) each: the mean square error of each entry over the step's noise, and a bound; in squared steps.
+
+        The bound takes ½ gap (or what is clipped) for the error of the code, and ¼ for the noise of the step.
+        """
+        step = scales.spread(x.shape)[0]
+        t = torch.where(step > 0, x.values() / step, 0.0)
+        codes = levels.nearest(t.clamp(levels.low, levels.high))
+        wanted, unit = _corrected(x, codes, scales, levels.high)
+        _, fraction, gap = E4M3.split(wanted)
+        part = torch.where(scales.step > 0, unit / scales.step, 0.0)
+
+        def spread(parameter: Tensor) -> Tensor:
+            return scales.blocks.spread(parameter, x.shape)
+
+        noise, most = (spread((part * gap).square() * share) for share in (fraction * (1 - fraction), 1 / 4))
+        mean = codes * spread(part * wanted)
+        mine = torch.maximum((codes - t).abs(), torch.as_tensor(levels.gap(codes)) / 2)
+        bound = ((mean - codes).abs() + mine).square() + codes.square() * most
+        return (mean - t).square() + codes.square() * noise, bound
+
+
+def _corrected(x: Entries, codes: Tensor, scales: Scales, highest: int) -> tuple[Tensor, Tensor]:
+    """The steps that are wanted, in E4M3's least number, and what that stands for."""
+    store = STORES["correctable"]
+    assert isinstance(store, SmallFloat)
+    values, step = x.values(), scales.spread(x.shape)[0]
+    t, code = torch.where(step > 0, values / step, 0.0).double(), codes.double()
+    square, along = scales.blocks.sums(t * t), scales.blocks.sums(t * code)
+    unit = store.unit(values.abs(), highest)
+    wanted = scales.step / unit * torch.where(along > 0, square / along, 1.0)
+    return wanted.to(scales.step.dtype).clamp(0, E4M3.high), unit
+
+
+@dataclass(frozen=True)
 class Coding:
     """How the range of a block becomes codes.
 
@@ -117,7 +196,7 @@ class Coding:
         levels: what positions are clamped to, and the number of steps of the range; for dithered rounding `high` is
             one below the last code.
         rounding: between neighbouring levels.
-        store: how a step is stored: "float32", "power" (of two) or "e4m3"; see `ops.scales_of`.
+        store: how a step is stored: a name in `fqt.kernels.steps.STORES`.
     """
 
     mode: str
@@ -126,8 +205,8 @@ class Coding:
     store: str = "float32"
 
 
-NEAREST, STOCHASTIC, DITHERED = Nearest(), Stochastic(), Dithered()
-ROUNDINGS = {rounding.name: rounding for rounding in (NEAREST, STOCHASTIC, DITHERED)}
+NEAREST, STOCHASTIC, DITHERED, CORRECTED = Nearest(), Stochastic(), Dithered(), Corrected()
+ROUNDINGS = {rounding.name: rounding for rounding in (NEAREST, STOCHASTIC, DITHERED, CORRECTED)}
 INTEGERS = Levels(-(2**30), 2**30)
 
 

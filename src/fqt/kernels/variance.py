@@ -32,7 +32,18 @@ class RoundingError:
     @property
     def _varies(self) -> bool:
         """Whether an entry's variance depends on where it lies, with a pass over the entries to find out."""
-        return self.coding.rounding == STOCHASTIC
+        return self.coding.rounding == STOCHASTIC or self.coding.rounding.settles
+
+    @property
+    def _one_bound(self) -> bool:
+        """Whether all entries with one step have one bound."""
+        return self.coding.levels.uniform and not self.coding.rounding.settles
+
+    def _unit(self, x: Entries) -> Tensor:
+        """(N, D): the entries' exact variances in squared steps."""
+        if self.coding.rounding.settles:
+            return self.coding.rounding.errors(x, self.scales, self.coding.levels)[0]
+        return ops.code_variance(x, self.scales, self.coding.levels)
 
     @property
     def _by_row(self) -> bool:
@@ -45,8 +56,8 @@ class RoundingError:
         if not self._varies:
             sizes = self.scales.blocks.sizes(x.shape).to(square.device)
             return square * (sizes * self.coding.rounding.unit_bound)
-        if levels.dtype == torch.float32:  # sums of squared gaps may leave an integer
-            return self.scales.blocks.sums(ops.code_variance(x, self.scales, levels).double()) * square
+        if levels.dtype == torch.float32 or self.coding.rounding.settles:  # sums may leave an integer
+            return self.scales.blocks.sums(self._unit(x).double()) * square
         return ops.variance_sums(x, self.scales, levels).double() / DITHER_LEVELS * square
 
     def variance(self, y: Tensor, cost: Tensor | None, blocks: Tensor | None = None) -> Tensor:
@@ -68,14 +79,14 @@ class RoundingError:
         """(N,) float64: Σ_j of the entries' exact variances."""
         if not self._varies:
             return self.bound_by_row(y)
-        unit = ops.code_variance(Entries(y), self.scales, self.coding.levels)
+        unit = self._unit(Entries(y))
         if self._by_row:
             return _row_sums(unit) * self.scales.step.double().square().squeeze(1)
         return (unit * self._squares(y)).sum(1)
 
     def bound_by_row(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' variance bounds."""
-        if not self._by_row or not self.coding.levels.uniform:
+        if not self._by_row or not self._one_bound:
             return self.bound_by_entry(y).sum(1)
         square = self.scales.step.double().square()
         return (square[:, 0] * y.shape[1] * self.coding.rounding.unit_bound).expand(y.shape[0])
@@ -84,10 +95,12 @@ class RoundingError:
         """(N, D) float64: the entries' exact variances, before a transform is undone."""
         if not self._varies:
             return self.bound_by_entry(y)
-        return ops.code_variance(Entries(y), self.scales, self.coding.levels) * self._squares(y)
+        return self._unit(Entries(y)) * self._squares(y)
 
     def bound_by_entry(self, y: Tensor) -> Tensor:
         """(N, D) float64: the entries' variance bounds, before a transform is undone."""
+        if self.coding.rounding.settles:
+            return self.coding.rounding.errors(Entries(y), self.scales, self.coding.levels)[1] * self._squares(y)
         bound = (self._squares(y) * self.coding.rounding.unit_bound).expand(y.shape)
         if self.coding.levels.uniform:
             return bound
@@ -99,13 +112,13 @@ class RoundingError:
             return self.weighted_bound(y, weight)
         if weight.shape[0] != 1 or not self._by_row:
             return (self.by_entry(y) * weight).sum()
-        unit = ops.code_variance(Entries(y), self.scales, self.coding.levels)
+        unit = self._unit(Entries(y))
         rows = _row_sums(unit.mul_(weight.to(unit.dtype)))
         return (rows * self.scales.step.double().square().squeeze(1)).sum()
 
     def weighted_bound(self, y: Tensor, weight: Tensor) -> Tensor:
         """float64 scalar: Σ of the entries' variance bounds times weights, as above."""
-        if weight.shape[0] != 1 or not self._by_row or not self.coding.levels.uniform:
+        if weight.shape[0] != 1 or not self._by_row or not self._one_bound:
             return (self.bound_by_entry(y) * weight).sum()
         steps = self.scales.step.double().square().expand(y.shape[0], 1).sum()
         return steps * (weight.sum() * self.coding.rounding.unit_bound)

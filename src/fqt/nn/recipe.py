@@ -21,10 +21,10 @@ from typing import Any
 from fqt.errors import FqtError
 from fqt.kernels.rounding import NEAREST, STOCHASTIC
 from fqt.quant.catalog import METHODS, known_names, quantizer, quantizer_name, rounded
-from fqt.quant.grid import Integers
+from fqt.quant.grid import Integers, grid_from
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import Scale
-from fqt.quant.transform import BlockHouseholder, Identity, ScaledHadamard, Transform
+from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
 from fqt.records import read_toml
 
 OPERANDS = ("input", "weight", "grad_input", "grad_weight")
@@ -194,7 +194,7 @@ def _named(name: str) -> Recipe:
     try:
         return Recipe(grad_input=quantizer(name), grad_weight="ptq8")
     except FqtError:
-        if any(name.startswith(method) for method in METHODS):
+        if any(name.startswith(method.name.partition("*")[0]) for method in METHODS.values()):
             raise
         raise FqtError(
             f"unknown recipe {name!r}; known: {', '.join(_RECIPES)}, a TOML file, or a quantizer: {known_names()}"
@@ -214,8 +214,8 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 
     The mapping's keys are the fields of `Recipe`, and `base`, the name of the recipe to start from. An operand
     is a name ("psq8@channel", "none") or a table with the words of `Quantizer`: transform ("none",
-    "householder", "hadamard"), guard, group, mode, axis, bits, rounding. `rules` is a list of tables with
-    `pattern` and `recipe`.
+    "householder", "hadamard"), guard, rotate (the block of a rotation of features), group, mode, axis, store, grid,
+    bits, rounding. `rules` is a list of tables with `pattern` and `recipe`.
 
     Raises:
         FqtError: says what is unknown or wrong, and what is known.
@@ -281,8 +281,9 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
     words = {
         "transform": {"transform"},
         "options": {"guard", "small_rows", "block"},
-        "scale": {"group", "mode", "axis"},
-        "grid": {"bits"},
+        "rotation": {"rotate"},
+        "scale": {"group", "mode", "axis", "store"},
+        "grid": {"grid", "bits"},
         "rounding": {"rounding"},
     }
     _only(table, set().union(*words.values()), "quantizer")
@@ -291,10 +292,11 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
         raise FqtError(f"unknown transform {name!r}; known: {', '.join(_TRANSFORMS)}")
     options = {k: table[k] for k in words["options"] if k in table}
     _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
+    transform = _TRANSFORMS[name](**options)
     return rounded(
-        _TRANSFORMS[name](**options),
+        Rotated(transform, table["rotate"]) if "rotate" in table else transform,
         Scale(**{k: table[k] for k in words["scale"] if k in table}),
-        Integers(table.get("bits", 8)),
+        grid_from(table),
         table.get("rounding", "stochastic"),
     )
 
@@ -332,15 +334,22 @@ def _operand_text(operand: str, value: Quantizer | None) -> str:
 def _dump_operand(operand: str, value: Quantizer | None) -> Any:
     if value is None:
         return "none"
-    plain = value
-    if operand == "weight":
-        plain = replace(value, scale=replace(value.scale, mode="affine"))
-    name = quantizer_name(plain)
-    if name is not None and _named_operand(operand, name) == value:
-        return name
-    transform = next(k for k, cls in _TRANSFORMS.items() if type(value.transform) is cls)
-    options = {f.name: getattr(value.transform, f.name) for f in fields(value.transform)}
-    scale = {"group": value.scale.group, "mode": value.scale.mode}
+    names = [quantizer_name(value)]
+    if operand == "weight" and isinstance(value.grid, Integers) and value.scale.store == "float32":
+        names.insert(0, quantizer_name(replace(value, scale=replace(value.scale, mode="affine"))))
+    for name in names:
+        if name is not None and _named_operand(operand, name) == value:
+            return name
+    rotated = value.transform if isinstance(value.transform, Rotated) else None
+    inner = value.transform if rotated is None else rotated.rows
+    transform = next(k for k, cls in _TRANSFORMS.items() if type(inner) is cls)
+    table = {"transform": transform, **{f.name: getattr(inner, f.name) for f in fields(inner)}}
+    if rotated is not None:
+        table["rotate"] = rotated.block
+    group = value.scale.group
+    table |= {"group": group if isinstance(group, str) else list(group), "mode": value.scale.mode}
     if value.scale.axis:
-        scale["axis"] = value.scale.axis
-    return {"transform": transform, **options, **scale, "bits": value.bits, "rounding": value.rounding_name}
+        table["axis"] = value.scale.axis
+    if value.scale.store != "float32":
+        table["store"] = value.scale.store
+    return {**table, **value.grid.words, "rounding": value.rounding_name}

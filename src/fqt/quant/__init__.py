@@ -1,13 +1,18 @@
 """Quantizers: four choices, their codes, their exact variance and bound, and a catalog of names."""
 
+from fqt.kernels.rounding import Corrected as Corrected
 from fqt.kernels.rounding import Dithered as Dithered
 from fqt.kernels.rounding import Nearest as Nearest
 from fqt.kernels.rounding import Stochastic as Stochastic
 from fqt.kernels.tensor import QuantizedTensor as QuantizedTensor
+from fqt.quant.catalog import METHODS as METHODS
+from fqt.quant.catalog import Method as Method
 from fqt.quant.catalog import quantizer as quantizer
 from fqt.quant.catalog import quantizer_name as quantizer_name
 from fqt.quant.grid import Floats as Floats
 from fqt.quant.grid import Integers as Integers
+from fqt.quant.grid import Logarithmic as Logarithmic
+from fqt.quant.grid import Pairs as Pairs
 from fqt.quant.quantizer import Best as Best
 from fqt.quant.quantizer import Quantizer as Quantizer
 from fqt.quant.scale import Scale as Scale

@@ -1,38 +1,346 @@
-"""Names of quantizers: `method` `bits` `rounding` `@axis`, as in `ptq8`, `bhq4`, `shq4d`, `psq8d@channel`.
+"""The catalog: methods of the literature by name, `psq4`, `shq4d`, `psq8d@channel`, `mxfp4`, `int4rht`.
 
-A method is a row of a table; a new one from the literature is a new row.
+A method is a row of a table, four choices with their source. A name is the method's with its bits in place, then a
+letter for the rounding where it is not the method's first, then `@` and an axis. A new method is a new row.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from fqt.errors import FqtError
-from fqt.quant.grid import Grid, Integers
+from fqt.quant.grid import E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import AXES, Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
 
-METHODS: dict[str, tuple[Transform, Scale]] = {
-    "ptq": (Identity(), Scale("tensor")),
-    "psq": (Identity(), Scale("row")),
-    "bhq": (BlockHouseholder(), Scale("row")),
-    "shq": (ScaledHadamard(), Scale("row")),
-    "thq": (Rotated(ScaledHadamard()), Scale("row")),
-}
-"""Per-tensor, per-sample, block Householder (the paper's three), scaled and two-sided Hadamard quantizer."""
-
 ROUNDING_SUFFIX = {"": "stochastic", "d": "dithered", "x": "best", "n": "nearest"}
-_NAME = re.compile(r"([a-z]+?)((?:0|[1-9][0-9]*)?)([dxn]?)(?:@([a-z]+))?")
+_LETTERS = {rounding: letter for letter, rounding in ROUNDING_SUFFIX.items()}
+_ALL = tuple(ROUNDING_SUFFIX.values())
+_PLAIN = ("stochastic", "nearest")
+_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+_NONE, _BY_ROW = Identity(), Scale("row")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from.
+
+    Attributes:
+        name: authors and a short title.
+        year: of its first version.
+        arxiv: its number; empty where there is none.
+    """
+
+    name: str
+    year: int
+    arxiv: str = ""
+
+
+_STATQUANT = Paper("Chen et al., StatQuant", 2020, "2010.14298")
+_OURS = Paper("this library", 2026)
+_LUQ = Paper("Chmiel et al., LUQ", 2021, "2112.10769")
+_FP8 = Paper("Micikevicius et al., FP8 formats", 2022, "2209.05433")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One method: what it is called, where it comes from, and its four choices.
+
+    Attributes:
+        name: "*" stands where the bits are; a method of one format may have none.
+        title: in words.
+        paper: the source.
+        what: the choices in one line.
+        widths: the bits that a name can have.
+        grid: by bits.
+        transform, scale: as `Quantizer` takes them.
+        roundings: names; the first is meant where a name has no letter.
+        bias: "exact" (none), "asymptotic", or "biased: " and by what; of the first rounding.
+        product: what a product of its codes is: "integer"; "blocked", integer within each block that shares a step
+            along the contraction, and added up in float between them; "simulated", no integers at all. Products
+            that are not "integer" run simulated here, unless a kernel for blocks takes them.
+        usual: the widths that tables show; none: 4 bits if there are such, else the only ones.
+    """
+
+    name: str
+    title: str
+    paper: Paper
+    what: str
+    widths: tuple[int, ...] = _WIDTHS
+    grid: Callable[[int], Grid] = Integers
+    transform: Transform = _NONE
+    scale: Scale = _BY_ROW
+    roundings: tuple[str, ...] = _ALL
+    bias: str = "exact"
+    product: str = "integer"
+    usual: tuple[int, ...] = ()
+
+    @property
+    def stem(self) -> str:
+        """The name without bits."""
+        return self.name.replace("*", "")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all its widths, in its first rounding."""
+        return tuple(self.name.replace("*", str(bits)) for bits in self.widths)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The names that tables show: of the usual widths, and dithered ones."""
+        widths = self.usual or ((4,) if 4 in self.widths else self.widths)
+        letters = ("", "d") if "dithered" in self.roundings else ("",)
+        return tuple(self.name.replace("*", str(bits)) + letter for bits in widths for letter in letters)
+
+    def bits_of(self, name: str) -> int:
+        """The width that one of its names says."""
+        match = self.pattern.fullmatch(name)
+        return int(match[1]) if match is not None and match[1] else self.widths[0]
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Its names, with or without bits; groups: bits, letter, axis."""
+        before, star, after = map(re.escape, self.name.partition("*"))
+        bits = r"((?:0|[1-9][0-9]*)?)" if star else "()"
+        return re.compile(before + bits + after + r"([dxn]?)(?:@([a-z]+))?")
+
+    def quantizer(self, bits: int, letter: str = "", axis: str | None = None) -> Quantizer:
+        """The quantizer of this width, rounding letter and axis."""
+        if type(bits) is not int or bits not in self.widths:
+            most = "" if len(self.widths) == 1 else f" to {self.widths[-1]}"
+            raise FqtError(f"{bits!r} bits: {self.stem} has {self.widths[0]}{most}")
+        rounding = ROUNDING_SUFFIX[letter] if letter else self.roundings[0]
+        if rounding not in self.roundings:
+            known = " or ".join(self.roundings)
+            raise FqtError(f"{self.name.replace('*', str(bits))} has no {rounding} rounding, but {known}")
+        # Without a transform exact zeros stay exact, which dithered rounding cannot give.
+        mode = "zero" if rounding == "best" and isinstance(self.transform, Identity) else self.scale.mode
+        return rounded(self.transform, replace(self.scale, axis=axis, mode=mode), self.grid(bits), rounding)
+
+    def name_of(self, q: Quantizer) -> str | None:
+        """What it calls this quantizer; None if it has not made it."""
+        mine = (self.transform, self.scale.group, self.scale.store)
+        if (q.transform, q.scale.group, q.scale.store) != mine or q.rounding_name not in self.roundings:
+            return None
+        letter = "" if q.rounding_name == self.roundings[0] else _LETTERS[q.rounding_name]
+        for bits in self.widths:
+            if self.grid(bits) == q.grid and self.quantizer(bits, letter, q.scale.axis) == q:
+                axis = f"@{q.scale.axis}" if q.scale.axis else ""
+                return self.name.replace("*", str(bits)) + letter + axis
+        return None
+
+
+def _symmetric(group: str | tuple[int, int], store: str = "float32") -> Scale:
+    return Scale(group, "symmetric", store=store)
+
+
+_ROWS = (
+    Method(
+        name="ptq*",
+        title="per-tensor quantizer",
+        what="integers, one affine step for the tensor",
+        scale=Scale("tensor"),
+        paper=_STATQUANT,
+    ),
+    Method(
+        name="psq*",
+        title="per-sample quantizer",
+        what="integers, an affine step per row",
+        paper=_STATQUANT,
+    ),
+    Method(
+        name="bhq*",
+        title="block Householder quantizer",
+        what="rows mixed by reflections, then integers, an affine step per row",
+        transform=BlockHouseholder(),
+        paper=_STATQUANT,
+    ),
+    Method(
+        name="shq*",
+        title="scaled Hadamard quantizer",
+        what="rows scaled and mixed by a random Hadamard, then integers, an affine step per row",
+        transform=ScaledHadamard(),
+        paper=_OURS,
+    ),
+    Method(
+        name="thq*",
+        title="two-sided Hadamard quantizer",
+        what="features rotated by a random Hadamard of 128, rows as shq, integers, an affine step per row",
+        transform=Rotated(ScaledHadamard()),
+        paper=_OURS,
+    ),
+    Method(
+        name="int*rht",
+        title="integers after a rotation",
+        paper=Paper("UFP4", 2026, "2606.20381"),
+        what="features rotated by a random Hadamard of 128, integers, an affine step per row",
+        transform=Rotated(Identity()),
+    ),
+    Method(
+        name="hlq*",
+        title="Hadamard low-rank quantizer, its grad_input",
+        paper=Paper("Kim et al., HLQ", 2024, "2406.15102"),
+        what="features rotated in blocks of 16, integers, an affine step per row; not its biased grad_weight",
+        transform=Rotated(Identity(), block=16),
+    ),
+    Method(
+        name="luq*",
+        title="logarithmic unbiased quantizer",
+        what="powers of two and 0, one step for the tensor",
+        widths=(2, 3, 4),
+        grid=lambda bits: Floats(bits - 1, 0),
+        scale=_symmetric("tensor"),
+        roundings=_PLAIN,
+        paper=_LUQ,
+    ),
+    Method(
+        name="luqr*",
+        title="logarithmic unbiased quantizer, by row",
+        what="powers of two and 0, a step per row",
+        widths=(2, 3, 4),
+        grid=lambda bits: Floats(bits - 1, 0),
+        scale=_symmetric("row"),
+        roundings=_PLAIN,
+        paper=_LUQ,
+    ),
+    Method(
+        name="mxfp*",
+        title="microscaling floats",
+        paper=Paper("Chen et al., TetraJet", 2025, "2502.20853"),
+        what="E2M1, blocks of 1 × 32, power-of-two steps rounded up",
+        widths=(4,),
+        grid=lambda _: Floats(2, 1),
+        scale=_symmetric((1, 32), "power"),
+        roundings=_PLAIN,
+        product="blocked",
+    ),
+    Method(
+        name="mxint*",
+        title="microscaling integers",
+        paper=Paper("Rouhani et al., Microscaling", 2023, "2310.10537"),
+        what="integers about 0, blocks of 1 × 32, power-of-two steps rounded up",
+        scale=_symmetric((1, 32), "power"),
+        roundings=_PLAIN,
+        product="blocked",
+        usual=(4, 8),
+    ),
+    Method(
+        name="nvfp*",
+        title="NVFP4 with head-room",
+        paper=Paper("NVIDIA, NVFP4", 2025, "2509.25149"),
+        what="E2M1, blocks of 1 × 16, E4M3 steps under one of the tensor, 16/17 of the range",
+        widths=(4,),
+        grid=lambda _: Floats(2, 1),
+        scale=_symmetric((1, 16), "e4m3"),
+        roundings=_PLAIN,
+        product="blocked",
+    ),
+    Method(
+        name="eden*",
+        title="MS-EDEN",
+        paper=Paper("Quartet II", 2026, "2601.22813"),
+        what="features rotated (128), E2M1 to nearest, 1 × 16; corrected E4M3 steps, rounded stochastically",
+        widths=(4,),
+        grid=lambda _: Floats(2, 1),
+        transform=Rotated(Identity()),
+        scale=_symmetric((1, 16), "correctable"),
+        roundings=("corrected",),
+        bias="asymptotic",
+        product="blocked",
+    ),
+    Method(
+        name="tile*",
+        title="integer tiles",
+        paper=Paper("Xi et al., Jetfire", 2024, "2403.12422"),
+        what="integers about 0, blocks of 32 × 32",
+        scale=_symmetric((32, 32)),
+        roundings=_PLAIN,
+        product="blocked",
+        usual=(4, 8),
+    ),
+    Method(
+        name="fallback*",
+        title="block fallback",
+        paper=Paper("Zhang et al., Fallback", 2025, "2503.08040"),
+        what="integers about 0, blocks of 128 × 128, a second code for the quarter with the largest values",
+        widths=(8,),
+        grid=Pairs,
+        scale=_symmetric((128, 128), "fallback"),
+        roundings=_PLAIN,
+        product="blocked",
+    ),
+    Method(
+        name="split*",
+        title="bit splitting",
+        paper=Paper("Xi et al., INT4 training", 2023, "2306.11987"),
+        what="two integers, coarse to nearest and fine stochastic, one step for the tensor",
+        widths=(2, 3, 4),
+        grid=Pairs,
+        scale=_symmetric("tensor"),
+        roundings=_PLAIN,
+    ),
+    Method(
+        name="shift*",
+        title="ShiftQuant",
+        paper=Paper("Guo et al., ShiftQuant", 2024, "2411.10948"),
+        what="integers about 0, a step per column: one of the tensor, shifted by 0 to 15 bits",
+        scale=_symmetric("column", "shift"),
+        roundings=_PLAIN,
+        product="blocked",
+    ),
+    Method(
+        name="lns*",
+        title="logarithmic number system",
+        paper=Paper("Zhao et al., LNS-Madam", 2021, "2106.13914"),
+        what="powers of 2^(1/8) and 0, one step for the tensor",
+        widths=(8,),
+        grid=Logarithmic,
+        scale=_symmetric("tensor"),
+        roundings=_PLAIN,
+        product="simulated",
+    ),
+    Method(
+        name="e4m3",
+        title="FP8, E4M3",
+        what="E4M3 floats, one step for the tensor",
+        widths=(8,),
+        grid=lambda _: E4M3,
+        scale=_symmetric("tensor"),
+        roundings=_PLAIN,
+        product="simulated",
+        paper=_FP8,
+    ),
+    Method(
+        name="e5m2",
+        title="FP8, E5M2",
+        what="E5M2 floats, one step for the tensor",
+        widths=(8,),
+        grid=lambda _: E5M2,
+        scale=_symmetric("tensor"),
+        roundings=_PLAIN,
+        product="simulated",
+        paper=_FP8,
+    ),
+)
+
+METHODS: dict[str, Method] = {method.stem: method for method in _ROWS}
+"""All methods, by name without bits."""
+
+_LONGEST_FIRST = sorted(_ROWS, key=lambda method: -len(method.stem))
 
 
 def known_names() -> str:
     """One line that says which names there are."""
-    methods = ", ".join(METHODS)
+    many = [m.name.removesuffix("*") for m in _ROWS if m.roundings == _ALL and m.name.endswith("*")]
+    others = [m.names[0] if len(m.widths) == 1 else f"{m.names[0]}…{m.widths[-1]}" for m in _ROWS]
+    rest = [name for m, name in zip(_ROWS, others, strict=True) if m.name.removesuffix("*") not in many]
     return (
-        f"{methods}, each with its bits 2–8 ('psq4'), then 'd' for dithered, 'x' for the best of stochastic and "
-        f"dithered or 'n' for nearest rounding, then '@' and an axis ({', '.join(AXES)}) for layers"
+        f"{', '.join(many)}, with bits 2–8 ('psq4'), then 'd' for dithered, 'x' for the best of stochastic "
+        f"and dithered or 'n' for nearest rounding; {', '.join(rest)}; then '@' and an axis ({', '.join(AXES)})"
     )
 
 
@@ -41,7 +349,7 @@ def quantizer(name: str, bits: int | None = None) -> Quantizer:
 
     Args:
         name: a method, with or without its bits, rounding and axis: "bhq4", "shq4d", "psq8d@channel", "bhq".
-        bits: 2 to 8, if the name does not say.
+        bits: if the name does not say; most methods have 2 to 8.
 
     Raises:
         FqtError: the name or the bits are unknown, missing, or said twice differently.
@@ -51,20 +359,26 @@ def quantizer(name: str, bits: int | None = None) -> Quantizer:
     >>> quantizer("shq4d").rounding
     Dithered()
     """
-    match = _NAME.fullmatch(name) if isinstance(name, str) else None
-    if match is None or match[1] not in METHODS:
-        raise FqtError(f"unknown quantizer {name!r}; known: {known_names()}")
-    method, digits, suffix, axis = match.groups()
+    for method in _LONGEST_FIRST:
+        match = method.pattern.fullmatch(name) if isinstance(name, str) else None
+        if match is not None:
+            digits, letter, axis = match.groups()
+            return method.quantizer(_width(name, method, digits, bits), letter, axis)
+    raise FqtError(f"unknown quantizer {name!r}; known: {known_names()}")
+
+
+def _width(name: str, method: Method, digits: str, bits: int | None) -> int:
+    """The bits, from the name or from beside it."""
     if digits and bits is not None and int(digits) != bits:
         raise FqtError(f"quantizer {name!r} says {digits} bits and bits={bits}: say one")
-    if not digits and bits is None:
-        raise FqtError(f"quantizer {name!r} needs its bits: '{method}2' … '{method}8', or bits=")
-    transform, scale = METHODS[method]
-    grid = Integers(int(digits) if digits else bits)  # type: ignore[arg-type]
-    rounding = ROUNDING_SUFFIX[suffix]
-    # Without a transform exact zeros stay exact, which dithered rounding cannot give.
-    mode = "zero" if rounding == "best" and isinstance(transform, Identity) else scale.mode
-    return rounded(transform, replace(scale, axis=axis, mode=mode), grid, rounding)
+    if digits:
+        return int(digits)
+    if bits is not None:
+        return bits
+    if "*" in method.name:
+        some = "" if len(method.widths) == 1 else f" … {method.names[-1]!r}"
+        raise FqtError(f"quantizer {name!r} needs its bits: {method.names[0]!r}{some}, or bits=")
+    return method.widths[0]
 
 
 def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: str) -> Quantizer:
@@ -86,10 +400,16 @@ def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: str) -> Qu
 
 def quantizer_name(q: Quantizer) -> str | None:
     """The name that `quantizer` would build `q` from, or None if the catalog has none."""
-    for method in METHODS:
-        for suffix in ROUNDING_SUFFIX:
-            axis = f"@{q.scale.axis}" if q.scale.axis else ""
-            name = f"{method}{q.bits}{suffix}{axis}"
-            if quantizer(name) == q:
-                return name
-    return None
+    return next((name for method in _ROWS if (name := method.name_of(q)) is not None), None)
+
+
+def method_of(name: str) -> Method:
+    """The row that a quantizer's name belongs to.
+
+    Raises:
+        FqtError: it belongs to none.
+    """
+    for method in _LONGEST_FIRST:
+        if method.pattern.fullmatch(name):
+            return method
+    raise FqtError(f"unknown quantizer {name!r}; known: {known_names()}")

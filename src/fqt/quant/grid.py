@@ -1,15 +1,24 @@
-"""Grids: which numbers can be stored. A grid is a set of integers in units of a step; a code is its integer.
+"""Grids: which numbers can be stored. A grid is a set of numbers in units of a step; a code is its number.
 
     Integers(b)      0 … 2^b − 1, or on a symmetric scale −(2^(b−1) − 1) … 2^(b−1) − 1
     Floats(e, m)     ± the numbers that a float with e exponent and m mantissa bits holds, in units of the least:
                      Floats(2, 1), E2M1, is ±{0, 1, 2, 3, 4, 6, 8, 12}; Floats(3, 0) is ±{0, 1, 2, 4, …, 64}
+    Pairs(b)         ±c·(2c + 1), c = 2^(b−1) − 1: two codes of ±c, (2c)·coarse + fine
+    Logarithmic(b)   0 and ± powers of 2^(1/8)
 
-All but the eight-bit floats fit a byte, so that products of their codes are products of integers.
+All but eight-bit floats, pairs of more than four bits and powers fit a byte: products of their codes are products
+of integers.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
 
 from fqt.errors import FqtError
 from fqt.kernels.codes import Levels
@@ -30,7 +39,14 @@ class Grid:
 
     def with_bits(self, bits: int) -> Grid:
         """The grid of the same kind with as many bits."""
+        if bits == self.bits:
+            return self
         raise FqtError(f"{self} comes in one width only")
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """As a recipe's table has it: what `grid_from` reads."""
+        raise FqtError(f"{self} has no words in a recipe's table")
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,11 @@ class Integers(Grid):
     def with_bits(self, bits: int) -> Integers:
         """The integers of another width."""
         return Integers(bits)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The bits."""
+        return {"bits": self.bits}
 
     @property
     def affine_steps(self) -> int:
@@ -89,12 +110,117 @@ class Floats(Grid):
 
     def levels(self, mode: str) -> Levels:
         """± the magnitudes; symmetric scales only."""
-        if mode != "symmetric":
-            raise FqtError(f"a grid of floats is symmetric about 0: its scale cannot be {mode!r}")
+        _only_symmetric("floats", mode)
         place = (1 << (self.exponent + self.mantissa)) - 1 - self.reserved
         whole, fraction = divmod(place, 1 << self.mantissa)
         largest = fraction if whole == 0 else ((1 << self.mantissa) + fraction) << (whole - 1)
         return Levels(-largest, largest, self.mantissa)
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """ "e2m1" and the like."""
+        name = f"e{self.exponent}m{self.mantissa}"
+        if _FLOATS.get(name, Floats(self.exponent, self.mantissa)) != self:
+            raise FqtError(f"{self} has no words in a recipe's table: they know {name} as {_FLOATS[name]}")
+        return {"grid": name}
+
+
+@dataclass(frozen=True)
+class Pairs(Grid):
+    """Two codes of ±c each, c = 2^(b−1) − 1, for the value 2c·coarse + fine: the integers up to c·(2c + 1).
+
+    A coarse code to nearest leaves a rest of at most c, which the fine code rounds; so the pair as a whole is
+    rounded like an integer.
+
+    Attributes:
+        each: bits of each code, 2 to 8.
+    """
+
+    each: int = 4
+
+    def __post_init__(self) -> None:
+        if type(self.each) is not int or self.each not in range(2, 9):
+            raise FqtError(f"{self.each!r} bits: each code of a pair has 2 to 8")
+
+    @property
+    def bits(self) -> int:
+        """Of both codes."""
+        return 2 * self.each
+
+    def levels(self, mode: str) -> Levels:
+        """±c·(2c + 1); symmetric scales only."""
+        _only_symmetric("pairs", mode)
+        c = (1 << (self.each - 1)) - 1
+        return Levels(-c * (2 * c + 1), c * (2 * c + 1))
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The bits of each."""
+        return {"grid": "pairs", "bits": self.each}
+
+
+@dataclass(frozen=True)
+class Logarithmic(Grid):
+    """0 and ± the powers of 2^(1/8), 2^(b−1) − 1 of them: a sign and an exponent of b − 1 bits (LNS).
+
+    Its levels are no integers: codes are float32 numbers, and products of them are simulated.
+    """
+
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        if type(self.width) is not int or self.width not in range(6, 9):
+            raise FqtError(f"{self.width!r} bits: this grid has 6 to 8")
+
+    @property
+    def bits(self) -> int:
+        """Sign and exponent."""
+        return self.width
+
+    def levels(self, mode: str) -> Levels:
+        """Up to 2¹⁶; symmetric scales only."""
+        _only_symmetric("powers", mode)
+        return Levels(-(2**16), 2**16, table=_powers(2 ** (self.width - 1) - 1, 8, 16))
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The bits."""
+        return {"grid": "log8", "bits": self.width}
+
+
+def _only_symmetric(what: str, mode: str) -> None:
+    if mode != "symmetric":
+        raise FqtError(f"a grid of {what} is symmetric about 0: its scale cannot be {mode!r}")
+
+
+@lru_cache(maxsize=16)
+def _powers(count: int, per_octave: int, top: int) -> tuple[float, ...]:
+    """0 and `count` powers of 2^(1/per_octave), the largest 2^top, to float32."""
+    exponents = torch.arange(1 - count, 1, dtype=torch.float64) / per_octave + top
+    return (0.0, *torch.exp2(exponents).float().tolist())
+
 
 E2M1, E4M3, E5M2 = Floats(2, 1), Floats(4, 3, reserved=1), Floats(5, 2, reserved=4)
+_FLOATS = {"e4m3": E4M3, "e5m2": E5M2}
+
+
+def grid_from(table: Mapping[str, Any]) -> Grid:
+    """The grid that a recipe's table names by `grid` and `bits`.
+
+    `grid` is "integers" (the default), "pairs" or "log8", with `bits`, 8 by default; or "e2m1" and the like.
+    """
+    name, bits = table.get("grid", "integers"), table.get("bits", 8)
+    floats = re.fullmatch(r"e(\d)m(\d)", name) if isinstance(name, str) else None
+    if floats is not None:
+        found = _FLOATS.get(name) or Floats(int(floats[1]), int(floats[2]))
+        if bits != found.bits and "bits" in table:
+            raise FqtError(f"grid {name!r} has {found.bits} bits, not {bits!r}")
+        return found
+    kinds: dict[str, type[Integers] | type[Pairs] | type[Logarithmic]] = {
+        "integers": Integers,
+        "pairs": Pairs,
+        "log8": Logarithmic,
+    }
+    if not isinstance(name, str) or name not in kinds:
+        raise FqtError(f"unknown grid {name!r}; known: {', '.join(kinds)}, e2m1 and other floats of that form")
+    return kinds[name](bits)

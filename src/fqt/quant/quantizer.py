@@ -7,6 +7,7 @@ the edge cases once per method, which is where released quantizers go wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -20,9 +21,9 @@ from fqt.kernels.choice import Choice, quantize_best
 from fqt.kernels.codes import Blocks, Entries, Findings, Quantized, compute_dtype
 from fqt.kernels.mixing import Mixing
 from fqt.kernels.philox import as_seed
-from fqt.kernels.rounding import DITHERED, ROUNDINGS, Coding, Rounding
+from fqt.kernels.rounding import CORRECTED, DITHERED, ROUNDINGS, Coding, Rounding
 from fqt.kernels.tensor import QuantizedTensor, RowView
-from fqt.quant.grid import Grid, Integers
+from fqt.quant.grid import Grid, Integers, Pairs
 from fqt.quant.scale import Scale
 from fqt.quant.transform import Identity, Transform, Undo
 
@@ -31,15 +32,16 @@ from fqt.quant.transform import Identity, Transform, Undo
 class Quantizer:
     """A point in transform × scale × grid × rounding.
 
-    Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest", up to the rounding of float
-    arithmetic. Nothing is ever clipped, but for estimates beyond the largest float of the dtype, which only
-    dithered rounding and transforms can give: half a step, or their noise, outside the range of x.
+    Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest" and "corrected", which is so
+    asymptotically, up to the rounding of float arithmetic. Nothing is ever clipped but by "corrected", and but for
+    estimates beyond the largest float of the dtype, which only dithered rounding and transforms can give: half a
+    step, or their noise, outside the range of x.
 
     Attributes:
         transform: `Identity()`, `BlockHouseholder()` or `ScaledHadamard()`; the latter two take row scales.
         scale: `Scale(group, mode, axis, store)`.
-        grid: `Integers(bits)` or `Floats(exponent, mantissa)`.
-        rounding: `Nearest()` (deterministic), `Stochastic()`, `Dithered()`, or the name of one.
+        grid: `Integers(bits)`, `Floats(exponent, mantissa)`, `Pairs(bits)` or `Logarithmic(bits)`.
+        rounding: `Nearest()` (deterministic), `Stochastic()`, `Dithered()`, `Corrected()`, or the name of one.
     """
 
     transform: Transform = field(default_factory=Identity)
@@ -54,6 +56,10 @@ class Quantizer:
             object.__setattr__(self, "rounding", ROUNDINGS[self.rounding])
         if self.rounding == DITHERED and self.scale.mode == "symmetric":
             raise FqtError("dithered rounding needs an affine scale, not a symmetric one")
+        if (self.rounding == CORRECTED) != (self.scale.store == "correctable"):
+            raise FqtError("corrected rounding and steps stored as 'correctable' need each other")
+        if self.scale.store == "fallback" and not isinstance(self.grid, Pairs):
+            raise FqtError(f"steps stored as 'fallback' are of codes in Pairs(), not {self.grid}")
         if self.transform.mixes_rows and self.scale.group != "row":
             raise FqtError(f"a transform over rows needs row scales, not {self.scale.group!r}")
         self.grid.levels(self.scale.mode)
@@ -95,6 +101,22 @@ class Quantizer:
     def with_bits(self, bits: int) -> Quantizer:
         """The same quantizer at another width."""
         return replace(self, grid=self.grid.with_bits(bits))
+
+    def bits_stored(self, shape: Sequence[int], *, axis: int | tuple[int, ...] = 0) -> float:
+        """Bits that a tensor of this shape takes when it is stored: codes, and what turns them back.
+
+        Codes are taken as packed; steps count as they are stored, an affine scale's offset 32 bits, a transform's
+        state as its own (`Transform.bits_stored`). The seed, from which dither and signs are drawn again, does not
+        count.
+
+        Args:
+            shape: of the tensor.
+            axis: which of its axes are the rows.
+        """
+        view = _view_of(torch.Size(shape), (axis,) if isinstance(axis, int) else tuple(axis), False)
+        blocks = math.prod(self.scale.blocks().count(view.size))
+        codes = math.prod(view.size) * self.bits * self.scale.stored.code_share(blocks)
+        return codes + self.scale.bits_stored(view.size) + self.transform.bits_stored(view.size[0])
 
     def quantize(
         self,
@@ -194,7 +216,8 @@ class Quantizer:
 
         Over the rounding noise, given the transform (random signs included) that this seed draws:
         Σ_i ‖S⁻¹e_i‖² step_i² Σ_j p_ij(1 − p_ij), with 1/12 for p(1 − p) when dithered.
-        One pass, no sampling; each p(1 − p) to 2⁻²⁵. Zero for nearest rounding, which is biased instead.
+        One pass, no sampling; each p(1 − p) to 2⁻²⁵. Zero for nearest rounding, which is biased instead. For
+        corrected rounding the exact mean square error given the rotation, which one seed samples.
 
         Returns:
             float64 scalar tensor, in squared units of x.

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from fqt.errors import FqtError
 from fqt.kernels.codes import Blocks
+from fqt.kernels.steps import STORES, Store
 
 GROUPS = {"tensor": Blocks(0, 0), "row": Blocks(1, 0), "column": Blocks(0, 1)}
 MODES = ("affine", "zero", "symmetric")
-STORES = ("float32", "power", "e4m3")
 AXES = ("sample", "token", "channel")
 
 
@@ -33,8 +33,10 @@ class Scale:
         mode: "affine", "zero" (affine with zero on a code) or "symmetric".
         axis: what a layer takes as rows: "sample", "token" (every position of a sequence or an image) or
             "channel" (the output channel); None for the operand's own habit. It says nothing for a matrix.
-        store: the step as "float32"; as a "power" of two, rounded up; or as an "e4m3" number under one float32 for
-            the whole tensor, with head-room for its rounding. The latter two take symmetric scales.
+        store: the step as "float32"; as a "power" of two, rounded up; as an "e4m3" number under one float32 for the
+            whole tensor, with head-room for its rounding ("correctable": for `Corrected` rounding); as a "shift" of
+            one float32; or "fallback", with two codes for the blocks of large values. All but the first take
+            symmetric scales; see `fqt.kernels.steps`.
     """
 
     group: str | tuple[int, int] = "row"
@@ -66,6 +68,16 @@ class Scale:
         Its dither has, but these are always the operand's habit's, which the products rely on.
         """
         return None if self.group == "tensor" else self.axis
+
+    @property
+    def stored(self) -> Store:
+        """How a step is stored."""
+        return STORES[self.store]
+
+    def bits_stored(self, shape: tuple[int, int]) -> int:
+        """Of all steps and offsets of a matrix of this shape."""
+        down, across = self.blocks().count(shape)
+        return down * across * (self.stored.bits + (0 if self.mode == "symmetric" else 32)) + self.stored.common
 
     def blocks(self, transposed: bool = False) -> Blocks:
         """Who shares a step in a matrix; its columns are the rows if it lies on its side."""

@@ -52,6 +52,10 @@ class Transform:
         """Whether what is mixed depends on the levels that come after, on a scale of that mode."""
         return False
 
+    def bits_stored(self, rows: int) -> int:
+        """Of what undoing it needs for so many rows, beside the seed."""
+        return 0
+
     def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
         """The matrix that is rounded, and how to undo the transform."""
         raise NotImplementedError
@@ -92,6 +96,10 @@ class OverRows(Transform):
     def mixes_rows(self) -> bool:
         """True."""
         return True
+
+    def bits_stored(self, rows: int) -> int:
+        """Offset, inverse scale and place of every row, 32 bits each."""
+        return 3 * 32 * rows
 
     def sees_levels(self, mode: str) -> bool:
         """Exact variances depend on them; bounds do not where steps are in proportion to ranges."""
@@ -203,6 +211,10 @@ class Rotated(Transform):
     def mixes_rows(self) -> bool:
         """Whether the transform over rows does."""
         return self.rows.mixes_rows
+
+    def bits_stored(self, rows: int) -> int:
+        """The transform over rows'; the rotation's signs come from the seed."""
+        return self.rows.bits_stored(rows)
 
     def sees_levels(self, mode: str) -> bool:
         """Whether the transform over rows does."""

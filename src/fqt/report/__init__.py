@@ -3,6 +3,7 @@
 Reads records and nothing else; nothing but the CLI imports it.
 """
 
+from fqt.report.catalog import catalog_figure, catalog_markdown, catalog_table
 from fqt.report.certificate import certificate_table
 from fqt.report.collect import collect
 from fqt.report.diagnosis import diagnosis_tables, plan_table
@@ -14,6 +15,9 @@ from fqt.report.tables import markdown, rich_table, terminal_table
 __all__ = [
     "Row",
     "Spread",
+    "catalog_figure",
+    "catalog_markdown",
+    "catalog_table",
     "certificate_table",
     "collect",
     "comparison_figure",

@@ -3,6 +3,7 @@
 Every quantity here is an estimator; its docstring says of what, with what bias and what standard error.
 """
 
+from fqt.stats.catalog import catalog_record, certified
 from fqt.stats.certification import Certificate, certify
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis, Noise, diagnose
@@ -25,6 +26,8 @@ __all__ = [
     "Noise",
     "Operand",
     "Plan",
+    "catalog_record",
+    "certified",
     "certify",
     "diagnose",
     "diagnosis_from",

@@ -51,7 +51,9 @@ def _value_range(x: Entries, blocks: Blocks) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
-@ops.parameters.on(BACKEND, when=lambda lo, hi, mode, steps: takes(lo, hi) and lo.shape == hi.shape)
+@ops.parameters.on(
+    BACKEND, when=lambda lo, hi, mode, steps: takes(lo, hi) and lo.shape == hi.shape and steps < 2**31
+)
 def _parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
     lo, hi = lo.contiguous(), hi.contiguous()
     if steps < 1:
@@ -167,7 +169,7 @@ class _Work:
 def _takes_quantize(
     x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None = None
 ) -> bool:
-    fits = blocks.plain and _takes_levels(coding.levels) and x.matrix.numel() > 0
+    fits = blocks.plain and _takes_levels(coding.levels) and coding.store == "float32" and x.matrix.numel() > 0
     return fits and takes_entries(x) and takes(integers=seed) and (seed is not None or not coding.rounding.draws)
 
 

@@ -30,9 +30,10 @@ class Sample:
         error: (M, n) float64, estimate − x.
         width: (n,) float64, how far each entry's error moves.
         still: (n,) bool, where noise is drawn but nothing was seen to move in the whole row.
-        unit: (M, n) float64, the errors whose dependence is tested: of a `Quantizer`, in steps and before the
+        unit: (M, n) float64, the errors whose dependence is tested: of a `Quantizer`, in gaps and before the
             inverse transform; of a function, the same as `error` over the row's spread.
-        law: the declared variance of `unit`, (M, n) or (M, 1); None for a function.
+        law: the declared variance of `unit`, (M, n) or (M, 1); None for a function, and for rounding that corrects
+            steps after the codes, which declares none of an entry alone.
         clipped: whether a value lay outside the codes' range; None for a function.
         overlong: whether an error exceeded what the rounding allows; None for a function.
         distinct: how many of the M draws count as independent; fewer than M where seeds repeat draws.
@@ -138,25 +139,21 @@ def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], determinis
     for i, seed in enumerate(seeds):
         y[i], quantized = q.rounded(x, seed)
         estimate[i], decoded[i] = quantized.dequantize(), quantized.decode()
-        step[i], offset[i] = quantized.scales.step, quantized.matrix_scales.offset
+        step[i], offset[i] = quantized.matrix_scales.spread((x.shape[0], x.shape[1]))
         # "best" has zeros for dither where it took the stochastic candidate.
         dithered[i] = quantized.matrix_dither is not None and bool(quantized.matrix_dither.any())
-    rounding = _rounding_errors(q, y, decoded, step, offset, dithered)
     error = (estimate - x.double()).flatten(1)
-    return Sample(
-        given,
-        error,
-        *_width(error, x.double(), deterministic),
-        rounding.error.flatten(1),
-        rounding.variance.flatten(1),
-        rounding.clipped,
-        rounding.overlong,
-        m,
-    )
+    width = _width(error, x.double(), deterministic)
+    rounding = _rounding_errors(q, y, decoded, step, offset, dithered)
+    unit = rounding.error.flatten(1)
+    if q.coding.rounding.settles:
+        return Sample(given, error, *width, unit, None, None, None, m)
+    law = rounding.variance.flatten(1)
+    return Sample(given, error, *width, unit, law, rounding.clipped, rounding.overlong, m)
 
 
 class _Rounding(NamedTuple):
-    """Errors in steps and their declared variance, (M, N, D), and two things that must not happen."""
+    """Errors in gaps between levels and their declared variance, (M, N, D), and two things that must not happen."""
 
     error: Tensor
     variance: Tensor
@@ -169,21 +166,22 @@ def _rounding_errors(
 ) -> _Rounding:
     """What rounding `y` to `decoded` did; all (M, N, D), `dithered` (M, 1, 1).
 
-    The declared variance is p(1 − p), p the fractional part of the position, or 1/12 when dithered; in constant
-    groups, which have no step, errors and variance are zero. Clipped: a position outside the codes' range (dither,
-    which is part of the offset, hides the position: there the error's length must tell). Overlong: an error of
-    more than a step, or half a step if dithered or nearest. Both allow for what float32 may add.
+    Errors are in gaps of the two levels beside them, one step where levels are one apart. Their declared variance
+    is p(1 − p), p the position between these two, or 1/12 when dithered; in constant groups, which have no step,
+    errors and variance are zero. Clipped: a position outside the codes' range (dither, which is part of the offset,
+    hides the position: there the error's length must tell). Overlong: an error of more than a gap, or half a gap if
+    dithered or nearest. Both allow for what float32 may add.
     """
     moving = step > 0
     step = torch.where(moving, step, 1.0)
     error = torch.where(moving, (decoded - y) / step, 0.0)
     # Last bits: of the offset and the value against the step.
     slack = 1e-4 + 1e-6 * torch.maximum(offset.abs(), y.abs()) / step
+    levels, position = q.grid.levels(q.scale.mode), (y - offset) / step
+    _, fraction, gap = levels.split(position)
     limit = torch.where(dithered, 0.5, 1.0 if q.draws else 0.5)
+    error = error / gap
     overlong = moving & (error.abs() > limit + slack)
-    position = (y - offset) / step
-    fraction = position - position.floor()
     variance = torch.where(dithered, 1 / 12, fraction * (1 - fraction)) * moving
-    levels = q.grid.levels(q.scale.mode)
     outside = moving & ~dithered & ((position > levels.high + slack) | (position < levels.low - slack))
     return _Rounding(error, variance, bool(outside.any()), bool(overlong.any()))

@@ -1,0 +1,73 @@
+"""The catalog measured: what each method's noise is on the gradient matrices that ship with the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from fqt.quant.catalog import METHODS, method_of, quantizer
+from fqt.quant.examples import FAMILIES, gradients
+from fqt.quant.quantizer import Quantizer
+from fqt.stats.certification import certify
+
+__all__ = ["STORED_SHAPE", "catalog_record", "catalog_row", "certified", "mean_ratio"]
+
+STORED_SHAPE = (1024, 1024)
+DRAWS = 4  # of random signs, whose average is taken
+
+
+def catalog_row(name: str, families: dict[str, dict[str, Tensor]] | None = None) -> dict[str, Any]:
+    """One row of the table: what is known of a quantizer, and its variance over `psq`'s of the same width.
+
+    `psq`'s width is the one in the name: for a method with two codes per entry that is the width of one.
+
+    Args:
+        name: of a quantizer.
+        families: the matrices, as `gradients` gives them; None reads those of the package.
+    """
+    method, q = method_of(name), quantizer(name)
+    bits = method.bits_of(name)
+    families = families or {family: gradients(family) for family in FAMILIES}
+    plain = f"psq{bits}"
+    return {
+        "name": name,
+        "title": method.title,
+        "paper": method.paper.name,
+        "arxiv": method.paper.arxiv,
+        "year": method.paper.year,
+        "what": method.what,
+        "rounding": q.rounding_name,
+        "stored": q.bits_stored(STORED_SHAPE) / math.prod(STORED_SHAPE),
+        "bias": method.bias,
+        "product": method.product,
+        "width": bits,
+        "variance": {family: mean_ratio(name, plain, found.values()) for family, found in families.items()},
+    }
+
+
+def catalog_record() -> dict[str, Any]:
+    """All rows, measured now."""
+    families = {family: gradients(family) for family in FAMILIES}
+    rows = [catalog_row(name, families) for method in METHODS.values() for name in method.shown]
+    return {"matrices": {family: len(found) for family, found in families.items()}, "rows": rows}
+
+
+def mean_ratio(name: str, other: str, matrices: Iterable[Tensor]) -> float:
+    """Geometric mean over matrices of one quantizer's variance over another's, each the mean of DRAWS seeds'."""
+    ratios = [math.log(_variance(quantizer(name), x) / _variance(quantizer(other), x)) for x in matrices]
+    return math.exp(sum(ratios) / len(ratios))
+
+
+def _variance(q: Quantizer, x: Tensor) -> float:
+    seeds = range(DRAWS if q.transform != METHODS["psq"].transform else 1)
+    return sum(float(q.variance(x, seed)) for seed in seeds) / len(seeds)
+
+
+def certified(name: str, draws: int = 1024) -> dict[str, Any]:
+    """What `certify` says of a name, in short."""
+    found = certify(name, draws=draws)
+    convicted = sorted({f.test for tests in found.convicted.values() for f in tests})
+    return {"verdict": found.verdict, "draws": found.draws, "seed": found.seed, "failed": convicted}
