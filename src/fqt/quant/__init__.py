@@ -10,6 +10,7 @@ from fqt.quant.catalog import Method as Method
 from fqt.quant.catalog import quantizer as quantizer
 from fqt.quant.catalog import quantizer_name as quantizer_name
 from fqt.quant.grid import Floats as Floats
+from fqt.quant.grid import Grid as Grid
 from fqt.quant.grid import Integers as Integers
 from fqt.quant.grid import Logarithmic as Logarithmic
 from fqt.quant.grid import Pairs as Pairs
