@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqt.kernels import native, ops, reference
+from fqt.kernels import ops, reference
+from fqt.kernels.codes import Findings
+from fqt.kernels.cpu import library
 
 SHAPES = [(1, 1), (5, 3), (300, 40), (7, 5000), (64, 1030), (0, 4), (4, 0)]
 
@@ -22,13 +24,15 @@ def operands(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tupl
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equal_to_the_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, factor, weight = operands(shape, dtype)
-    truth, sums = reference.scaled_rows(x, factor, weight)
-    found, mine = ops.scaled_rows(x, factor, weight)
+    truth, sums, known = reference.scaled_rows(x, factor, weight, Findings())
+    assert known == Findings()
+    found, mine, known = ops.scaled_rows(x, factor, weight, Findings())
+    assert known == Findings()
     assert torch.equal(found, truth)
     assert sums is not None
     assert mine is not None
     torch.testing.assert_close(mine, sums, rtol=1e-12, atol=1e-12)
-    found, none = ops.scaled_rows(x, factor, None)
+    found, none, _ = ops.scaled_rows(x, factor, None, Findings())
     assert torch.equal(found, truth)
     assert none is None
 
@@ -39,18 +43,17 @@ def test_sums_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(ops.scaled_rows(x, factor, weight)[1])
+            found.append(ops.scaled_rows(x, factor, weight, Findings())[1])
     finally:
         torch.set_num_threads(had)
     assert all(torch.equal(sums, found[0]) for sums in found)
 
 
-@pytest.mark.skipif(native.status().level == "reference", reason="the reference finds nothing on the way")
+@pytest.mark.skipif(library.status().level == "reference", reason="the reference finds nothing on the way")
 @pytest.mark.parametrize("period", [40, 8])
 def test_sums_over_all_but_the_last_axis(period: int) -> None:
     x, factor, weight = operands((300, 40))
-    findings = ops.Findings(period)
-    ops.scaled_rows(x, factor, weight, findings)
+    findings = ops.scaled_rows(x, factor, weight, Findings(channels=period))[2]
     assert findings.sums is not None
     torch.testing.assert_close(findings.sums, x.double().view(-1, period).sum(0), rtol=1e-12, atol=1e-12)
 
@@ -59,4 +62,4 @@ def test_what_does_not_fit() -> None:
     x, factor, weight = operands((5, 3))
     for wrong in ((factor[:4], weight), (factor, weight[:4])):
         with pytest.raises((ValueError, RuntimeError)):
-            ops.scaled_rows(x, *wrong)
+            ops.scaled_rows(x, *wrong, Findings())

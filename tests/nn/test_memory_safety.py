@@ -11,7 +11,7 @@ import sys
 _SCRIPT = """
 import fqt, itertools, torch
 from torch import nn
-from fqt.nn.linear_map import ConvMap
+from fqt.kernels.linear_map import ConvMap
 torch.manual_seed(0)
 checked = 0
 for channels, outputs, strides, out, samples, transposed in itertools.product(

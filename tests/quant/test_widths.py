@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import fqt
+from fqt.quant import Integers
+from fqt.quant.catalog import rounded
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 NAMES = ("ptq8", "ptq4d", "psq8", "psq3x", "bhq4", "bhq4d", "shq4", "shq4d", "shq3x")
@@ -53,13 +55,10 @@ def test_widths_share_only_what_they_have_in_common(transform: type, mode: str, 
     for guard in (True,) if identity else (True, False, "exact"):
         if guard == "exact" and rounding == "best":
             continue
-        q = fqt.Quantizer(
-            transform=transform() if identity else transform(guard=guard),
-            scale=fqt.quant.Scale("row", mode),
-            rounding=rounding,
-        )
+        chosen = transform() if identity else transform(guard=guard)
+        q = rounded(chosen, fqt.quant.Scale("row", mode), Integers(8), rounding)
         for x in matrices:
-            expected = torch.stack([replace(q, grid=Integers(bits)).variance(x, 5) for bits in WIDTHS])
+            expected = torch.stack([q.with_bits(bits).variance(x, 5) for bits in WIDTHS])
             torch.testing.assert_close(q.variances(x, WIDTHS, seed=5)[0], expected, rtol=1e-9, atol=0)
 
 

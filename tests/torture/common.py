@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from unittest import mock
+from collections.abc import Callable
 
-from fqt.kernels import native
-
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """Everything inside runs without the native kernels."""
-    status = native.Status("reference", "a fuzzer compares with them")
-    with mock.patch.object(native, "_loaded", return_value=(None, status)):
-        yield
+from fqt.kernels.cpu import library
 
 
 def fuzz(case: Callable[[int], str], cases: int, seed: int) -> dict:
@@ -39,7 +29,7 @@ def fuzz(case: Callable[[int], str], cases: int, seed: int) -> dict:
         if wrong:
             failures.append(f"seed {number}: {wrong}")
             print(failures[-1], flush=True)
-    return {"cases": cases, "level": native.status().level, "failures": failures}
+    return {"cases": cases, "level": library.status().level, "failures": failures}
 
 
 def command(main: Callable[[int, int], dict], cases: int) -> None:

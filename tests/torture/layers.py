@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import fqt
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-from torture.common import command, fuzz, plain_torch
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.backends import reference_only
+from tests.torture.common import command, fuzz
 
 GRADIENTS = ("ptq", "psq", "bhq", "shq")
 
@@ -77,7 +78,7 @@ def check(seed: int) -> str:
         return ""  # a kernel that does not fit
     fqt.quantize_(module, words)
     fast = run(module, x, autocast, seed)
-    with plain_torch():
+    with reference_only():
         slow = run(module, x, autocast, seed)
     for name, one, other in zip(("output", "input.grad", "weight.grad", "bias.grad"), fast, slow, strict=False):
         if one.shape != other.shape or one.dtype != other.dtype:

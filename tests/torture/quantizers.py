@@ -15,10 +15,12 @@ from torch import Tensor
 
 import fqt
 from fqt.quant import BlockHouseholder, Identity, Integers, QuantizedTensor, Quantizer, Scale, ScaledHadamard
+from fqt.quant.catalog import rounded
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-from torture.common import command, fuzz, plain_torch
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.backends import reference_only
+from tests.torture.common import command, fuzz
 
 KINDS = ("zeros", "constant", "denormal", "huge", "one_hot", "sparse", "lognormal", "gaussian", "mixed", "nan")
 
@@ -51,7 +53,7 @@ def member(r: random.Random) -> Quantizer:
             transform = r.choice([Identity(), Identity(), BlockHouseholder(guard), ScaledHadamard(guard, block)])
             scale = Scale(r.choice(["tensor", "row", "row", "column"]), r.choice(["affine", "zero", "symmetric"]))
             rounding = r.choice(["nearest", "stochastic", "dithered", "best"])
-            return Quantizer(transform=transform, scale=scale, grid=Integers(r.randint(2, 8)), rounding=rounding)
+            return rounded(transform, scale, Integers(r.randint(2, 8)), rounding)
         except fqt.FqtError:
             continue
 
@@ -97,7 +99,7 @@ def check(seed: int) -> str:
         return q.quantize(x, seed, axis=axis, nonfinite="propagate", factor=factor)
 
     fast = quantized()
-    with plain_torch():
+    with reference_only():
         slow = quantized()
     wrong = _differs(fast, slow)
     last = q.grid.symmetric_steps if q.scale.mode == "symmetric" else q.grid.affine_steps
@@ -111,7 +113,7 @@ def check(seed: int) -> str:
         if not out.isfinite().all():
             wrong = wrong or "an infinite result of finite values"
         variance, bound = q.variance(x, seed, axis=axis), q.variance_bound(x, seed, axis=axis)
-        with plain_torch():
+        with reference_only():
             other = q.variance(x, seed, axis=axis)
         if not variance <= bound * (1 + 1e-6):
             wrong = wrong or f"variance {float(variance)} above its bound {float(bound)}"

@@ -153,7 +153,8 @@ class _RowWork:
 def _replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
     source, _alive = source_of(x)
     keep = keep.contiguous()
-    call("fqt_replace_rows", y.data_ptr(), *y.shape, per_row(keep, len(y), torch.bool), ctypes.addressof(source))
+    target = expect("y", y, x.shape)
+    call("fqt_replace_rows", target, *y.shape, per_row(keep, len(y), torch.bool), ctypes.addressof(source))
     return y
 
 

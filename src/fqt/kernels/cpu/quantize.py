@@ -147,6 +147,8 @@ class _Work:
     def run(self, coding: Coding, rounding: int, seed: Tensor | None) -> Quantized:
         """Calls the kernel."""
         x, levels = self._x, coding.levels
+        if not x.matrix.numel():
+            raise ValueError(f"no steps of nothing: values of shape {tuple(x.shape)}")
         source, _alive = source_of(x.matrix, x.factor)
         key, dithered = key_of(seed, coding.rounding), ctypes.c_int32()
         how = (_BLOCKS[self._blocks], _MODES[coding.mode], levels.high, levels.low, levels.high, rounding, key)
