@@ -7,13 +7,8 @@ from typing import TypeVar
 
 import pytest
 import torch
-from fqt.kernels.native_products import Conv
-from fqt.kernels.native_quantized import Operand
 from torch import Tensor
 
-<<<<<<< ours
-from fqt.kernels import mixed, native, native_quantized
-=======
 from fqt import quantizer
 from fqt.kernels import choice, ops
 from fqt.kernels.codes import ROW, TENSOR, Blocks, Entries, Findings, Levels, Scales
@@ -21,7 +16,6 @@ from fqt.kernels.cpu import library, quantized
 from fqt.kernels.cpu.products import Conv
 from fqt.kernels.cpu.quantized import Fold, Operand
 from fqt.kernels.op import Op
->>>>>>> theirs
 from fqt.kernels.reference import Scaling, Unscaling
 from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC, Coding, Rounding
 
