@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fqt.nn.fold import Split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fqt
+from fqt.kernels.fold import Split
 from fqt.kernels.linear_map import LinearMap, rows
-from fqt.nn.convert import QUANTIZED
+from fqt.nn.forms import QUANTIZED
 from fqt.nn.layers import linear_map
 from fqt.quant import Integers, Quantizer, Scale
 from fqt.records import environment, write_json

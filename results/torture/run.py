@@ -2,8 +2,9 @@
 
     python results/torture/run.py [--fraction 0.01] [--seed 0] [--only kills,files] [--out RECORD]
 
-A part is a script beside this one with ``main(cases, seed) -> dict``, which says what was run, how many cases there
-were, and under "failures" what was wrong, with the seed that shows it again. The status is 1 if anything was.
+A part is a script beside this one, or a fuzzer of tests/torture, with ``main(cases, seed) -> dict``, which says
+what was run, how many cases there were, and under "failures" what was wrong, with the seed that shows it again. The
+status is 1 if anything was.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fqt.records import environment, write_json
 
 HERE = Path(__file__).resolve().parent
+# They are in tests/torture, imported as `tests.torture.…` from the root of the repository.
+FUZZERS = ("quantizers", "layers")
 CASES = {"kills": 200, "files": 1000, "growth": 10_000, "quantizers": 100_000, "layers": 10_000}
 # In this order: kills and damaged files are read by forks of this process, which must not have computed anything.
 
@@ -34,7 +37,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(CASES), help="parts, separated by commas")
     parser.add_argument("--out", type=Path, default=HERE / "record.json")
     options = parser.parse_args()
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
     record: dict[str, Any] = {
         "format": "fqt torture 1",
         "environment": environment([Path(__file__).name, *sys.argv[1:]]),
@@ -58,7 +61,7 @@ def _part(name: str, options: argparse.Namespace, bars: Progress, console: Conso
     task = bars.add_task(name, total=cases)
     if not console.is_terminal:
         console.print(f"{name}: {cases} cases", highlight=False)
-    part = importlib.import_module(name).main
+    part = importlib.import_module(f"tests.torture.{name}" if name in FUZZERS else name).main
     more: dict[str, Any] = {}
     if "progress" in inspect.signature(part).parameters:  # a part that says how far it is
         more["progress"] = lambda done: bars.update(task, completed=done)
