@@ -72,8 +72,8 @@ def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: str) -> Qu
 
     Args:
         transform, scale, grid: as `Quantizer` takes them.
-        rounding: as `Quantizer` takes it; or "best": of stochastic rounding on this scale and on the affine one, and
-            dithered rounding on that, whichever has the least exact variance.
+        rounding: as `Quantizer` takes it; or "best": of stochastic rounding on this scale and on the affine one,
+            and dithered rounding on that, whichever has the least exact variance.
     """
     if rounding != "best":
         return Quantizer(transform=transform, scale=scale, grid=grid, rounding=rounding)

@@ -88,7 +88,7 @@ class Fold(Structure):
         return result
 
     def fit(self, steps: int, taps: int, channels: int) -> int:
-        """The address, if there are as many centres as the input has steps, and a share for every tap and channel."""
+        """The address, if there are a centre per step of the input, and a share for every tap and channel."""
         centres, shares = self.sizes
         if centres not in (None, steps) or shares not in (None, taps * channels):
             raise ValueError(
