@@ -1,0 +1,30 @@
+"""What the documentation shows runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_examples_of_adding_a_quantizer(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "add-a-quantizer.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    namespace: dict = {"__name__": "documentation"}
+    for block in blocks:
+        exec(block, namespace)
+    printed = capsys.readouterr().out
+    assert "simulated" in printed
+    assert printed.rstrip().endswith("exact")
+    for file in re.findall(r"`((?:quant|kernels|nn)/\w+\.py)`", text):
+        assert (DOCS.parent / "src" / "fqt" / file).is_file()
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
