@@ -1,4 +1,4 @@
-"""The code of the documents runs as it stands there."""
+"""What the documentation shows runs as it stands there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("name", ["add-a-quantizer.md"])
-def test_the_code_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert blocks
-    room: dict = {"__name__": name}
+def test_the_examples_of_adding_a_quantizer(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "add-a-quantizer.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    namespace: dict = {"__name__": "documentation"}
     for block in blocks:
-        exec(compile(block, name, "exec"), room)
-    assert "grad_input" in capsys.readouterr().out
+        exec(block, namespace)
+    printed = capsys.readouterr().out
+    assert "simulated" in printed
+    assert printed.rstrip().endswith("exact")
+    for file in re.findall(r"`((?:quant|kernels|nn)/\w+\.py)`", text):
+        assert (DOCS.parent / "src" / "fqt" / file).is_file()
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from torch import nn
 
-from fqt import FqtError, Quantizer, Recipe, Rule, quantizer
+from fqt import FqtError, Quantizer, Recipe, Rule, quantize_, quantizer
 from fqt.nn import dump_recipe, load_recipe
 from fqt.quant import METHODS as CATALOG
 from fqt.quant import (
@@ -23,7 +24,7 @@ from fqt.quant import (
     ScaledHadamard,
 )
 from fqt.quant.catalog import rounded
-from fqt.quant.grid import E5M2
+from fqt.quant.grid import E5M2, Grid
 
 METHODS = ("ptq", "psq", "bhq", "shq")
 AXES = ("", "@sample", "@token", "@channel")
@@ -181,3 +182,21 @@ def test_by_hand(tmp_path: Path) -> None:
     )
     assert (recipe.weight, recipe.fold, recipe.grad_weight) == (None, base.fold, base.grad_weight)
     assert recipe.rules == (Rule("first", Recipe(input=None, weight="ptq4")),)
+
+
+class Own(Integers):
+    """A grid of somebody's own."""
+
+    @property
+    def words(self) -> dict:
+        return Grid.words.fget(self)  # type: ignore[attr-defined]
+
+
+def test_a_grid_that_no_table_knows_is_written_and_refused_by_name() -> None:
+    """So that its layers' weights can be saved, and whoever loads them is told."""
+    recipe = Recipe(grad_input=Quantizer(grid=Own(4)))
+    layer = quantize_(nn.Linear(3, 2), recipe)
+    assert layer.state_dict()["weight"].shape == (2, 3)
+    with pytest.raises(FqtError, match="unknown grid 'Own") as error:
+        load_recipe(dump_recipe(recipe))
+    assert "\n" not in str(error.value)

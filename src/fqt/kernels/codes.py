@@ -123,7 +123,8 @@ class Levels:
         mantissa: None if every integer between is one. Else those that a float with so many bits after its leading
             one holds: every integer up to 2^(mantissa + 1), then twice as far apart with every power of two.
         table: instead of either, the magnitudes themselves, from 0 to `high` and mirrored: float32 numbers, above 0
-            each at most twice the one before, so that their differences are exact.
+            each at most twice the one before, so that their differences are exact. Integers that fit a byte are
+            multiplied as such.
     """
 
     low: int
@@ -139,7 +140,7 @@ class Levels:
     @property
     def dtype(self) -> torch.dtype:
         """Of the codes: a byte where they fit one; else float32, which holds each of them exactly."""
-        if self.table is not None:
+        if self.table is not None and any(level % 1 for level in self.table):
             return torch.float32
         if self.low >= 0 and self.high <= 255:
             return torch.uint8

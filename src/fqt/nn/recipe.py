@@ -342,7 +342,7 @@ def _dump_operand(operand: str, value: Quantizer | None) -> Any:
             return name
     rotated = value.transform if isinstance(value.transform, Rotated) else None
     inner = value.transform if rotated is None else rotated.rows
-    transform = next(k for k, cls in _TRANSFORMS.items() if type(inner) is cls)
+    transform = next((k for k, cls in _TRANSFORMS.items() if type(inner) is cls), type(inner).__name__)
     table = {"transform": transform, **{f.name: getattr(inner, f.name) for f in fields(inner)}}
     if rotated is not None:
         table["rotate"] = rotated.block

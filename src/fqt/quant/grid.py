@@ -45,8 +45,8 @@ class Grid:
 
     @property
     def words(self) -> dict[str, Any]:
-        """As a recipe's table has it: what `grid_from` reads."""
-        raise FqtError(f"{self} has no words in a recipe's table")
+        """As a recipe's table has it: what `grid_from` reads, or refuses of a grid that it does not know."""
+        return {"grid": repr(self)}
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,8 @@ class Floats(Grid):
     def words(self) -> dict[str, Any]:
         """ "e2m1" and the like."""
         name = f"e{self.exponent}m{self.mantissa}"
-        if _FLOATS.get(name, Floats(self.exponent, self.mantissa)) != self:
-            raise FqtError(f"{self} has no words in a recipe's table: they know {name} as {_FLOATS[name]}")
-        return {"grid": name}
+        known = _FLOATS.get(name, Floats(self.exponent, self.mantissa))
+        return {"grid": name if known == self else repr(self)}
 
 
 @dataclass(frozen=True)
