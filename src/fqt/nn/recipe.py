@@ -24,7 +24,7 @@ from fqt.quant.catalog import METHODS, known_names, quantizer, quantizer_name, r
 from fqt.quant.grid import Integers
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import Scale
-from fqt.quant.transform import BlockHouseholder, Identity, ScaledHadamard, Transform
+from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
 from fqt.records import read_toml
 
 OPERANDS = ("input", "weight", "grad_input", "grad_weight")
@@ -198,7 +198,7 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 
     The mapping's keys are the fields of `Recipe`, and `base`, the name of the recipe to start from. An operand
     is a name ("psq8@channel", "none") or a table with the words of `Quantizer`: transform ("none",
-    "householder", "hadamard"), guard, group, mode, axis, bits, rounding. `rules` is a list of tables with
+    "householder", "hadamard"), guard, rotate, group, mode, axis, bits, rounding. `rules` is a list of tables with
     `pattern` and `recipe`.
 
     Raises:
@@ -265,6 +265,7 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
     words = {
         "transform": {"transform"},
         "options": {"guard", "small_rows", "block"},
+        "features": {"rotate"},
         "scale": {"group", "mode", "axis"},
         "grid": {"bits"},
         "rounding": {"rounding"},
@@ -275,11 +276,25 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
         raise FqtError(f"unknown transform {name!r}; known: {', '.join(_TRANSFORMS)}")
     options = {k: table[k] for k in words["options"] if k in table}
     _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
+    transform = _TRANSFORMS[name](**options)
     return rounded(
-        _TRANSFORMS[name](**options),
+        Rotated(transform, table["rotate"]) if "rotate" in table else transform,
         Scale(**{k: table[k] for k in words["scale"] if k in table}),
         Integers(table.get("bits", 8)),
         table.get("rounding", "stochastic"),
+    )
+
+
+def _transform_words(transform: Transform) -> dict[str, Any] | None:
+    """What `_quantizer_from` builds it from; None if there are no words for it."""
+    if type(transform) is Rotated:
+        rows = _transform_words(transform.rows)
+        return None if rows is None else {**rows, "rotate": transform.block}
+    name = next((name for name, kind in _TRANSFORMS.items() if type(transform) is kind), None)
+    return (
+        None
+        if name is None
+        else {"transform": name, **{f.name: getattr(transform, f.name) for f in fields(transform)}}
     )
 
 
@@ -302,7 +317,7 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _text(recipe: Recipe) -> str:
     operands = [(operand, recipe.operand(operand)) for operand in OPERANDS]
-    if any(q is not None and type(q.transform) not in _TRANSFORMS.values() for _, q in operands):
+    if any(q is not None and _transform_words(q.transform) is None for _, q in operands):
         return ""
     words = [f'"{operand}":{_operand_text(operand, q)}' for operand, q in operands]
     return "{" + ",".join([*words, f'"fold":"{recipe.fold}"']) + "}"
@@ -322,9 +337,10 @@ def _dump_operand(operand: str, value: Quantizer | None) -> Any:
     name = quantizer_name(plain)
     if name is not None and _named_operand(operand, name) == value:
         return name
-    transform = next(k for k, cls in _TRANSFORMS.items() if type(value.transform) is cls)
-    options = {f.name: getattr(value.transform, f.name) for f in fields(value.transform)}
+    words = _transform_words(value.transform)
+    if words is None:
+        raise FqtError(f"{operand}: no word stands for the transform {type(value.transform).__name__}")
     scale = {"group": value.scale.group, "mode": value.scale.mode}
     if value.scale.axis:
         scale["axis"] = value.scale.axis
-    return {"transform": transform, **options, **scale, "bits": value.bits, "rounding": value.rounding_name}
+    return {**words, **scale, "bits": value.bits, "rounding": value.rounding_name}
