@@ -22,7 +22,7 @@ from fqt.quant import ScaledHadamard
 
 from .cases import FORWARD, gradients
 
-RECIPES = ["none", "qat", "default", "bhq3", "shq4d", "psq2x", *FORWARD.values()]
+RECIPES = ["none", "qat", "default", "bhq3", "shq4d", "thq4d", "psq2x", *FORWARD.values()]
 
 
 def net() -> nn.Sequential:

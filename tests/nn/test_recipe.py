@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fqt import FqtError, Recipe, Rule, quantizer
-from fqt.nn import load_recipe
-from fqt.quant import Integers, Quantizer, Scale, ScaledHadamard
+from fqt.nn import dump_recipe, load_recipe
+from fqt.quant import Integers, Quantizer, Rotated, Scale, ScaledHadamard
 
 from .cases import q
 
@@ -147,6 +147,25 @@ def test_files(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(FqtError, match="cannot read"):
         load_recipe(tmp_path)
+
+
+def test_rotated_features_in_words(tmp_path: Path) -> None:
+    own = Quantizer(
+        transform=Rotated(ScaledHadamard(block=8), block=16), scale=Scale("row", "zero"), grid=Integers(5)
+    )
+    for recipe in (
+        load_recipe("thq4d"),
+        Recipe(grad_input=own),
+        Recipe(grad_weight=Quantizer(transform=Rotated(), grid=Integers(4))),
+    ):
+        assert load_recipe(dump_recipe(recipe)) == Recipe.of_text(recipe.text) == recipe
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'grad_input = { transform = "hadamard", block = 8, rotate = 16, mode = "zero", group = "row", bits = 5 }'
+    )
+    assert load_recipe(path) == Recipe(grad_input=own)
+    with pytest.raises(FqtError, match="power of two"):
+        load_recipe({"grad_input": {"rotate": 3}})
 
 
 def test_a_quantizer_of_ones_own_is_an_operand() -> None:

@@ -87,6 +87,18 @@ def test_names_and_rules(name: str) -> None:
     assert {p.arithmetic for p in fqt.explain(model).products} == {"float"}
 
 
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_ran_and_the_recipe_are_those_of_the_model_inside(name: str) -> None:
+    plain, model = (fqt.quantize_(wrap(net()), HALF) for wrap in (lambda m: m, WRAPPERS[name]))
+    explained = fqt.explain(model, BATCHES[0])
+    if name != "checkpointed":  # whose backward pass runs the forward pass again
+        assert explained.products == fqt.explain(plain, BATCHES[0]).products
+    assert {p.layer for p in explained.products} == LAYERS
+    assert not explained.never_ran
+    assert fqt.recipe_of(model) == fqt.recipe_of(plain)
+    assert {p.layer for p in fqt.explain(fqt.quantize_(net(), fqt.recipe_of(model))).products} == LAYERS
+
+
 def test_names_of_the_wrapped_model_will_do_too() -> None:
     model = compiled(net())
     fqt.quantize_(model, Recipe(grad_input="psq4", grad_weight="ptq8", rules=[Rule("_orig_mod.0", "none")]))

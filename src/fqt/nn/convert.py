@@ -92,7 +92,8 @@ def quantize_(
     selections, problems = select(model, resolved, filter_fn)
     if strict:
         problems += [
-            f"{s.name or '(model)'!r} would stay float: {s.reason}" for s in coverage.left_float(selections)
+            f"{s.name or '(model)'!r} would stay float, and no rule says 'none': {s.reason}"
+            for s in coverage.left_float(selections)
         ]
     if problems:
         raise ConversionError("cannot convert the model; nothing was changed:\n  " + "\n  ".join(problems))
@@ -149,6 +150,7 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
             selections.append(Selection(aliases[0], module, None if left else wanted, why, by_request=left))
             # A rule in another one's shadow does no harm where both say the same, of a layer with two names.
             used.update(r for r in recipe.rules if rule and r.recipe == rule.recipe and _match_any(r, aliases))
+            used.update([rule] if rule else [])  # also by a wrapper's word
         elif asked and rule is not None and rule.pattern in aliases and not _holds_convertible(module):
             problems.append(f"rule {rule.pattern!r} names a layer that cannot be converted: {reason}")
             used.add(rule)

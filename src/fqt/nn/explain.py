@@ -22,6 +22,7 @@ from fqt.nn.layers import linear_map
 from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
 from fqt.nn.stored import stored_in_configuration
 from fqt.nn.trace import OUTSIDE, LossFn, Site, Trace, trace
+from fqt.nn.wrappers import named_modules, named_tensors
 
 ARITHMETIC = ("integer", "simulated", "float", "unknown", "not run")
 _INTEGER = "both operands are integer codes"
@@ -216,19 +217,19 @@ class _Traced:
         self.floats: dict[str, list[Site]] = {}
         for site in seen.floats:
             self.floats.setdefault(site.module or "(model)", []).append(site)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        tensors = dict(named_tensors(model))
         owned = {
             id(p): layer.name
             for layer in layers
             if is_converted(layer.module)
             for p in _own_parameters(layer.module)
         }
-        self.owner = {name: owned[id(p)] for name, p in parameters.items() if id(p) in owned}
+        self.owner = {name: owned[id(t)] for name, t in tensors.items() if id(t) in owned}
         """The converted layer that a parameter belongs to, by the parameter's name."""
 
     def explanation(self) -> Explanation:
         rows: list[Product] = []
-        places = [name or "(model)" for name, _ in self.model.named_modules()]
+        places = [name or "(model)" for name, _ in named_modules(self.model)]
         for place in [*places, OUTSIDE]:
             if place in self.layers:
                 rows += self._layer(self.layers[place])

@@ -301,6 +301,19 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
     )
 
 
+def _transform_words(transform: Transform) -> dict[str, Any] | None:
+    """What `_quantizer_from` builds it from; None if there are no words for it."""
+    if type(transform) is Rotated:
+        rows = _transform_words(transform.rows)
+        return None if rows is None else {**rows, "rotate": transform.block}
+    name = next((name for name, kind in _TRANSFORMS.items() if type(transform) is kind), None)
+    return (
+        None
+        if name is None
+        else {"transform": name, **{f.name: getattr(transform, f.name) for f in fields(transform)}}
+    )
+
+
 def _only(table: Mapping[str, Any], known: set[str], what: str) -> None:
     unknown = sorted(set(table) - known)
     if unknown:
@@ -320,7 +333,7 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _text(recipe: Recipe) -> str:
     operands = [(operand, recipe.operand(operand)) for operand in OPERANDS]
-    if any(q is not None and type(q.transform) not in _TRANSFORMS.values() for _, q in operands):
+    if any(q is not None and _transform_words(q.transform) is None for _, q in operands):
         return ""
     words = [f'"{operand}":{_operand_text(operand, q)}' for operand, q in operands]
     return "{" + ",".join([*words, f'"fold":"{recipe.fold}"']) + "}"
@@ -340,12 +353,7 @@ def _dump_operand(operand: str, value: Quantizer | None) -> Any:
     for name in names:
         if name is not None and _named_operand(operand, name) == value:
             return name
-    rotated = value.transform if isinstance(value.transform, Rotated) else None
-    inner = value.transform if rotated is None else rotated.rows
-    transform = next((k for k, cls in _TRANSFORMS.items() if type(inner) is cls), type(inner).__name__)
-    table = {"transform": transform, **{f.name: getattr(inner, f.name) for f in fields(inner)}}
-    if rotated is not None:
-        table["rotate"] = rotated.block
+    table = _transform_words(value.transform) or {"transform": type(value.transform).__name__}
     group = value.scale.group
     table |= {"group": group if isinstance(group, str) else list(group), "mode": value.scale.mode}
     if value.scale.axis:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fqt.errors import FqtError, RecipeWarning
 from fqt.nn.recipe import Recipe, Rule, dump_recipe, load_recipe
+from fqt.nn.wrappers import named_modules, unwrapped
 
 KEY = "fqt_recipe"
 """Of a layer's own metadata, and of a Hugging Face configuration: the mapping of `dump_recipe`."""
@@ -62,11 +63,11 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
 
 
 def _of_model(model: nn.Module) -> Recipe:
-    found = {name: _own(module) for name, module in model.named_modules() if KEY in module.__dict__}
+    found = {name: _own(module) for name, module in named_modules(model) if KEY in module.__dict__}
     config = None if found else getattr(_configuration(model), KEY, None)
     if config is not None:
         return load_recipe(config)
-    matrices = (name for name, module in model.named_modules() if any(p.ndim > 1 for p in module.parameters(False)))
+    matrices = (name for name, module in named_modules(model) if any(p.ndim > 1 for p in module.parameters(False)))
     return _assemble(found, matrices)
 
 
@@ -199,7 +200,7 @@ def _callers_level() -> int:
 
 def _configuration(model: nn.Module) -> Any:
     """The model's configuration if it is one that is saved beside the weights, else None."""
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     saved = (getattr(config, method, None) for method in ("to_dict", "save_pretrained"))
     return config if all(map(callable, saved)) else None
 

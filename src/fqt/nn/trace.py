@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from fqt.errors import FqtError
 from fqt.nn.convert import is_converted
 from fqt.nn.witness import Count, Witness
+from fqt.nn.wrappers import named_modules, named_tensors
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 OUTSIDE = "(outside the model)"
@@ -91,7 +92,7 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise FqtError("the model has lazy layers without parameters yet: run one batch through it first")
     at_work: list[Witness] = []
-    converted = {name: module for name, module in model.named_modules() if is_converted(module)}
+    converted = {name: module for name, module in named_modules(model) if is_converted(module)}
     seen = Trace({name: Witness(at_work) for name in converted})
     watch = _Watch(model, seen, at_work)
     with ExitStack() as stack:
@@ -239,7 +240,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, seen: Trace, at_work: list[Witness]) -> None:
         super().__init__()
         self.seen, self.at_work = seen, at_work
-        self.names = {module: name for name, module in model.named_modules()}
+        self.names = {module: name for name, module in named_modules(model)}
         self.weights = _Weights(model)
         # The modules whose forward is running, each with whether it was entered in the backward pass.
         self.running: list[tuple[str, bool]] = []
@@ -318,7 +319,7 @@ class _Weights:
     def __init__(self, model: nn.Module) -> None:
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
         self._casts: dict[int, tuple[StorageWeakRef, str]] = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in named_tensors(model):
             span = _span(tensor)
             if tensor.ndim > 1 and span is not None:
                 self._spans.setdefault(span[0], []).append((*span[1:], name))

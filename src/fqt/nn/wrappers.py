@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 # By the class's own name: none of their modules has to be imported for it.
 _INSIDE = {
@@ -49,6 +49,13 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter not in seen:
                 seen.add(parameter)
                 yield (f"{prefix}.{name}" if prefix else name), parameter
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by every name they have, without the words that wrappers add."""
+    for prefix, module in _walk(model, False):
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            yield (f"{prefix}.{name}" if prefix else name), tensor
 
 
 def _walk(model: nn.Module, remove_duplicate: bool) -> Iterator[tuple[str, nn.Module]]:
