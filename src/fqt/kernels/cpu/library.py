@@ -23,7 +23,7 @@ from torch import Tensor
 from fqt.errors import FqtError
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 13  # FQT_ABI of csrc/platform.h
+_ABI = 14  # FQT_ABI of csrc/platform.h
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_reflect": (_P, _L, _L, *[_P] * 9, _I, _P, _I),
     "fqt_rotate": (_P, _L, _L, _P, _L, _P, _P, _I),
     "fqt_matmul": (_P, _I, _L, _L, _P, _I, _L, _L, _L, _L, _L, _P, _I),
+    "fqt_blocked_matmul": (_P, _L, _L, _P, _L, _P, _L, _L, _P, _L, _L, _L, _L, _L, _P, _I, _P, _I),
     "fqt_conv2d": (_P, _I, _P, _P, _I, _P, _I),
     "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
     "fqt_dense_output": (_P, _P, _P, _L, _L, _L, _L, _I, _P, _I),

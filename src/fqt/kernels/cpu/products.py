@@ -46,7 +46,7 @@ def _finishing(out: Tensor, columns: int, period: int, epilogue: tuple) -> tuple
     return result, [x for x in parts if x is not None]
 
 
-def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def as_matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """A matrix with a stride of 1, and its strides; the stride of an axis of length 1 does not matter."""
     rows, columns = x.shape
     if x.stride(1) == 1 or columns <= 1:
@@ -59,7 +59,7 @@ def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`fqt::matmul` on checked arguments."""
-    (a, a_strides), (b, b_strides) = _matrix(a), _matrix(b)
+    (a, a_strides), (b, b_strides) = as_matrix(a), as_matrix(b)
     (m, k), n = a.shape, b.shape[1]
     out = empty((m, n), dtype)
     finish, _alive = _finishing(out, n, 1, epilogue)
