@@ -65,6 +65,13 @@ inline vi dot(vi sum, vi left, vi right) {
 // A group of ones, as either operand.
 inline vi ones() { return splat(kGroup == 4 ? 0x01010101 : 0x00010001); }
 
+// A left group in every lane.
+inline vi broadcast(const Left* group) {
+  int32_t bits;
+  std::memcpy(&bits, group, 4);
+  return splat(bits);
+}
+
 // Whether the codes of a product's operands are signed.
 struct Signs {
   bool left, right;
@@ -113,12 +120,6 @@ inline void store_sums(const vi (&c)[R][V], int32_t* sums, bool add) {
       store(to, add ? c[i][v] + load<vi>(to) : c[i][v]);
     }
   }
-}
-
-inline vi broadcast(const Left* group) {
-  int32_t bits;
-  std::memcpy(&bits, group, 4);
-  return splat(bits);
 }
 
 // sums (R × V · W, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].

@@ -206,4 +206,42 @@ inline void sum_columns(const Right* panel, int64_t groups, int64_t* sums) {
   }
 }
 
+// A matrix of codes.
+struct Matrix {
+  const uint8_t* codes;
+  int64_t row_stride, column_stride;  // one of them is 1
+  bool is_signed;
+};
+
+constexpr int64_t kRun = 16;  // groups packed at a time
+
+// The right operand: panels of all k, [panel][group][kPanel][kGroup].
+inline void pack_right(const Matrix& b, int64_t n, int64_t k, int threads, Right* out) {
+  const RightReader read{b.is_signed};
+  const int64_t groups = ceil_div(k, kGroup), panels = ceil_div(n, kPanel);
+  if (b.row_stride == 1) {
+    parallel_for(panels, n * k, threads, [&](int64_t p) {
+      const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
+      pack_columns(b.codes + p * kPanel * b.column_stride, b.column_stride, columns, k, read,
+                   out + p * groups * kPanel * kGroup);
+    });
+    return;
+  }
+  // By runs of rows across all panels: a run stays in the cache, a panel of a long column would not.
+  parallel_for(ceil_div(groups, kRun), n * k, threads, [&](int64_t item) {
+    const int64_t begin = item * kRun, end = groups < begin + kRun ? groups : begin + kRun;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
+      for (int64_t g = begin; g < end; ++g) {
+        const uint8_t* row[kGroup];
+        int64_t rows = 0;
+        for (; rows < kGroup && g * kGroup + rows < k; ++rows) {
+          row[rows] = b.codes + (g * kGroup + rows) * b.row_stride + p * kPanel;
+        }
+        interleave_rows<Right>(row, rows, columns, kPanel, 0, read, out + (p * groups + g) * kPanel * kGroup);
+      }
+    }
+  });
+}
+
 }  // namespace fqt

@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from fqt.bench.cases import Case, Floor
-from fqt.bench.workloads import Layer, Quantize, image_classifier, transformer
+from fqt.bench.products import OPERANDS
+from fqt.bench.workloads import Layer, Product, Quantize, image_classifier, transformer
 
 FLOORS = (
     Floor("bf16", 1e-6, ("psq8",)),
@@ -43,7 +44,14 @@ MATRIX = Case(
     recipes=("psq8", "psq8d"),
     floors=(Floor("copy", 1e-9, ("psq8",)), Floor("copy", 1e9, ("psq8d",))),
 )
-TINY = (LINEAR, CONV, BLOCKS, IMAGES, MATRIX)
+PRODUCT = Case(
+    name="product",
+    title="product 70×64 · 64×40",
+    workload=Product(input=(70, 64), columns=40, block=16),
+    recipes=OPERANDS,
+    floors=(Floor("plain", 1e-9, OPERANDS),),
+)
+TINY = (LINEAR, CONV, BLOCKS, IMAGES, MATRIX, PRODUCT)
 
 
 class Silent:

@@ -19,6 +19,7 @@ from fqt.bench import Request, failures, markdown, read_bench, results, run, ter
 from fqt.bench import cases as registry
 from fqt.bench.contestants import Unavailable
 from fqt.bench.integers import best_product
+from fqt.bench.products import OPERANDS
 from fqt.bench.summary import Quantiles, _floor, _ratio
 from fqt.bench.timing import rounds
 from fqt.errors import FqtError
@@ -79,6 +80,9 @@ def test_results_and_floors(whole):
     assert found["matrix", "psq8", "copy"].met is True
     assert found["matrix", "psq8d", "copy"].met is False
     assert ("linear", "psq8", "psq8") not in found
+    of_product = [(recipe, measure) for case, recipe, measure in found if case == "product"]
+    assert of_product == [(recipe, "plain") for recipe in OPERANDS]
+    assert all(found["product", recipe, "plain"].met for recipe in OPERANDS)
     assert not any(case == "blocks" and measure == "psq8" for case, _, measure in found)
 
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fqt.bench.cases import CASES, MEASURES, select
 from fqt.bench.contestants import Runner, contestants
-from fqt.bench.workloads import Layer, Quantize, Step, build, count_macs
+from fqt.bench.products import BlockedProduct
+from fqt.bench.workloads import Layer, Product, Quantize, Step, build, count_macs
 from fqt.errors import FqtError
 from fqt.nn import load_recipe
 
@@ -23,7 +24,10 @@ def test_the_registry_is_consistent():
     assert len(set(names)) == len(names)
     for case in CASES:
         for recipe in case.recipes:
-            load_recipe(recipe)
+            if isinstance(case.workload, Product):
+                BlockedProduct(Product(input=(2, 32), columns=3, block=32), recipe)
+            else:
+                load_recipe(recipe)
         for floor in case.floors:
             assert floor.measure in MEASURES
             assert set(floor.recipes) <= set(case.recipes)
@@ -69,7 +73,9 @@ def test_macs_of_a_linear_layer(shape, bias):
     assert count_macs(Layer(model=lambda: nn.Linear(5, 4, bias=bias), input=shape)) == products
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not isinstance(c.workload, Quantize)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not isinstance(c.workload, Quantize | Product)], ids=lambda c: c.name
+)
 def test_macs_against_torchs_counter(case):
     """An independent count over a whole pass; products of activations are `bmm` there."""
     weights = {getattr(torch.ops.aten, op) for op in ("mm", "addmm", "convolution", "convolution_backward")}
@@ -91,7 +97,7 @@ def test_macs_of_steps():
 
 
 def test_macs_of_the_real_cases():
-    counts = {c.name: count_macs(c.workload) for c in CASES if not isinstance(c.workload, Quantize)}
+    counts = {c.name: count_macs(c.workload) for c in CASES if not isinstance(c.workload, Quantize | Product)}
     assert counts["linear-1024"] == 3 * 4096 * 1024**2
     assert counts["conv-64"] == 3 * 128 * 32 * 32 * 9 * 64**2
     assert counts["transformer"] == counts["transformer-torch"] == 4 * 3 * 12 * 768**2 * 2048

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fqt.bench.workloads import Layer, Quantize, Step, Workload, image_classifier, torch_encoder, transformer
+from fqt.bench.products import OPERANDS
+from fqt.bench.workloads import (
+    Layer,
+    Product,
+    Quantize,
+    Step,
+    Workload,
+    image_classifier,
+    torch_encoder,
+    transformer,
+)
 from fqt.errors import FqtError
 
 MEASURES = {
@@ -16,6 +26,7 @@ MEASURES = {
     "limit": ">=",  # share of the integer-product limit
     "psq8": "<=",  # time against psq8
     "copy": ">=",  # share of the rate at which memory is copied
+    "plain": ">=",  # speed of a product in blocks against the plain one
     "kept/fp32": "<=",  # bytes the layers keep for backward, against fp32
     "kept/bf16": "<=",  # the same under autocast, against bf16 autocast
 }
@@ -148,6 +159,13 @@ CASES: tuple[Case, ...] = (
         recipes=PLAIN,
         floors=(Floor("copy", 0.5, ("psq8",)), Floor("copy", 0.7, ("psq8d",))),
     ),
+    Case(
+        name="blocked",
+        title="product 4096×1024 · 1024×1024, steps by blocks of 32",
+        workload=Product(input=(4096, 1024), columns=1024, block=32),
+        recipes=OPERANDS,
+        floors=(Floor("plain", 0.7, OPERANDS),),
+    ),
 )
 
 
@@ -166,4 +184,4 @@ def select(names: Iterable[str], cases: tuple[Case, ...] = CASES) -> tuple[Case,
 
 def kind(workload: Workload) -> str:
     """One word for a record."""
-    return {Layer: "layer", Step: "step", Quantize: "quantizer"}[type(workload)]
+    return {Layer: "layer", Step: "step", Quantize: "quantizer", Product: "product"}[type(workload)]

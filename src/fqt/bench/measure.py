@@ -17,9 +17,10 @@ from fqt.bench.cases import Case, kind
 from fqt.bench.contestants import Contestant, Runner, Unavailable, contestants, noiseless, torchao_version
 from fqt.bench.integers import SHAPES, IntegerProduct, Shape, best_product
 from fqt.bench.kept import kept_bytes
+from fqt.bench.products import BlockedProduct
 from fqt.bench.quantizing import Copy, Quantization, draw_all
 from fqt.bench.verify import Verification, check_bias, check_error
-from fqt.bench.workloads import Layer, Quantize, Step, count_macs
+from fqt.bench.workloads import Layer, Product, Quantize, Step, count_macs
 from fqt.errors import FqtError
 from fqt.files import is_plain
 from fqt.records import environment, write_json
@@ -154,7 +155,9 @@ def _measure(request: Request, out: Path | None, record: dict[str, Any], observe
         }
         record["cases"].append(entry)
         recipes = request.recipes or case.recipes
-        if isinstance(case.workload, Quantize):
+        if isinstance(case.workload, Product):
+            calls = _prepare_products(case.workload, case.recipes, request, entry, observer)
+        elif isinstance(case.workload, Quantize):
             calls = _prepare_quantizer(case.workload, recipes, request, entry, observer)
         else:
             if product is None:
@@ -318,6 +321,20 @@ def _prepare_quantizer(
             row = _row(entry, recipe, "ours", recipe=recipe, bytes=quantization.bytes)
             if _verified(row, quantization.verify(request.seeds)):
                 calls[recipe] = quantization
+        observer.advance()
+    return calls
+
+
+def _prepare_products(
+    workload: Product, operands: Sequence[str], request: Request, entry: dict[str, Any], observer: Observer
+) -> Calls:
+    observer.case(entry["title"], 1 + len(operands) + request.repeats)
+    calls: Calls = {}
+    for name in (None, *operands):
+        product, known = BlockedProduct(workload, name), {} if name is None else {"recipe": name}
+        row = _row(entry, name or "plain product", "plain" if name is None else "ours", **known)
+        if _verified(row, product.verify()):
+            calls[row["name"]] = product
         observer.advance()
     return calls
 

@@ -119,7 +119,9 @@ def _ratio(case: Entry, recipe: str, measure: str) -> Quantiles | None:
         psq8 = [row for row in case["contestants"] if row.get("recipe") == "psq8"]
         layer = case["kind"] == "layer" and recipe != "psq8"
         return _paired(_fastest(ours), _fastest(psq8)) if layer else None
-    if case["kind"] == "quantizer":
+    if measure == "plain":
+        return _paired(_fastest(_group(case, "plain")), _fastest(ours))
+    if case["kind"] in ("quantizer", "product"):
         return None
     if measure == "limit":
         best, product = _fastest(ours), _fastest(_group(case, "limit"))

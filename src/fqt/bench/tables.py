@@ -16,6 +16,7 @@ _HEADINGS = {
     "limit": "of the integer limit",
     "psq8": "time / psq8",
     "copy": "of the copy rate",
+    "plain": "× plain product",
     "kept/fp32": "kept / fp32",
     "kept/bf16": "kept / bf16",
 }

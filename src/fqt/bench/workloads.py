@@ -64,7 +64,22 @@ class Quantize:
     matrices: int = 1
 
 
-Workload = Layer | Step | Quantize
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product of codes summed in blocks, beside the plain product of the same codes.
+
+    Attributes:
+        input: (M, K), the first operand; the second is (K, N).
+        columns: N.
+        block: over how many of the K terms a step is constant.
+    """
+
+    input: tuple[int, int]
+    columns: int
+    block: int
+
+
+Workload = Layer | Step | Quantize | Product
 
 
 def draw(shape: tuple[int, ...], number: int) -> Tensor:

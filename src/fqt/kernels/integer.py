@@ -16,6 +16,9 @@ folded into grad_output before it was quantized: in grad_weight s_x is 1 then, z
 codes, and the share of the offsets is added (`fqt.kernels.fold`). A transform S over grad_output's rows is undone
 on the product; where its features are rotated, so is the other operand.
 
+A Linear's operands may also be symmetric with steps per block of their matrix, along the contracted axis too: the
+product is then summed in blocks (`fqt.kernels.blocked`).
+
 These formulas are the reference; where a backend evaluates one of them at once (`fqt.kernels.cpu.fused`), it gives
 the same bits.
 """
@@ -28,7 +31,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fqt.kernels import ops
+from fqt.kernels import blocked, ops
+from fqt.kernels.blocked import Stepped
+from fqt.kernels.codes import ROW, TENSOR, Blocks
 from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.low_rank import Channels, ConvCodes, DenseCodes, row_offset
@@ -67,14 +72,17 @@ def output(
 
     Args:
         map: the linear map.
-        x: the input, laid out; one group, or one per row.
-        w: the weight, symmetric; one group, or one per output channel.
+        x: the input, laid out; one group, or one per row; or by blocks.
+        w: the weight, symmetric; one group, or one per output channel; or by blocks.
         bias: (O,) or None.
         dtype: of the result, float32 or bfloat16.
 
     Returns:
         Of the float layer's output's shape; channels-last for a convolution.
     """
+    if by_blocks(x, w):
+        bias = None if bias is None else bias.detach().float()
+        return blocked.matmul(_stepped(x), _stepped(w).T, bias, dtype).view(*x.shape[:-1], w.shape[0])
     product = _of(map)
     step, offset, weight_step = (v.flatten() for v in (x.matrix_step, x.group_offset, w.matrix_step))
     left = right = None
@@ -100,12 +108,14 @@ def grad_input(
 
     Args:
         map: the linear map.
-        g: grad_output, laid out; one group, or one per row.
+        g: grad_output, laid out; one group, or one per row; or by blocks.
         w: the weight, symmetric.
         folded: whether the weight's steps are in `g` already.
         shape: the input's.
         dtype: of the result, float32 or bfloat16.
     """
+    if by_blocks(g) or (by_blocks(w) and not folded):
+        return blocked.matmul(_stepped(g), _stepped(w, folded), None, dtype).view(shape)
     product = _of(map)
     ones, dithered = product.vectors_times_weight(g, w, shape)
     weight_step = None if folded else w.matrix_step.flatten()
@@ -134,11 +144,13 @@ def grad_weight(
 
     Args:
         map: the linear map.
-        g: grad_output, laid out; one group, or one per output channel.
-        x: the input, laid out; one group unless its steps are folded.
+        g: grad_output, laid out; one group, or one per output channel; or by blocks.
+        x: the input, laid out; one group unless its steps are folded; or by blocks.
         folded: what goes with the input's codes, if its steps are in `g` already.
         shape: the weight's.
     """
+    if by_blocks(g, x):
+        return blocked.matmul(_stepped(g).T, _stepped(x, folded is not None))
     channels = Channels.of(g)
     if isinstance(map, ConvMap) and map.groups > 1:
         # A convolution per group: no transform mixes their channels (`fqt.nn.arithmetic`).
@@ -156,6 +168,21 @@ def grad_weight(
     if share is not None:
         rows = rows + share.T @ product.tap_columns(shape, share)
     return product.weight_restored(rows, shape)
+
+
+def by_blocks(*operands: QuantizedTensor) -> bool:
+    """Whether steps are shared otherwise than by one for all or one per row."""
+
+    def blocks(q: QuantizedTensor) -> Blocks:
+        return q.scales.blocks.turned if q.view.transposed else q.scales.blocks
+
+    return any(blocks(q) not in (TENSOR, ROW) for q in operands)
+
+
+def _stepped(q: QuantizedTensor, folded: bool = False) -> Stepped:
+    """A Linear's symmetric operand, a row per token or output channel; without its steps if they are folded."""
+    codes = q.matrix_codes.view(q.shape[:-1].numel(), q.shape[-1])
+    return Stepped.plain(codes) if folded else Stepped(codes, q.matrix_step, q.scales.blocks)
 
 
 def share_by_tap(map: LinearMap, sums: Tensor, g: torch.Size, x: torch.Size, shape: torch.Size) -> Tensor:

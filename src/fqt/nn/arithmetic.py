@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import integer
+from fqt.kernels.blocked import MOST_TERMS, common_block
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn.recipe import Recipe
 from fqt.quant.quantizer import Quantizer
@@ -22,6 +23,9 @@ OPERANDS = {
     "grad_weight": ("grad_weight", "input"),
 }
 """What each product multiplies, by field of `Recipe`."""
+
+LEAST_BLOCK = 16
+"""Of the blocks along a contracted axis that are summed as integers: every length is a multiple of it."""
 
 
 def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) -> bool:
@@ -62,7 +66,8 @@ def obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
     """Why two quantized operands cannot be multiplied as integers; empty if they can.
 
     A step that varies along a contracted axis does not pull out of the sum; it can only be folded into the other
-    operand before that one is quantized.
+    operand before that one is quantized. If it is constant over blocks of the axis, it pulls out of their sums
+    (`fqt.kernels.blocked`).
     """
     name, other = OPERANDS[product]
     left, right = recipe.operand(name), recipe.operand(other)
@@ -72,12 +77,94 @@ def obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
         _unsupported(map)
         or _mixes_groups(product, map, left)
         or _rotation(product, map, left)
-        or _column(left, name)
+        or _fits_no_byte(left, name)
+        or _fits_no_byte(right, other)
+        or _steps_obstacle(product, map, recipe)
+    )
+
+
+def summed_in_blocks(product: str, map: LinearMap, recipe: Recipe) -> int:
+    """In blocks of how many terms a product without obstacle is summed; 0 for one sum."""
+    names = OPERANDS[product]
+    left, right = (recipe.operand(name) for name in names)
+    if left is None or right is None or not _by_blocks(left, right):
+        return 0
+    runs = [_run(product, map, recipe, name) for name in names]
+    return common_block(*runs) if any(runs) else 0
+
+
+def _by_blocks(*operands: Quantizer) -> bool:
+    """Whether steps are shared otherwise than by one for all or one per row."""
+    return any(q.scale.group not in ("tensor", "row") for q in operands)
+
+
+def _steps_obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
+    """Why the steps of two operands do not come out of the product's sums."""
+    name, other = OPERANDS[product]
+    left, right = recipe.operand(name), recipe.operand(other)
+    assert left is not None
+    assert right is not None
+    if isinstance(map, DenseMap) and _by_blocks(left, right):
+        return _blocks_obstacle(product, map, recipe)
+    return (
+        _column(left, name)
         or _column(right, other)
         or _contracted(product, map, left)
         or _other(product, map, recipe, right)
         or _codes(product, recipe)
     )
+
+
+def _blocks_obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
+    """Why a Linear's product is not summed in blocks."""
+    runs = []
+    for name in OPERANDS[product]:
+        q = recipe.operand(name)
+        assert q is not None
+        if any(coding.mode != "symmetric" for coding in q.codings):
+            return f"{name} has an offset, which sums in blocks do not take"
+        if q.transform.mixes_rows:
+            return f"the transform of {name} mixes rows, which sums in blocks do not undo"
+        if q.scale.row_axis == "sample":
+            return f"{_what(q)} of {name} lies across a sample's tokens: give it the axis 'token'"
+        if isinstance(q.transform, Rotated) and q.scale.row_axis == "channel":
+            return f"{name} is rotated along tokens, which sums in blocks do not undo"
+        run = _run(product, map, recipe, name)
+        if run % LEAST_BLOCK or run > MOST_TERMS:
+            moves = name == OPERANDS[product][1] and product != "output" and q.scale.group == "row"
+            why = _stays(product, map, recipe, q) if moves else ""
+            along = "" if run == 1 else f" in runs of {run}, not of a multiple of {LEAST_BLOCK} up to {MOST_TERMS}"
+            return f"a step per {_what(q)} of {name} varies along a contracted axis{along}{why and f', and {why}'}"
+        runs.append(run)
+    if not common_block(*runs):
+        return f"blocks of {runs[0]} and of {runs[1]} meet on the contracted axis: neither length divides the other"
+    q = recipe.operand(OPERANDS[product][1])
+    if recipe.fold == "auto" and folds(product, map, recipe) and q is not None:
+        return f"{_steps(product, map, q)}, on the contracted axis, and fold is 'auto', not 'always'"
+    return ""
+
+
+def _run(product: str, map: LinearMap, recipe: Recipe, name: str) -> int:
+    """Over how many terms of a Linear's product a step of this operand is constant; 0 for all of them."""
+    q = recipe.operand(name)
+    assert q is not None
+    if name == OPERANDS[product][1] and (folds(product, map, recipe) or rotates(product, map, recipe)):
+        return 0  # what is multiplied has one step
+    blocks, axis = q.scale.blocks(), q.scale.row_axis or ("channel" if name == "grad_weight" else map.habit)
+    # The rows of an operand are contracted where they are the product's sum: the weight's in grad_input, tokens in
+    # grad_weight, channels of a grad_output whose rows are asked to be channels in grad_input.
+    contracted = {"output": "input", "grad_input": "channel", "grad_weight": "token"}[product]
+    rows = "channel" if name == "weight" else axis
+    return blocks.rows if rows == contracted else blocks.columns
+
+
+def _what(q: Quantizer) -> str:
+    group = q.scale.group
+    return group if isinstance(group, str) else "block of {} × {}".format(*group)
+
+
+def _fits_no_byte(q: Quantizer, name: str) -> str:
+    return "" if q.code_dtype in (torch.uint8, torch.int8) else f"codes of {name} do not fit a byte"
 
 
 def _unsupported(map: LinearMap) -> str:
@@ -113,8 +200,7 @@ def _rotation(product: str, map: LinearMap, q: Quantizer) -> str:
 def _column(q: Quantizer, name: str) -> str:
     if q.scale.group in ("tensor", "row"):
         return ""
-    what = q.scale.group if isinstance(q.scale.group, str) else "block of {} × {}".format(*q.scale.group)
-    return f"a step per {what} of {name} varies along a contracted axis"
+    return f"a step per {_what(q)} of {name} varies along a contracted axis"
 
 
 def _contracted(product: str, map: LinearMap, q: Quantizer) -> str:

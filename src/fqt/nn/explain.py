@@ -15,7 +15,7 @@ from torch import nn
 
 from fqt.kernels import integer
 from fqt.nn import patched
-from fqt.nn.arithmetic import OPERANDS, obstacle
+from fqt.nn.arithmetic import OPERANDS, obstacle, summed_in_blocks
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
 from fqt.nn.layers import linear_map
@@ -176,10 +176,13 @@ def _product(layer: str, module: nn.Module, product: str) -> Product:
     if left is None or right is None:
         exact = "grad_output" if product != "output" else "an operand"
         return Product(layer, product, "float", operands, f"{exact if left is None else 'an operand'} stays float")
-    why = obstacle(product, linear_map(module), recipe) or _machine(module)
+    map = linear_map(module)
+    why = obstacle(product, map, recipe) or _machine(module)
     if why:
         return Product(layer, product, "simulated", operands, why)
-    return Product(layer, product, "integer", operands, _INTEGER)
+    block = summed_in_blocks(product, map, recipe)
+    why = f"{_INTEGER}, scaled between blocks of {block}" if block else _INTEGER
+    return Product(layer, product, "integer", operands, why)
 
 
 def _machine(module: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """The C++ kernels: importing this registers them with the operations that they make faster."""
 
+from fqt.kernels.cpu import blocked as blocked
 from fqt.kernels.cpu import fused as fused
 from fqt.kernels.cpu import mixing as mixing
 from fqt.kernels.cpu import products as products

@@ -15,6 +15,7 @@ from fqt.kernels.cpu import quantized as kernels
 from fqt.kernels.cpu.library import BACKEND, status, takes
 from fqt.kernels.cpu.products import Conv
 from fqt.kernels.fold import Folded
+from fqt.kernels.integer import by_blocks
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.products import Geometry
 from fqt.kernels.tensor import QuantizedTensor
@@ -119,7 +120,8 @@ def _readable(q: QuantizedTensor) -> bool:
     if q.noise is not None:
         floats += [q.noise.row, q.noise.column]
     return (
-        takes(*floats, integers=q.matrix_codes)
+        q.scales.blocks.plain
+        and takes(*floats, integers=q.matrix_codes)
         and floats[0].shape == floats[1].shape
         and q.matrix_codes.numel() > 0
         and q.matrix_codes.is_contiguous()
@@ -168,7 +170,7 @@ def _image(x: Tensor, map: ConvMap) -> Tensor:
     return image.squeeze(2) if len(map.stride) == 1 else image
 
 
-@integer.output.on(BACKEND, when=lambda map, x, w, bias, dtype: _fits(x, w))
+@integer.output.on(BACKEND, when=lambda map, x, w, bias, dtype: _fits(x, w) and not by_blocks(x, w))
 def _output(
     map: LinearMap, x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -176,7 +178,10 @@ def _output(
     return integer.output.reference(map, x, w, bias, dtype) if found is None else found
 
 
-@integer.grad_input.on(BACKEND, when=lambda map, g, w, folded, shape, dtype: _fits(g, w))
+@integer.grad_input.on(
+    BACKEND,
+    when=lambda map, g, w, folded, shape, dtype: _fits(g, w) and not by_blocks(*((g,) if folded else (g, w))),
+)
 def _grad_input(
     map: LinearMap, g: QuantizedTensor, w: QuantizedTensor, folded: bool, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor:
@@ -187,7 +192,7 @@ def _grad_input(
     return result if of_ones is None else integer.unmixed(map, g, result, of_ones, dtype)
 
 
-@integer.grad_weight.on(BACKEND, when=lambda map, g, x, folded, shape: _fits(g, x))
+@integer.grad_weight.on(BACKEND, when=lambda map, g, x, folded, shape: _fits(g, x) and not by_blocks(g, x))
 def _grad_weight(
     map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: Folded | None, shape: torch.Size
 ) -> Tensor:

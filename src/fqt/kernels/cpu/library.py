@@ -25,7 +25,7 @@ from fqt.kernels.rounding import STOCHASTIC, Rounding
 
 BACKEND = "cpu"
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 13  # FQT_ABI of csrc/platform.h
+_ABI = 14  # FQT_ABI of csrc/platform.h
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -46,6 +46,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_reflect": (_P, _L, _L, *[_P] * 9, _I, _P, _I),
     "fqt_rotate": (_P, _L, _L, _P, _L, _P, _P, _I),
     "fqt_matmul": (_P, _I, _L, _L, _P, _I, _L, _L, _L, _L, _L, _P, _I),
+    "fqt_blocked_matmul": (_P, _L, _L, _P, _L, _P, _L, _L, _P, _L, _L, _L, _L, _L, _P, _I, _P, _I),
     "fqt_conv2d": (_P, _I, _P, _P, _I, _P, _I),
     "fqt_conv2d_grad_weight": (_P, _I, _P, _I, _P, _P, _I),
     "fqt_dense_output": (_P, _P, _P, _L, _L, _L, _L, _I, _P, _I),

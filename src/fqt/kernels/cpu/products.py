@@ -50,7 +50,7 @@ def _finishing(out: Tensor, columns: int, period: int, epilogue: tuple) -> tuple
     return result, [x for x in parts if x is not None]
 
 
-def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def as_matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """A matrix with a stride of 1, and its strides; the stride of an axis of length 1 does not matter."""
     rows, columns = x.shape
     if x.stride(1) == 1 or columns <= 1:
@@ -64,7 +64,7 @@ def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 @products.matmul_of.on(BACKEND, when=lambda a, b, dtype, epilogue: takes_codes(a, b) and a.shape[1] < _LONGEST)
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`products.matmul`."""
-    (a, a_strides), (b, b_strides) = _matrix(a), _matrix(b)
+    (a, a_strides), (b, b_strides) = as_matrix(a), as_matrix(b)
     (m, k), n = a.shape, b.shape[1]
     _has("a", a, m * k)
     _has("b", b, k * n)
