@@ -85,7 +85,7 @@ def test_variance_is_that_of_the_two_neighbours_and_below_its_bound(
         t, below, above = neighbours(q, x)
         wanted = float((step**2 * (t - below) * (above - t)).sum())
         bound = float((step**2 * (above - below) ** 2).sum()) / 4
-    slack = 1e-5 * bound  # a position beside a level, in float32
+    slack = 3e-5 * bound  # a position beside a level, in float32, of up to 105 steps
     assert float(q.variance(x)) == pytest.approx(wanted, rel=1e-5, abs=slack)
     assert float(q.variance_bound(x)) == pytest.approx(bound, rel=1e-3)
     assert float(q.variance(x)) <= float(q.variance_bound(x)) * (1 + 1e-12)

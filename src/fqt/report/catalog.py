@@ -76,7 +76,7 @@ def catalog_markdown(record: Mapping[str, Any]) -> str:
     return page.format(
         table="\n".join("| " + " | ".join(line) + " |" for line in lines),
         date=record["environment"]["time"][:10],
-        draws=max(row["certified"]["draws"] for row in record["rows"]),
+        draws=" or ".join(map(str, sorted({row["certified"]["draws"] for row in record["rows"]}))),
         conv=record["matrices"]["convolution"],
         transformer=record["matrices"]["transformer"],
         picture=PICTURE,
