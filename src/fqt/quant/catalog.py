@@ -59,6 +59,8 @@ def quantizer(name: str, bits: int | None = None) -> Quantizer:
         raise FqtError(f"quantizer {name!r} says {digits} bits and bits={bits}: say one")
     if not digits and bits is None:
         raise FqtError(f"quantizer {name!r} needs its bits: '{method}2' … '{method}8', or bits=")
+    if digits and not 2 <= int(digits) <= 8:
+        raise FqtError(f"quantizer {name!r} has {digits} bits: there are 2 to 8")
     transform, scale = METHODS[method]
     grid = Integers(int(digits) if digits else bits)  # type: ignore[arg-type]
     rounding = ROUNDING_SUFFIX[suffix]
