@@ -218,3 +218,9 @@ def test_shapes():
     ]:
         with pytest.raises(FqtError, match=message):
             check_shape({**good, **bad}, shape, "it")
+
+
+def test_a_name_that_is_no_text_is_one_line(tmp_path):
+    with pytest.raises(FqtError, match="not UTF-8"):
+        write_toml(tmp_path / "config.toml", {"data": "\udcff"})
+    assert not list(tmp_path.iterdir())

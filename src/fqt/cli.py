@@ -237,7 +237,7 @@ def _write_reports(paths: Sequence[Path], html: Path | None) -> None:
 def _write_report(folder: Path) -> None:
     record = read_comparison(folder)
     rows = summarize(record)
-    write_bytes(folder / "compare.md", markdown(record, rows).encode())
+    write_bytes(folder / "compare.md", markdown(record, rows).encode(errors="backslashreplace"))
     figure = comparison_figure(record, rows)
     for ending in ("png", "svg"):
         save_figure(figure, folder / f"compare.{ending}")

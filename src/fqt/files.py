@@ -45,6 +45,7 @@ __all__ = [
     "locked",
     "read_bytes",
     "shown",
+    "tidy",
     "write_bytes",
 ]
 
@@ -231,6 +232,16 @@ def locked(folder: Path) -> Iterator[None]:
         for place in made:
             with contextlib.suppress(OSError):
                 place.rmdir()
+
+
+def tidy(folder: Path) -> None:
+    """Clears away what a killed process left in a folder that needs no more work: its lock, and half-written files.
+
+    Nothing happens where a process is at work, or where nothing can be written.
+    """
+    if (folder / LOCK).exists():
+        with contextlib.suppress(FqtError), locked(folder):
+            pass
 
 
 @contextlib.contextmanager

@@ -96,9 +96,15 @@ def write_toml(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a TOML file, atomically and sealed.
 
     Raises:
-        FqtError: the disk is full, or the folder cannot be written.
+        FqtError: the disk is full, the folder cannot be written, or a value is no text.
     """
-    write_bytes(path, TOML_SEAL.put(tomli_w.dumps(values).encode()))
+    try:
+        text = tomli_w.dumps(values).encode()
+    except UnicodeEncodeError as error:  # of a path that is no text, in a value
+        raise FqtError(
+            f"cannot write {shown(path)}: a name in it is not UTF-8; rename that file or folder"
+        ) from error
+    write_bytes(path, TOML_SEAL.put(text))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -148,9 +148,9 @@ def test_a_bias_that_does_not_fit(layer: nn.Module) -> None:
     fqt.quantize_(layer, "psq8")
     with pytest.raises(RuntimeError, match=r"bias of shape|expanded size"):
         layer(x)
-    call = function.Call(layers.linear_map(layer), layer.fqt_recipe, None, 0, x.dtype)
+    call = function.Call(layers.linear_map(layer), layer.fqt_recipe, None, x.dtype)
     with pytest.raises(ValueError, match="bias has shape"):
-        function.linear_products(x, layer.weight, layer.bias, call)
+        layers.linear_products(x, layer.weight, layer.bias, call)
 
 
 @pytest.mark.parametrize("name", ["psq8", "ptq4", "folded", "folded_input", "shq4", "default", "psq8x"])

@@ -178,7 +178,7 @@ def test_hidden_after_conversion(name: str) -> None:
     fqt.quantize_(layer, COARSE)
     HIDDEN[name](layer)
     assert is_coarse(layer, x, truth) == (name == "by_global")
-    assert arithmetic(layer) == {"float"}
+    assert arithmetic(layer) == {"unknown"}
     fqt.restore_(layer)
     assert torch.equal(layer(x), truth)
 

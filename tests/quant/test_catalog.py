@@ -160,3 +160,9 @@ def test_frozen_and_keyword_only() -> None:
         quantizer("psq4").rounding = "nearest"  # type: ignore[misc]
     with pytest.raises(TypeError):
         Quantizer(Identity())  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["psq0", "bhq1", "shq9d", "ptq64"])
+def test_a_width_that_there_is_not_is_refused_by_the_name(name):
+    with pytest.raises(FqtError, match=f"'{name}' has .* bits: there are 2 to 8"):
+        quantizer(name)

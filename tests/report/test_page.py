@@ -9,7 +9,7 @@ import pytest
 
 from fqt.errors import FqtError
 from fqt.records import write_json
-from fqt.report import collect, render
+from fqt.report import collect, render, write_page
 from fqt.report.chart import COLOURS, POINTS, Point, drawing, make_chart, plain
 
 from .page_reader import Page
@@ -291,3 +291,11 @@ def test_paths(tmp_path, run_folder):
 
 def test_the_page_does_not_depend_on_when_it_is_made(comparison):
     assert render(collect([comparison])) == render(collect([comparison]))
+
+
+def test_a_folder_whose_name_is_no_text_is_shown(run_folder, tmp_path):
+    folder = run_folder("a").rename(tmp_path / "r\udcff")
+    assert write_page(collect([folder]), tmp_path / "page.html") == []
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    Page(page)
+    assert "r\\udcff" in page

@@ -87,6 +87,7 @@ def test_import_paths():
     [
         ("resnet19", "unknown model 'resnet19'; known: " + ", ".join(MODELS)),
         ("no_such_package_at_all:Model", "cannot be imported"),
+        ("..:Model", "cannot be imported"),
         (f"{__name__}:Missing", "cannot be imported"),
         (f"{__name__}:COUNTS", "not a class or a function"),
         (f"{__name__}:not_a_model", "returned int, not a torch.nn.Module"),

@@ -354,6 +354,14 @@ def test_two_runs_in_one_folder_at_once(tmp_path, small, metrics, options):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+def test_a_finished_run_is_cleared_of_the_lock_of_a_killed_process(tmp_path, small):
+    config = small(recipe="none")
+    result = train(config, tmp_path)
+    (tmp_path / ".lock").write_text("process 1 on here, killed before it could remove this\n")
+    assert train(config, tmp_path, resume=True) == result
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_warning(tmp_path, small, metrics, interruption):
     config = small(model=DROPPED)
     train(config, tmp_path / "whole")

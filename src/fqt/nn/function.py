@@ -398,7 +398,9 @@ def _grad_input(
     rotation = gradient.rotation()
     if weight.codes is not None and rotation is not None:
         again = _rotated(weight.codes, rotation, call.noise(_ROTATED, grad.device))
-        back = rotation.undo_rows(again.dequantize(gradient.compute).reshape(again.shape[0], -1))
+        back = rotation.undo_rows(
+            again.dequantize(gradient.compute).reshape(again.shape[0], math.prod(again.shape[1:]))
+        )
         value = call.map.weight_restored(back.view(again.shape))
     if split is None:
         estimate, known = gradient.value(None)
@@ -420,7 +422,7 @@ def _rotated(weight: QuantizedTensor, rotation: Rotation, seed: Tensor) -> Quant
     the product remains one. It adds about 3e-4 of the product's energy, which 8-bit gradients would notice.
     """
     value = weight.dequantize(weight.scales.step.dtype)
-    rotated = rotation.rows(value.reshape(value.shape[0], -1)).view(value.shape)
+    rotated = rotation.rows(value.reshape(value.shape[0], math.prod(value.shape[1:]))).view(value.shape)
     return _ROTATED_WEIGHT.quantize(rotated, seed, nonfinite="propagate")
 
 

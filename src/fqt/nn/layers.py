@@ -118,7 +118,8 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     call = Call(map, recipe, seed, _output_dtype(layer, input, weight), channels_last, *told)
     if torch._C._get_tracing_state() is not None or (compiling and told == (None, None) and not is_transformed()):
         return compiled.layer(input, weight, bias, call)
-    return (_eager_products if compiling else linear_products)(input, weight, bias, call)
+    plain = not compiling and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None
+    return (linear_products if plain else _eager_products)(input, weight, bias, call)
 
 
 def _check_operands(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: LinearMap) -> None:
@@ -308,6 +309,8 @@ def convolution(
     elif layer.padding_mode != "zeros":
         padded = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     if _is_empty(padded, weight, map):
+        if layer.training:
+            _drawn_seed()  # what is drawn does not depend on the input
         return _float_convolution(layer, input, weight, bias, output_size)
     return convolve(layer, padded, weight, bias, map)
 

@@ -44,7 +44,7 @@ def write_page(found: Collection, path: Path) -> list[str]:
         FqtError: the disk is full, or the folder cannot be written.
     """
     page, problems = render(found)
-    write_bytes(path, page.encode())
+    write_bytes(path, page.encode(errors="backslashreplace"))  # a name that is no text
     return problems
 
 

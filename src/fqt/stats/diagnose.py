@@ -218,7 +218,8 @@ def _refuse_other_noise(
     if apart > 1e-6 * whole:
         raise FqtError(
             "the gradient is random even without gradient quantizers (dropout?): put the modules that draw noise "
-            "of their own in eval mode, so that what is measured is quantization"
+            "of their own in eval mode (in nn.MultiheadAttention set dropout to 0), so that what is measured is "
+            "quantization"
         )
 
 

@@ -55,7 +55,7 @@ def _import(path: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: a module named ".."
         raise FqtError(f"model {path}: cannot be imported ({error})") from error
     if not callable(found):
         raise FqtError(f"model {path}: is not a class or a function")

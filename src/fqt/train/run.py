@@ -36,7 +36,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from fqt.errors import FqtError
-from fqt.files import check_path, locked
+from fqt.files import check_path, locked, tidy
 from fqt.nn import load_recipe
 from fqt.records import RecordLog, check_shape, environment, read_json, read_toml, write_json, write_toml
 from fqt.train.checkpoint import load_checkpoint, save_checkpoint
@@ -129,6 +129,7 @@ def train(
     if folder.exists() and not folder.is_dir():
         raise FqtError(f"{folder} is a file, not a folder: name another --out")
     if _is_done(config, folder, resume=resume, force=force):
+        tidy(folder)
         return read_result(folder)
     with locked(folder):
         if _is_done(config, folder, resume=resume, force=force):  # meanwhile, by the process that held the lock
