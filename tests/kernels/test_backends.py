@@ -407,7 +407,7 @@ def encode(
         (lambda x, s: encode(x, s, Levels(-12, 12, 1), DITHERED, 1), "one apart"),
         (lambda x, s: encode(x, s, BYTE, STOCHASTIC), "seed"),
         (lambda x, s: encode(x, s, BYTE, DITHERED), "seed"),
-        (lambda x, s: ops.value_range(Entries(x, torch.ones(3)), ROW), "factors of shape"),
+        (lambda x, s: ops.value_range(Entries(x, torch.ones(3)), ROW), r"factors .*of shape"),
         (
             lambda x, s: ops.hadamard(x, torch.arange(4), (4,), after=reference.Unscaling(s, s, torch.ones(3))),
             "right factor of shape",

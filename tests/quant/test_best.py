@@ -19,7 +19,10 @@ CASES = [(f, n, b) for f in FAMILIES for n in (7, 16) for b in (2, 4, 8)]
 def candidates(q: Quantizer) -> list[Quantizer]:
     """Stochastic in the quantizer's own mode and on the affine grid, dithered on the affine grid."""
     modes = dict.fromkeys((q.scale.mode, "affine"))
-    stochastic = [replace(q, scale=replace(q.scale, mode=mode), rounding="stochastic") for mode in modes]
+    stochastic = [
+        Quantizer(transform=q.transform, scale=replace(q.scale, mode=mode), grid=q.grid, rounding="stochastic")
+        for mode in modes
+    ]
     return [*stochastic, replace(stochastic[-1], rounding="dithered")]
 
 

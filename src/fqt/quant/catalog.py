@@ -112,7 +112,8 @@ class Method:
         """The quantizer of this width, rounding letter and axis."""
         if type(bits) is not int or bits not in self.widths:
             most = "" if len(self.widths) == 1 else f" to {self.widths[-1]}"
-            raise FqtError(f"{bits!r} bits: {self.stem} has {self.widths[0]}{most}")
+            name = self.name.replace("*", str(bits)) + letter
+            raise FqtError(f"quantizer {name!r} has {bits!r} bits: there are {self.widths[0]}{most}")
         rounding = ROUNDING_SUFFIX[letter] if letter else self.roundings[0]
         if rounding not in self.roundings:
             known = " or ".join(self.roundings)
