@@ -119,8 +119,9 @@ def test_a_lock_ends_with_its_process_even_where_a_child_lives_on(tmp_path):
         "import os, pathlib, sys, time; from fqt.files import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
-        "    if child == 0: time.sleep(60); os._exit(0)\n"
-        "    print(child, flush=True); time.sleep(60)\n"
+        # The child speaks: only it knows that it has let go of the lock, which a busy machine may do late.
+        "    if child == 0: print(os.getpid(), flush=True); time.sleep(60); os._exit(0)\n"
+        "    time.sleep(60)\n"
     )
     # the leaves alone: importing torch would take seconds
     stub = "import sys, types; p = types.ModuleType('fqt'); p.__path__ = [sys.argv[2]]; sys.modules['fqt'] = p\n"
