@@ -4,13 +4,10 @@ A damaged file is refused in one line, or restored to the same numbers, or taken
 traceback, never hangs, never runs code, and is never taken in silence for what it was. What has no digest because
 it is written by hand (recipes, presets) may turn into another valid one. One case in thirty goes through the
 command line, in a process of its own.
-
-    python results/torture/files.py --cases 1000
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -530,11 +527,3 @@ def _state(data: bytes, random_: random.Random) -> bytes:
 def _seal_archive(data: bytes) -> bytes:
     assert zipfile.is_zipfile(io.BytesIO(data))
     return SEAL.put(data[:-2] + (len(SEAL.lead) + 16).to_bytes(2, "little"))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    print(json.dumps(main(options.cases, options.seed), indent=1))

@@ -1,14 +1,9 @@
-"""Growth: ten thousand steps of a small converted network must not fill the memory, fqt's caches or the file table.
-
-python results/torture/growth.py --cases 10000
-"""
+"""Growth: many steps of a small converted network must not fill the memory, fqt's caches or the file table."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
-import json
 import os
 import sys
 from collections.abc import Callable, Sized
@@ -84,11 +79,3 @@ def _sizes() -> dict[str, float]:
             elif isinstance(value, Sized) and not isinstance(value, str | bytes | type):
                 sizes[f"{module_name}.{name}"] = len(value)
     return sizes
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    print(json.dumps(main(options.cases, options.seed), indent=1))

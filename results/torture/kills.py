@@ -5,13 +5,10 @@ removed or cut, or with half a line written. In the end the numbers must be thos
 line of metrics lost or doubled, the same weights, nothing half-written left behind.
 
 A killed process is a fork of this one, which has imported everything and computed nothing: it starts in no time.
-
-    python results/torture/kills.py --cases 200
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -223,12 +220,3 @@ def _differences(whole: _Whole, folder: Path) -> list[str]:
         return [f"cannot be read: {error!r}"]
     names = sorted({*numbers, *whole.numbers})
     return [f"{name} differs" for name in names if numbers.get(name) != whole.numbers.get(name)]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commands", default=",".join(COMMANDS), help="separated by commas")
-    options = parser.parse_args()
-    print(json.dumps(main(options.cases, options.seed, commands=options.commands.split(",")), indent=1))

@@ -1,6 +1,6 @@
 """All of `make torture`: every part, one display of progress, one record.
 
-    python results/torture/run.py [--fraction 0.01] [--seed 0] [--only kills,files] [--out RECORD]
+    python results/torture/run.py [--fraction 0.01 | --cases 1] [--seed 0] [--only kills,files] [--out RECORD]
 
 A part is a script beside this one, or a fuzzer of tests/torture, with ``main(cases, seed) -> dict``, which says
 what was run, how many cases there were, and under "failures" what was wrong, with the seed that shows it again. The
@@ -32,7 +32,9 @@ CASES = {"kills": 200, "files": 1000, "growth": 10_000, "quantizers": 100_000, "
 def main() -> int:
     """The command; its status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fraction", type=float, default=1.0, help="of the cases, at least one of each part")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--fraction", type=float, default=1.0, help="of the cases, at least one of each part")
+    size.add_argument("--cases", type=int, help="of each part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(CASES), help="parts, separated by commas")
     parser.add_argument("--out", type=Path, default=HERE / "record.json")
@@ -42,7 +44,6 @@ def main() -> int:
         "format": "fqt torture 1",
         "environment": environment([Path(__file__).name, *sys.argv[1:]]),
         "seed": options.seed,
-        "fraction": options.fraction,
         "parts": {},
     }
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -57,7 +58,7 @@ def main() -> int:
 
 
 def _part(name: str, options: argparse.Namespace, bars: Progress, console: Console) -> dict[str, Any]:
-    cases = max(1, round(options.fraction * CASES[name]))
+    cases = max(1, round(options.fraction * CASES[name])) if options.cases is None else options.cases
     task = bars.add_task(name, total=cases)
     if not console.is_terminal:
         console.print(f"{name}: {cases} cases", highlight=False)

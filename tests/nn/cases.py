@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import fqt
 from fqt import Quantizer, Recipe
+from fqt.nn import function
 from fqt.quant import Identity, Integers, Scale
 
 
@@ -125,6 +127,17 @@ def gradients(module: nn.Module, *inputs: Tensor, upstream: Tensor | None = None
     found = [out.detach(), *(x.grad for x in leaves), *(p.grad for p in module.parameters())]
     assert all(g is not None for g in found)
     return [g.clone() for g in found]
+
+
+def both(module: nn.Module, x: Tensor, patch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Output and gradients: on integers, and simulated."""
+    torch.manual_seed(5)
+    on_integers = gradients(module, x)
+    with patch.context() as context:
+        context.setattr(function.Call, "on_integers", lambda self, product, values: False)
+        torch.manual_seed(5)
+        simulated = gradients(module, x)
+    return zip(on_integers, simulated, strict=True)
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:

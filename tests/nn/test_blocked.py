@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,14 +9,13 @@ from torch import Tensor, nn
 import fqt
 from fqt import Quantizer, Recipe
 from fqt.kernels import blocked, integer
-from fqt.nn import function
 from fqt.nn.arithmetic import OPERANDS, obstacle, summed_in_blocks
 from fqt.nn.layers import linear_map
 from fqt.quant import Integers, Scale
 from fqt.quant.grid import E2M1, E4M3, Floats
 from fqt.quant.transform import Rotated
 
-from .cases import gradients, q
+from .cases import both, gradients, q
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
 TOLERANCE = 1e-5  # of the largest entry: float32 sums of fewer than a hundred terms, in two orders
@@ -83,17 +80,6 @@ def lengths(layer: nn.Module) -> tuple[int | None, ...]:
     )
 
 
-def pairs(layer: nn.Module, x: Tensor, patch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Output and gradients: on integers, and simulated."""
-    torch.manual_seed(5)
-    found = gradients(layer, x)
-    with patch.context() as context:
-        context.setattr(function.Call, "on_integers", lambda self, product, values: False)
-        torch.manual_seed(5)
-        simulated = gradients(layer, x)
-    return zip(found, simulated, strict=True)
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_integers_give_what_the_values_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, wanted = RECIPES[name]
@@ -102,7 +88,7 @@ def test_integers_give_what_the_values_give(name: str, monkeypatch: pytest.Monke
         layer = fqt.quantize_(nn.Linear(inputs, outputs), recipe)
         assert lengths(layer) == wanted
         for x in (torch.randn(tokens, inputs) + 0.3, torch.randn(2, tokens, inputs)):
-            for mine, truth in pairs(layer, x, monkeypatch):
+            for mine, truth in both(layer, x, monkeypatch):
                 assert (mine - truth).abs().max() <= TOLERANCE * truth.abs().max()
 
 

@@ -6,8 +6,6 @@ is the same (grad_output is given), so the two differ by float rounding only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from fqt.nn import function
 from fqt.nn.arithmetic import obstacle
 from fqt.nn.layers import linear_map
 
-from .cases import FORWARD, LAYERS, Case, converted, gradients, q
+from .cases import FORWARD, LAYERS, Case, both, converted, gradients, q
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 RECIPES = {
@@ -57,17 +55,6 @@ LARGE = {
     "conv1d": (nn.Conv1d(12, 33, 5, padding=2), (4, 12, 37)),
 }
 TOLERANCE = 2e-5  # of the largest entry: the corrections cancel most of the first term, rounded to 2⁻²⁴ of itself
-
-
-def both(module: nn.Module, x: Tensor, patch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Output and gradients: on integers, and simulated."""
-    torch.manual_seed(5)
-    on_integers = gradients(module, x)
-    with patch.context() as context:
-        context.setattr(function.Call, "on_integers", lambda self, product, values: False)
-        torch.manual_seed(5)
-        simulated = gradients(module, x)
-    return zip(on_integers, simulated, strict=True)
 
 
 def check(module: nn.Module, x: Tensor, patch: pytest.MonkeyPatch) -> None:

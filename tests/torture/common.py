@@ -1,9 +1,7 @@
-"""What the fuzzers share: the plain-torch kernels in this process, and their command line."""
+"""What the fuzzers share."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 
 from fqt.kernels.cpu import library
@@ -30,16 +28,3 @@ def fuzz(case: Callable[[int], str], cases: int, seed: int) -> dict:
             failures.append(f"seed {number}: {wrong}")
             print(failures[-1], flush=True)
     return {"cases": cases, "level": library.status().level, "failures": failures}
-
-
-def command(main: Callable[[int, int], dict], cases: int) -> None:
-    """`python …/script.py --cases 100000 --seed 0`; status 1 if anything failed."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=int, default=cases)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first case; a failure's own seed shows it again"
-    )
-    given = parser.parse_args()
-    record = main(given.cases, given.seed)
-    print(json.dumps({**record, "failures": len(record["failures"])}))
-    raise SystemExit(bool(record["failures"]))

@@ -1,24 +1,16 @@
-"""Random layers under random recipes: the native kernels against plain torch, finite gradients, no crash.
-
-python tests/torture/layers.py --cases 10000
-"""
+"""Random layers under random recipes: the native kernels against plain torch, finite gradients, no crash."""
 
 from __future__ import annotations
 
 import random
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import fqt
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.backends import reference_only
-from tests.torture.common import command, fuzz
+from tests.torture.common import fuzz
 
 GRADIENTS = ("ptq", "psq", "bhq", "shq")
 
@@ -94,7 +86,3 @@ def check(seed: int) -> str:
 def main(cases: int, seed: int = 0) -> dict:
     """Runs so many cases; see `fuzz`."""
     return fuzz(check, cases, seed)
-
-
-if __name__ == "__main__":
-    command(main, 10_000)

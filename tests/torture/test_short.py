@@ -1,4 +1,4 @@
-"""The fuzzers in short; `python tests/torture/quantizers.py` and `layers.py` are the long forms."""
+"""The fuzzers in short; `make torture` is the long form."""
 
 from __future__ import annotations
 
