@@ -1,12 +1,12 @@
 """Files: written whole or straight, sealed, and folders that one process writes to."""
 
+import errno
 import os
 import signal
 import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -45,10 +45,10 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     seen = []
-    reader = threading.Thread(target=lambda: seen.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: seen.append(pipe.read_bytes()), daemon=True)
     reader.start()
     write_bytes(pipe, b"page")
-    reader.join()
+    reader.join(10)
     assert seen == [b"page"]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
@@ -138,10 +138,29 @@ def test_a_lock_ends_with_its_process_even_where_a_child_lives_on(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
-        deadline = time.monotonic() + 10
         with locked(tmp_path):
             assert [p.name for p in tmp_path.iterdir()] == [".lock"]  # what it had begun to write is gone
-        assert time.monotonic() < deadline
         os.kill(child, 0)  # still there
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_removes_nothing_that_no_run_wrote(tmp_path):
+    for name in (".mine.part", ".a.b.part", "x.1.part"):
+        (tmp_path / name).write_text("mine")
+    with locked(tmp_path):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.b.part", ".mine.part", "x.1.part"]
+
+
+def test_a_lock_that_a_full_disk_refused_is_not_held(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fqt.files.os.ftruncate", full)
+        with pytest.raises(FqtError, match="disk is full"), locked(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path):
+        pass

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from fqt.errors import FqtError
+from fqt.files import write_bytes
 from fqt.records import (
     RecordLog,
     append_record,
@@ -13,7 +14,6 @@ from fqt.records import (
     read_json,
     read_records,
     read_toml,
-    write_bytes,
     write_json,
     write_toml,
 )

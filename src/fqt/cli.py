@@ -23,8 +23,8 @@ from fqt import bench
 from fqt.cli_common import PLACE, complain, keep_clear, say, steady_output, typed
 from fqt.cli_reproduce import reproduce_command
 from fqt.errors import FqtError
-from fqt.files import shown
-from fqt.records import TEXT, check_shape, environment, plain, read_json, write_bytes, write_json
+from fqt.files import shown, write_bytes
+from fqt.records import TEXT, check_shape, environment, plain, read_json, write_json
 from fqt.report import (
     catalog_table,
     certificate_table,
@@ -416,16 +416,17 @@ def _task_data(config: TrainConfig) -> Loader:
 
 @cli.command("catalog")
 @click.option("--certify", is_flag=True, help="Test each for bias and dependence, too; takes minutes.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the table to this file, too.")
+@click.option("--json", "file", type=PLACE, help="Write the table to this file, too.")
 def catalog_command(certify: bool, file: Path | None) -> None:
     """List the quantizers of the literature: their choices, bits, bias, and exact variance on real gradients."""
+    keep_clear(file)
     record = catalog_record()
     console = Console(stderr=True)
     for row in record["rows"] if certify else ():
         with console.status(f"certifying {row['name']}", spinner="line"):
             row["certified"] = certified(row["name"])
     if file is not None:
-        write_json(file, {**record, "environment": environment(sys.argv)})
+        write_json(file, {**record, "environment": environment(typed())})
     _print_whole(catalog_table(record))
 
 

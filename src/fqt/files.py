@@ -285,18 +285,23 @@ def _take(folder: Path) -> int:
             )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(number), os.stat(path)):
-                now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-                os.ftruncate(number, 0)
-                os.write(number, f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
+                try:
+                    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+                    os.ftruncate(number, 0)
+                    os.write(number, f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())
+                except OSError:  # a full disk: the lock would last as long as the descriptor
+                    path.unlink(missing_ok=True)
+                    os.close(number)
+                    raise
                 return number
         os.close(number)  # its holder removed it between our opening and locking it: that lock keeps nobody out
 
 
 def _clear_parts(folder: Path) -> None:
-    """Removes what killed processes had begun to write."""
-    for part in folder.glob(".*.part"):
+    """Removes what killed processes had begun to write; files that merely look like it are not ours to remove."""
+    for part in folder.glob(".*.*.part"):
         number = part.name.split(".")[-2]
-        if not (number.isdecimal() and _lives(int(number))):
+        if number.isdecimal() and not _lives(int(number)):
             with contextlib.suppress(OSError):
                 part.unlink()
 

@@ -38,6 +38,7 @@ else:  # the same parser under its earlier name
     import tomli as tomllib
 
 __all__ = [
+    "MAYBE",
     "NUMBER",
     "TEXT",
     "RecordLog",
@@ -49,7 +50,6 @@ __all__ = [
     "read_json",
     "read_records",
     "read_toml",
-    "write_bytes",
     "write_json",
     "write_toml",
 ]
@@ -60,6 +60,7 @@ JSON_SEAL = Seal(
 TOML_SEAL = Seal(b"# Sealed: the last line holds the BLAKE2b digest of all before it.\n", b"# Digest: ", b"\n")
 DEPTH = 64  # of nested tables and lists
 NUMBER, TEXT = (int, float), (str,)
+MAYBE = (*NUMBER, type(None))  # null stands for a number that was not finite
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from fqt.records import write_bytes
+from fqt.files import write_bytes
 from fqt.report.chart import Chart, Point, colour, labelled, make_chart, plain, style
 from fqt.report.runs import Curve, RunRecord
 from fqt.report.summary import Row, number, ratios_of, runs_of

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from fqt.records import TEXT, check_shape
+from fqt.records import MAYBE, TEXT, check_shape
 from fqt.report.chart import Point, labelled, plain
 from fqt.report.panel import Panel
 from fqt.report.section import Table
@@ -42,7 +42,7 @@ def check_matrix(record: Any, where: str) -> None:
     """
     check_shape(record, {"table": {"sources": [TEXT], "targets": [TEXT], "parts": {}}}, where)
     table = record["table"]
-    estimate = {"value": (int, float, type(None)), "error": (int, float, type(None))}
+    estimate = {"value": MAYBE, "error": MAYBE}
     check_shape(table["parts"], {s: dict.fromkeys(table["targets"], estimate) for s in table["sources"]}, where)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fqt.errors import FqtError
-from fqt.records import write_bytes
+from fqt.files import write_bytes
 from fqt.report.chart import Chart, Drawing, drawing
 from fqt.report.collect import Collection, ComparisonRecord
 from fqt.report.figures import comparison_charts, distinct, run_charts

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fqt.errors import FqtError
-from fqt.records import NUMBER, TEXT, check_shape
+from fqt.records import MAYBE, NUMBER, TEXT, check_shape
 from fqt.report.figures import figure_of
 from fqt.report.matrix import check_matrix, matrix_panel, matrix_table
 from fqt.report.panel import Built
@@ -25,7 +25,6 @@ from fqt.report.summary import runs_of
 __all__ = ["accuracy_record", "check_paper", "layers_record", "paper_figure", "paper_section", "paper_tables"]
 
 FORMAT = "fqt paper 1"
-MAYBE = (int, float, type(None))
 SHAPES: dict[str, dict[str, Any]] = {
     "variance": {
         "sampling": {"value": NUMBER, "error": NUMBER},

@@ -34,8 +34,8 @@ import numpy as np
 import tomli_w
 
 from fqt.errors import FqtError
+from fqt.files import write_bytes
 from fqt.nn import Recipe, Rule, dump_recipe
-from fqt.records import write_bytes
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis
 

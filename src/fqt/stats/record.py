@@ -10,7 +10,7 @@ from typing import Any
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe
 from fqt.quant.quantizer import Quantizer
-from fqt.records import TEXT, check_shape
+from fqt.records import MAYBE, TEXT, check_shape
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis, Noise
 from fqt.stats.operands import WIDTHS, Operand
@@ -21,13 +21,12 @@ __all__ = ["FORMAT", "diagnosis_from", "diagnosis_record", "table_record"]
 FORMAT = "fqt diagnosis 1"
 WHOLE = "*"  # stands for the whole gradient where a layer's name could stand
 
-_MAYBE = (int, float, type(None))  # null stands for a number that was not finite
-_ESTIMATE = {"value": _MAYBE, "error": _MAYBE}
+_ESTIMATE = {"value": MAYBE, "error": MAYBE}
 _NOISE = {"sampling": _ESTIMATE, "quantization": _ESTIMATE, "energy": _ESTIMATE, "rho": _ESTIMATE}
 _OPERAND = {
     "layer": TEXT, "role": TEXT, "quantizer": (str, dict), "bits": (int,), "shape": [(int,)],
-    "multiplications": (int,), "energy": _ESTIMATE, "variance": {...: _ESTIMATE}, "bound": {...: _MAYBE},
-    "limit": (dict, type(None)), "range_ratio": _MAYBE, "histogram": [(int,)], "empty": _MAYBE,
+    "multiplications": (int,), "energy": _ESTIMATE, "variance": {...: _ESTIMATE}, "bound": {...: MAYBE},
+    "limit": (dict, type(None)), "range_ratio": MAYBE, "histogram": [(int,)], "empty": MAYBE,
 }  # fmt: skip
 SHAPE: dict[str, Any] = {
     "total": _NOISE, "layers": {...: _NOISE}, "drowned": [TEXT], "operands": [_OPERAND],
@@ -36,8 +35,8 @@ SHAPE: dict[str, Any] = {
 _TABLE: dict[str, Any] = {
     "sources": [TEXT], "targets": [TEXT], "parts": {...: {...: _ESTIMATE}},
     "effect": {...: {"grad_input": _ESTIMATE, "grad_weight": _ESTIMATE}},
-    "total": {...: _ESTIMATE}, "gap": {...: _ESTIMATE}, "interval": {...: _MAYBE},
-    "operands": {...: {...: {...: _MAYBE}}}, "weight": {...: lambda w: type(w) is int and w > 0},
+    "total": {...: _ESTIMATE}, "gap": {...: _ESTIMATE}, "interval": {...: MAYBE},
+    "operands": {...: {...: {...: MAYBE}}}, "weight": {...: lambda w: type(w) is int and w > 0},
     "batches": (int,), "draws": (int,),
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from fqt.records import check_shape
 __all__ = ["load_checkpoint", "restore_rng", "rng_state", "save_checkpoint", "seed_all"]
 
 FORMAT = "fqt checkpoint 2"
-UNSEALED = "fqt checkpoint 1"  # of versions before 0.2
+UNSEALED = "fqt checkpoint 1"  # of versions that did not seal
 SEAL = Seal(b"", b"fqt digest ", b"")  # as the comment that a ZIP archive, which torch writes, may end with
 
 

@@ -32,7 +32,7 @@ from typing import Any
 from fqt.errors import FqtError
 from fqt.files import check_path, locked
 from fqt.nn import load_recipe
-from fqt.records import NUMBER, TEXT, check_shape, environment, read_json, write_json
+from fqt.records import MAYBE, NUMBER, TEXT, check_shape, environment, read_json, write_json
 from fqt.stats import Estimate, quantization_variance, sampling_variance
 from fqt.train.config import TrainConfig, differing
 from fqt.train.results import RunResult, is_share
@@ -44,8 +44,7 @@ from fqt.train.trainer import make_model, pick_device
 __all__ = ["Comparison", "compare"]
 
 FORMAT = "fqt compare 1"
-_MAYBE = (int, float, type(None))
-_ESTIMATE = {"value": _MAYBE, "error": _MAYBE}
+_ESTIMATE = {"value": MAYBE, "error": MAYBE}
 # What everyone who reads a record of a comparison may rely on.
 SHAPE: dict[str, Any] = {
     "environment": {"time": TEXT, "commit": (str, type(None)), "dirty": (bool, type(None)), "accelerators": [TEXT]},
@@ -56,8 +55,8 @@ SHAPE: dict[str, Any] = {
     "measurement": {"reference": TEXT, "batches": (int,), "draws": (int,)},
     "runs": [
         {
-            "recipe": TEXT, "seed": (int,), "accuracy": is_share, "train_loss": _MAYBE, "diverged": (bool,),
-            "loss_curve": [[_MAYBE]], "accuracy_curve": [[NUMBER]],
+            "recipe": TEXT, "seed": (int,), "accuracy": is_share, "train_loss": MAYBE, "diverged": (bool,),
+            "loss_curve": [[MAYBE]], "accuracy_curve": [[NUMBER]],
         }
     ],
     "gradient": [{"recipe": TEXT, "seed": (int,), "ratio": _ESTIMATE}],

@@ -22,7 +22,7 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe
-from fqt.records import TEXT, check_shape, environment, read_json, write_json
+from fqt.records import MAYBE, TEXT, check_shape, environment, read_json, write_json
 from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.decomposition import decompose
 from fqt.stats.overhead import Convolution, check_overhead, time_convolution, time_quantizer
@@ -37,10 +37,10 @@ from fqt.train.snapshot import Snapshot
 __all__ = ["FULL", "MEASURED", "QUICK", "Effort", "Reproduction", "trained_network"]
 
 FORMAT = "fqt paper 1"
-_NAME, _MAYBE = (str, type(None)), (int, float, type(None))
+_NAME = (str, type(None))
 # What a row must say for it to be known as done.
 ROWS: dict[str, dict[str, Any]] = {
-    "variance": {"method": _NAME, "rounding": _NAME, "bits": _MAYBE, "grad_weight": TEXT, "value": _MAYBE},
+    "variance": {"method": _NAME, "rounding": _NAME, "bits": MAYBE, "grad_weight": TEXT, "value": MAYBE},
     "overhead": {"samples": (int,), "method": _NAME, "rounding": _NAME},
 }
 ROUNDINGS = ("stochastic", "dithered")

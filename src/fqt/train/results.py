@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError
-from fqt.records import NUMBER, TEXT, check_shape, read_records
+from fqt.records import MAYBE, NUMBER, TEXT, check_shape, read_records
 
 __all__ = ["RunResult", "check_line", "is_finished", "is_share", "read_metrics", "read_result"]
 
@@ -37,9 +37,6 @@ class RunResult:
     diverged: bool
     loss_curve: list[tuple[int, float]]
     accuracy_curve: list[tuple[int, float]]
-
-
-MAYBE = (int, float, type(None))  # null stands for a number that was not finite
 
 
 def is_share(value: Any) -> bool:
