@@ -283,3 +283,10 @@ def test_help_and_version(run):
     assert "compare" in run("--help")[1]
     assert "--recipes" in run("compare", "-h")[1]
     assert fqt.__version__ in run("--version")[1]
+
+
+def test_importing_fqt_loads_no_compiler() -> None:
+    """Dynamo takes as long as all the rest."""
+    code = "import sys, fqt; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

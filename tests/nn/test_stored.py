@@ -246,3 +246,12 @@ def test_warnings_can_be_silenced_by_their_class() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RecipeWarning)
         fqt.quantize_(small_net(), "psq4").load_state_dict(state)
+
+
+def test_the_state_dict_of_a_compiled_model_names_its_own_layers() -> None:
+    model = fqt.quantize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), "psq4")
+    fqt.restore_(model[2])
+    wrapped = torch.compile(model, backend="eager")
+    found = fqt.recipe_of(wrapped.state_dict())
+    assert found == fqt.recipe_of(model)
+    assert [rule.pattern for rule in found.rules] == ["0"]

@@ -26,8 +26,9 @@ from fqt.quant import (
     quantizer_name,
 )
 from fqt.quant.catalog import ROUNDING_SUFFIX, known_names, method_of
+from tests.backends import reference_only
 
-from .cases import FAMILIES, SHAPES, gaussian
+from .cases import FAMILIES, SHAPES, gaussian, gen
 
 SHOWN = [name for method in METHODS.values() for name in method.shown]
 by_name = pytest.mark.parametrize("name", SHOWN)
@@ -257,3 +258,18 @@ def test_without_rotation_corrected_rounding_is_no_less_a_quantizer() -> None:
         assert float(error.square().sum((1, 2)).mean()) == pytest.approx(stated, rel=0.1)
         turned = replace(q, transform=Identity())
         assert float(turned.variance(x, 3)) == pytest.approx(float(turned.variance(x, 4)), rel=1e-9)
+
+
+@pytest.mark.parametrize("group", ["tensor", "row", "column"])
+def test_corrected_rounding_takes_any_group(group: str) -> None:
+    scale = Scale(group, "symmetric", store="correctable")
+    q, x = Quantizer(scale=scale, grid=Integers(4), rounding="corrected"), torch.randn(5, 8, generator=gen(0))
+    fast = q.quantize(x, 1)
+    with reference_only():
+        assert torch.equal(fast.codes, q.quantize(x, 1).codes)
+
+
+@pytest.mark.parametrize("name", ["int4rht", "thq4", "hlq4", "eden4"])
+def test_a_rotation_of_nothing_has_no_variance(name: str) -> None:
+    found = quantizer(name).variances(torch.zeros(3, 0), [4], 1, weight=torch.ones(3, 0))
+    assert [float(f) for f in found] == [0.0, 0.0]

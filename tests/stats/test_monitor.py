@@ -379,3 +379,14 @@ def test_halves() -> None:
     assert torch.equal(table["x"], x[:2])
     assert table["scale"] == 2
     assert share == 0.4
+
+
+def test_a_wrapped_model_is_read_in_as_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that made `.grad` is seen under the wrapper too: only the first reading is looked at twice."""
+    checks = []
+    check = fqt.Monitor._check
+    monkeypatch.setattr(fqt.Monitor, "_check", lambda self, *a, **k: checks.append(1) or check(self, *a, **k))
+    for wrap in (lambda model: model, nn.DataParallel):
+        checks.clear()
+        readings(wrap(plain()), batches(3))
+        assert len(checks) == 1

@@ -75,6 +75,8 @@ class Rotation:
 
     def block_means(self, weight: Tensor) -> Tensor:
         """What an error of a rotated entry weighs where entries weigh `weight` (N, D): its block's mean."""
+        if not weight.numel():
+            return weight
         runs = weight.reshape(-1, self.signs.numel())
         parts = [p.mean(1, keepdim=True).expand(p.shape) for p in runs.split(list(self.blocks), 1)]
         return torch.cat(parts, 1).reshape(weight.shape)

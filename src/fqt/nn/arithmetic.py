@@ -243,10 +243,6 @@ def _stays(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
 
 
 def _codes(product: str, recipe: Recipe) -> str:
-    for name in OPERANDS[product]:
-        q = recipe.operand(name)
-        if q is not None and q.code_dtype == torch.float32:
-            return f"{name} has levels that fit no byte"
     weight = recipe.operand("weight")
     if product == "grad_weight" or (weight is not None and weight.scale.mode == "symmetric"):
         return ""

@@ -30,6 +30,7 @@ from fqt.errors import FqtError
 from fqt.kernels.codes import compute_dtype
 from fqt.kernels.tensor import Seen
 from fqt.nn import compiled
+from fqt.nn.eager import not_compiled
 from fqt.nn.function import Call, backward, forward, input_parts, input_seen, multiplied, no_autocast
 
 _Saved = Sequence[Tensor | None]
@@ -229,12 +230,12 @@ class _Gradients(torch.autograd.Function):
 # No compiler looks into these two, nor into what they call: a compiled function runs its transforms eagerly.
 
 
-@torch.compiler.disable(reason="fqt: under torch.func a converted layer runs eagerly; or fqt.restore_(model) first")
+@not_compiled("fqt: under torch.func a converted layer runs eagerly; or fqt.restore_(model) first")
 def _transformable(*arguments: Any) -> Tensor:
     return _Transformable.apply(*arguments)
 
 
-@torch.compiler.disable
+@not_compiled("fqt: under torch.func a converted layer runs eagerly; or fqt.restore_(model) first")
 def _gradients(*arguments: Any) -> tuple[Tensor | None, ...]:
     return _Gradients.apply(*arguments)
 

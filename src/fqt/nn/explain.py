@@ -330,5 +330,5 @@ def _corrected(said: Product, arithmetic: str, module: nn.Module) -> Product:
     if arithmetic == "float" and not module.training:
         operands = f"float × {said.operands.split(' × ', 1)[1]}"
         return replace(said, arithmetic=arithmetic, operands=operands, why="eval mode: the gradient is exact")
-    why = {"integer": _INTEGER, "simulated": "its values were float64, or not on the CPU"}
+    why = {"integer": _INTEGER, "simulated": "its values were float64, or on a device without integer kernels"}
     return replace(said, arithmetic=arithmetic, why=why.get(arithmetic, "an operand came as float"))

@@ -102,7 +102,7 @@ class Call:
         """Whether a product of these values runs on integer codes."""
         found = on_integers(product, self.map, self.recipe, values)
         if self.witness is not None:
-            self.witness.decided(found)
+            self.witness.decided(found and not integer.machine_obstacle(values.device.type))
         return found
 
     def at_work(self) -> AbstractContextManager:

@@ -21,6 +21,7 @@ from fqt.errors import FqtError
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn import compiled, sharded
 from fqt.nn.autograd import is_transformed, linear_products
+from fqt.nn.eager import not_compiled
 from fqt.nn.function import Call, GradientOperand
 from fqt.nn.recipe import Recipe
 
@@ -70,10 +71,9 @@ def _drawn_seed() -> Tensor:
         ) from None
 
 
-_eager_products = torch.compiler.disable(
-    linear_products,
-    reason="fqt: a converted layer that is observed, or under torch.func, runs eagerly: compile without fullgraph",
-)
+_eager_products = not_compiled(
+    "fqt: a converted layer that is observed, or under torch.func, runs eagerly: compile without fullgraph"
+)(linear_products)
 
 
 @dataclass(frozen=True)

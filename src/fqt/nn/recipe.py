@@ -148,6 +148,7 @@ def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
     return value
 
 
+@lru_cache(maxsize=512)
 def _named_operand(operand: str, name: str) -> Quantizer | None:
     if name in ("none", "float"):
         return None
@@ -322,7 +323,9 @@ def _only(table: Mapping[str, Any], known: set[str], what: str) -> None:
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     """The mapping that `load_recipe` builds `recipe` from; every value is one TOML can hold."""
-    table: dict[str, Any] = {operand: _dump_operand(operand, getattr(recipe, operand)) for operand in OPERANDS}
+    table: dict[str, Any] = {
+        operand: json.loads(_operand_text(operand, getattr(recipe, operand))) for operand in OPERANDS
+    }
     table["fold"] = recipe.fold
     if recipe.rules:
         table["rules"] = [

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fqt.errors import FqtError, RecipeWarning
 from fqt.nn.recipe import Recipe, Rule, dump_recipe, load_recipe
-from fqt.nn.wrappers import named_modules, unwrapped
+from fqt.nn.wrappers import bare, named_modules, unwrapped
 
 KEY = "fqt_recipe"
 """Of a layer's own metadata, and of a Hugging Face configuration: the mapping of `dump_recipe`."""
@@ -40,7 +40,9 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
 
     Args:
         source: a model, or what its `state_dict()` returned, saved and loaded or not. Of a Hugging Face model
-            without converted layers, what its configuration says that it was.
+            without converted layers, what its configuration says that it was. Names in the state dict of a compiled
+            model are the model's own; of a `DistributedDataParallel` call torch's
+            `consume_prefix_in_state_dict_if_present` on it first.
 
     Returns:
         One recipe without rules where all layers had the same; else a rule by name for every layer that was
@@ -57,9 +59,9 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
             "recipe_of takes a model or its state dict as model.state_dict() or torch.load returned it; this "
             f"{type(source).__name__} has no metadata, where the recipe is kept (safetensors and copies lose it)"
         )
-    found = {name: load_recipe(entry[KEY]) for name, entry in metadata.items() if KEY in entry}
+    found = {bare(name): load_recipe(entry[KEY]) for name, entry in metadata.items() if KEY in entry}
     matrices = (key for key, value in source.items() if isinstance(value, Tensor) and value.ndim > 1)
-    return _assemble(found, (key.rpartition(".")[0] for key in matrices))
+    return _assemble(found, (bare(key.rpartition(".")[0]) for key in matrices))
 
 
 def _of_model(model: nn.Module) -> Recipe:

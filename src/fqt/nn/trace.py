@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fqt.errors import FqtError
 from fqt.nn.convert import is_converted
+from fqt.nn.observe import eagerly
 from fqt.nn.witness import Count, Witness
 from fqt.nn.wrappers import named_modules, named_tensors
 
@@ -220,10 +220,7 @@ def _alone(model: Any) -> AbstractContextManager:
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """Keeps compiled graphs out: a dispatch mode sees nothing of what is inside them."""
-    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and to import it takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+    with eagerly(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
         yield
 

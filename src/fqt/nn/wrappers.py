@@ -24,6 +24,15 @@ _INSIDE = {
 }
 
 
+def bare(name: str) -> str:
+    """A qualified name, from a state dict, without the words that only wrappers use.
+
+    `module`, the word of `DistributedDataParallel`, may be a layer's own name and stays.
+    """
+    words = set(_INSIDE.values()) - {"module"}
+    return ".".join(word for word in name.split(".") if word not in words)
+
+
 def inside(module: nn.Module) -> str | None:
     """The attribute that holds the module which this one wraps; None if it is no wrapper."""
     found = (_INSIDE.get((kind.__module__, kind.__name__)) for kind in type(module).__mro__)

@@ -28,6 +28,7 @@ from fqt.stats.decomposition import Decomposition, decompose
 from fqt.stats.moments import Moments
 from fqt.stats.operands import Operand, Operands
 from fqt.stats.passes import (
+    OTHER_NOISE,
     LossFn,
     alone,
     check_batches,
@@ -216,11 +217,7 @@ def _refuse_other_noise(
     stream(model, loss_fn, batch, parameters, compare, derive_seed(seed, "other"))
     apart, whole = sums.tolist()
     if apart > 1e-6 * whole:
-        raise FqtError(
-            "the gradient is random even without gradient quantizers (dropout?): put the modules that draw noise "
-            "of their own in eval mode (in nn.MultiheadAttention set dropout to 0), so that what is measured is "
-            "quantization"
-        )
+        raise FqtError(OTHER_NOISE)
 
 
 def _quantization(

@@ -16,18 +16,16 @@ one is usually a hundred times the other; it can come out negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
-from fqt.nn.convert import is_converted
-from fqt.nn.wrappers import named_parameters
 from fqt.seeds import derive_seed
 from fqt.stats.moments import Moments
-from fqt.stats.passes import LossFn, undisturbed
+from fqt.stats.passes import OTHER_NOISE, LossFn, converted, trainable, undisturbed, without
 from fqt.stats.spread import Estimate
 
 __all__ = ["GradientVariance", "quantization_variance", "sampling_variance"]
@@ -143,10 +141,7 @@ def sampling_variance(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any],
 def _parameters(model: nn.Module, batches: Sequence[Any]) -> dict[str, nn.Parameter]:
     if len(batches) < 2:
         raise FqtError(f"a variance and its error need at least 2 batches, got {len(batches)}")
-    found = {name: p for name, p in named_parameters(model) if p.requires_grad}
-    if not found:
-        raise FqtError("the model has no parameter that requires a gradient")
-    return found
+    return trainable(model)
 
 
 def _gradient(
@@ -171,26 +166,16 @@ def _refuse_other_noise(
 
     Converted layers and dropout draw from one generator, so that their noise could not be told apart.
     """
-    converted = [module for module in model.modules() if is_converted(module)]
-    recipes = [module.fqt_recipe for module in converted]
-    if not converted:
+    layers = converted(model)
+    if not layers:
         return  # whatever this model's noise is, the caller wants it measured
-    try:
-        for module, recipe in zip(converted, recipes, strict=True):
-            module.fqt_recipe = replace(recipe, grad_input=None, grad_weight=None)  # type: ignore[type-var]
+    with without(layers):
         first, second = (
             _gradient(model, loss_fn, batch, parameters, derive_seed(seed, "other", i)) for i in (0, 1)
         )
-    finally:
-        for module, recipe in zip(converted, recipes, strict=True):
-            module.fqt_recipe = recipe
     apart = sum(float((a - b).double().square().sum()) for a, b in zip(first, second, strict=True))
     if apart > 1e-6 * sum(float(a.double().square().sum()) for a in first):
-        raise FqtError(
-            "the gradient is random even without gradient quantizers (dropout?): put the modules that draw noise "
-            "of their own in eval mode (in nn.MultiheadAttention set dropout to 0), so that what is measured is "
-            "quantization"
-        )
+        raise FqtError(OTHER_NOISE)
 
 
 def _with_total(sums: Tensor) -> list[Tensor]:

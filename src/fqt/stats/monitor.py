@@ -116,7 +116,7 @@ class Monitor:
         self.count = 0
         self._quantization = _Average(len(self.names) + 1)
         self._sampling = _Average(len(self.names) + 1)
-        self._passes = Passes(model)
+        self._passes = Passes(self.model)
         self._await_next()
 
     def close(self) -> None:
@@ -458,12 +458,3 @@ def first_half(batch: Any) -> tuple[Any, float]:
         return value
 
     return cut(batch), (count // 2) / max(count, 1)
-
-
-def _device_states() -> list[Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _set_device_states(states: list[Tensor]) -> None:
-    if states:
-        torch.cuda.set_rng_state_all(states)

@@ -25,6 +25,7 @@ from fqt.nn.convert import is_converted
 from fqt.nn.wrappers import inside, named_modules, named_parameters
 
 __all__ = [
+    "OTHER_NOISE",
     "LossFn",
     "Sink",
     "alone",
@@ -39,6 +40,12 @@ __all__ = [
     "undisturbed",
     "without",
 ]
+
+OTHER_NOISE = (
+    "the gradient is random even without gradient quantizers (dropout?): put the modules that draw noise "
+    "of their own in eval mode (in nn.MultiheadAttention set dropout to 0), so that what is measured is "
+    "quantization"
+)
 
 ROLES = ("grad_input", "grad_weight")
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -86,16 +93,21 @@ def alone(model: nn.Module, averaged: bool = False) -> nn.Module:
             f"the model's parameters are sharded over processes ({', '.join(sorted(sharded))}), and a gradient's "
             "statistics need all of it: measure the model before it is sharded"
         )
-    while any(kind.__name__ in ("DistributedDataParallel", "DataParallel") for kind in type(model).__mro__):
-        name = inside(model)
-        assert name is not None
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        if averaged and ranks > 1:
-            raise FqtError(
-                f"{type(model).__name__} averages gradients over {ranks} processes, so that .grad belongs to more "
-                "than this process's batch: use diagnose, which measures one process"
-            )
-        model = model.get_submodule(name)
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    outer, name = model, inside(model)
+    while name is not None:  # others, torch.compile's for one, may lie around the one that averages
+        within = outer.get_submodule(name)
+        if any(kind.__name__ in ("DistributedDataParallel", "DataParallel") for kind in type(outer).__mro__):
+            if averaged and ranks > 1:
+                raise FqtError(
+                    f"{type(outer).__name__} averages gradients over {ranks} processes, so that .grad belongs to "
+                    "more than this process's batch: use diagnose, which measures one process"
+                )
+            if (
+                outer is model or not averaged
+            ):  # what made .grad stays as it is: a compiled model's hooks are outside
+                model = within
+        outer, name = within, inside(within)
     return model
 
 

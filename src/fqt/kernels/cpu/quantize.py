@@ -100,7 +100,11 @@ def _takes_levels(levels: Levels) -> bool:
 @ops.encode.on(
     BACKEND,
     when=lambda x, scales, levels, rounding, seed: (
-        _takes_levels(levels) and takes_entries(x) and takes_scales(scales) and takes(integers=seed)
+        rounding.name in ROUNDINGS
+        and _takes_levels(levels)
+        and takes_entries(x)
+        and takes_scales(scales)
+        and takes(integers=seed)
     ),
 )
 def _encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None) -> Tensor:

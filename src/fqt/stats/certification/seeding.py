@@ -51,17 +51,17 @@ def related(sample: Sample, level: Level) -> Finding:
     strangers = torch.cat([products[a, :, b].flatten() for a in range(BASES) for b in range(a)])
     each = (level.rate / level.tests) ** (1 / BASES)
     own = torch.stack([products[b, 0, b, 1:] for b in range(BASES)])  # (BASES, RELATIVES)
-    score, kind, sign = 0.0, 0, 1.0
+    score, kind = 0.0, 0
     for side in (1.0, -1.0):
         chance = torch.quantile(side * strangers, 1 - each)
         weakest, at = (side * own).amin(0).max(0)
         found = _over(float(weakest), float(chance))
         if found > score:
-            score, kind, sign = found, int(at), side
+            score, kind = found, int(at)
     energy = flat.square().sum(1).mean()
     effect = float(own[:, kind].mean() / energy) if energy > 0 else 0.0
     where = f"seeds that differ in bit {kind}" if kind < SEED_BITS else "seeds that differ in all bits"
-    return Finding("related seeds", sample.input.name, score, effect, where if sign else "")
+    return Finding("related seeds", sample.input.name, score, effect, where)
 
 
 def shifted(sample: Sample, level: Level) -> Finding:
