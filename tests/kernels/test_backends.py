@@ -300,9 +300,11 @@ def test_findings_save_a_pass_and_change_nothing(dtype: torch.dtype, rounding: s
                 bound = 1e-6 * float(x.double().abs().sum() + 1)
                 assert torch.allclose(findings.sums, sums, rtol=0, atol=bound)
                 threads = torch.get_num_threads()
-                torch.set_num_threads(1)
-                again = by_rows(x, wanted).findings
-                torch.set_num_threads(threads)
+                try:
+                    torch.set_num_threads(1)
+                    again = by_rows(x, wanted).findings
+                finally:
+                    torch.set_num_threads(threads)
                 assert again is not None
                 assert same(again.sums, findings.sums)
 

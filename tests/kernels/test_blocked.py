@@ -24,7 +24,9 @@ def matrix(shape: tuple[int, int], blocks: Blocks, seed: int = 0) -> Stepped:
     """Codes over the whole range of int8 with steps of three magnitudes."""
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(-128, 128, shape, generator=draw, dtype=torch.int32).to(torch.int8)
-    step = torch.rand(blocks.count(shape), generator=draw) * 10 ** torch.randint(-1, 2, blocks.count(shape)).float()
+    count = blocks.count(shape)
+    magnitude = torch.randint(-1, 2, count, generator=draw)
+    step = torch.rand(count, generator=draw) * 10 ** magnitude.float()
     return Stepped(codes, step, blocks)
 
 

@@ -77,7 +77,10 @@ def test_no_noise_from_them(name: str, recipe: str, kind: str, of: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nothing_but_degenerate_groups(recipe: str) -> None:
-    """Gradients of a layer whose input and weight are zero, or constant, are exact to float rounding."""
+    """A layer whose input and weight are zero, or constant, is exact to rounding, but for the gradient's noise.
+
+    That meets the constant weight in the input's gradient, and the input in the weight's if its code is not 0.
+    """
     layer, g = nn.Linear(16, 8), torch.randn(12, 8)
     for value in (0.0, 0.7):
         with torch.no_grad():
@@ -88,8 +91,9 @@ def test_nothing_but_degenerate_groups(recipe: str) -> None:
         assert equal(found[:1], exact[:1])
         if value == 0:
             assert not any(bool(f.any()) for f in found[1:3])
-        for a, b in zip(found, exact, strict=True):
-            torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+        for number, (a, b) in enumerate(zip(found, exact, strict=True)):
+            noisy = value != 0 and (number == 1 or (number == 2 and recipe == "symmetric input"))
+            torch.testing.assert_close(a, b, rtol=0, atol=(0.01 if noisy else 1e-6) * float(b.abs().max()) + 1e-12)
 
 
 def test_attention_with_pruned_heads_and_padding() -> None:

@@ -271,7 +271,7 @@ def test_registered_by_its_forward(name: str, registry: None) -> None:
 def test_registered_noise_is_unbiased(registry: None) -> None:
     """Mean of 100 gradients of the weight below the standardization against the exact one: z-tests of 4 directions.
 
-    Each at 5 standard errors: a false alarm in 2 million runs.
+    Each at 5 standard errors, estimated from the 100: 4e-5 in all (t of 99 degrees).
     """
     fqt.register(Standardized, standardized_forward)
     layer, x = Standardized(3, 4, 3).double(), torch.randn(4, 3, 5, 5, dtype=torch.float64)

@@ -184,13 +184,15 @@ def test_a_fallback_block_has_a_finer_step_and_the_others_small_codes() -> None:
     assert (codes[two] == 127 * 255).all()
 
 
-def test_pairs_are_a_coarse_code_to_nearest_and_a_fine_one() -> None:
-    """What a pair stands for: 14·h + l, both within ±7, for every code."""
-    codes = torch.arange(-105, 106)
-    coarse = (codes / 14).round().clamp(-7, 7)
-    assert int((codes - 14 * coarse).abs().max()) == 7
-    assert quantizer("split4").coding.levels.high == 105
-    assert quantizer("split4").code_dtype == torch.int8
+def test_the_levels_of_a_pair_are_those_of_a_coarse_code_and_a_fine_one() -> None:
+    """What a pair stands for: 2c·h + l, both within ±c, meets every level: up to 2c² + c."""
+    for bits, dtype in ((2, torch.int8), (3, torch.int8), (4, torch.int8), (8, torch.float32)):
+        c = (1 << bits - 1) - 1
+        one = torch.arange(-c, c + 1)
+        levels = (2 * c * one[:, None] + one).unique()
+        q = Quantizer(scale=Scale("tensor", "symmetric"), grid=Pairs(bits), rounding="stochastic")
+        assert levels.tolist() == list(range(q.coding.levels.low, q.coding.levels.high + 1))
+        assert q.code_dtype == dtype
 
 
 def test_shifted_steps_are_parts_of_one_and_waste_less_than_half() -> None:

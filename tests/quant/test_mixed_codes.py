@@ -237,12 +237,14 @@ def test_every_level_gives_the_same_codes(level: str) -> None:
         pytest.skip(f"this runs on {have} anyway")
     chosen = "test_one_call and scaled and (shq4d or bhq3) or test_factors"
     arguments = [__file__, "-q", "-p", "no:cacheprovider", "-k", chosen]
-    code = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
+    told = "from fqt.kernels.cpu.library import status; print(status().level, flush=True)"
+    code = f"import sys, pytest; {told}; sys.exit(pytest.main({arguments!r}))"
     environment = {**os.environ, "FQT_KERNELS": level}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[0] == level
 
 
 @needs_native

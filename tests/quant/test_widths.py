@@ -42,7 +42,7 @@ def test_every_width_is_that_widths_variance(q: fqt.Quantizer, axis: int | tuple
 def test_widths_share_only_what_they_have_in_common(transform: type, mode: str, rounding: str) -> None:
     """Tiny and one-signed rows, duplicates and constants, where a guard's choice may turn on the width."""
     if mode == "symmetric" and rounding in ("dithered", "best"):
-        return
+        pytest.skip("rounding of affine scales")
     identity = transform is fqt.quant.Identity
     g = torch.Generator().manual_seed(0)
     matrices = [torch.rand(2, 1, 5, generator=g) + shift for shift in (0.0, 0.1, 1.0) for _ in range(3)]
