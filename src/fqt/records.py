@@ -63,6 +63,11 @@ NUMBER, TEXT = (int, float), (str,)
 MAYBE = (*NUMBER, type(None))  # null stands for a number that was not finite
 
 
+def is_width(value: Any) -> bool:
+    """A leaf of a shape: bits of a code."""
+    return type(value) is int and 1 <= value <= 64
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes one JSON document, atomically; floats that are not finite become ``null``. A mapping is sealed.
 

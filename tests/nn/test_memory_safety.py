@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from fqt.kernels.linear_map import ConvMap
+
 # Every product of strided convolutions with one tap, as many times as corruption needs to show; torch's own results
 # on contiguous float64 say what is right. Runs in a process of its own, because a fault kills it.
 _SCRIPT = """
@@ -53,3 +58,28 @@ def test_strided_kernels_of_one_tap() -> None:
     )
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-1000:]}"
     assert done.stdout.strip() == "checked 78"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 1, 3), (1, 1, 3)), ((2, 2, 3), (1, 1, 2)), ((3, 3), (1, 3))])
+def test_images_of_one_channel_laid_out_last(
+    kernel: tuple[int, ...], stride: tuple[int, ...], transposed: bool
+) -> None:
+    # On AVX-512 the float32 forward convolution read whatever memory held behind each row.
+    dims = len(kernel)
+    map = ConvMap(stride, (0,) * dims, (1,) * dims, 1, transposed)
+    torch.manual_seed(0)
+    large = (6, 6, 5)[-dims:]
+    small = tuple((n - k) // s + 1 for n, k, s in zip(large, kernel, stride, strict=True))
+    exactly = tuple((n - 1) * s + k for n, k, s in zip(small, kernel, stride, strict=True))
+    x, g = (
+        torch.randn(3, *size, 1).movedim(-1, 1) for size in ((small, exactly) if transposed else (large, small))
+    )
+    w = torch.randn(1, *kernel, 1).movedim(-1, 1)
+    dirt = [torch.full((n,), 1e20) for n in (8, 32, 72, 100, 216, 256, 1000, 4000) * 6]
+    del dirt
+    got = map.output(x, w), map.grad_input(g, w, x.shape), map.grad_weight(g, x, w.shape)
+    x, w, g = (t.double().contiguous() for t in (x, w, g))
+    right = map.output(x, w), map.grad_input(g, w, x.shape), map.grad_weight(g, x, w.shape)
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)

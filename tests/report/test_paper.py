@@ -214,6 +214,14 @@ def test_damaged_records_are_one_line(records, name, tmp_path):
             assert len(problems) <= 1
 
 
+@pytest.mark.parametrize("bits", [-(2**63), 2**62, 0, 4.0, True])
+def test_no_width_of_a_record_is_taken_for_a_number_of_steps(records, bits):
+    damaged = copy.deepcopy(records["variance"])
+    damaged["rows"][0]["bits"] = bits
+    with pytest.raises(FqtError, match=r"rows\[0\], bits is damaged"):
+        check_paper(damaged, "f")
+
+
 def test_what_the_quantizers_of_each_layer_add(records):
     assert _table(records["layers"], "What each layer") == {("b",): ["4", "50.0"], ("a",): ["4", "50.0"]}
 

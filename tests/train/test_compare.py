@@ -125,9 +125,10 @@ def test_another_training_is_refused_and_force_discards(tmp_path, comparison):
     assert (tmp_path / "compare.json").read_bytes() == before
     record = compare(comparison({"lr": 0.2}, seeds=(0,), batches=0), tmp_path, force=True)
     assert record["config"]["lr"] == 0.2
-    (tmp_path / "compare.json").write_text('{"format": "other"}')
-    with pytest.raises(FqtError, match="no record of a comparison"):
-        compare(comparison(seeds=(0,), batches=0), tmp_path)
+    for other in ('{"format": "other"}', "{}", "[]", "null", "0"):
+        (tmp_path / "compare.json").write_text(other)
+        with pytest.raises(FqtError, match="no record of a comparison"):
+            compare(comparison(seeds=(0,), batches=0), tmp_path)
 
 
 def test_bad_comparisons_are_refused_before_anything_runs(comparison):

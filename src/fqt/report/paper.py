@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fqt.errors import FqtError
-from fqt.records import MAYBE, NUMBER, TEXT, check_shape
+from fqt.records import NUMBER, TEXT, check_shape, is_width
 from fqt.report.figures import figure_of
 from fqt.report.matrix import check_matrix, matrix_panel, matrix_table
 from fqt.report.panel import Built
@@ -25,19 +25,25 @@ from fqt.report.summary import runs_of
 __all__ = ["accuracy_record", "check_paper", "layers_record", "paper_figure", "paper_section", "paper_tables"]
 
 FORMAT = "fqt paper 1"
+
+
+def _width_or_none(value: Any) -> bool:
+    return value is None or is_width(value)
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "variance": {
         "sampling": {"value": NUMBER, "error": NUMBER},
-        "rows": [{"method": (str, type(None)), "bits": MAYBE, "grad_weight": TEXT, "value": NUMBER}],
+        "rows": [{"method": (str, type(None)), "bits": _width_or_none, "grad_weight": TEXT, "value": NUMBER}],
     },
     "profile": {
-        "settings": {"bits": [(int,)]},
+        "settings": {"bits": [is_width]},
         "rows": [{"layer": TEXT, "rows": (int,), "columns": (int,), "energy": NUMBER, "variance": {}}],
     },
     "histogram": {
         "layer": TEXT,
         "shape": [(int,)],
-        "settings": {"bits": (int,)},
+        "settings": {"bits": is_width},
         "rows": [{"method": TEXT, "counts": [(int,)], "bins": [NUMBER], "variance": NUMBER}],
     },
     "accuracy": {"baseline": TEXT, "rows": [{"recipe": TEXT, "accuracy": [NUMBER], "loss_curve": [(list,)]}]},

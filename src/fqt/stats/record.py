@@ -10,7 +10,7 @@ from typing import Any
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe
 from fqt.quant.quantizer import Quantizer
-from fqt.records import MAYBE, TEXT, check_shape
+from fqt.records import MAYBE, TEXT, check_shape, is_width
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis, Noise
 from fqt.stats.operands import WIDTHS, Operand
@@ -24,7 +24,7 @@ WHOLE = "*"  # stands for the whole gradient where a layer's name could stand
 _ESTIMATE = {"value": MAYBE, "error": MAYBE}
 _NOISE = {"sampling": _ESTIMATE, "quantization": _ESTIMATE, "energy": _ESTIMATE, "rho": _ESTIMATE}
 _OPERAND = {
-    "layer": TEXT, "role": TEXT, "quantizer": (str, dict), "bits": (int,), "shape": [(int,)],
+    "layer": TEXT, "role": TEXT, "quantizer": (str, dict), "bits": is_width, "shape": [(int,)],
     "multiplications": (int,), "energy": _ESTIMATE, "variance": {...: _ESTIMATE}, "bound": {...: MAYBE},
     "limit": (dict, type(None)), "range_ratio": MAYBE, "histogram": [(int,)], "empty": MAYBE,
 }  # fmt: skip

@@ -158,8 +158,7 @@ def _compare(
     shared = _shared(comparison.base)
     if force:
         _discard(comparison, folder)
-    old = read_json(path) if path.exists() else {}
-    _check_old(old, shared, path)
+    old = _old(path, shared)
     record: dict[str, Any] = {
         "format": FORMAT,
         "environment": environment(command),
@@ -169,9 +168,9 @@ def _compare(
         "seeds": list(comparison.seeds),
         "measurement": comparison.settings(),
         "runs": [],
-        "gradient": old.get("gradient", []) if old.get("measurement") == comparison.settings() else [],
+        "gradient": old["gradient"] if old and old["measurement"] == comparison.settings() else [],
     }
-    if not old:
+    if old is None:
         write_json(path, record)
     for seed in comparison.seeds:
         for recipe in comparison.recipes:
@@ -207,9 +206,11 @@ def _discard(comparison: Comparison, folder: Path) -> None:
         discard(home)
 
 
-def _check_old(old: Any, shared: dict[str, Any], path: Path) -> None:
-    if not old:
-        return
+def _old(path: Path, shared: dict[str, Any]) -> dict[str, Any] | None:
+    """The record that is there."""
+    if not path.exists():
+        return None
+    old = read_json(path)
     if not isinstance(old, dict) or old.get("format") != FORMAT:
         raise FqtError(f"{path} is no record of a comparison; name another --out, or discard it with --force")
     check_shape(old, SHAPE, str(path))
@@ -219,6 +220,7 @@ def _check_old(old: Any, shared: dict[str, Any], path: Path) -> None:
             f"{path.parent} holds a comparison with another {', '.join(changed)}: name another --out, "
             "or discard it with --force"
         )
+    return old
 
 
 def _shared(base: TrainConfig) -> dict[str, Any]:
