@@ -34,7 +34,7 @@ torture: $(VENV)/.installed ## Kill, damage and fuzz everything, at length (hour
 	OMP_NUM_THREADS=1 $(BIN)/python results/torture/run.py $(TORTURE_ARGS)
 
 test: $(VENV)/.installed-dev ## Run the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	$(BIN)/ruff check src tests results
