@@ -115,7 +115,7 @@ def _refused(model: DistributedDataParallel) -> str:
 
 
 def _ranges() -> list[dict[tuple[str, str], torch.Tensor]]:
-    """What a model remembers after each of three backward passes on this rank's data, and after one more forward."""
+    """What a model remembers after each of three backward passes on this rank's data, and after a forward one."""
     wrapped = DistributedDataParallel(fqt.quantize_(small_net(), "hind8"))
     x, y = small_batch()
     half = slice(4 * torch.distributed.get_rank(), 4 * torch.distributed.get_rank() + 4)
