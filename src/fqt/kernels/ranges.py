@@ -221,8 +221,8 @@ def reach(used: tuple[Tensor, Tensor], scales: Scales, levels: Levels) -> tuple[
         scales: one step for the tensor.
         levels: as the positions are clamped to.
     """
-    ends = torch.tensor([[levels.low, levels.high]], dtype=levels.dtype, device=scales.step.device)
-    low, high = ops.decode(ends, scales, None).split(1, dim=1)
+    like = torch.empty((1, 1), dtype=levels.dtype, device=scales.step.device)
+    low, high = (ops.decode(torch.full_like(like, end), scales, None) for end in (levels.low, levels.high))
     return torch.minimum(low, used[0]), torch.maximum(high, used[1])
 
 

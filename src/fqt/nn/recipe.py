@@ -62,7 +62,7 @@ class Recipe:
             `weight`.
         grad_input, grad_weight: the two quantizers of the same grad_output. Stochastic, dithered or best: the
             gradient is then an unbiased estimate of the QAT gradient. Nearest (an explicit "…n") is biased and
-            there for comparison.
+            there for comparison. One with a remembered range is biased by what it clips.
         fold: whether a step on a contracted axis (of `weight` in grad_input, of `input` in grad_weight) moves
             into grad_output before that is quantized: "never"; "always"; "auto", where the closed-form bound of
             the product's variance does not rise. Unbiased either way; only "always" lets such a product run on
