@@ -1,8 +1,9 @@
 """The catalog: measured, certified, compared with given variances; the record, the page and the picture.
 
-    python results/catalog.py [ORACLE_FOLDER]
+    python results/catalog.py [--new] [ORACLE_FOLDER]
 
 Writes results/catalog.json, docs/catalog.md and docs/catalog.svg, on the gradients that ship with the package. With
+`--new` quantizers of the last record that measure what they did keep their certificates, which take the time. With
 a folder that holds `gpt_shakespeare.npz` and `.json`, gradients with the variances that a right quantizer has on
 them, the record also says how far ours are from those. `ratios` is the geometric mean of `thq4d`'s variance over
 that of others, which should be at most 0.27 of psq4's, 0.75 of shq4d's and 0.5 of nvfp4's.
@@ -10,11 +11,13 @@ that of others, which should be at most 0.27 of psq4's, 0.75 of shq4d's and 0.5 
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from fqt.quant import Identity, Integers, Quantizer, Rotated, ScaledHadamard, quantizer
 from fqt.quant.examples import FAMILIES, gradients
-from fqt.records import environment, write_json
+from fqt.records import environment, read_json, write_json
 from fqt.report import catalog_figure, catalog_markdown, save_figure
 from fqt.stats.catalog import catalog_record, certified, mean_ratio
 
@@ -58,9 +61,26 @@ def oracle(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]
     return matrices, found
 
 
-def main(folder: Path | None) -> None:
+def certificates_of(last: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The last record's certificates by name, of the rows that are measured as they were then."""
+    date, before = last["environment"]["time"][:10], {row["name"]: row for row in last["rows"]}
+    return {
+        row["name"]: {"date": date, **before[row["name"]]["certified"]}
+        for row in rows
+        if row["name"] in before and _alike(row, before[row["name"]])
+    }
+
+
+def _alike(row: dict[str, Any], before: dict[str, Any]) -> bool:
+    if any(row[key] != before[key] for key in row if key != "variance"):
+        return False
+    return all(math.isclose(row["variance"][f], before["variance"][f], rel_tol=1e-6) for f in FAMILIES)
+
+
+def main(folder: Path | None, new: bool) -> None:
     """Measures, writes, prints."""
     record = catalog_record()
+    known = certificates_of(read_json(ROOT / "results" / "catalog.json"), record["rows"]) if new else {}
     families = {family: gradients(family) for family in FAMILIES}
     if folder is not None:
         families["gpt_shakespeare"], record["agreement"] = oracle(folder)
@@ -68,17 +88,24 @@ def main(folder: Path | None) -> None:
             print(f"{name:14} off by at most {max(map(abs, off.values())):.1e}", flush=True)
     record["ratios"] = ratios(families)
     print(json.dumps(record["ratios"], indent=1), flush=True)
+    record["environment"] = environment(
+        ["python", "results/catalog.py", *["--new"] * new, *["FOLDER"] * (folder is not None)]
+    )
+    names = [row["name"] for row in record["rows"] if row["name"] not in known]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for row, found in zip(
-            record["rows"], pool.map(certified, [row["name"] for row in record["rows"]]), strict=True
-        ):
-            row["certified"] = found
-            print(f"{row['name']:10} {row['bias']:11} {found}", flush=True)
-    record["environment"] = environment(["python", "results/catalog.py", *([] if folder is None else ["FOLDER"])])
+        for name, found in zip(names, pool.map(certified, names), strict=True):
+            known[name] = {"date": record["environment"]["time"][:10], **found}
+            print(f"{name:10} {found}", flush=True)
+    for row in record["rows"]:
+        row["certified"] = known[row["name"]]
     write_json(ROOT / "results" / "catalog.json", record)
     (ROOT / "docs" / "catalog.md").write_text(catalog_markdown(record), encoding="utf-8")
     save_figure(catalog_figure(record), ROOT / "docs" / "catalog.svg")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--new", action="store_true")
+    parser.add_argument("folder", nargs="?", type=Path)
+    given = parser.parse_args()
+    main(given.folder, given.new)

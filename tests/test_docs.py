@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import fqt
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -28,3 +31,13 @@ def test_the_examples_of_adding_a_quantizer(capsys: pytest.CaptureFixture[str]) 
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_the_example_of_remembered_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "remembered(" in b)
+    torch.manual_seed(0)
+    exec(block, {"__name__": "documentation", "torch": torch, "fqt": fqt})
+    printed = capsys.readouterr().out
+    assert "2 grad_input" in printed
+    assert "remembered ranges have clipped" in printed.splitlines()[-1]

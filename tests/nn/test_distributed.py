@@ -72,6 +72,18 @@ def test_weights_stay_equal(ranks: list[dict]) -> None:
     assert all(map(torch.equal, ranks[0]["weights"], ranks[1]["weights"]))
 
 
+def test_remembered_ranges_are_the_first_ranks(ranks: list[dict]) -> None:
+    """Each rank learns from its own gradients; a forward pass makes all begin from the first one's."""
+    (*apart, together), (*others, same) = (rank["ranges"] for rank in ranks)
+    for number, (mine, theirs) in enumerate(zip(apart, others, strict=True), 1):
+        moved = [key for key in mine if int(mine[key][0]) > 0]
+        assert all(int(mine[key][0]) == int(theirs[key][0]) == number for key in moved)
+        assert any(not torch.equal(mine[key], theirs[key]) for key in moved)
+    for key, state in apart[-1].items():
+        assert torch.equal(state, together[key])
+        assert torch.equal(state, same[key])
+
+
 def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """As the worker's, in one process."""
     x = wide_batch().requires_grad_()
@@ -120,7 +132,12 @@ def test_batches_in_shards(ranks: list[dict]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("plain", "plain: input"), ("apart", "use ColwiseParallel"), ("whole", "both replicated")],
+    [
+        ("plain", "plain: input"),
+        ("apart", "use ColwiseParallel"),
+        ("whole", "both replicated"),
+        ("remembers", "on sharded tensors"),
+    ],
 )
 def test_what_cannot_be_sharded_is_refused(ranks: list[dict], name: str, words: str) -> None:
     error = ranks[1]["sharded"][name]

@@ -96,7 +96,7 @@ def test_messages(name: str) -> None:
         make()
     message = str(error.value)
     assert "\n" not in message
-    assert len(message) < 400
+    assert len(message) < 500
     assert all(word in message for word in words), message
 
 

@@ -40,6 +40,7 @@ def _run() -> dict[str, object]:
         found[recipe] = (local, {n.removeprefix("module."): g for n, g in reduced.items()}, draws)
     found["weights"] = _train()
     found["sharded"] = _tensor_parallel()
+    found["ranges"] = _ranges()
     found["refused"] = _refused(DistributedDataParallel(fqt.quantize_(small_net(), "psq4")))
     return found
 
@@ -83,6 +84,7 @@ def _tensor_parallel() -> dict[str, object]:
         ("whole", distribute(fqt.quantize_(wide_net(), "psq4"), mesh), whole),
         ("data", distribute(fqt.quantize_(wide_net(), "psq4"), mesh), apart),
         ("images", distribute(convolution, mesh), apart),
+        ("remembers", distribute(fqt.quantize_(wide_net(), "hind8"), mesh), apart),
     ):
         try:
             handed = layer.forward(x)  # without what parallelize_module does before
@@ -110,6 +112,20 @@ def _refused(model: DistributedDataParallel) -> str:
     except fqt.FqtError as error:
         return str(error)
     return ""
+
+
+def _ranges() -> list[dict[tuple[str, str], torch.Tensor]]:
+    """What a model remembers after each of three backward passes on this rank's data, and after a forward one."""
+    wrapped = DistributedDataParallel(fqt.quantize_(small_net(), "hind8"))
+    x, y = small_batch()
+    half = slice(4 * torch.distributed.get_rank(), 4 * torch.distributed.get_rank() + 4)
+    states = []
+    for number in range(3):
+        loss_of(wrapped, (x[half] * (1 + number), y[half])).backward()
+        states.append({key: state.packed for key, state in fqt.nn.remembered(wrapped).items()})
+    wrapped(x[half])
+    states.append({key: state.packed for key, state in fqt.nn.remembered(wrapped).items()})
+    return states
 
 
 def _train() -> list[torch.Tensor]:

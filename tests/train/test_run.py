@@ -70,6 +70,20 @@ def test_an_interrupted_run_continues_to_the_same_numbers(tmp_path, small, metri
     )
 
 
+def test_an_interrupted_run_goes_on_with_the_ranges_that_it_remembered(tmp_path, small, metrics, interruption):
+    config = small(recipe="hind4", model="convnet")
+    train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", observer=interruption(3))
+    train(config, tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    ends = [_state(tmp_path / name)["model"] for name in ("whole", "cut")]
+    assert _same(*ends)
+    remembered = [state for name, state in ends[0].items() if name.endswith("hindsight")]
+    assert {int(state[0]) for state in remembered} <= {0, 10}
+    assert sum(int(state[2]) for state in remembered) > 0
+
+
 def _clock(state):
     return {"metrics_bytes": state["metrics_bytes"]}  # the lines hold wall times of varying length
 

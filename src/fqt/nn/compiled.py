@@ -62,6 +62,10 @@ def _call(seed: Tensor | None, recipe: str, map: list[int] | None, dtype: torch.
 
 def arguments(call: Call) -> tuple[Any, ...]:
     """The last arguments of both ops."""
+    if call.ranges is not None:
+        raise FqtError(
+            "is_grads_batched is not for layers whose recipe remembers ranges: take gradients one by one"
+        )
     text = call.recipe.text
     if not text:
         raise FqtError("a recipe with a transform that no word stands for cannot be traced, compiled or exported")

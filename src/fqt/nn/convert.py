@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fqt.errors import ConversionError, FqtError
-from fqt.nn import coverage, layers, patched, stored
+from fqt.nn import coverage, layers, patched, ranges, stored
 from fqt.nn.forms import float_form, is_quantized, known, quantized_form, replaced
 from fqt.nn.recipe import DEFAULT, Recipe, Rule, load_recipe
 from fqt.nn.wrappers import named_modules
@@ -90,6 +90,12 @@ def quantize_(
     if not isinstance(model, nn.Module):
         raise FqtError(f"quantize_ takes a torch.nn.Module, not {type(model).__name__}")
     selections, problems = select(model, resolved, filter_fn)
+    problems += [
+        f"{s.name or '(model)'!r} is an attention, whose projections cannot share one remembered range: give it "
+        "another recipe by a rule"
+        for s in selections
+        if s.recipe is not None and isinstance(s.module, nn.MultiheadAttention) and ranges.remembering(s.recipe)
+    ]
     if strict:
         problems += [
             f"{s.name or '(model)'!r} would stay float, and no rule says 'none': {s.reason}"
@@ -268,6 +274,8 @@ def _switch(model: nn.Module, recipes: Mapping[nn.Module, Recipe]) -> None:
         patched.rewire(model, {m: s for m, s in swaps.items() if s[0] is not s[1]})
         for module in model.modules():
             _set_fast_path(module)
+    for module, recipe in recipes.items():
+        ranges.attach(module, recipe)
 
 
 @contextmanager

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from fqt.kernels import integer
+from fqt.kernels.ranges import RangeState
 from fqt.nn import patched
 from fqt.nn.arithmetic import OPERANDS, obstacle, summed_in_blocks
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
 from fqt.nn.layers import linear_map
+from fqt.nn.ranges import remembered
 from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
 from fqt.nn.stored import stored_in_configuration
 from fqt.nn.trace import OUTSIDE, LossFn, Site, Trace, trace
@@ -201,11 +203,22 @@ def _words(entry: str | dict[str, Any]) -> str:
 
 
 def _hints(model: nn.Module, layers: list[Selection]) -> Iterator[str]:
+    if found := remembered(model):
+        yield _clipped(found)
     if stored_in_configuration(model) and not any(is_converted(layer.module) for layer in layers):
         yield (
             "note: the model's configuration says that it was trained quantized, and no layer is now; "
             "fqt.quantize_(model, fqt.recipe_of(model)) makes it what it was"
         )
+
+
+def _clipped(found: dict[tuple[str, str], RangeState]) -> str:
+    """One line on what remembered ranges have cut off so far."""
+    _, entries, clipped = torch.stack([state.counts.cpu() for state in found.values()]).sum(0).tolist()
+    shares = {" ".join(key).strip(): float(state.clipped_share) for key, state in found.items()}
+    most = max(shares, key=lambda name: shares[name])
+    where = f"; most in {most}, {percent(shares[most], 1)}" if clipped else ""
+    return f"remembered ranges have clipped {clipped:,} of {entries:,} entries{where} (fqt.nn.remembered has each)"
 
 
 # ---- what ran ------------------------------------------------------------------------------------------------

@@ -24,14 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqt.errors import FqtError
 from fqt.kernels import integer, ops
 from fqt.kernels.codes import Findings, compute_dtype
 from fqt.kernels.fold import Folded, Split
 from fqt.kernels.linear_map import LinearMap, rows
 from fqt.kernels.philox import fork_seed
+from fqt.kernels.ranges import RangeState
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
 from fqt.nn.arithmetic import folds, on_integers, rotates
+from fqt.nn.ranges import Ranges
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
 from fqt.nn.witness import Witness
@@ -56,8 +59,10 @@ class GradientOperand:
         folded: what was multiplied in, broadcasting against `gradient`; None if nothing was.
         quantizer: the recipe's for this role.
         rows: the axes of `gradient` that are its rows.
-        seed: of the noise: `quantizer.quantize(gradient, seed, axis=rows)` gives the very codes of the product.
+        seed: of the noise: `quantizer.quantize(gradient, seed, axis=rows, range=range)` gives the very codes of the
+            product.
         weight: shape of the weight that the layer multiplied by in this call; None if the layer did not say.
+        range: what the layer remembers, if the quantizer's range is not the tensor's own.
     """
 
     role: str
@@ -67,6 +72,7 @@ class GradientOperand:
     rows: tuple[int, ...]
     seed: Tensor
     weight: torch.Size | None = None
+    range: RangeState | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Call:
             graph; else they are contiguous.
         observer: told of every gradient operand before it is quantized.
         witness: told of every product that has run.
+        ranges: what the layer remembers; None where its recipe remembers nothing, or the gradient is exact.
     """
 
     map: LinearMap
@@ -92,6 +99,7 @@ class Call:
     channels_last: bool = False
     observer: Callable[[GradientOperand], None] | None = None
     witness: Witness | None = None
+    ranges: Ranges | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -332,6 +340,11 @@ class _Gradient:
     def compute(self) -> torch.dtype:
         return compute_dtype(self.values.dtype)
 
+    @property
+    def range(self) -> RangeState | None:
+        """What is remembered of it; None where it is quantized in its own range."""
+        return None if self.call.ranges is None else self.call.ranges.state(self.role)
+
     def on_integers(self) -> bool:
         return self.quantizer is not None and self.call.on_integers(self.role, self.values)
 
@@ -364,8 +377,15 @@ class _Gradient:
         seed = self.call.noise(self.role, self.values.device)
         if self.call.observer is not None:
             seen = values.to(self.compute) if per_channel is None else values.to(self.compute) * per_channel
-            self.call.observer(GradientOperand(self.role, seen, folded, self.quantizer, self.axis, seed))
+            operand = GradientOperand(self.role, seen, folded, self.quantizer, self.axis, seed, range=self.range)
+            self.call.observer(operand)
         how: dict[str, Any] = {"axis": self.axis, "nonfinite": "propagate", "factor": per_channel}
+        if self.quantizer.scale.remembers:
+            if self.range is None or self.call.ranges is None:
+                raise FqtError(f"a layer's {self.role} has no memory for ranges: give recipes by fqt.quantize_")
+            codes, taught = self.quantizer.quantize_measuring(values, self.range, seed, **how)
+            self.call.ranges.learn(self.role, self.quantizer, taught)
+            return codes, self.known
         if folded is not None:  # what is known is of the gradient alone
             return self.quantizer.quantize(values, seed, **how), self.known
         return self.quantizer.quantize_knowing(values, self.known, seed, **how)

@@ -23,6 +23,7 @@ from fqt.nn import compiled, sharded
 from fqt.nn.autograd import is_transformed, linear_products
 from fqt.nn.eager import not_compiled
 from fqt.nn.function import Call, GradientOperand
+from fqt.nn.ranges import Memory, Ranges, check_call
 from fqt.nn.recipe import Recipe
 
 _SEED_RANGE = 2**63 - 1
@@ -76,6 +77,13 @@ _eager_products = not_compiled(
 )(linear_products)
 
 
+@not_compiled("fqt: a layer whose recipe remembers ranges trains eagerly: compile without fullgraph")
+def _remembering_products(
+    layer: nn.Module, memory: Memory, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+) -> Tensor:
+    return linear_products(input, weight, bias, replace(call, ranges=Ranges(layer, memory)))
+
+
 @dataclass(frozen=True)
 class _Weighed:
     """An observer that is also told the weight's shape, which is not always that of the layer's own."""
@@ -102,6 +110,8 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     recipe: Recipe = layer.fqt_recipe  # type: ignore[assignment]
     if type(input) not in _PLAIN or type(weight) not in _PLAIN:
         if sharded.is_sharded(input) or sharded.is_sharded(weight):
+            if layer.training and "fqt_ranges" in layer.__dict__:
+                check_call("on sharded tensors")
             exact = not layer.training or not (recipe.grad_input or recipe.grad_weight)
             return sharded.products(lambda x, w, b: products(layer, x, w, b, map), input, weight, bias, map, exact)
         if why := foreign(weight):
@@ -116,6 +126,10 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     dense = isinstance(map, DenseMap)
     channels_last = not dense and not is_transformed() and (_is_channels_last(input) or _is_channels_last(weight))
     call = Call(map, recipe, seed, _output_dtype(layer, input, weight), channels_last, *told)
+    memory = look("fqt_ranges")
+    if memory is not None and seed is not None:
+        check_call()
+        return _remembering_products(layer, memory, input, weight, bias, call)
     if torch._C._get_tracing_state() is not None or (compiling and told == (None, None) and not is_transformed()):
         return compiled.layer(input, weight, bias, call)
     plain = not compiling and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None

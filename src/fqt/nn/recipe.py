@@ -62,7 +62,7 @@ class Recipe:
             `weight`.
         grad_input, grad_weight: the two quantizers of the same grad_output. Stochastic, dithered or best: the
             gradient is then an unbiased estimate of the QAT gradient. Nearest (an explicit "…n") is biased and
-            there for comparison.
+            there for comparison. One with a remembered range is biased by what it clips.
         fold: whether a step on a contracted axis (of `weight` in grad_input, of `input` in grad_weight) moves
             into grad_output before that is quantized: "never"; "always"; "auto", where the closed-form bound of
             the product's variance does not rise. Unbiased either way; only "always" lets such a product run on
@@ -91,6 +91,12 @@ class Recipe:
         wrong = next((rule for rule in self.rules if not isinstance(rule, Rule)), None)
         if wrong is not None:
             raise FqtError(f"rules must be Rule(pattern, recipe), not {wrong!r}")
+        gradients = [(role, self.operand(role)) for role in ("grad_input", "grad_weight")]
+        remembers = [role for role, q in gradients if q is not None and q.scale.remembers]
+        if self.fold == "auto" and remembers:
+            raise FqtError(
+                f"fold 'auto' may change {remembers[0]}'s scale at any step: its range cannot be remembered"
+            )
         self._derive()
 
     def _derive(self) -> None:
@@ -141,6 +147,8 @@ def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
         raise FqtError(f"{operand} must be a Quantizer, its name or None, not {value!r}")
     if forward and (value.draws or not isinstance(value.transform, Identity)):
         raise FqtError(f"{operand} must be rounded to nearest without transform: the forward pass is deterministic")
+    if forward and value.scale.remembers:
+        raise FqtError(f"{operand} cannot have a remembered range: only quantizers of gradients remember")
     if operand == "input" and value.scale.axis == "channel":
         raise FqtError("input has no output channels: its axis is 'sample' or 'token'")
     if operand == "weight" and value.scale.axis not in (None, "channel"):
@@ -215,8 +223,8 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 
     The mapping's keys are the fields of `Recipe`, and `base`, the name of the recipe to start from. An operand
     is a name ("psq8@channel", "none") or a table with the words of `Quantizer`: transform ("none",
-    "householder", "hadamard"), guard, rotate (the block of a rotation of features), group, mode, axis, store, grid,
-    bits, rounding. `rules` is a list of tables with `pattern` and `recipe`.
+    "householder", "hadamard"), guard, rotate (the block of a rotation of features), group, mode, axis, store,
+    range, grid, bits, rounding. `rules` is a list of tables with `pattern` and `recipe`.
 
     Raises:
         FqtError: says what is unknown or wrong, and what is known.
@@ -283,7 +291,7 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
         "transform": {"transform"},
         "options": {"guard", "small_rows", "block"},
         "rotation": {"rotate"},
-        "scale": {"group", "mode", "axis", "store"},
+        "scale": {"group", "mode", "axis", "store", "range"},
         "grid": {"grid", "bits"},
         "rounding": {"rounding"},
     }
@@ -363,4 +371,6 @@ def _dump_operand(operand: str, value: Quantizer | None) -> Any:
         table["axis"] = value.scale.axis
     if value.scale.store != "float32":
         table["store"] = value.scale.store
+    if value.scale.remembers:
+        table["range"] = value.scale.range
     return {**table, **value.grid.words, "rounding": value.rounding_name}

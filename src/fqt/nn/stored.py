@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError, RecipeWarning
+from fqt.nn import ranges
 from fqt.nn.recipe import Recipe, Rule, dump_recipe, load_recipe
 from fqt.nn.wrappers import bare, named_modules, unwrapped
 
@@ -146,7 +147,10 @@ def _write(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict
 
 
 class _Compare:
-    """Warns where weights were saved under another recipe than that of the layer they go into."""
+    """Warns where weights were saved under another recipe than that of the layer they go into.
+
+    What they remember of ranges is not the other recipe's: it is left out, and this one's starts anew.
+    """
 
     def __init__(self) -> None:
         self._load: list[str] | None = None  # torch hands one list of missing keys to all layers of a load
@@ -161,6 +165,7 @@ class _Compare:
         missing_keys: list[str],
         *_: Any,
     ) -> None:
+        ranges.fit(module, state_dict, prefix)
         if KEY not in local_metadata or missing_keys is self._load:
             return
         saved = local_metadata[KEY]

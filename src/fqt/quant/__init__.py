@@ -1,5 +1,6 @@
 """Quantizers: four choices, their codes, their exact variance and bound, and a catalog of names."""
 
+from fqt.kernels.ranges import RangeState as RangeState
 from fqt.kernels.rounding import Corrected as Corrected
 from fqt.kernels.rounding import Dithered as Dithered
 from fqt.kernels.rounding import Nearest as Nearest

@@ -124,8 +124,13 @@ class Method:
 
     def name_of(self, q: Quantizer) -> str | None:
         """What it calls this quantizer; None if it has not made it."""
-        mine = (self.transform, self.scale.group, self.scale.store)
-        if (q.transform, q.scale.group, q.scale.store) != mine or q.rounding_name not in self.roundings:
+        mine = (self.transform, self.scale.group, self.scale.store, self.scale.range)
+        if (
+            q.transform,
+            q.scale.group,
+            q.scale.store,
+            q.scale.range,
+        ) != mine or q.rounding_name not in self.roundings:
             return None
         letter = "" if q.rounding_name == self.roundings[0] else _LETTERS[q.rounding_name]
         for bits in self.widths:
@@ -146,6 +151,16 @@ _ROWS = (
         what="integers, one affine step for the tensor",
         scale=Scale("tensor"),
         paper=_STATQUANT,
+    ),
+    Method(
+        name="hind*",
+        title="in-hindsight ranges",
+        paper=Paper("Fournarakis & Nagel", 2021, "2105.04246"),
+        what="as ptq, in the decayed mean of the ranges of the tensors before",
+        scale=Scale("tensor", range="hindsight"),
+        roundings=("stochastic", "dithered", "nearest"),
+        bias="biased: clips what lies outside",
+        usual=(8,),
     ),
     Method(
         name="psq*",
@@ -283,6 +298,15 @@ _ROWS = (
         grid=Pairs,
         scale=_symmetric("tensor"),
         roundings=_PLAIN,
+    ),
+    Method(
+        name="kim*",
+        title="INT4 fixed-point",
+        paper=Paper("Kim et al., INT4 fixed-point", 2024, "2407.12637"),
+        what="integers about 0, one step for the tensor, from a part of its range steered by the share clipped",
+        scale=Scale("tensor", "symmetric", range="steered"),
+        roundings=_PLAIN,
+        bias="biased: clips by design",
     ),
     Method(
         name="shift*",

@@ -21,6 +21,7 @@ from fqt.kernels.choice import Choice, quantize_best
 from fqt.kernels.codes import Blocks, Entries, Findings, Quantized, compute_dtype
 from fqt.kernels.mixing import Mixing
 from fqt.kernels.philox import as_seed
+from fqt.kernels.ranges import Measured, RangeState, quantize_within, reach
 from fqt.kernels.rounding import CORRECTED, DITHERED, ROUNDINGS, Coding, Rounding
 from fqt.kernels.tensor import QuantizedTensor, RowView
 from fqt.quant.grid import Grid, Integers, Pairs
@@ -33,13 +34,14 @@ class Quantizer:
     """A point in transform × scale × grid × rounding.
 
     Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest" and "corrected", which is so
-    asymptotically, up to the rounding of float arithmetic. Nothing is ever clipped but by "corrected", and but for
-    estimates beyond the largest float of the dtype, which only dithered rounding and transforms can give: half a
-    step, or their noise, outside the range of x.
+    asymptotically, up to the rounding of float arithmetic. Nothing is ever clipped but by "corrected", by a range
+    that is remembered (`Scale.range`: E[dequantize()] is then the clipped x, and `mean_error` the difference), and
+    but for estimates beyond the largest float of the dtype, which only dithered rounding and transforms can give:
+    half a step, or their noise, outside the range of x.
 
     Attributes:
         transform: `Identity()`, `BlockHouseholder()` or `ScaledHadamard()`; the latter two take row scales.
-        scale: `Scale(group, mode, axis, store)`.
+        scale: `Scale(group, mode, axis, store, range)`.
         grid: `Integers(bits)`, `Floats(exponent, mantissa)`, `Pairs(bits)` or `Logarithmic(bits)`.
         rounding: `Nearest()` (deterministic), `Stochastic()`, `Dithered()`, `Corrected()`, or the name of one.
     """
@@ -62,6 +64,8 @@ class Quantizer:
             raise FqtError(f"steps stored as 'fallback' are of codes in Pairs(), not {self.grid}")
         if self.transform.mixes_rows and self.scale.group != "row":
             raise FqtError(f"a transform over rows needs row scales, not {self.scale.group!r}")
+        if self.rounding == CORRECTED and self.scale.remembers:
+            raise FqtError("corrected rounding needs the tensor's own range")
         self.grid.levels(self.scale.mode)
 
     @cached_property
@@ -126,6 +130,7 @@ class Quantizer:
         axis: int | tuple[int, ...] = 0,
         nonfinite: str = "raise",
         factor: Tensor | None = None,
+        range: RangeState | None = None,
     ) -> QuantizedTensor:
         """Codes of `x`, with what turns them back.
 
@@ -137,10 +142,13 @@ class Quantizer:
             nonfinite: "raise", or "propagate": NaN out for the whole group (with a transform: the tensor).
             factor: (x.shape[-1],) in float32 (float64 for float64 x): what is quantized is x · factor, multiplied
                 on the way to save a pass over memory; None is x itself.
+            range: what is remembered, if `scale.range` is not "own"; None for a first tensor, in its own range.
 
         Raises:
             FqtError: x is not a floating tensor with an axis, holds NaN or Inf, or the seed is missing.
         """
+        if range is not None:
+            return self.quantize_measuring(x, range, seed, axis=axis, nonfinite=nonfinite, factor=factor)[0]
         return self.quantize_knowing(x, Findings(), seed, axis=axis, nonfinite=nonfinite, factor=factor)[0]
 
     def quantize_knowing(
@@ -168,6 +176,56 @@ class Quantizer:
         found, undo = self._codes(entries, view, self._key(seed, x.device), mine)
         quantized = self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo))
         return quantized, found.findings or known
+
+    def quantize_measuring(
+        self,
+        x: Tensor,
+        range: RangeState,
+        seed: int | Tensor | None = None,
+        *,
+        axis: int | tuple[int, ...] = 0,
+        nonfinite: str = "raise",
+        factor: Tensor | None = None,
+    ) -> tuple[QuantizedTensor, Measured]:
+        """`quantize` in a remembered range, and what x teaches for the next tensor's: `learned` takes it.
+
+        >>> import torch
+        >>> from fqt.quant import RangeState, quantizer
+        >>> hindsight, state = quantizer("hind8"), RangeState.empty()
+        >>> for step, size in enumerate([1.0, 2.0, 0.5]):
+        ...     x = torch.linspace(-size, size, 100)
+        ...     quantized, seen = hindsight.quantize_measuring(x, state, seed=step)
+        ...     state = hindsight.learned(state, seen)
+        >>> print(int(state.clipped), "of", int(state.entries), "clipped")
+        50 of 300 clipped
+        >>> state.bounds.tolist()
+        [-1.04, 1.04]
+
+        Args:
+            x, seed, axis, nonfinite, factor: as for `quantize`.
+            range: what is remembered, on x's device; `RangeState.empty()` before the first tensor. Not changed.
+
+        Returns:
+            The codes, and what x teaches: its own range, and how many entries were clipped.
+
+        Raises:
+            FqtError: as `quantize`; or the scale's range is its own.
+        """
+        self._check_range(range)
+        entries, view = self._entries(x, axis, factor)
+        key = self._key(seed, x.device)
+        y, undo = self.transform.apply(entries, self.coding, key)
+        found, seen = quantize_within(y, self.coding, key, self.scale.source, range)
+        return self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo)), seen
+
+    def learned(self, range: RangeState, seen: Measured) -> RangeState:
+        """What is remembered after a tensor from which `seen` was measured."""
+        self._check_range(range)
+        return self.scale.source.learned(range, seen, self.coding.levels)
+
+    def _check_range(self, range: RangeState | None) -> None:
+        if range is not None and not self.scale.remembers:
+            raise FqtError("this quantizer has the tensor's own range and takes no other: see Scale(range=…)")
 
     def rounded(
         self,
@@ -211,27 +269,76 @@ class Quantizer:
         """Codes of a matrix that is transformed already."""
         return ops.quantize(y, self._blocks(view), self.coding, key, known)
 
-    def variance(self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0) -> Tensor:
+    def variance(
+        self,
+        x: Tensor,
+        seed: int | Tensor | None = 0,
+        *,
+        axis: int | tuple[int, ...] = 0,
+        range: RangeState | None = None,
+    ) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.
 
         Over the rounding noise, given the transform (random signs included) that this seed draws:
         Σ_i ‖S⁻¹e_i‖² step_i² Σ_j p_ij(1 − p_ij), with 1/12 for p(1 − p) when dithered.
         One pass, no sampling; each p(1 − p) to 2⁻²⁵. Zero for nearest rounding, which is biased instead. For
-        corrected rounding the exact mean square error given the rotation, which one seed samples.
+        corrected rounding the exact mean square error given the rotation, which one seed samples. In a remembered
+        `range` it is about the mean, which is the clipped x: `mean_error` says how far that is off.
 
         Returns:
             float64 scalar tensor, in squared units of x.
         """
-        return self._variance(x, seed, axis, exact=True)
+        return self._variance(x, seed, axis, range, exact=True)
 
     def variance_bound(
-        self, x: Tensor, seed: int | Tensor | None = 0, *, axis: int | tuple[int, ...] = 0
+        self,
+        x: Tensor,
+        seed: int | Tensor | None = 0,
+        *,
+        axis: int | tuple[int, ...] = 0,
+        range: RangeState | None = None,
     ) -> Tensor:
         """The closed-form bound: `variance` with ¼ for p(1 − p), on the steps measured on x.
 
         Never below `variance(x, seed)`; equal to it when dithered. float64 scalar tensor.
         """
-        return self._variance(x, seed, axis, exact=False)
+        return self._variance(x, seed, axis, range, exact=False)
+
+    def mean_error(
+        self,
+        x: Tensor,
+        seed: int | Tensor | None = 0,
+        *,
+        axis: int | tuple[int, ...] = 0,
+        range: RangeState | None = None,
+    ) -> Tensor:
+        """The exact bias of every entry: E[quantize(x, seed, range=range).dequantize()] − x.
+
+        Over the rounding noise, given the transform that this seed draws, up to the rounding of float arithmetic.
+        Zero where nothing is clipped, else what was cut off; of nearest rounding the error itself.
+
+        Returns:
+            x's shape, float32 (float64 for float64 x).
+
+        Raises:
+            FqtError: no closed form is known: of corrected rounding, and of a choice between several quantizers.
+        """
+        self._check_range(range)
+        if len(self.codings) > 1 or self.coding.rounding.settles:
+            raise FqtError(f"the mean error of {self.rounding_name} rounding has no closed form here")
+        entries, view = self._entries(x, axis, None)
+        key = self._key(seed, x.device)
+        y, undo = self.transform.apply(replace(entries, matrix=entries.values()), self.coding, key)
+        blocks = self._blocks(view)
+        used = self._ranges(y, blocks, range)
+        scales = ops.scales_of(*used, self.coding, blocks)
+        if not self.draws:
+            error = ops.decode(ops.encoded(y, scales, self.coding, key).codes, scales, None) - y.matrix
+        elif range is None:
+            error = torch.zeros_like(y.matrix)
+        else:
+            error = y.matrix.clamp(*reach(used, scales, self.coding.levels)) - y.matrix
+        return view.restore(undo.of_errors(error))
 
     def variances(
         self,
@@ -241,6 +348,7 @@ class Quantizer:
         *,
         axis: int | tuple[int, ...] = 0,
         weight: Tensor | None = None,
+        range: RangeState | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`variance` and `variance_bound` of this quantizer at other widths, sharing what widths have in common.
 
@@ -252,6 +360,7 @@ class Quantizer:
             widths: bits, each 2 to 8, in place of the grid's own.
             seed, axis: as for `quantize`.
             weight: not negative, broadcasting against x; None for 1 everywhere.
+            range: what is remembered, taken to be the same at all widths.
 
         Returns:
             (variances, bounds), each float64 of shape (len(widths),), in squared units of x (times weight).
@@ -263,7 +372,7 @@ class Quantizer:
         for number, member in enumerate(members):
             if number == 0 or self._mixing_sees_levels:
                 y, undo = member.transform.apply(entries, member.coding, key)
-                ranges = ops.value_range(y, self._blocks(view))
+                ranges = self._ranges(y, self._blocks(view), range)
                 cost = None if undo.mixing is None else undo.mixing.cost
                 weights = None if weight is None else _entry_weight(weight, view, undo)
             choice = Choice.of(y, *ranges, self._blocks(view), member.codings, cost)
@@ -281,12 +390,25 @@ class Quantizer:
         """Whether what the transform does depends on the width."""
         return self.transform.sees_levels(self.scale.mode)
 
-    def _variance(self, x: Tensor, seed: int | Tensor | None, axis: int | tuple[int, ...], exact: bool) -> Tensor:
+    def _ranges(self, y: Entries, blocks: Blocks, range: RangeState | None) -> tuple[Tensor, Tensor]:
+        """The ranges that blocks of the transformed matrix are quantized in."""
+        self._check_range(range)
+        own = ops.value_range(y, blocks)
+        return own if range is None else self.scale.source.used(*own, range)
+
+    def _variance(
+        self,
+        x: Tensor,
+        seed: int | Tensor | None,
+        axis: int | tuple[int, ...],
+        range: RangeState | None,
+        exact: bool,
+    ) -> Tensor:
         entries, view = self._entries(x, axis, None)
         entries = replace(entries, matrix=entries.values())
         y, undo = self.transform.apply(entries, self.coding, self._key(seed, x.device))
         cost, blocks = None if undo.mixing is None else undo.mixing.cost, self._blocks(view)
-        choice = Choice.of(y, *ops.value_range(y, blocks), blocks, self.codings, cost)
+        choice = Choice.of(y, *self._ranges(y, blocks, range), blocks, self.codings, cost)
         return choice.variance(y.matrix, cost) if exact else choice.bound(y.matrix, cost)
 
     def _entries(self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None) -> tuple[Entries, RowView]:
@@ -333,6 +455,8 @@ class Best(Quantizer):
         object.__setattr__(self, "candidates", tuple(self.candidates))
         if len(self.candidates) < 2 or not all(type(q) is Quantizer for q in self.candidates):
             raise FqtError(f"Best chooses between two quantizers or more, not {self.candidates!r}")
+        if any(q.scale.remembers for q in self.candidates):
+            raise FqtError("the quantizers that Best chooses between must have the tensor's own range")
         first = self.candidates[0]
         for name in ("transform", "scale", "grid", "rounding"):
             object.__setattr__(self, name, getattr(first, name))

@@ -1,4 +1,4 @@
-"""Scale: who shares a step, where zero lies, and how the step is stored.
+"""Scale: who shares a step, where zero lies, how the step is stored, and where the range comes from.
 
 From a block's range [lo, hi] and a number of steps n (B = 2^b − 1, one less with dither):
 
@@ -7,8 +7,9 @@ From a block's range [lo, hi] and a number of steps n (B = 2^b − 1, one less w
     symmetric   offset = 0, step = max(|lo|, |hi|)/L                codes −L … L, L the grid's largest
 
 A constant block gets step 0 and offset lo (symmetric: step |lo|, code ±1), so that it comes back bit for bit.
-Nothing is ever clipped: an absolute epsilon, the usual remedy against a zero range, was rejected because it is
-a no-op for large values and swamps small ones.
+In its own range nothing is clipped; in a remembered one (`fqt.kernels.ranges`) what lies outside is. An absolute
+epsilon, the usual remedy against a zero range, was rejected because it is a no-op for large values and swamps small
+ones.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from fqt.errors import FqtError
 from fqt.kernels.codes import Blocks
+from fqt.kernels.ranges import RANGES, RangeSource
 from fqt.kernels.steps import STORES, Store
 
 GROUPS = {"tensor": Blocks(0, 0), "row": Blocks(1, 0), "column": Blocks(0, 1)}
@@ -26,7 +28,7 @@ AXES = ("sample", "token", "channel")
 
 @dataclass(frozen=True)
 class Scale:
-    """Who shares a step, where zero lies, and how the step is stored.
+    """Who shares a step, where zero lies, how the step is stored, and where the range comes from.
 
     Attributes:
         group: "tensor", "row" or "column" of the matrix that is quantized, or the shape (rows, columns) of a block.
@@ -37,12 +39,16 @@ class Scale:
             whole tensor, with head-room for its rounding ("correctable": for `Corrected` rounding); as a "shift" of
             one float32; or "fallback", with two codes for the blocks of large values. All but the first take
             symmetric scales; see `fqt.kernels.steps`.
+        range: "own", the tensor's; "hindsight", the decayed mean of those of the tensors before; or "steered", a
+            part of the largest magnitude, steered by the share that it clips. The last two take one step for the
+            tensor, "steered" a symmetric scale, and what lies outside is clipped: see `fqt.kernels.ranges`.
     """
 
     group: str | tuple[int, int] = "row"
     mode: str = "affine"
     axis: str | None = None
     store: str = "float32"
+    range: str = "own"
 
     def __post_init__(self) -> None:
         if isinstance(self.group, list):
@@ -60,6 +66,12 @@ class Scale:
             raise FqtError(f"unknown store of a step {self.store!r}; known: {', '.join(STORES)}")
         if self.store != "float32" and self.mode != "symmetric":
             raise FqtError(f"a step stored as {self.store!r} needs a symmetric scale, not {self.mode!r}")
+        if self.range not in RANGES:
+            raise FqtError(f"unknown range of a scale {self.range!r}; known: {', '.join(RANGES)}")
+        if self.remembers and self.group != "tensor":
+            raise FqtError(f"a {self.range} range is one for the tensor, not one per {self.group}")
+        if self.range == "steered" and self.mode != "symmetric":
+            raise FqtError(f"a steered range is symmetric about 0: its scale cannot be {self.mode!r}")
 
     @property
     def row_axis(self) -> str | None:
@@ -73,6 +85,16 @@ class Scale:
     def stored(self) -> Store:
         """How a step is stored."""
         return STORES[self.store]
+
+    @property
+    def source(self) -> RangeSource:
+        """Where the range comes from."""
+        return RANGES[self.range]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the range comes from tensors before, and clips."""
+        return self.source.remembers
 
     def bits_stored(self, shape: tuple[int, int]) -> int:
         """Of all steps and offsets of a matrix of this shape."""

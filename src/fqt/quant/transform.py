@@ -21,6 +21,12 @@ class Undo(NamedTuple):
     mixing: Mixing | None = None
     rotation: Rotation | None = None
 
+    def of_errors(self, error: Tensor) -> Tensor:
+        """What errors (N, D) of the matrix that was rounded become in the one that was given."""
+        if self.mixing is not None:
+            error = self.mixing.undo(error) - self.mixing.offset
+        return error if self.rotation is None else self.rotation.undo_columns(error)
+
 
 class Mixed(NamedTuple):
     """A transformed matrix.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from fqt.quant import RangeState
 from fqt.quant.catalog import METHODS, method_of, quantizer
 from fqt.quant.examples import FAMILIES, gradients
 from fqt.quant.quantizer import Quantizer
@@ -17,12 +19,14 @@ __all__ = ["STORED_SHAPE", "catalog_record", "catalog_row", "certified", "mean_r
 
 STORED_SHAPE = (1024, 1024)
 DRAWS = 4  # of random signs, whose average is taken
+REMEMBERED = 0.9  # of a tensor's own range: what certificates of remembered ones are quantized in
 
 
 def catalog_row(name: str, families: dict[str, dict[str, Tensor]] | None = None) -> dict[str, Any]:
     """One row of the table: what is known of a quantizer, and its variance over `psq`'s of the same width.
 
-    `psq`'s width is the one in the name: for a method with two codes per entry that is the width of one.
+    `psq`'s width is the one in the name: for a method with two codes per entry that is the width of one. Methods
+    that remember ranges are measured on a first tensor, in its own.
 
     Args:
         name: of a quantizer.
@@ -67,7 +71,15 @@ def _variance(q: Quantizer, x: Tensor) -> float:
 
 
 def certified(name: str, draws: int = 1024) -> dict[str, Any]:
-    """What `certify` says of a name, in short."""
-    found = certify(name, draws=draws)
+    """What `certify` says of a name, in short; of one that remembers ranges, with a tenth of the range cut off."""
+    q = quantizer(name)
+    found = certify((lambda x, seed: _cut_off(q, x, seed)) if q.scale.remembers else name, draws=draws)
     convicted = sorted({f.test for tests in found.convicted.values() for f in tests})
     return {"verdict": found.verdict, "draws": found.draws, "seed": found.seed, "failed": convicted}
+
+
+def _cut_off(q: Quantizer, x: Tensor, seed: int) -> Tensor:
+    """An estimate of x in less than its own range."""
+    first = RangeState.empty()
+    own = q.learned(first, q.quantize_measuring(x, first, seed)[1])
+    return q.quantize(x, seed, range=replace(own, bounds=REMEMBERED * own.bounds)).dequantize()

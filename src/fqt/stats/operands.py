@@ -232,7 +232,9 @@ class _Sums:
         # A factor of 0 takes an entry out of the product: it has neither energy nor noise there.
         divisor = None if folded is None else torch.where(folded == 0, math.inf, folded)
         weight = None if divisor is None else 1 / divisor.double().square()
-        variances, bounds = q.variances(x, widths, operand.seed, axis=operand.rows, weight=weight)
+        variances, bounds = q.variances(
+            x, widths, operand.seed, axis=operand.rows, weight=weight, range=operand.range
+        )
         rows = math.prod(x.shape[d] for d in operand.rows)
         shape = (rows, x.numel() // max(rows, 1))
         unfolded = energy(x if divisor is None else x / divisor)
@@ -285,7 +287,8 @@ def _gram(x: Tensor) -> Tensor:
 def _histogram(operand: GradientOperand) -> Tensor:
     """How often each code occurs; int64 of as many entries as there are codes."""
     q = operand.quantizer
-    quantized = q.quantize(operand.gradient, operand.seed, axis=operand.rows, nonfinite="propagate")
+    how: dict[str, Any] = {"axis": operand.rows, "nonfinite": "propagate", "range": operand.range}
+    quantized = q.quantize(operand.gradient, operand.seed, **how)
     codes = quantized.matrix_codes
     levels = q.grid.levels(q.scale.mode)
     return torch.bincount(codes.flatten().int() - levels.low, minlength=levels.high - levels.low + 1).cpu()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.nn import Recipe
 from fqt.nn.convert import is_converted
+from fqt.nn.ranges import held
 from fqt.nn.wrappers import inside, named_modules, named_parameters
 
 __all__ = [
@@ -233,10 +234,13 @@ def _check_loss(loss: Any) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts buffers and random states back: a forward in training mode moves batch norm's statistics."""
+    """Puts buffers and random states back: a forward in training mode moves batch norm's statistics.
+
+    Ranges that layers remember stay what they are meanwhile: all passes are quantized in the same.
+    """
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), held(model):
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fqt.nn.ranges import Saved
 from fqt.stats.passes import tensors
 
 __all__ = ["Passes", "Replayed"]
@@ -22,14 +23,16 @@ __all__ = ["Passes", "Replayed"]
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass: the random states it began from, and the tensors it was given."""
+    """One forward pass: the random states and remembered ranges it began from, and the tensors it was given."""
 
     random: Tensor
     devices: list[Tensor]
     inputs: list[Tensor]
+    ranges: Saved
 
     def resume(self) -> None:
-        """Random numbers from here on are those of the pass."""
+        """Random numbers and ranges from here on are those of the pass."""
+        self.ranges.put_back()
         torch.set_rng_state(self.random)
         if self.devices:
             torch.cuda.set_rng_state_all(self.devices)
@@ -96,7 +99,7 @@ class Passes:
         elif self.recording:
             devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
             inputs = [t.detach() for t in tensors([args, kwargs])]
-            self._passes.append(_Pass(torch.get_rng_state(), devices, inputs))
+            self._passes.append(_Pass(torch.get_rng_state(), devices, inputs, Saved.of(model)))
 
     def _resume(self, inputs: list[Tensor]) -> None:
         assert self._unused is not None
