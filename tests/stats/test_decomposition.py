@@ -12,14 +12,12 @@ import fqt
 from fqt.errors import FqtError
 from fqt.stats import Decomposition, quantization_variance
 from fqt.stats.decomposition import decompose
-from fqt.stats.passes import undisturbed
 
 from .nets import Attention, InARow, Twice, batches, loss, make, mlp
 
 
 def table_of(model: nn.Module, data: list, draws: int, seed: int = 0) -> Decomposition:
-    with undisturbed(model):
-        return decompose(model, loss, data, draws, seed)
+    return decompose(model, loss, data, draws, seed)
 
 
 RECIPES = {

@@ -27,7 +27,6 @@ from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.decomposition import decompose
 from fqt.stats.overhead import Convolution, check_overhead, time_convolution, time_quantizer
 from fqt.stats.paper import METHODS, paper_quantizer, paper_quantizers, sweep
-from fqt.stats.passes import undisturbed
 from fqt.stats.profile import code_histogram, gradient_of_layer, layer_profile
 from fqt.stats.record import table_record
 from fqt.train.config import resolve
@@ -239,8 +238,7 @@ class Reproduction:
         batches = network.batches(effort.batches)
         self.observer.begin("layer × layer", 1, 0)
         try:
-            with undisturbed(model):
-                record["table"] = table_record(decompose(model, network.loss, batches, effort.draws, self.seed))
+            record["table"] = table_record(decompose(model, network.loss, batches, effort.draws, self.seed))
             self.observer.step()
         finally:
             self.observer.end()
