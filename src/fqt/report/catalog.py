@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fqt.report.chart import Point, colour
-from fqt.report.figures import figure_of, log_axis
+from fqt.report.plot import figure_of, log_axis
 from fqt.report.section import Table
 
 __all__ = ["catalog_figure", "catalog_markdown", "catalog_table"]

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 import fqt
 from fqt import Recipe
 from fqt.errors import FqtError
-from fqt.stats.paper import METHODS, Cell, paper_quantizer, paper_quantizers, sweep
-from fqt.stats.profile import code_histogram, gradient_of_layer, layer_profile
+from fqt.paper.profile import code_histogram, gradient_of_layer, layer_profile
+from fqt.paper.quantizers import METHODS, Cell, paper_quantizer, paper_quantizers, sweep
 
 
 def net():
