@@ -10,12 +10,12 @@ from fqt.report.diagnosis import diagnosis_tables, plan_table
 from fqt.report.figures import comparison_figure
 from fqt.report.page import render, write_page
 from fqt.report.plot import save_figure
-from fqt.report.summary import Row, Spread, read_comparison, summarize
+from fqt.report.summary import MeanStd, Row, read_comparison, summarize
 from fqt.report.tables import markdown, rich_table, terminal_table
 
 __all__ = [
+    "MeanStd",
     "Row",
-    "Spread",
     "catalog_figure",
     "catalog_markdown",
     "catalog_table",

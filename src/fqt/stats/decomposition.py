@@ -38,7 +38,7 @@ from fqt.stats.spread import Estimate, estimates
 
 __all__ = ["Decomposition", "decompose"]
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class _Chain:
         gap = dict(zip(names, estimates(gaps), strict=True))
         reach = float("nan")
         if gaps.count > 1:
-            reach = float(distributions.t.ppf(1 - (1 - LEVEL) / 2 / len(names), gaps.count - 1))
+            reach = float(distributions.t.ppf(1 - (1 - CONFIDENCE) / 2 / len(names), gaps.count - 1))
         operands: dict[str, dict[str, dict[int, float]]] = {}
         keys = self.operands.variances()
         for (layer, role), values in zip(keys, self.variances.mean[0].tolist(), strict=True):
