@@ -19,18 +19,17 @@ STORED_SHAPE = (1024, 1024)
 DRAWS = 4  # of random signs, whose average is taken
 
 
-def catalog_row(name: str, families: dict[str, dict[str, Tensor]] | None = None) -> dict[str, Any]:
+def catalog_row(name: str, families: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     """One row of the table: what is known of a quantizer, and its variance over `psq`'s of the same width.
 
     `psq`'s width is the one in the name: for a method with two codes per entry that is the width of one.
 
     Args:
         name: of a quantizer.
-        families: the matrices, as `gradients` gives them; None reads those of the package.
+        families: the matrices by family, as `gradients` gives them.
     """
     method, q = method_of(name), quantizer(name)
     bits = method.bits_of(name)
-    families = families or {family: gradients(family) for family in FAMILIES}
     plain = f"psq{bits}"
     return {
         "name": name,
