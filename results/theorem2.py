@@ -17,7 +17,6 @@ from pathlib import Path
 from fqt.records import environment, write_json
 from fqt.stats import quantization_variance
 from fqt.stats.decomposition import decompose
-from fqt.stats.passes import undisturbed
 from fqt.stats.record import table_record
 from fqt.train.snapshot import Snapshot
 
@@ -28,8 +27,7 @@ def main(folder: Path, output: Path, recipe: str) -> None:
     """Measures and writes the record."""
     snapshot = Snapshot.of_run(folder)
     model, batches = snapshot.model(recipe), snapshot.batches(BATCHES)
-    with undisturbed(model):
-        table = decompose(model, snapshot.loss, batches, DRAWS)
+    table = decompose(model, snapshot.loss, batches, DRAWS)
     fresh = quantization_variance(model, snapshot.loss, batches, DRAWS, seed=1).total
     for name, gap in table.gap.items():
         print(f"{name or 'whole gradient':16} total {table.total[name].value:.3e}", end="  ")

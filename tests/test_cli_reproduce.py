@@ -6,8 +6,8 @@ import pytest
 
 import fqt.cli
 import fqt.cli_reproduce
+from fqt.paper.measure import Reproduction
 from fqt.records import read_json
-from fqt.train.reproduce import Reproduction
 
 ACCURACY = {
     "format": "fqt compare 1",

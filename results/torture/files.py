@@ -31,6 +31,7 @@ import fqt.cli
 from fqt.bench.summary import read_bench, results
 from fqt.errors import FqtError
 from fqt.nn import dump_recipe, load_recipe
+from fqt.paper.figures import SECTIONS
 from fqt.records import JSON_SEAL, TOML_SEAL, read_json, write_json
 from fqt.report import collect
 from fqt.report.page import render
@@ -279,7 +280,7 @@ def _by_hand(root: Path) -> list[Target]:
 def _page(name: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         found = collect([folder / name if name else folder])
-        text, problems = render(found)
+        text, problems = render(found, SECTIONS)
         for problem in [*problems, *(line for run in found.runs for line in run.problems)]:  # on the page, too
             warnings.warn(problem, stacklevel=1)
         return text.replace(str(folder), "")

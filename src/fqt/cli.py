@@ -24,6 +24,7 @@ from fqt.cli_common import PLACE, complain, keep_clear, say, steady_output, type
 from fqt.cli_reproduce import reproduce_command
 from fqt.errors import FqtError
 from fqt.files import shown, write_bytes
+from fqt.paper.figures import SECTIONS
 from fqt.records import TEXT, check_shape, environment, plain, read_json, write_json
 from fqt.report import (
     catalog_table,
@@ -228,7 +229,7 @@ def _write_reports(paths: Sequence[Path], html: Path | None) -> None:
         if (folder / "compare.json").is_file() and any(c.name == str(folder) for c in found.comparisons):
             _write_report(folder)
     page = html or (paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()) / "report.html"
-    problems = write_page(found, page)
+    problems = write_page(found, page, SECTIONS)
     say(f"page: {page}")
     for problem in problems:
         complain(problem)

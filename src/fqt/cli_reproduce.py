@@ -11,12 +11,13 @@ from rich.console import Console
 from fqt.cli_common import PLACE, complain, say, typed
 from fqt.errors import FqtError
 from fqt.files import locked
+from fqt.paper.figures import SECTIONS, paper_figure, paper_tables
+from fqt.paper.measure import FULL, MEASURED, QUICK, Reproduction, trained_network
+from fqt.paper.record import accuracy_record, check_paper, layers_record
 from fqt.records import environment, read_json, write_json
 from fqt.report import collect, read_comparison, save_figure, write_page
-from fqt.report.paper import accuracy_record, check_paper, layers_record, paper_figure, paper_tables
 from fqt.report.tables import rich_table, screen
 from fqt.train.progress import ConsoleObserver
-from fqt.train.reproduce import FULL, MEASURED, QUICK, Reproduction, trained_network
 from fqt.train.snapshot import Snapshot
 
 __all__ = ["reproduce_command"]
@@ -106,7 +107,7 @@ def reproduce_command(
         complain(f"what was measured is kept in {out}; the same command continues")
         raise
     page = out / "report.html"
-    for problem in write_page(collect([out]), page):
+    for problem in write_page(collect([out]), page, SECTIONS):
         complain(problem)
     say(f"records and figures: {out}; page: {page}")
 

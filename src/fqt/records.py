@@ -42,7 +42,6 @@ __all__ = [
     "NUMBER",
     "TEXT",
     "RecordLog",
-    "append_record",
     "check_shape",
     "environment",
     "plain",
@@ -147,17 +146,6 @@ def read_document(path: Path, parse: Callable[[str], Any], kind: str, data: byte
     return value
 
 
-def append_record(path: Path, record: Mapping[str, Any]) -> bytes:
-    """Appends one line of JSON; returns it.
-
-    Raises:
-        FqtError: the disk is full, or the file cannot be written.
-    """
-    line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
-    _append(path, line)
-    return line
-
-
 class RecordLog:
     """A file of JSON lines that grows, and beside it (ending ``.sums``) its length and digest after every line.
 
@@ -192,7 +180,8 @@ class RecordLog:
         Raises:
             FqtError: the disk is full, or a file cannot be written.
         """
-        line = append_record(self.path, record)
+        line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
+        _append(self.path, line)
         self._digest.update(line)
         self.size += len(line)
         _append(self.sums, b"%d %s\n" % (self.size, self._digest.hexdigest().encode()))

@@ -167,10 +167,10 @@ def test_reflect(kind: str) -> None:
         x = matrix(shape, kind)
         generator = torch.Generator().manual_seed(2)
         group = torch.randint(0, max(shape[0] // 3, 1), (shape[0],), generator=generator)
-        normal, factor = torch.randn(2, shape[0], 1, generator=generator)
+        normal, beta = torch.randn(2, shape[0], 1, generator=generator)
         for more in around(shape, normal > 0):
             for y in (x, x.bfloat16()):
-                compare(ops.reflect, y, group, normal, factor, more.get("before"), more.get("after"))
+                compare(ops.reflect, y, group, normal, beta, more.get("before"), more.get("after"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

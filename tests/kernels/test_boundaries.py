@@ -14,7 +14,7 @@ from fqt.kernels import choice, ops
 from fqt.kernels.codes import ROW, TENSOR, Blocks, Entries, Findings, Levels, Scales
 from fqt.kernels.cpu import library, quantized
 from fqt.kernels.cpu.products import Conv
-from fqt.kernels.cpu.quantized import Fold, Operand
+from fqt.kernels.cpu.quantized import Coded, Fold
 from fqt.kernels.op import Op
 from fqt.kernels.reference import Scaling, Unscaling
 from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC, Coding, Rounding
@@ -26,10 +26,10 @@ X, CODES, SEED = torch.randn(4, 6), torch.ones(4, 6, dtype=torch.uint8), torch.t
 ONE, ROWS, ROW_CODES = torch.ones(1, 1), torch.ones(4, 1), torch.arange(4)
 
 
-def operand(rows: int, columns: int, steps: int = 1, noise: bool = False) -> Operand:
+def operand(rows: int, columns: int, steps: int = 1, noise: bool = False) -> Coded:
     dither = (torch.zeros(rows, 1), torch.zeros(1, columns)) if noise else None
     tensors = (torch.zeros(rows, columns, dtype=torch.uint8), torch.ones(steps), torch.zeros(steps))
-    made = Operand.of(*tensors, dither)
+    made = Coded.of(*tensors, dither)
     made.alive = (*tensors, dither)  # type: ignore[attr-defined]
     return made
 
@@ -104,9 +104,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "rotated runs that do not fit": lambda: run(ops.rotate, X, ROWS[:, 0], None, (4,)),
     "rows replaced by fewer": lambda: run(ops.replace_rows_, X.clone(), ROWS.bool(), X[:, :3]),
     "rows kept by floats": lambda: run(ops.replace_rows_, X.clone(), ROWS, X),
-    "operand of floats": lambda: Operand.of(X, ONE, ONE, None),
-    "operand with strides": lambda: Operand.of(CODES.T, ONE, ONE, None),
-    "operand's dither": lambda: Operand.of(CODES, ONE, ONE, (ROWS[:2], torch.ones(1, 6))),
+    "operand of floats": lambda: Coded.of(X, ONE, ONE, None),
+    "operand with strides": lambda: Coded.of(CODES.T, ONE, ONE, None),
+    "operand's dither": lambda: Coded.of(CODES, ONE, ONE, (ROWS[:2], torch.ones(1, 6))),
     "dense: tokens": lambda: quantized.dense_output(operand(3, 6), operand(5, 6), None, (4, 6, 5), 4, F32),
     "dense: steps": lambda: quantized.dense_output(operand(4, 6, 3), operand(5, 6), None, (4, 6, 5), 1, F32),
     "dense: bias": lambda: quantized.dense_output(operand(4, 6), operand(5, 6), ROWS, (4, 6, 5), 4, F32),

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 import fqt
 from fqt import FqtError, Recipe, Rule
 from fqt.nn.wrappers import named_modules, named_parameters, unwrapped
+from fqt.stats import quantization_variance, sampling_variance
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -138,6 +139,32 @@ def test_diagnose(name: str) -> None:
     wanted = figures(fqt.diagnose(fqt.quantize_(net(), "psq4"), loss_of, BATCHES))
     model = WRAPPERS[name](fqt.quantize_(net(), "psq4"))
     loss_of(model, BATCHES[0]).backward()  # compiled by now
+    assert str(figures(fqt.diagnose(model, loss_of, BATCHES))) == str(wanted)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_variances_of_the_gradient(name: str) -> None:
+    """Bit for bit those of the model inside, `.grad` and compiled graphs left alone."""
+    plain, model = fqt.quantize_(net(), "psq4"), WRAPPERS[name](fqt.quantize_(net(), "psq4"))
+    loss_of(model, BATCHES[0]).backward()  # compiled by now
+    before = {n: p.grad.clone() for n, p in named_parameters(model)}
+    for measure in (quantization_variance, sampling_variance):
+        more = [2] if measure is quantization_variance else []
+        wanted = measure(plain, loss_of, BATCHES, *more)
+        assert wanted.total.value > 0
+        assert str(measure(model, loss_of, BATCHES, *more)) == str(wanted)
+    assert all(torch.equal(p.grad, before[n]) for n, p in named_parameters(model))
+
+
+@pytest.mark.parametrize("name", ["distributed", "compiled distributed"])
+def test_averages_over_processes_are_no_ones_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A monitor compares `.grad`, and refuses; a diagnosis makes this process's own gradients."""
+    model = WRAPPERS[name](fqt.quantize_(net(), "psq4"))
+    wanted = figures(fqt.diagnose(fqt.quantize_(net(), "psq4"), loss_of, BATCHES))
+    fqt.Monitor(model, loss_of).close()  # one process: `.grad` is its own
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(FqtError, match="DistributedDataParallel averages gradients over 2 processes"):
+        fqt.Monitor(model, loss_of)
     assert str(figures(fqt.diagnose(model, loss_of, BATCHES))) == str(wanted)
 
 

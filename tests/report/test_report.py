@@ -7,7 +7,7 @@ from rich.console import Console
 
 from fqt.errors import FqtError
 from fqt.records import write_json
-from fqt.report import Spread, comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
+from fqt.report import MeanStd, comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
 
 from .conftest import ACCURACY
 
@@ -43,7 +43,7 @@ def test_without_the_baseline_there_is_no_difference(record):
 
 def test_seeds_that_were_not_asked_for_do_not_count(record):
     record["seeds"] = [0]
-    assert summarize(record)[1].ratio == Spread.of([0.31])
+    assert summarize(record)[1].ratio == MeanStd.of([0.31])
 
 
 def test_markdown(record):
@@ -121,7 +121,7 @@ def test_reading(record, tmp_path):
 
 
 def test_spread():
-    assert Spread.of([]).count == 0
-    assert math.isnan(Spread.of([]).error)
-    assert math.isnan(Spread.of([1.0]).std)
-    assert Spread.of([1.0, 3.0]).error == pytest.approx(1.0)
+    assert MeanStd.of([]).count == 0
+    assert math.isnan(MeanStd.of([]).error)
+    assert math.isnan(MeanStd.of([1.0]).std)
+    assert MeanStd.of([1.0, 3.0]).error == pytest.approx(1.0)

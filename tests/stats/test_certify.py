@@ -20,9 +20,9 @@ from fqt.kernels import ops, rounding
 from fqt.stats.certification import seeding
 from fqt.stats.certification.bias import row_mean
 from fqt.stats.certification.inputs import Input, adversarial_inputs
-from fqt.stats.certification.run import _levels, row_noise, smallest_bias
+from fqt.stats.certification.run import _alphas, row_noise, smallest_bias
 from fqt.stats.certification.sample import Sample
-from fqt.stats.certification.statistic import Level, Moments
+from fqt.stats.certification.statistic import Moments, Significance
 from tests.quant import mutants
 
 from .defects import DEFECTS, SOUND, Case, row_stochastic, stochastic, uniform
@@ -110,16 +110,16 @@ def test_the_declared_variance_is_checked(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("draws", [64, 256, 1024, 4096])
-@pytest.mark.parametrize("level", [1e-2, 1e-5, 1e-8, 1e-11])
-def test_the_level_is_kept_for_every_two_valued_error(draws: int, level: float) -> None:
-    """Exact: the probability that k ~ Binomial(M, p) is rejected is at most the level, for p from 1e-6 to ½."""
+@pytest.mark.parametrize("alpha", [1e-2, 1e-5, 1e-8, 1e-11])
+def test_the_rate_is_kept_for_every_two_valued_error(draws: int, alpha: float) -> None:
+    """Exact: the probability that k ~ Binomial(M, p) is rejected is at most alpha, for p from 1e-6 to ½."""
     k = torch.arange(draws + 1, dtype=torch.float64)
     q = k / draws
-    one = Level(level, 1)
+    one = Significance(alpha, 1)
     for p in torch.logspace(-6, math.log10(0.5), 60, dtype=torch.float64).tolist():
         of = Moments(q - p, q * (1 - q) * draws / (draws - 1), (1 - 2 * q).abs() * (q * (1 - q) > 0), q)
         rejected = (one.score(of, 1.0, draws) > 1).numpy()
-        assert binom.pmf(k.numpy(), draws, p)[rejected].sum() <= 1.01 * level, p
+        assert binom.pmf(k.numpy(), draws, p)[rejected].sum() <= 1.01 * alpha, p
 
 
 def test_without_the_extra_terms_it_would_not_be() -> None:
@@ -127,17 +127,17 @@ def test_without_the_extra_terms_it_would_not_be() -> None:
     k = torch.arange(1025, dtype=torch.float64)
     q, p = k / 1024, 0.003
     z = (q - p).abs() / (q * (1 - q) / 1023).sqrt()
-    assert binom.pmf(k.numpy(), 1024, p)[(z > Level(1e-8, 1).z).numpy()].sum() > 1e-3
+    assert binom.pmf(k.numpy(), 1024, p)[(z > Significance(1e-8, 1).z).numpy()].sum() > 1e-3
 
 
 def test_power_of_one_entry_is_as_stated() -> None:
     """Exact: a bias of `power.entry` at p = ½ is rejected with probability 0.99, to 0.5 %."""
-    level, m = _levels(adversarial_inputs(0), 1e-3, True)["entry"], 1024
-    bias = smallest_bias(level, m, 1 / 4, 1.0)
+    alpha, m = _alphas(adversarial_inputs(0), 1e-3, True)["entry"], 1024
+    bias = smallest_bias(alpha, m, 1 / 4, 1.0)
     k = torch.arange(m + 1, dtype=torch.float64)
     q = k / m
     of = Moments(q - 0.5, q * (1 - q) * m / (m - 1), (1 - 2 * q).abs(), q)
-    rejected = (level.score(of, 1.0, m) > 1).numpy()
+    rejected = (alpha.score(of, 1.0, m) > 1).numpy()
     found = binom.pmf(k.numpy(), m, 0.5 + bias)[rejected].sum()
     assert 0.985 < found < 0.997
     assert bias < 0.14
@@ -148,8 +148,8 @@ def test_power_of_a_row_is_as_stated() -> None:
 
     At a power of 0.99 that fails with probability 0.03 %, at 0.95 it would fail with 96 %.
     """
-    level, m = _levels(adversarial_inputs(0), 1e-3, False)["row"], 1024
-    bias = smallest_bias(level, m, *row_noise(128))
+    alpha, m = _alphas(adversarial_inputs(0), 1e-3, False)["row"], 1024
+    bias = smallest_bias(alpha, m, *row_noise(128))
     fraction = (torch.arange(128, dtype=torch.float64) + 0.5) / 128
     given = Input("row", (torch.arange(128) % 13 + fraction).float()[None])
     found = 0
@@ -157,7 +157,7 @@ def test_power_of_a_row_is_as_stated() -> None:
         error = (uniform((m, 128), trial) < fraction).double() - fraction + bias
         found += (
             row_mean(
-                Sample(given, error, torch.ones(128), torch.zeros(128).bool(), error, None, None, None, m), level
+                Sample(given, error, torch.ones(128), torch.zeros(128).bool(), error, None, None, None, m), alpha
             ).score
             > 1
         )
@@ -218,14 +218,14 @@ def test_opposite_noise_of_related_seeds_is_found(relation: int, where: str) -> 
 def test_an_odd_draw_is_no_more_surprising_than_it_is(p: float) -> None:
     """Exact: of 200 terms of 0 or 1 the bound on a tail is not below its binomial probability."""
     terms = (uniform((1000, 200), 3) < p).double()
-    level = Level(1e-4, 1000)
+    alpha = Significance(1e-4, 1000)
     for k in {0, round(100 * p), round(200 * p), round(400 * p), 40, 199}:
         above = -binom.logsf(k - 1, 200, p)
         below = -binom.logcdf(k, 200, p)
         # 5 %: p is estimated from 1,000 draws
-        assert seeding._surprise(terms, k, 1, 1.0, level) <= 1.05 * above + 0.05
-        assert seeding._surprise(terms, k, -1, 1.0, level) <= 1.05 * below + 0.05
-    assert seeding._surprise(terms, 199, 1, 1.0, level) > level.log  # and yet it convicts
+        assert seeding._surprise(terms, k, 1, 1.0, alpha) <= 1.05 * above + 0.05
+        assert seeding._surprise(terms, k, -1, 1.0, alpha) <= 1.05 * below + 0.05
+    assert seeding._surprise(terms, 199, 1, 1.0, alpha) > alpha.log  # and yet it convicts
 
 
 def test_what_mixes_is_reported_and_not_judged() -> None:

@@ -12,14 +12,27 @@ import fqt
 from fqt.errors import FqtError
 from fqt.stats import Decomposition, quantization_variance
 from fqt.stats.decomposition import decompose
-from fqt.stats.passes import undisturbed
 
 from .nets import Attention, InARow, Twice, batches, loss, make, mlp
 
 
 def table_of(model: nn.Module, data: list, draws: int, seed: int = 0) -> Decomposition:
-    with undisturbed(model):
-        return decompose(model, loss, data, draws, seed)
+    return decompose(model, loss, data, draws, seed)
+
+
+def test_nothing_is_left_behind() -> None:
+    model, data = make(), batches(2)
+    loss(model, data[0]).backward()
+    state, grads = {k: v.clone() for k, v in model.state_dict().items()}, [p.grad for p in model.parameters()]
+    torch.manual_seed(5)
+    random = torch.get_rng_state()
+    first = table_of(model, data, 1)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+    assert str(table_of(model, data, 1)) == str(first)
+    loss(model, data[0])
+    assert not torch.equal(model[1].running_mean, state["1.running_mean"])  # the check above can fail
 
 
 RECIPES = {

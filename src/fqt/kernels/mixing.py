@@ -40,20 +40,20 @@ class Reflections:
     Attributes:
         group: (N,) int64, each row's block.
         normal: (N, 1), n_r; zero for rows that stay as they are.
-        factor: (N, 1), 2/‖n‖² of block g in row g.
+        beta: (N, 1), β_g = 2/‖n‖² of block g in row g.
     """
 
     group: Tensor
     normal: Tensor
-    factor: Tensor
+    beta: Tensor
 
     def mixed(self, x: Tensor, before: Scaling) -> Tensor:
         """M · scaled x, (N, D)."""
-        return ops.reflect(x, self.group, self.normal, self.factor, before)
+        return ops.reflect(x, self.group, self.normal, self.beta, before)
 
     def unmixed(self, y: Tensor, after: Unscaling) -> Tensor:
         """Mᵀ y, unscaled, (N, D)."""
-        return ops.reflect(y, self.group, self.normal, self.factor, after=after)
+        return ops.reflect(y, self.group, self.normal, self.beta, after=after)
 
 
 @dataclass(frozen=True)
@@ -155,17 +155,17 @@ def householder(x: Tensor, small_rows: str, guard: Guard) -> tuple[Tensor, Mixin
     in_block = size > 1
     root = square_root(size.clamp(min=2))
     normal = torch.where(large, 1 / root - 1, 1 / root) * in_block
-    factor = 1 / (1 - 1 / square_root(blocks[0].clamp(min=2)))
+    beta = 1 / (1 - 1 / square_root(blocks[0].clamp(min=2)))
     scale = torch.where(in_block, scale, 1.0).masked_fill(rows.constant, 0.0)
     inverse = _inverse(scale)
 
     dtype = rows.offset.dtype
-    mix = Reflections(group, normal.to(dtype)[:, None], factor.to(dtype)[:, None])
+    mix = Reflections(group, normal.to(dtype)[:, None], beta.to(dtype)[:, None])
     y = mix.mixed(x, rows.scaling(scale))
-    # Q_ri² = δ_ri (1 − 2 f n_i²) + f² n_r² n_i², so ‖S⁻¹e_i‖² = Σ_r Q_ri²/s_r² needs one sum per block.
-    f, weight = factor[group], normal.square()
+    # Q_ri² = δ_ri (1 − 2 β n_i²) + β² n_r² n_i², so ‖S⁻¹e_i‖² = Σ_r Q_ri²/s_r² needs one sum per block.
+    own, weight = beta[group], normal.square()
     spread = torch.zeros_like(inverse).index_add_(0, group, weight * inverse.square())[group]
-    cost = inverse.square() * (1 - 2 * f * weight) + f.square() * weight * spread
+    cost = inverse.square() * (1 - 2 * own * weight) + own.square() * weight * spread
     keep = in_block & guard.keeps(x, y, cost, group)
     mix = replace(mix, normal=mix.normal * keep[:, None])
     return _assemble(x, y, rows, inverse, cost, keep, mix)

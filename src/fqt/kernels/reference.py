@@ -321,17 +321,17 @@ def reflect(
     x: Tensor,
     group: Tensor,
     normal: Tensor,
-    factor: Tensor,
+    beta: Tensor,
     before: Scaling | None = None,
     after: Unscaling | None = None,
 ) -> Tensor:
-    """Householder reflections over rows, block by block: x_r − n_r f_g Σ_q n_q x_q, q over r's group g.
+    """Householder reflections over rows, block by block: x_r − n_r β_g Σ_q n_q x_q, q over r's group g.
 
     Args:
         x: (N, D), any real floating dtype.
         group: (N,) int64 below N: which block a row belongs to.
         normal: (N, 1): the entry n_r of its block's vector; 0 leaves the row as it is.
-        factor: (N, 1): f_g = 2/‖n‖² of block g, in row g.
+        beta: (N, 1): β_g = 2/‖n‖² of block g, in row g.
         before, after: what is done to the rows first and last.
 
     Returns:
@@ -340,7 +340,7 @@ def reflect(
     x = Entries(x).values()
     x = x if before is None else before(x)
     total = torch.zeros_like(x).index_add_(0, group, x * normal)
-    y = x - normal * (total * factor).index_select(0, group)
+    y = x - normal * (total * beta).index_select(0, group)
     return y if after is None else after(y)
 
 

@@ -97,20 +97,13 @@ def _layer(
     return output, x.codes.matrix_codes, x.codes.matrix_step, x.codes.group_offset
 
 
-def _empty(shape: Any, dtype: torch.dtype, like: Tensor, channels_last: bool) -> Tensor:
-    x = like.new_empty(shape, dtype=dtype)
-    if not channels_last:
-        return x
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-
-
 def _layer_shape(
     input: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_target()
     call = _call(*rest)
     shape = call.map.output(input.float(), weight.float()).shape
-    output = _empty(shape, call.dtype, input, call.channels_last)
+    output = call.as_laid_out(input.new_empty(shape, dtype=call.dtype))
     seen, q = input_seen(input.shape, input.dtype, call), call.recipe.operand("input")
     if not keep or seen is None or q is None:
         return output, input.new_empty(0), input.new_empty(0), input.new_empty(0)
@@ -190,14 +183,14 @@ def _layer_backward(
 def _layer_backward_shape(
     grad: Tensor, input: Any, weight: Any, codes: Any, step: Any, offset: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    input_shape, weight_shape, dtypes, needs, call = rest[0], rest[1], rest[2:5], rest[5:8], rest[8:]
-    map = _map(None if call[2] is None else list(call[2]))
+    input_shape, weight_shape, dtypes, needs, call = rest[0], rest[1], rest[2:5], rest[5:8], _call(*rest[8:])
+    map = call.map
     transposed = isinstance(map, ConvMap) and map.transposed
     channels = weight_shape[1] * map.groups if transposed else weight_shape[0]  # type: ignore[union-attr]
     none = grad.new_empty(0)
     return (
-        _empty(input_shape, dtypes[0], grad, call[4]) if needs[0] else none,
-        _empty(weight_shape, dtypes[1], grad, call[4]) if needs[1] else none,
+        call.as_laid_out(grad.new_empty(input_shape, dtype=dtypes[0])) if needs[0] else none,
+        call.as_laid_out(grad.new_empty(weight_shape, dtype=dtypes[1])) if needs[1] else none,
         grad.new_empty((channels,), dtype=dtypes[2]) if needs[2] else none,
     )
 

@@ -23,8 +23,6 @@ from fqt.nn.wrappers import named_modules
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
 
-# Modules that multiply by a weight but have no quantized form here: named in every report.
-_PRODUCTS_IN_FLOAT = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.Linear, nn.modules.conv._ConvNd)
 # Modules whose parameters scale, shift or are looked up.
 _NO_PRODUCT_INSIDE = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
 _FAST_PATHS: tuple[tuple[type[nn.Module], str, object], ...] = (
@@ -121,7 +119,7 @@ def restore_(model: Model) -> Model:
     Raises:
         ConversionError: a layer's class cannot be changed; the model is unchanged.
     """
-    _switch(model, {module: load_recipe("none") for module in model.modules() if is_converted(module)})
+    _switch(model, dict.fromkeys(filter(is_converted, model.modules()), load_recipe("none")))
     for module in model.modules():
         stored.detach(module, keep_comparing=True)
     stored.write_configuration(model, None)
@@ -186,7 +184,7 @@ def _holds_convertible(module: nn.Module) -> bool:
 def _rule(recipe: Recipe, names: list[str], wrapped: bool = False) -> Rule | None:
     """The first rule that one of the names matches; a wrapper's word alone means a layer of that name."""
     rules = (rule for rule in recipe.rules if "." in rule.pattern or not wrapped)
-    return next((rule for rule in rules if any(_matches(rule.pattern, n) for n in names)), None)
+    return next((rule for rule in rules if _match_any(rule, names)), None)
 
 
 def _match_any(rule: Rule, names: list[str]) -> bool:
@@ -234,7 +232,7 @@ def _obstacle(module: nn.Module) -> str | None:
 def _no_form(module: nn.Module) -> str:
     """Why a module of a class that nobody knows stays float."""
     kind = type(module).__name__
-    if isinstance(module, _PRODUCTS_IN_FLOAT):
+    if coverage.is_layer(module):
         return f"{kind} is not a class fqt has a quantized form of"
     own = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1}
     if not own or isinstance(module, _NO_PRODUCT_INSIDE):

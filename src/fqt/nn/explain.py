@@ -138,7 +138,7 @@ def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) 
         FqtError: a batch is given, and the model has lazy layers without parameters yet or checkpoints activations
             with use_reentrant=True.
     """
-    layers = [replace(s, name=s.name or "(model)") for s in select(model, load_recipe("none"))[0]]
+    layers = [replace(s, name=_shown(s.name)) for s in select(model, load_recipe("none"))[0]]
     if batch is None and loss_fn is None:
         rows = tuple(product for layer in layers for product in _conversion(layer))
         return Explanation(rows, notes=tuple(_hints(model, layers)))
@@ -232,7 +232,9 @@ class _Traced:
         self.layers = {layer.name: layer for layer in layers}
         self.floats: dict[str, list[Site]] = {}
         for site in seen.floats:
-            self.floats.setdefault(site.module or "(model)", []).append(site)
+            self.floats.setdefault(_shown(site.module), []).append(site)
+        self.witnesses = {_shown(name): witness for name, witness in seen.layers.items()}
+        self.entered = {_shown(name): times for name, times in seen.entered.items()}
         tensors = dict(named_tensors(model))
         owned = {
             id(p): layer.name
@@ -245,21 +247,20 @@ class _Traced:
 
     def explanation(self) -> Explanation:
         rows: list[Product] = []
-        places = [name or "(model)" for name, _ in named_modules(self.model)]
+        places = [_shown(name) for name, _ in named_modules(self.model)]
         for place in [*places, OUTSIDE]:
             if place in self.layers:
                 rows += self._layer(self.layers[place])
             rows += [row for site in self.floats.get(place, ()) for row in self._float(place, site)]
         ran = {p.layer for p in rows if p.calls}
         never = tuple(name for name in self.layers if name not in ran and not self._is_idle_matrix(name))
-        entered = ((name or "(model)", times) for name, times in self.seen.entered.items())
-        repeated = tuple((name, times) for name, times in entered if times > 1 and name in self.layers)
+        repeated = tuple((name, n) for name, n in self.entered.items() if n > 1 and name in self.layers)
         return Explanation(tuple(rows), True, tuple(self._notes(never, repeated)), never, repeated)
 
     def _layer(self, layer: Selection) -> Iterator[Product]:
         """A converted layer's products, or one row for a layer that did not run."""
         module, weights = layer.module, multiplied_weights(layer.module) or 0
-        witness = self.seen.layers.get("" if layer.name == "(model)" else layer.name)
+        witness = self.witnesses.get(layer.name)
         if witness is None:
             if layer.name not in self.floats:
                 why = _unconverted(layer) + ("; no product used them" if self._is_idle_matrix(layer.name) else "")
@@ -280,15 +281,14 @@ class _Traced:
 
     def _is_idle_matrix(self, name: str) -> bool:
         """Whether a module that is no layer ran, and its matrices were in no product: positions that are added."""
-        ran = self.seen.entered["" if name == "(model)" else name] > 0
-        return ran and name not in self.floats and not is_layer(self.layers[name].module)
+        return name in self.entered and name not in self.floats and not is_layer(self.layers[name].module)
 
     def _why_not(self, name: str) -> str:
         """Why a converted layer told of no product."""
         sites = [site for site in self.seen.floats if self.owner.get(site.weight) == name]
         if sites:
-            return f"its weight was multiplied in float by {sites[0].operation} in {sites[0].module or '(model)'}"
-        if self.seen.entered["" if name == "(model)" else name]:
+            return f"its weight was multiplied in float by {sites[0].operation} in {_shown(sites[0].module)}"
+        if name in self.entered:
             return "it was called, but fqt's forward was not: another one was put in its place"
         return "it was not called"
 
@@ -303,7 +303,7 @@ class _Traced:
         owner = self.owner.get(site.weight)
         if owner is not None:
             return f"the weight of {owner} was handed to another product than that layer's"
-        layer = self.layers.get(site.module or "(model)")
+        layer = self.layers.get(_shown(site.module))
         if layer is not None and not is_converted(layer.module):
             return _unconverted(layer)
         if site.weight:
@@ -326,6 +326,11 @@ class _Traced:
         if asleep:
             yield f"in eval mode, where gradients are exact: {_few(asleep)}; training runs after model.train()"
         yield from _hints(self.model, list(self.layers.values()))
+
+
+def _shown(name: str) -> str:
+    """A module's name in rows and notes."""
+    return name or "(model)"
 
 
 def _few(names: Sequence[str], most: int = 8) -> str:

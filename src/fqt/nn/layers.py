@@ -326,12 +326,16 @@ def convolution(
         if layer.training:
             _drawn_seed()  # what is drawn does not depend on the input
         return _float_convolution(layer, input, weight, bias, output_size)
-    return convolve(layer, padded, weight, bias, map)
+    return _convolve(layer, padded, weight, bias, map)
 
 
 def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: ConvMap) -> Tensor:
     """The convolution of an input (N, C, *) or (C, *) by any map on quantized operands."""
     _check_image(layer, input, weight, map)
+    return _convolve(layer, input, weight, bias, map)
+
+
+def _convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: ConvMap) -> Tensor:
     if input.ndim == weight.ndim:
         return products(layer, input, weight, bias, map)
     return products(layer, input.unsqueeze(0), weight, bias, map).squeeze(0)

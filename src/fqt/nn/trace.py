@@ -382,28 +382,28 @@ def _multiplications(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
         return sparse._nnz() * int(out.shape[-1])
     own = _FORMULAS.get(packet)
     if own is not None:
-        return own(args, out)
+        return own(args)
     return int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
 
 
-def _rnn(args: tuple, out: Any) -> int:
+def _rnn(args: tuple) -> int:
     """Input, the weights of input and state: each weight meets each step of each sequence once."""
     return math.prod(args[0].shape[:2]) * (args[1].numel() + args[2].numel())
 
 
-def _attention(args: tuple, out: Any) -> int:
+def _attention(args: tuple) -> int:
     """Query · keyᵀ and weights · value: (B, H, T, E), (B, H, S, E), (B, H, S, E)."""
     query, key, value = args[:3]
     return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _attention_backward(args: tuple, out: Any) -> int:
+def _attention_backward(args: tuple) -> int:
     """The scores again, and two products for each of the two of the forward pass: as torch counts it elsewhere."""
     query, key, value = args[1:4]
     return math.prod(query.shape[:-1]) * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
-def _trilinear(args: tuple, out: Any) -> int:
+def _trilinear(args: tuple) -> int:
     """Three factors that broadcast along axes of their own and are summed over some: two products at each place."""
     shapes = []
     for tensor, added in zip(args[:3], args[3:6], strict=True):
@@ -416,19 +416,19 @@ def _trilinear(args: tuple, out: Any) -> int:
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 _aten = torch.ops.aten
-_FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
+_FORMULAS: dict[Any, Callable[[tuple], int]] = {
     # Whole where autograd does not run, and of nested tensors.
-    _aten.linear: lambda args, out: args[0].numel() * args[1].shape[0],
-    _aten.linear_backward: lambda args, out: args[1].numel() * args[2].shape[1] * sum(map(bool, args[3][:2])),
-    _aten._addmm_activation: lambda args, out: args[1].numel() * args[2].shape[-1],
-    _aten._sparse_addmm: lambda args, out: args[1].numel() * args[2].shape[-1],
-    _aten.mv: lambda args, out: args[0].numel(),
-    _aten.addmv: lambda args, out: args[1].numel(),
-    _aten.dot: lambda args, out: args[0].numel(),
-    _aten.addbmm: lambda args, out: args[1].numel() * args[2].shape[-1],
+    _aten.linear: lambda args: args[0].numel() * args[1].shape[0],
+    _aten.linear_backward: lambda args: args[1].numel() * args[2].shape[1] * sum(map(bool, args[3][:2])),
+    _aten._addmm_activation: lambda args: args[1].numel() * args[2].shape[-1],
+    _aten._sparse_addmm: lambda args: args[1].numel() * args[2].shape[-1],
+    _aten.mv: lambda args: args[0].numel(),
+    _aten.addmv: lambda args: args[1].numel(),
+    _aten.dot: lambda args: args[0].numel(),
+    _aten.addbmm: lambda args: args[1].numel() * args[2].shape[-1],
     _aten.mkldnn_rnn_layer: _rnn,
     # Gradients of the gates for input, state and both weights.
-    _aten.mkldnn_rnn_layer_backward: lambda args, out: 2 * _rnn(args, out),
+    _aten.mkldnn_rnn_layer_backward: lambda args: 2 * _rnn(args),
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten._trilinear: _trilinear,

@@ -64,6 +64,7 @@ class Method:
             along the contraction, and added up in float between them; "simulated", no integers at all. Products
             that are not "integer" run simulated here, unless a kernel for blocks takes them.
         usual: the widths that tables show; none: 4 bits if there are such, else the only ones.
+        left_out: what of the paper is left out, or done otherwise.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Method:
     bias: str = "exact"
     product: str = "integer"
     usual: tuple[int, ...] = ()
+    left_out: str = ""
 
     @property
     def stem(self) -> str:
@@ -144,6 +146,8 @@ def _symmetric(group: str | tuple[int, int], store: str = "float32") -> Scale:
     return Scale(group, "symmetric", store=store)
 
 
+_ROTATED_AGAIN = "the other operand of a product is rotated and rounded again, to 8 bits without bias"
+_WEIGHT_RULES = "rules for weights near the edge of a bin; selective higher precision"
 _ROWS = (
     Method(
         name="ptq*",
@@ -157,6 +161,10 @@ _ROWS = (
         title="in-hindsight ranges",
         paper=Paper("Fournarakis & Nagel", 2021, "2105.04246"),
         what="as ptq, in the decayed mean of the ranges of the tensors before",
+        left_out=(
+            "the same for activations; a zero that is rounded to a code; certified in nine tenths of the tensor's "
+            "own range, measured in its own, as a first tensor is, which is exact"
+        ),
         scale=Scale("tensor", range="hindsight"),
         roundings=("stochastic", "dithered", "nearest"),
         bias="biased: clips what lies outside",
@@ -186,6 +194,7 @@ _ROWS = (
         name="thq*",
         title="two-sided Hadamard quantizer",
         what="features rotated by a random Hadamard of 128, rows as shq, integers, an affine step per row",
+        left_out=_ROTATED_AGAIN,
         transform=Rotated(ScaledHadamard()),
         paper=_OURS,
     ),
@@ -194,6 +203,7 @@ _ROWS = (
         title="integers after a rotation",
         paper=Paper("UFP4", 2026, "2606.20381"),
         what="features rotated by a random Hadamard of 128, integers, an affine step per row",
+        left_out=_ROTATED_AGAIN,
         transform=Rotated(Identity()),
     ),
     Method(
@@ -201,12 +211,16 @@ _ROWS = (
         title="Hadamard low-rank quantizer, its grad_input",
         paper=Paper("Kim et al., HLQ", 2024, "2406.15102"),
         what="features rotated in blocks of 16, integers, an affine step per row; not its biased grad_weight",
+        left_out="grad_weight from 8 of 16 low-sequency rows: biased, and no quantizer of an operand",
         transform=Rotated(Identity(), block=16),
     ),
     Method(
         name="luq*",
         title="logarithmic unbiased quantizer",
         what="powers of two and 0, one step for the tensor",
+        left_out=(
+            "averaging several draws, the range of the step before, deterministic clipping of the forward pass"
+        ),
         widths=(2, 3, 4),
         grid=lambda bits: Floats(bits - 1, 0),
         scale=_symmetric("tensor"),
@@ -228,6 +242,7 @@ _ROWS = (
         title="microscaling floats",
         paper=Paper("Chen et al., TetraJet", 2025, "2502.20853"),
         what="E2M1, blocks of 1 × 32, power-of-two steps rounded up",
+        left_out=_WEIGHT_RULES,
         widths=(4,),
         grid=lambda _: Floats(2, 1),
         scale=_symmetric((1, 32), "power"),
@@ -249,6 +264,7 @@ _ROWS = (
         title="NVFP4 with head-room",
         paper=Paper("NVIDIA, NVFP4", 2025, "2509.25149"),
         what="E2M1, blocks of 1 × 16, E4M3 steps under one of the tensor, 16/17 of the range",
+        left_out=_WEIGHT_RULES,
         widths=(4,),
         grid=lambda _: Floats(2, 1),
         scale=_symmetric((1, 16), "e4m3"),
@@ -260,6 +276,10 @@ _ROWS = (
         title="MS-EDEN",
         paper=Paper("Quartet II", 2026, "2601.22813"),
         what="features rotated (128), E2M1 to nearest, 1 × 16; corrected E4M3 steps, rounded stochastically",
+        left_out=(
+            f"{_ROTATED_AGAIN}; its variance is the exact mean square error given the rotation, averaged over 4 "
+            "sampled ones, with a squared bias that vanishes as rows become long and dense"
+        ),
         widths=(4,),
         grid=lambda _: Floats(2, 1),
         transform=Rotated(Identity()),
@@ -283,6 +303,7 @@ _ROWS = (
         title="block fallback",
         paper=Paper("Zhang et al., Fallback", 2025, "2503.08040"),
         what="integers about 0, blocks of 128 × 128, a second code for the quarter with the largest values",
+        left_out="the threshold that follows a share over steps of training: here a quarter of a tensor's blocks",
         widths=(8,),
         grid=Pairs,
         scale=_symmetric((128, 128), "fallback"),
@@ -294,6 +315,9 @@ _ROWS = (
         title="bit splitting",
         paper=Paper("Xi et al., INT4 training", 2023, "2306.11987"),
         what="two integers, coarse to nearest and fine stochastic, one step for the tensor",
+        left_out=(
+            "sampling of rows by leverage scores; published ranges and codes (±6 of 98 steps) clip, these do not"
+        ),
         widths=(2, 3, 4),
         grid=Pairs,
         scale=_symmetric("tensor"),
@@ -304,6 +328,7 @@ _ROWS = (
         title="INT4 fixed-point",
         paper=Paper("Kim et al., INT4 fixed-point", 2024, "2407.12637"),
         what="integers about 0, one step for the tensor, from a part of its range steered by the share clipped",
+        left_out="learned ranges of weights and activations; certified and measured as `hind`",
         scale=Scale("tensor", "symmetric", range="steered"),
         roundings=_PLAIN,
         bias="biased: clips by design",
@@ -313,6 +338,7 @@ _ROWS = (
         title="ShiftQuant",
         paper=Paper("Guo et al., ShiftQuant", 2024, "2411.10948"),
         what="integers about 0, a step per column: one of the tensor, shifted by 0 to 15 bits",
+        left_out="L1 normalization; the number of groups is ours, 16",
         scale=_symmetric("column", "shift"),
         roundings=_PLAIN,
         product="blocked",
@@ -322,6 +348,7 @@ _ROWS = (
         title="logarithmic number system",
         paper=Paper("Zhao et al., LNS-Madam", 2021, "2106.13914"),
         what="powers of 2^(1/8) and 0, one step for the tensor",
+        left_out="products as sums of exponents, and the Madam optimizer",
         widths=(8,),
         grid=Logarithmic,
         scale=_symmetric("tensor"),

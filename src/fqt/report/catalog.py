@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fqt.quant.catalog import METHODS
 from fqt.report.chart import Point, colour
-from fqt.report.figures import figure_of, log_axis
+from fqt.report.plot import figure_of, log_axis
 from fqt.report.section import Table
 
 __all__ = ["catalog_figure", "catalog_markdown", "catalog_table"]
@@ -21,27 +22,6 @@ _NOTE = (
     "stored: bits per entry of a 1024 × 1024 tensor with scales; variance: exact, over psq's at the name's width, "
     "geometric mean over the shipped gradients"
 )
-
-
-_LEFT_OUT = {
-    "thq, int…rht, eden": "the other operand of a product is rotated and rounded again, to 8 bits without bias",
-    "hlq": "grad_weight from 8 of 16 low-sequency rows: biased, and no quantizer of an operand",
-    "luq": "averaging several draws, the range of the step before, deterministic clipping of the forward pass",
-    "mxfp, nvfp": "rules for weights near the edge of a bin; selective higher precision",
-    "eden": (
-        "nothing; its variance is the exact mean square error given the rotation, averaged over 4 sampled ones, "
-        "with a squared bias that vanishes as rows become long and dense"
-    ),
-    "hind": (
-        "the same for activations; a zero that is rounded to a code; certified in nine tenths of the tensor's own "
-        "range, measured in its own, as a first tensor is, which is exact"
-    ),
-    "kim": "learned ranges of weights and activations; certified and measured as `hind`",
-    "fallback": "the threshold that follows a share over steps of training: here a quarter of a tensor's blocks",
-    "split": "sampling of rows by leverage scores; published ranges and codes (±6 of 98 steps) clip, these do not",
-    "shift": "L1 normalization; the number of groups is ours, 16",
-    "lns": "products as sums of exponents, and the Madam optimizer",
-}
 
 
 def catalog_table(record: Mapping[str, Any]) -> Table:
@@ -87,8 +67,17 @@ def catalog_markdown(record: Mapping[str, Any]) -> str:
         conv=record["matrices"]["convolution"],
         transformer=record["matrices"]["transformer"],
         picture=PICTURE,
-        left_out="\n".join(f"| `{name}` | {what} |" for name, what in _LEFT_OUT.items()),
+        left_out="\n".join(f"| `{', '.join(names)}` | {what} |" for what, names in _left_out().items()),
     )
+
+
+def _left_out() -> dict[str, list[str]]:
+    """What methods leave out of their papers, with the methods that do."""
+    found: dict[str, list[str]] = {}
+    for method in METHODS.values():
+        if method.left_out:
+            found.setdefault(method.left_out, []).append(method.name.replace("*", "…").removesuffix("…"))
+    return found
 
 
 def catalog_figure(record: Mapping[str, Any]) -> Figure:

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from fqt.report.chart import Point, colour, labelled, plain
-from fqt.report.figures import log_axis, name_layers
 from fqt.report.matrix import LABELS, is_matrix, matrix_panel
 from fqt.report.panel import Panel
+from fqt.report.plot import log_axis, name_layers
 from fqt.report.summary import number
 
 __all__ = ["diagnosis_panels"]

@@ -8,25 +8,28 @@ from typing import Any
 from fqt.report.certificate import certificate_section
 from fqt.report.diagnosis import diagnosis_section
 from fqt.report.matrix import is_matrix, matrix_panel, matrix_table
-from fqt.report.paper import FORMAT as PAPER
-from fqt.report.paper import paper_section
-from fqt.report.section import Facts, Section, Table, facts, flatten, show
+from fqt.report.section import Builder, Facts, Section, Table, facts, flatten, show
 from fqt.stats.certification.certificate import FORMAT as CERTIFICATE
 from fqt.stats.record import FORMAT as DIAGNOSIS
 
 __all__ = ["other_section"]
 
-_SECTIONS = {PAPER: paper_section, DIAGNOSIS: diagnosis_section, CERTIFICATE: certificate_section}
+_SECTIONS: dict[str, Builder] = {DIAGNOSIS: diagnosis_section, CERTIFICATE: certificate_section}
 ROWS = 500  # of a table; the record has them all
 
 
-def other_section(name: str, record: Mapping[str, Any]) -> Section:
+def other_section(name: str, record: Mapping[str, Any], more: Mapping[str, Builder]) -> Section:
     """A section for a record; of a format that is not known only the form is used.
+
+    Args:
+        name: of the record.
+        record: of any kind.
+        more: formats that rooms above this one know, and what makes their sections.
 
     Raises:
         FqtError: it is damaged.
     """
-    known = _SECTIONS.get(str(record.get("format")))
+    known = {**_SECTIONS, **more}.get(str(record.get("format")))
     if known is not None:
         return known(name, record)
     rest = {key: value for key, value in record.items() if key not in ("format", "environment")}

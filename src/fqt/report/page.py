@@ -22,7 +22,7 @@ from fqt.report.collect import Collection, ComparisonRecord
 from fqt.report.figures import comparison_charts, distinct, run_charts
 from fqt.report.other import other_section
 from fqt.report.runs import RunRecord
-from fqt.report.section import Facts, Section, Table, facts, show
+from fqt.report.section import Builder, Facts, Section, Table, facts, show
 from fqt.report.tables import caption, cells, header, provenance, title
 
 __all__ = ["render", "write_page"]
@@ -37,26 +37,31 @@ class _Shown:
     drawings: list[tuple[Chart, Drawing]] = field(default_factory=list)
 
 
-def write_page(found: Collection, path: Path) -> list[str]:
-    """Writes the page of a collection; returns what it could not show, one line each.
+def write_page(found: Collection, path: Path, sections: Mapping[str, Builder] | None = None) -> list[str]:
+    """Writes the page of a collection, as `render` makes it; returns what it could not show, one line each.
 
     Raises:
         FqtError: the disk is full, or the folder cannot be written.
     """
-    page, problems = render(found)
+    page, problems = render(found, sections)
     write_bytes(path, page.encode(errors="backslashreplace"))  # a name that is no text
     return problems
 
 
-def render(found: Collection) -> tuple[str, list[str]]:
+def render(found: Collection, sections: Mapping[str, Builder] | None = None) -> tuple[str, list[str]]:
     """The page: an overview of what ran, then curves, comparisons, other records, and each run in full.
 
     A record that turns out not to have the form it claims becomes a problem, on the page and in the list returned.
+
+    Args:
+        found: the records.
+        sections: by format, what makes the sections of records that this room does not know
+            (`fqt.paper.figures.SECTIONS`).
     """
     problems = list(found.problems)
     keys = (f"s{i}" for i in count(1))
     shown = []
-    for name, build in _builders(found):
+    for name, build in _builders(found, sections or {}):
         try:
             section = build()
             key = next(keys)
@@ -79,13 +84,13 @@ def render(found: Collection) -> tuple[str, list[str]]:
     return text, problems
 
 
-def _builders(found: Collection) -> list[tuple[str, Any]]:
+def _builders(found: Collection, more: Mapping[str, Builder]) -> list[tuple[str, Any]]:
     """(name, function that makes the section), in the order of the page."""
     builders: list[tuple[str, Any]] = []
     for (task, model), runs in _groups(found.runs).items():
         builders.append((f"{task}, {model}", lambda t=task, m=model, r=runs: _curves(t, m, r)))
     builders += [(c.name, lambda c=c: _comparison(c)) for c in found.comparisons]
-    builders += [(name, lambda n=name, r=record: other_section(n, r)) for name, record in found.others]
+    builders += [(name, lambda n=name, r=record: other_section(n, r, more)) for name, record in found.others]
     builders += [(run.name, lambda r=run, n=name: _run(r, n)) for name, run in distinct(found.runs).items()]
     return builders
 

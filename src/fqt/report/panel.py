@@ -10,9 +10,7 @@ from matplotlib.axes import Axes
 from fqt.report.chart import Chart, Point, make_chart
 from fqt.report.section import Table
 
-__all__ = ["METHODS", "Built", "Panel"]
-
-METHODS = ("ptq", "psq", "bhq", "shq")  # in the order, and with the colours, of all figures
+__all__ = ["Built", "Panel"]
 
 
 @dataclass(frozen=True, kw_only=True)

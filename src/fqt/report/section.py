@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fqt.report.chart import Chart
 
-__all__ = ["Facts", "Section", "Table", "facts", "flatten", "show"]
+__all__ = ["Builder", "Facts", "Section", "Table", "facts", "flatten", "show"]
 
 WORDS = 400  # a value longer than this is cut
 
@@ -55,6 +55,10 @@ class Section:
     charts: list[Chart] = field(default_factory=list)
     details: list[Facts] = field(default_factory=list)
     footer: str = ""
+
+
+Builder = Callable[[str, Mapping[str, Any]], Section]
+"""Makes a section of a record and its name; raises `FqtError` where the record is damaged."""
 
 
 def facts(title: str, values: Mapping[str, Any]) -> Facts:

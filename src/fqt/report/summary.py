@@ -13,11 +13,11 @@ from fqt.errors import FqtError
 from fqt.records import check_shape, read_json
 from fqt.train.compare import FORMAT, SHAPE
 
-__all__ = ["Row", "Spread", "read_comparison", "summarize"]
+__all__ = ["MeanStd", "Row", "read_comparison", "summarize"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class MeanStd:
     """Mean and sample standard deviation of ``count`` values; the deviation is NaN for fewer than 2."""
 
     mean: float
@@ -25,12 +25,12 @@ class Spread:
     count: int
 
     @staticmethod
-    def of(values: Sequence[float]) -> Spread:
+    def of(values: Sequence[float]) -> MeanStd:
         """The spread of some values; all NaN without any."""
         if not values:
-            return Spread(mean=math.nan, std=math.nan, count=0)
+            return MeanStd(mean=math.nan, std=math.nan, count=0)
         std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-        return Spread(mean=math.fsum(values) / len(values), std=std, count=len(values))
+        return MeanStd(mean=math.fsum(values) / len(values), std=std, count=len(values))
 
     @property
     def error(self) -> float:
@@ -53,10 +53,10 @@ class Row:
     """
 
     recipe: str
-    accuracy: Spread
-    difference: Spread | None
-    loss: Spread
-    ratio: Spread
+    accuracy: MeanStd
+    difference: MeanStd | None
+    loss: MeanStd
+    ratio: MeanStd
     diverged: int
 
 
@@ -86,10 +86,10 @@ def summarize(record: Mapping[str, Any]) -> list[Row]:
         rows.append(
             Row(
                 recipe=recipe,
-                accuracy=Spread.of([run["accuracy"] for run in runs]),
-                difference=Spread.of(pairs) if pairs and recipe != record["baseline"] else None,
-                loss=Spread.of([number(run["train_loss"]) for run in runs]),
-                ratio=Spread.of(ratios_of(record, recipe)),
+                accuracy=MeanStd.of([run["accuracy"] for run in runs]),
+                difference=MeanStd.of(pairs) if pairs and recipe != record["baseline"] else None,
+                loss=MeanStd.of([number(run["train_loss"]) for run in runs]),
+                ratio=MeanStd.of(ratios_of(record, recipe)),
                 diverged=sum(run["diverged"] for run in runs),
             )
         )

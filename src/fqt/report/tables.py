@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fqt.report.section import Table
-from fqt.report.summary import Row, Spread
+from fqt.report.summary import MeanStd, Row
 
 __all__ = [
     "caption",
@@ -120,7 +120,7 @@ def _plus_minus(value: float, spread: float, form: str) -> str:
     return f"{text} ± {format(spread, form.lstrip('+'))}" if math.isfinite(spread) else text
 
 
-def _significant(spread: Spread) -> str:
+def _significant(spread: MeanStd) -> str:
     """Ratios span orders of magnitude: two significant digits of the mean, the deviation to the same place."""
     if not math.isfinite(spread.mean):
         return "–"

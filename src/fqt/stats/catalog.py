@@ -22,7 +22,7 @@ DRAWS = 4  # of random signs, whose average is taken
 REMEMBERED = 0.9  # of a tensor's own range: what certificates of remembered ones are quantized in
 
 
-def catalog_row(name: str, families: dict[str, dict[str, Tensor]] | None = None) -> dict[str, Any]:
+def catalog_row(name: str, families: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     """One row of the table: what is known of a quantizer, and its variance over `psq`'s of the same width.
 
     `psq`'s width is the one in the name: for a method with two codes per entry that is the width of one. Methods
@@ -30,11 +30,10 @@ def catalog_row(name: str, families: dict[str, dict[str, Tensor]] | None = None)
 
     Args:
         name: of a quantizer.
-        families: the matrices, as `gradients` gives them; None reads those of the package.
+        families: the matrices by family, as `gradients` gives them.
     """
     method, q = method_of(name), quantizer(name)
     bits = method.bits_of(name)
-    families = families or {family: gradients(family) for family in FAMILIES}
     plain = f"psq{bits}"
     return {
         "name": name,

@@ -30,17 +30,15 @@ from scipy import stats as distributions
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
-from fqt.nn import observe
-from fqt.nn.observe import eagerly
 from fqt.seeds import derive_seed
 from fqt.stats.moments import Moments
 from fqt.stats.operands import Operands
-from fqt.stats.passes import ROLES, LossFn, check_model, energy, owner, stream, trainable, without
+from fqt.stats.passes import ROLES, Backward, LossFn, Observer, check_model, energy, measuring, owner, without
 from fqt.stats.spread import Estimate, estimates
 
 __all__ = ["Decomposition", "decompose"]
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,38 +88,36 @@ def decompose(
 ) -> Decomposition:
     """The table of a model in training mode, from `draws` chains of L + 2 passes on each batch.
 
-    From one draw in all, errors and intervals are NaN.
-
-    The caller restores buffers and random states (`undisturbed`) and has checked model and batches.
+    From one draw in all, errors and intervals are NaN. Parameters, buffers, `.grad` and the random state are left
+    as they were. The caller has checked the batches.
 
     Raises:
-        FqtError: a layer is used again after others (its two uses stand at two places of the order, which one row
-            cannot express), batches do not use the same layers.
+        FqtError: what `diagnose` refuses of a model and its loss; a layer is used again after others (its two uses
+            stand at two places of the order, which one row cannot express); batches do not use the same layers.
     """
-    chain = _Chain(model, loss_fn)
     per_batch, pooled, gaps = Moments(), Moments(), Moments()
-    for b, batch in enumerate(batches):
-        of_batch = Moments()
-        for m in range(draws):
-            with eagerly():
+    with measuring(model, loss_fn) as backward:
+        chain = _Chain(backward)
+        for b, batch in enumerate(batches):
+            of_batch = Moments()
+            for m in range(draws):
                 rows, total = chain.draw(batch, derive_seed(seed, "table", b, m))
-            observation = [chain.table(rows), chain.effects(rows), total]
-            of_batch.update(observation)
-            pooled.update(observation)
-            gaps.update([total - rows.sum(0)])
-        per_batch.update(of_batch.mean)
+                observation = [chain.table(rows), chain.effects(rows), total]
+                of_batch.update(observation)
+                pooled.update(observation)
+                gaps.update([total - rows.sum(0)])
+            per_batch.update(of_batch.mean)
     return chain.result(per_batch if len(batches) > 1 else pooled, gaps, len(batches), draws)
 
 
 class _Chain:
     """The passes of one draw, and how their differences make up the table."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        self.model, self.loss_fn = model, loss_fn
-        self.layers = check_model(model)
-        self.parameters = trainable(model)
-        self.targets = list(dict.fromkeys(map(owner, self.parameters)))
-        self.operands = Operands(model, full=False)
+    def __init__(self, backward: Backward) -> None:
+        self.backward = backward
+        self.layers = check_model(backward.model)
+        self.targets = list(dict.fromkeys(map(owner, backward.parameters)))
+        self.operands = Operands(backward.model, full=False)
         self.sources: list[str] = []
         self.steps: list[tuple[str, tuple[str, ...]]] = []  # what is turned on, one after the other
         self.variances = Moments()
@@ -130,7 +126,7 @@ class _Chain:
         """(steps, K + 1) differences and (K + 1,) total of one set of random numbers; the last is the whole."""
         kept: dict[str, Tensor] = {}
 
-        def distance() -> Tensor:
+        def distance(observer: Observer | None = None) -> Tensor:
             """Runs a pass under the recipes as they are; its distance from the one before, which it replaces."""
             row = torch.zeros(len(self.targets) + 1, dtype=torch.float64)
 
@@ -139,13 +135,12 @@ class _Chain:
                     row[[self.targets.index(owner(name)), -1]] += energy(gradient - kept[name])
                 kept[name] = gradient
 
-            stream(self.model, self.loss_fn, batch, self.parameters, compare, seed)
+            self.backward(batch, compare, seed, observer)
             return row
 
         with without(self.layers):
             distance()
-        with observe(self.model, self.operands):
-            total = distance()
+        total = distance(self.operands)
         self.operands.end()
         self._take_order()
         rows = []
@@ -180,7 +175,7 @@ class _Chain:
     def _is_plain(self, name: str) -> bool:
         """Whether a layer's noise in its own parameters is all its grad_weight quantizer's."""
         weight = getattr(self.layers[name], "weight", None)
-        own = self.parameters.get(f"{name}.weight" if name else "weight")
+        own = self.backward.parameters.get(f"{name}.weight" if name else "weight")
         frozen = isinstance(weight, Tensor) and not weight.requires_grad
         return self.operands.uses[name] == 1 and (own is weight or frozen)
 
@@ -213,7 +208,7 @@ class _Chain:
         gap = dict(zip(names, estimates(gaps), strict=True))
         reach = float("nan")
         if gaps.count > 1:
-            reach = float(distributions.t.ppf(1 - (1 - LEVEL) / 2 / len(names), gaps.count - 1))
+            reach = float(distributions.t.ppf(1 - (1 - CONFIDENCE) / 2 / len(names), gaps.count - 1))
         operands: dict[str, dict[str, dict[int, float]]] = {}
         keys = self.operands.variances()
         for (layer, role), values in zip(keys, self.variances.mean[0].tolist(), strict=True):

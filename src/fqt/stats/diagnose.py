@@ -18,29 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fqt.errors import FqtError
-from fqt.nn import Recipe, observe
-from fqt.nn.observe import eagerly
+from fqt.nn import Recipe
 from fqt.seeds import derive_seed
 from fqt.stats.decomposition import Decomposition, decompose
 from fqt.stats.moments import Moments
 from fqt.stats.operands import Operand, Operands
-from fqt.stats.passes import (
-    OTHER_NOISE,
-    LossFn,
-    alone,
-    check_batches,
-    check_model,
-    converted,
-    energy,
-    owner,
-    stream,
-    trainable,
-    undisturbed,
-    without,
-)
+from fqt.stats.passes import Backward, LossFn, check_batches, check_model, converted, measuring, owner, without
 from fqt.stats.spread import Estimate, Spread, estimates, ratio
 
 __all__ = ["Diagnosis", "Noise", "diagnose"]
@@ -147,13 +133,11 @@ def diagnose(
         raise FqtError(f"table is a number of draws, got {table}")
     batches = batches if isinstance(batches, Sequence) else list(batches)
     check_batches(batches, 2)
-    model = alone(model)
-    layers, parameters = check_model(model), trainable(model)
-    groups = {name: owner(name) for name in parameters}
-    with undisturbed(model), eagerly():  # one way for all passes: rounding and dropout differ in compiled graphs
-        variance, energies = _sampling(model, loss_fn, batches, parameters, layers, seed)
+    layers = check_model(model)
+    with measuring(model, loss_fn) as backward:
+        variance, energies = _sampling(backward, batches, layers, seed)
         operands = Operands(model)
-        quantization = _quantization(model, loss_fn, batches, parameters, groups, draws, seed, operands)
+        quantization = _quantization(backward, batches, draws, seed, operands)
         if not operands.order:
             raise FqtError("no converted layer that quantizes its gradient takes part in the loss")
         decomposition = decompose(model, loss_fn, batches, table, seed) if table else None
@@ -178,72 +162,36 @@ def diagnose(
 
 
 def _sampling(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    parameters: dict[str, nn.Parameter],
-    layers: dict[str, nn.Module],
-    seed: int,
+    backward: Backward, batches: Sequence[Any], layers: dict[str, nn.Module], seed: int
 ) -> tuple[dict[str | None, Estimate], dict[str | None, Estimate]]:
     """The exact gradient's variance over batches and its energy; on the way, that only quantizers draw noise."""
-    spread = Spread({name: owner(name) for name in parameters})
+    spread = Spread(_groups(backward))
     with without(layers):
         for b, batch in enumerate(batches):
-            stream(model, loss_fn, batch, parameters, spread.add, derive_seed(seed, b))
+            backward(batch, spread.add, derive_seed(seed, b))
             spread.end()
-            if b == 0:
-                _refuse_other_noise(model, loss_fn, batch, parameters, spread, seed)
+            if b == 0:  # the mean of one observation is itself
+                backward.refuse_other_noise(batch, spread.mean, derive_seed(seed, "other"))
     return spread.variance(), spread.energy()
 
 
-def _refuse_other_noise(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batch: Any,
-    parameters: dict[str, nn.Parameter],
-    spread: Spread,
-    seed: int,
-) -> None:
-    """Raises if a second exact gradient of the first batch, with another seed, differs from the first.
-
-    Converted layers and dropout draw from one generator, so that their noise could not be told apart.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)
-
-    def compare(name: str, gradient: Tensor) -> None:
-        first = spread.mean[name]  # of one observation: itself
-        sums.add_(torch.stack([energy(first - gradient), energy(first)]))
-
-    stream(model, loss_fn, batch, parameters, compare, derive_seed(seed, "other"))
-    apart, whole = sums.tolist()
-    if apart > 1e-6 * whole:
-        raise FqtError(OTHER_NOISE)
-
-
 def _quantization(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    parameters: dict[str, nn.Parameter],
-    groups: dict[str, str],
-    draws: int,
-    seed: int,
-    operands: Operands,
+    backward: Backward, batches: Sequence[Any], draws: int, seed: int, operands: Operands
 ) -> dict[str | None, Estimate]:
     """E_batch Var[ĝ | batch] by layer and in total; the first draw on each batch is observed."""
     per_batch = Moments()
     names: list[str | None] = []
     for b, batch in enumerate(batches):
-        spread = Spread(groups)
+        spread = Spread(_groups(backward))
         for m in range(draws):
-            number = derive_seed(seed, b, m)
-            if m == 0:
-                with observe(model, operands):
-                    stream(model, loss_fn, batch, parameters, spread.add, number)
-                operands.end()
-            else:
-                stream(model, loss_fn, batch, parameters, spread.add, number)
+            backward(batch, spread.add, derive_seed(seed, b, m), operands if m == 0 else None)
             spread.end()
+        operands.end()
         names = spread.names
         per_batch.update([torch.tensor([e.value for e in spread.variance().values()], dtype=torch.float64)])
     return dict(zip(names, estimates(per_batch), strict=True))
+
+
+def _groups(backward: Backward) -> dict[str, str]:
+    """The layer of each parameter."""
+    return {name: owner(name) for name in backward.parameters}

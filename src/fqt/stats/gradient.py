@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.seeds import derive_seed
 from fqt.stats.moments import Moments
-from fqt.stats.passes import OTHER_NOISE, LossFn, converted, trainable, undisturbed, without
+from fqt.stats.passes import Backward, LossFn, converted, measuring, without
 from fqt.stats.spread import Estimate
 
 __all__ = ["GradientVariance", "quantization_variance", "sampling_variance"]
@@ -63,7 +63,8 @@ def quantization_variance(
     Parameters, buffers (running statistics of batch norm), ``.grad`` and the random state are left as they were.
 
     Args:
-        model: any module; its mode is used as it is.
+        model: any module; its mode is used as it is. A compiled model is run eagerly, one in
+            `DistributedDataParallel` as this process has it.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batches: at least 2 batches, of independent samples.
         draws: at least 2 backward passes per batch.
@@ -75,24 +76,23 @@ def quantization_variance(
     Raises:
         FqtError: fewer than 2 draws or batches, no trainable parameter, a model entirely in eval mode, or a loss
             that is not a finite scalar; converted layers in a model whose gradient is random without their
-            noise too, such as one with active dropout.
+            noise too, such as one with active dropout; parameters sharded over processes.
     """
     if draws < 2:
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
     if not any(module.training for module in model.modules()):
         raise FqtError("the model is in eval mode, where quantized layers draw no noise: call model.train() first")
-    parameters = _parameters(model, batches)
+    _check_number(batches)
     per_batch = Moments()
-    with undisturbed(model):
-        _refuse_other_noise(model, loss_fn, batches[0], parameters, seed)
+    with measuring(model, loss_fn) as backward:
+        _refuse_other_noise(backward, batches[0], seed)
         for b, batch in enumerate(batches):
-            moments = Moments()
+            gradient = _Gradient(backward)
             for m in range(draws):
-                moments.update(_gradient(model, loss_fn, batch, parameters, derive_seed(seed, b, m)))
-            per_batch.update(_with_total(moments.variance_sums()))
-    spread = per_batch.variance()[0]
-    errors = (spread / len(batches)).sqrt()
-    return _result(parameters, per_batch.mean[0], errors, batches=len(batches), draws=draws)
+                backward(batch, gradient.add, derive_seed(seed, b, m))
+            per_batch.update([gradient.variance()])
+    errors = (per_batch.variance()[0] / len(batches)).sqrt()
+    return _result(backward, per_batch.mean[0], errors, batches=len(batches), draws=draws)
 
 
 def sampling_variance(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], seed: int = 0) -> GradientVariance:
@@ -106,7 +106,8 @@ def sampling_variance(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any],
     Two passes over the batches are made (mean, then distances), so that nothing is kept per batch.
 
     Args:
-        model: any module; its mode is used as it is.
+        model: any module; its mode is used as it is. A compiled model is run eagerly, one in
+            `DistributedDataParallel` as this process has it.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batches: at least 2 batches, of independent samples.
         seed: batch b uses a seed derived from (seed, b), for dropout and the like.
@@ -115,81 +116,82 @@ def sampling_variance(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any],
         The variance, per parameter and in total, in units of the gradient squared; ``draws`` is 1.
 
     Raises:
-        FqtError: fewer than 2 batches, no trainable parameter, or a loss that is not a finite scalar.
+        FqtError: fewer than 2 batches, no trainable parameter, parameters sharded over processes, or a loss that is
+            not a finite scalar.
     """
-    parameters = _parameters(model, batches)
+    _check_number(batches)
     count = len(batches)
-    moments = Moments()
     distances = []  # B rows of (P + 1,): ‖g_b − ḡ‖² per parameter and in total
-    with undisturbed(model):
+    with measuring(model, loss_fn) as backward:
+        gradient = _Gradient(backward)
         for b, batch in enumerate(batches):
-            moments.update(_gradient(model, loss_fn, batch, parameters, derive_seed(seed, b)))
+            backward(batch, gradient.add, derive_seed(seed, b))
         for b, batch in enumerate(batches):
-            gradient = _gradient(model, loss_fn, batch, parameters, derive_seed(seed, b))
-            squares = [(g.double() - m).square().sum().cpu() for g, m in zip(gradient, moments.mean, strict=True)]
-            distances.append(_with_total(torch.stack(squares))[0])
-    values = _with_total(moments.variance_sums())[0]
+            backward(batch, gradient.compare, derive_seed(seed, b))
+            distances.append(gradient.distance())
+    values = gradient.variance()
     if count == 2:
         errors = torch.full_like(values, float("nan"))
     else:
         # leaving batch b out: V_(b) = ((B−1)·V − B/(B−1)·‖g_b − ḡ‖²) / (B−2)
         without = ((count - 1) * values - count / (count - 1) * torch.stack(distances)) / (count - 2)
         errors = ((count - 1) / count * (without - without.mean(0)).square().sum(0)).sqrt()
-    return _result(parameters, values, errors, batches=count, draws=1)
+    return _result(backward, values, errors, batches=count, draws=1)
 
 
-def _parameters(model: nn.Module, batches: Sequence[Any]) -> dict[str, nn.Parameter]:
+def _check_number(batches: Sequence[Any]) -> None:
     if len(batches) < 2:
         raise FqtError(f"a variance and its error need at least 2 batches, got {len(batches)}")
-    return trainable(model)
 
 
-def _gradient(
-    model: nn.Module, loss_fn: LossFn, batch: Any, parameters: dict[str, nn.Parameter], seed: int
-) -> list[Tensor]:
-    """The gradient of every parameter (zeros where the loss does not reach it), leaving ``.grad`` alone."""
-    torch.manual_seed(seed)
-    with torch.enable_grad():
-        loss = loss_fn(model, batch)
-        if loss.numel() != 1:
-            raise FqtError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
-        if not torch.isfinite(loss):
-            raise FqtError(f"the loss is {loss.item()}: the gradient's variance is undefined at this point")
-        gradients = torch.autograd.grad(loss.reshape(()), list(parameters.values()), allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters.values(), strict=True)]
-
-
-def _refuse_other_noise(
-    model: nn.Module, loss_fn: LossFn, batch: Any, parameters: dict[str, nn.Parameter], seed: int
-) -> None:
-    """Raises if the gradient still varies once converted layers return it exactly: that is not quantization.
-
-    Converted layers and dropout draw from one generator, so that their noise could not be told apart.
-    """
-    layers = converted(model)
+def _refuse_other_noise(backward: Backward, batch: Any, seed: int) -> None:
+    """Raises if the gradient still varies once converted layers return it exactly: that is not quantization."""
+    layers = converted(backward.model)
     if not layers:
         return  # whatever this model's noise is, the caller wants it measured
+    first: dict[str, Tensor] = {}
     with without(layers):
-        first, second = (
-            _gradient(model, loss_fn, batch, parameters, derive_seed(seed, "other", i)) for i in (0, 1)
-        )
-    apart = sum(float((a - b).double().square().sum()) for a, b in zip(first, second, strict=True))
-    if apart > 1e-6 * sum(float(a.double().square().sum()) for a in first):
-        raise FqtError(OTHER_NOISE)
+        backward(batch, first.__setitem__, derive_seed(seed, "other", 0))
+        backward.refuse_other_noise(batch, first, derive_seed(seed, "other", 1))
 
 
-def _with_total(sums: Tensor) -> list[Tensor]:
-    """Per-parameter sums (P,) with their total appended, as one observation of shape (P + 1,)."""
-    return [torch.cat([sums, sums.sum().reshape(1)])]
+class _Gradient:
+    """Moments in float64 of a gradient that arrives parameter by parameter.
+
+    Figures are of each of the P parameters, then of all: (P + 1,).
+    """
+
+    def __init__(self, backward: Backward) -> None:
+        self._moments = {name: Moments() for name in backward.parameters}
+        self._squares: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """One parameter's gradient of the present observation."""
+        self._moments[name].update([gradient])
+
+    def variance(self) -> Tensor:
+        """Unbiased, summed over entries."""
+        return _with_total(torch.cat([moments.variance_sums() for moments in self._moments.values()]))
+
+    def compare(self, name: str, gradient: Tensor) -> None:
+        """One parameter's gradient whose distance from the mean is wanted."""
+        self._squares[name] = (gradient.double() - self._moments[name].mean[0]).square().sum().cpu()
+
+    def distance(self) -> Tensor:
+        """‖gradient − mean‖² of what was last compared."""
+        return _with_total(torch.stack([self._squares[name] for name in self._moments]))
 
 
-def _result(
-    parameters: dict[str, nn.Parameter], values: Tensor, errors: Tensor, *, batches: int, draws: int
-) -> GradientVariance:
+def _with_total(sums: Tensor) -> Tensor:
+    """Per-parameter sums (P,) with their total appended."""
+    return torch.cat([sums, sums.sum().reshape(1)])
+
+
+def _result(backward: Backward, values: Tensor, errors: Tensor, *, batches: int, draws: int) -> GradientVariance:
     estimates = [Estimate(value=v, error=e) for v, e in zip(values.tolist(), errors.tolist(), strict=True)]
     return GradientVariance(
         total=estimates[-1],
-        parameters=dict(zip(parameters, estimates[:-1], strict=True)),
+        parameters=dict(zip(backward.parameters, estimates[:-1], strict=True)),
         batches=batches,
         draws=draws,
     )

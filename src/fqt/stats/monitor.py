@@ -36,13 +36,13 @@ from torch import Tensor, nn
 
 from fqt.errors import FqtError
 from fqt.stats.passes import (
+    Backward,
     LossFn,
     Sink,
     alone,
     check_model,
     energy,
     owner,
-    stream,
     tensors,
     trainable,
     undisturbed,
@@ -287,8 +287,9 @@ class Monitor:
             loss = self.loss_fn(model, batch)
             return loss if factor == 1 else loss * factor
 
+        backward = Backward(self.model, loss_fn, parameters)
         if len(batches) == 1:
-            stream(self.model, loss_fn, batches[0], parameters, sink)
+            backward(batches[0], sink)
             return
         total: dict[str, Tensor] = {}
 
@@ -296,7 +297,7 @@ class Monitor:
             total[name] = total[name].add_(gradient) if name in total else gradient
 
         for batch in batches:
-            stream(self.model, loss_fn, batch, parameters, accumulate)
+            backward(batch, accumulate)
         for name in parameters:
             sink(name, total.pop(name))
 

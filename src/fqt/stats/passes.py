@@ -1,4 +1,4 @@
-"""Backward passes for measuring: gradients streamed parameter by parameter, and nothing left behind.
+"""The backward passes that everything here measures by: gradients one by one, and nothing left behind.
 
 A gradient is handed on one parameter at a time, as the backward completes it, and released: whoever measures
 holds what it keeps, never a second copy of the whole. Collecting `torch.autograd.grad`'s list was rejected for
@@ -12,21 +12,22 @@ numbers of the others, and the masks of dropout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
-from fqt.nn import Recipe
+from fqt.nn import GradientOperand, Recipe, observe
 from fqt.nn.convert import is_converted
+from fqt.nn.observe import eagerly
 from fqt.nn.ranges import held
 from fqt.nn.wrappers import inside, named_modules, named_parameters
 
 __all__ = [
-    "OTHER_NOISE",
+    "Backward",
     "LossFn",
     "Sink",
     "alone",
@@ -34,8 +35,8 @@ __all__ = [
     "check_model",
     "converted",
     "energy",
+    "measuring",
     "owner",
-    "stream",
     "tensors",
     "trainable",
     "undisturbed",
@@ -51,6 +52,7 @@ OTHER_NOISE = (
 ROLES = ("grad_input", "grad_weight")
 LossFn = Callable[[nn.Module, Any], Tensor]
 Sink = Callable[[str, Tensor], None]
+Observer = Callable[[str, GradientOperand], None]
 _PIECE = 4096
 
 
@@ -166,60 +168,108 @@ def without(layers: Mapping[str, nn.Module], off: Mapping[str, Sequence[str]] | 
             layers[name].fqt_recipe = recipe  # type: ignore[assignment]
 
 
-def stream(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batch: Any,
-    parameters: Mapping[str, nn.Parameter],
-    sink: Sink,
-    seed: int | None = None,
-) -> float:
-    """One backward pass; `sink(name, gradient)` is called once per parameter, zeros where the loss does not reach.
+@dataclass(frozen=True)
+class Backward:
+    """Backward passes of a model. Every measurement makes its passes by one of these, mostly `measuring`'s.
 
-    Only the gradient being handed on is alive, beside what the backward itself holds. `.grad` is left alone.
+    Attributes:
+        model, loss_fn: as for `diagnose`.
+        parameters: of the model, by name, each requiring a gradient: those whose gradients are wanted.
+    """
 
-    Args:
-        model, loss_fn, batch: as for `diagnose`.
-        parameters: of the model, by name, each requiring a gradient.
-        sink: takes each gradient, which it may keep and change.
-        seed: of torch's generators; None takes them as they are.
+    model: nn.Module
+    loss_fn: LossFn
+    parameters: Mapping[str, nn.Parameter]
 
-    Returns:
-        The loss.
+    def __call__(
+        self, batch: Any, sink: Sink | None = None, seed: int | None = None, observer: Observer | None = None
+    ) -> None:
+        """One pass; `sink(name, gradient)` is called once per parameter, zeros where the loss does not reach.
+
+        Only the gradient being handed on is alive, beside what the backward itself holds. `.grad` is left alone.
+
+        Args:
+            batch: as for `diagnose`.
+            sink: takes each gradient, which it may keep and change; without one they are dropped.
+            seed: of torch's generators; None takes them as they are.
+            observer: sees what is quantized on the way, as in `fqt.nn.observe`.
+
+        Raises:
+            FqtError: the loss is not a finite scalar.
+        """
+        observing = nullcontext() if observer is None else observe(self.model, observer)
+        sink = sink or _drop
+        if seed is not None:
+            torch.manual_seed(seed)
+        saved = {name: p.grad for name, p in self.parameters.items()}
+        missing = set(self.parameters)
+        handles = []
+
+        def hand_on(name: str, parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            missing.discard(name)
+            sink(name, gradient)
+
+        try:
+            for name, p in self.parameters.items():
+                p.grad = None
+                hook = lambda parameter, name=name: hand_on(name, parameter)
+                handles.append(p.register_post_accumulate_grad_hook(hook))
+            with observing, torch.enable_grad():
+                loss = self.loss_fn(self.model, batch)
+                _check_loss(loss)
+                loss.reshape(()).backward(inputs=list(self.parameters.values()))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, p in self.parameters.items():
+                p.grad = saved[name]
+        for name in self.parameters:
+            if name in missing:
+                sink(name, torch.zeros_like(self.parameters[name]))
+
+    def refuse_other_noise(self, batch: Any, first: Mapping[str, Tensor], seed: int) -> None:
+        """Makes a second exact pass (see `without`) of a batch, with another seed than the first.
+
+        Converted layers and dropout draw from one generator, so that their noise could not be told apart.
+
+        Args:
+            batch: the one of the first pass.
+            first: its gradients by name.
+            seed: of the second.
+
+        Raises:
+            FqtError: the gradients differ.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+
+        def compare(name: str, gradient: Tensor) -> None:
+            sums.add_(torch.stack([energy(first[name] - gradient), energy(first[name])]))
+
+        self(batch, compare, seed)
+        apart, whole = sums.tolist()
+        if apart > 1e-6 * whole:
+            raise FqtError(OTHER_NOISE)
+
+
+@contextmanager
+def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Backward]:
+    """Passes of a model as one process has it (`alone`); buffers and random states are put back afterwards.
+
+    All are made eagerly: rounding and the masks of dropout differ in compiled graphs, and those know no observer.
 
     Raises:
-        FqtError: the loss is not a finite scalar.
+        FqtError: no trainable parameter, or parameters that are sharded over processes.
     """
-    if seed is not None:
-        torch.manual_seed(seed)
-    saved = {name: p.grad for name, p in parameters.items()}
-    missing = set(parameters)
-    handles = []
+    model = alone(model)
+    backward = Backward(model, loss_fn, trainable(model))
+    with undisturbed(model), eagerly():
+        yield backward
 
-    def hand_on(name: str, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        missing.discard(name)
-        sink(name, gradient)
 
-    try:
-        for name, p in parameters.items():
-            p.grad = None
-            hook = lambda parameter, name=name: hand_on(name, parameter)
-            handles.append(p.register_post_accumulate_grad_hook(hook))
-        with torch.enable_grad():
-            loss = loss_fn(model, batch)
-            _check_loss(loss)
-            loss.reshape(()).backward(inputs=list(parameters.values()))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, p in parameters.items():
-            p.grad = saved[name]
-    for name in parameters:
-        if name in missing:
-            sink(name, torch.zeros_like(parameters[name]))
-    return float(loss.detach())
+def _drop(name: str, gradient: Tensor) -> None:
+    """The sink of gradients that nobody wants."""
 
 
 def _check_loss(loss: Any) -> None:

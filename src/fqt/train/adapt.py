@@ -21,12 +21,12 @@ from typing import Any
 from torch import nn
 
 from fqt.errors import FqtError
-from fqt.nn import Recipe, dump_recipe, load_recipe, observe, quantize_
+from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
 from fqt.seeds import derive_seed
 from fqt.stats import Monitor
 from fqt.stats.decomposition import decompose
 from fqt.stats.operands import WIDTHS, Operands
-from fqt.stats.passes import LossFn, converted, stream, trainable, undisturbed
+from fqt.stats.passes import LossFn, converted, measuring
 from fqt.stats.plan import Costs, allocate, with_widths
 
 __all__ = ["Adapter"]
@@ -95,8 +95,7 @@ class Adapter:
 
     def _plan(self, batch: Any, number: int, reading: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Widths for the target; no record where they stay what they are."""
-        with undisturbed(self.model):
-            table = decompose(self.model, self.loss_fn, [batch], 1, derive_seed(self.seed, "adapt", number))
+        table = decompose(self.model, self.loss_fn, [batch], 1, derive_seed(self.seed, "adapt", number))
         costs, before = Costs.of(table, self._recipes()), self._widths()
         measured = costs.total({layer: before[layer] for layer in costs.variance})
         if not measured > 0:
@@ -123,8 +122,8 @@ class Adapter:
     def _weigh(self, batch: Any) -> dict[str, int]:
         """Multiplications of each layer's grad_input product, from one pass."""
         operands = Operands(self.model, widths=(), full=False)
-        with undisturbed(self.model), observe(self.model, operands):
-            stream(self.model, self.loss_fn, batch, trainable(self.model), lambda name, gradient: None)
+        with measuring(self.model, self.loss_fn) as backward:
+            backward(batch, observer=operands)
         operands.end()
         return operands.multiplications("grad_input")
 

@@ -72,21 +72,19 @@ def _hadamard(
 
 @ops.reflect.on(
     BACKEND,
-    when=lambda x, group, normal, factor, before=None, after=None: _takes_rows(
-        x, group, before, after, normal, factor
-    ),
+    when=lambda x, group, normal, beta, before=None, after=None: _takes_rows(x, group, before, after, normal, beta),
 )
 def _reflect(
     x: Tensor,
     group: Tensor,
     normal: Tensor,
-    factor: Tensor,
+    beta: Tensor,
     before: Scaling | None = None,
     after: Unscaling | None = None,
 ) -> Tensor:
-    group, normal, factor = group.contiguous(), normal.contiguous(), factor.contiguous()
+    group, normal, beta = group.contiguous(), normal.contiguous(), beta.contiguous()
     work = _RowWork(x, before, after)
-    pointers = (expect("group", group, x.shape[:1], torch.int64), *(per_row(t, len(x)) for t in (normal, factor)))
+    pointers = (expect("group", group, x.shape[:1], torch.int64), *(per_row(t, len(x)) for t in (normal, beta)))
     call("fqt_reflect", work.source, *x.shape, *pointers, *work.before, *work.after)
     return work.out
 

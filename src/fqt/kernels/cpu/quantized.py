@@ -13,7 +13,7 @@ from fqt.kernels.cpu.products import Conv
 from fqt.kernels.cpu.source import OUT_TYPES
 
 
-class Operand(Structure):
+class Coded(Structure):
     """`Quantized` of csrc/quantized.h. The tensors it is made of must outlive it."""
 
     shape: tuple[int, int]
@@ -31,7 +31,7 @@ class Operand(Structure):
     ]
 
     @classmethod
-    def of(cls, codes: Tensor, step: Tensor, offset: Tensor, noise: tuple[Tensor, Tensor] | None) -> Operand:
+    def of(cls, codes: Tensor, step: Tensor, offset: Tensor, noise: tuple[Tensor, Tensor] | None) -> Coded:
         """From contiguous codes (N, D), float32 step and offset of one shape, and dither (N, 1) and (1, D).
 
         Raises:
@@ -98,7 +98,7 @@ class Fold(Structure):
 
 
 def dense_output(
-    x: Operand, w: Operand, bias: Tensor | None, sizes: tuple[int, int, int], run: int, dtype: torch.dtype
+    x: Coded, w: Coded, bias: Tensor | None, sizes: tuple[int, int, int], run: int, dtype: torch.dtype
 ) -> Tensor:
     """(T, O): x · wᵀ + bias. sizes: T, I, O; run: tokens per step of x, if it has many; bias: float32."""
     t, i, o = sizes
@@ -112,7 +112,7 @@ def dense_output(
 
 
 def dense_grad_input(
-    g: Operand, w: Operand, sizes: tuple[int, int, int], folded: bool, dtype: torch.dtype, wants_ones: bool
+    g: Coded, w: Coded, sizes: tuple[int, int, int], folded: bool, dtype: torch.dtype, wants_ones: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(T, I): g · w; and 1 · w (I,) if wanted."""
     t, i, o = sizes
@@ -124,7 +124,7 @@ def dense_grad_input(
     return out, ones
 
 
-def dense_grad_weight(g: Operand, x: Operand, sizes: tuple[int, int, int], fold: Fold) -> Tensor:
+def dense_grad_weight(g: Coded, x: Coded, sizes: tuple[int, int, int], fold: Fold) -> Tensor:
     """(O, I) float32: gᵀ · x."""
     t, i, o = sizes
     steps = x.groups if fold.folded else 1
@@ -134,7 +134,7 @@ def dense_grad_weight(g: Operand, x: Operand, sizes: tuple[int, int, int], fold:
     return out
 
 
-def conv_output(x: Operand, w: Operand, bias: Tensor | None, conv: Conv, dtype: torch.dtype) -> Tensor:
+def conv_output(x: Coded, w: Coded, bias: Tensor | None, conv: Conv, dtype: torch.dtype) -> Tensor:
     """(N, H', W', O)."""
     sizes = conv.sizes()
     operands = (x.fit("input", sizes.input, conv.samples), w.fit("weight", sizes.weight, conv.out_channels))
@@ -146,7 +146,7 @@ def conv_output(x: Operand, w: Operand, bias: Tensor | None, conv: Conv, dtype: 
 
 
 def conv_grad_input(
-    g: Operand, w: Operand, conv: Conv, folded: bool, dtype: torch.dtype, wants_ones: bool
+    g: Coded, w: Coded, conv: Conv, folded: bool, dtype: torch.dtype, wants_ones: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(N, H, W, C); and the gradient (H, W, C) of a g of ones if wanted."""
     sizes = conv.sizes()
@@ -163,7 +163,7 @@ def conv_grad_input(
     return out, ones
 
 
-def conv_grad_weight(g: Operand, x: Operand, conv: Conv, fold: Fold) -> Tensor:
+def conv_grad_weight(g: Coded, x: Coded, conv: Conv, fold: Fold) -> Tensor:
     """(O, kh, kw, C/groups) float32."""
     sizes = conv.sizes()
     by_channel = (sizes.output // conv.out_channels, conv.out_channels)

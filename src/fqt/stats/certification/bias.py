@@ -14,21 +14,21 @@ from torch import Tensor
 
 from fqt.stats.certification.certificate import Finding
 from fqt.stats.certification.sample import Sample
-from fqt.stats.certification.statistic import Level, moments
+from fqt.stats.certification.statistic import Significance, moments
 
 BATCHES = 64
 
 
-def entry_mean(sample: Sample, level: Level) -> Finding:
+def entry_mean(sample: Sample, alpha: Significance) -> Finding:
     """E[error] = 0, entry by entry. n tests. Effect: the largest significant |bias|, in spreads of its row."""
     of = moments(sample.error)
-    score = level.score(of, sample.width, sample.distinct, sample.slack)
+    score = alpha.score(of, sample.width, sample.distinct, sample.slack)
     at = int(score.argmax())
     effect = float(of.mean[at].abs() / _unit(sample)[at]) if score[at] > 0 else 0.0
     return Finding("mean, each entry", sample.input.name, float(score[at]), effect, _where(at, sample.x))
 
 
-def row_mean(sample: Sample, level: Level) -> Finding:
+def row_mean(sample: Sample, alpha: Significance) -> Finding:
     """Σ_j w_j E[error_rj] = 0 for w = 1 and w = x_r less its mean: common offset and shrinkage. 2N tests.
 
     Effect: bias per entry, in spreads of its row.
@@ -39,14 +39,14 @@ def row_mean(sample: Sample, level: Level) -> Finding:
     weights = torch.stack([torch.ones_like(x), centred])  # (2, N, D)
     error = sample.error.view(-1, 1, *x.shape)
     projected = (error * weights).sum(3).flatten(1)  # (M, 2N)
-    score, mean = _projection(sample, projected, weights, level)
+    score, mean = _projection(sample, projected, weights, alpha)
     at = int(score.argmax())
     unit = (weights.abs() * _unit(sample).view(x.shape)).sum(2).flatten()
     effect = float(mean[at].abs() / unit[at]) if score[at] > 0 else 0.0
     return Finding("mean, each row", sample.input.name, float(score[at]), effect, f"row {at % len(x)}")
 
 
-def squared_bias(sample: Sample, level: Level) -> Finding:
+def squared_bias(sample: Sample, alpha: Significance) -> Finding:
     """‖E[error]‖² = 0, rows scaled to equal noise: sees a small bias of any pattern in many entries. 1 test.
 
     Estimated without bias by products of different batches' mean errors. Studentised, its law is at worst (one
@@ -63,14 +63,14 @@ def squared_bias(sample: Sample, level: Level) -> Finding:
     gram = (means @ means.T)[~torch.eye(BATCHES, dtype=torch.bool)]
     scale = float(gram.square().mean().sqrt()) * math.sqrt(2 / len(gram))
     slack = float((sample.slack * weight).square().sum())
-    threshold = (level.z**2 - 1) / math.sqrt(2) * scale
+    threshold = (alpha.z**2 - 1) / math.sqrt(2) * scale
     excess = float(gram.mean()) - slack
     score = excess / threshold if excess > 0 else 0.0
     active = max(int((weight > 0).sum()), 1)
     return Finding("mean, all entries", name, score, math.sqrt(max(float(gram.mean()), 0.0) / active))
 
 
-def magnitude(sample: Sample, level: Level) -> Finding:
+def magnitude(sample: Sample, alpha: Significance) -> Finding:
     """⟨E[estimate], x⟩/‖x‖² = 1: what a gradient step along x keeps of its length. 1 test. Effect: less 1."""
     x = sample.x
     energy = (x / x.abs().max().clamp(min=1e-300)).square().sum()
@@ -79,11 +79,11 @@ def magnitude(sample: Sample, level: Level) -> Finding:
     # In units of the largest entry, so that squares of denormals do not vanish.
     weights = (x / x.abs().max() / (energy * x.abs().max())).unsqueeze(0)
     projected = (sample.error * weights.flatten()).sum(1, keepdim=True)
-    score, mean = _projection(sample, projected, weights, level)
+    score, mean = _projection(sample, projected, weights, alpha)
     return Finding("magnitude", sample.input.name, float(score[0]), float(mean[0]))
 
 
-def clipping(sample: Sample, level: Level) -> Finding:
+def clipping(sample: Sample, alpha: Significance) -> Finding:
     """Rows' extremes do not move inwards on average: upper, lower, both. 3 tests, pooled over rows.
 
     Of a `Quantizer` also, without chance: no position outside the codes' range. Effect: inward shift, relative to
@@ -100,14 +100,14 @@ def clipping(sample: Sample, level: Level) -> Finding:
     lower = -torch.zeros_like(x).scatter_(1, x.argmin(1, keepdim=True), 1.0) * share
     weights = torch.stack([upper, lower, (upper + lower) / 2])
     projected = sample.error @ weights.flatten(1).T
-    score, mean = _projection(sample, projected, weights, level)
+    score, mean = _projection(sample, projected, weights, alpha)
     score = torch.where(mean < 0, score, 0.0)  # outwards is not clipping
     at = int(score.argmax())
     where = ("upper end", "lower end", "both ends")[at]
     return Finding("no clipping", name, max(float(score[at]), outside), max(-float(mean[at]), 0.0), where)
 
 
-def variance_law(sample: Sample, level: Level) -> Finding | None:
+def variance_law(sample: Sample, alpha: Significance) -> Finding | None:
     """E[unit²] is the declared p(1 − p) or 1/12, entry by entry and summed. n + 1 tests; None for a function.
 
     And, without chance: no error beyond a step, or half a step if dithered.
@@ -124,7 +124,7 @@ def variance_law(sample: Sample, level: Level) -> Finding | None:
     # A few last bits of the position in steps: float32, of at most 255 steps.
     slack = torch.full_like(jump, 1e-4)
     slack[-1] *= gap.shape[1]
-    score = level.score(of, jump, sample.distinct, slack)
+    score = alpha.score(of, jump, sample.distinct, slack)
     at = int(score.argmax())
     largest = math.inf if sample.overlong else float(score[at])
     declared = float(sample.law.expand(gap.shape).sum())
@@ -133,7 +133,7 @@ def variance_law(sample: Sample, level: Level) -> Finding | None:
     return Finding("variance law", sample.input.name, largest, effect, where)
 
 
-def _projection(sample: Sample, projected: Tensor, weights: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+def _projection(sample: Sample, projected: Tensor, weights: Tensor, alpha: Significance) -> tuple[Tensor, Tensor]:
     """Scores and means of projections (M, k) of the errors.
 
     A projection moves by at most one entry's movement at a time where errors are independent; where they are not,
@@ -149,7 +149,7 @@ def _projection(sample: Sample, projected: Tensor, weights: Tensor, level: Level
     of = moments(projected)
     together = (weights * widths * still).view(k, -1, sample.shape[1]).sum(2).amax(1)
     jump = torch.maximum(of.jump, torch.maximum((weights * widths).amax(1), together))
-    return level.score(of, jump, sample.distinct, (weights * slacks).sum(1)), of.mean
+    return alpha.score(of, jump, sample.distinct, (weights * slacks).sum(1)), of.mean
 
 
 def _unit(sample: Sample) -> Tensor:

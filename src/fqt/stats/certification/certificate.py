@@ -92,7 +92,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Power:
-    """The smallest bias found with probability 0.99 at this level and number of draws, in steps.
+    """The smallest bias found with probability 0.99 at this significance and number of draws, in steps.
 
     Attributes:
         entry: of one entry that stochastic rounding finds half-way between two codes.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fqt.stats.certification.certificate import Finding
 from fqt.stats.certification.sample import Sample
-from fqt.stats.certification.statistic import Level, Moments, moments
+from fqt.stats.certification.statistic import Moments, Significance, moments
 
 
-def pairs(sample: Sample, level: Level, mixes: int | None) -> Finding:
+def pairs(sample: Sample, alpha: Significance, mixes: int | None) -> Finding:
     """E[e_i e_j] = 0 for every pair of entries, but pairs along the axis `mixes`. Below n²/2 tests.
 
     Effect: the correlation of the pair that stands out most.
@@ -33,7 +33,7 @@ def pairs(sample: Sample, level: Level, mixes: int | None) -> Finding:
     # Uncorrelated errors whose sizes vary together (with a transform's random signs) have larger products.
     product = torch.maximum(v[:, None] * v, (square.T @ square) / (m - 1))
     skew = ((square * unit).T @ (square * unit)).abs() / (m * product.clamp(min=1e-30))
-    allowed = level.z * level.error(product, w[:, None] * w, skew, sample.distinct)
+    allowed = alpha.z * alpha.error(product, w[:, None] * w, skew, sample.distinct)
     score = torch.where(allowed > 0, covariance.abs() / allowed.clamp(min=1e-30), 0.0)
     score.mul_(_judged(sample.shape, mixes))
     at = int(score.argmax())
@@ -44,7 +44,7 @@ def pairs(sample: Sample, level: Level, mixes: int | None) -> Finding:
     return Finding("pairs of errors", sample.input.name, float(score.flatten()[at]), effect, where)
 
 
-def sums(sample: Sample, level: Level, mixes: int | None) -> list[Finding]:
+def sums(sample: Sample, alpha: Significance, mixes: int | None) -> list[Finding]:
     """Var[Σ e] = Σ Var[e] over each row, over each column, over all. N + D + 1 tests.
 
     Sums along `mixes`, and over all where anything mixes, are reported and not judged. Effect: the factor by which
@@ -61,7 +61,7 @@ def sums(sample: Sample, level: Level, mixes: int | None) -> list[Finding]:
         # Two rare errors that never met in M draws would have moved it by twice their product.
         jump = torch.maximum(of.jump, 2 * _largest_product(unit, dims))
         # Where a sum has one moving term the two sides differ by last bits only.
-        score = level.score(of, jump, sample.distinct, 1e-9 * square.mean(0))
+        score = alpha.score(of, jump, sample.distinct, 1e-9 * square.mean(0))
         at = int(score.argmax())
         ratio = float(total[:, at].square().mean() / square[:, at].mean()) if square[:, at].any() else 1.0
         where = label if axis is None else f"{label} {at}"

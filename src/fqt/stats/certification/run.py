@@ -18,7 +18,7 @@ from fqt.stats.certification import bias, independence, seeding
 from fqt.stats.certification.certificate import Certificate, Finding, Power, verdict
 from fqt.stats.certification.inputs import COLUMNS, Input, adversarial_inputs
 from fqt.stats.certification.sample import Function, Refused, Sample, draw
-from fqt.stats.certification.statistic import Level
+from fqt.stats.certification.statistic import Significance
 
 DRAWS = 1024
 RATE = 1e-3
@@ -39,8 +39,8 @@ def certify(
 ) -> Certificate:
     """Tests whether an estimate of x is unbiased, and its noise independent, on inputs chosen to break it.
 
-    Every test is of a mean of independent draws, at a level that Bonferroni's correction takes from `rate`; see
-    docs/certify.md for the list, and `Power` for what is found. Nothing is random but the draws: the same
+    Every test is of a mean of independent draws, at a significance that Bonferroni's correction takes from `rate`;
+    see docs/certify.md for the list, and `Power` for what is found. Nothing is random but the draws: the same
     arguments give the same certificate.
 
     Args:
@@ -69,10 +69,10 @@ def _certify(
     name: str, target: Quantizer | Function, draws: int, rate: float, seed: int, mixes: int | None, tell: Progress
 ) -> Certificate:
     inputs = adversarial_inputs(seed)
-    levels = _levels(inputs, rate, isinstance(target, Quantizer), draws)
+    alphas = _alphas(inputs, rate, isinstance(target, Quantizer), draws)
     axis = None if isinstance(target, Quantizer) else mixes
     near = _Near.draw(target, inputs[0], range(seed, seed + draws))
-    findings, notes = near.judge(levels, axis)
+    findings, notes = near.judge(alphas, axis)
     spread_seeds, distinct = _spread_seeds(seed, draws), float(draws)
     tested: dict[str, Input] = {}
     refused: dict[str, str] = {}
@@ -85,10 +85,10 @@ def _certify(
             continue
         tested[given.name] = given
         if done == 0:
-            found, distinct = seeding.repeats(sample, levels["repeats"], axis)
-            odd = seeding.odd_draw(near.sample, sample, levels["alike"], seed, axis)
+            found, distinct = seeding.repeats(sample, alphas["repeats"], axis)
+            odd = seeding.odd_draw(near.sample, sample, alphas["alike"], seed, axis)
             findings += [found, odd]
-        findings += _judge(replace(sample, distinct=distinct), levels, axis)
+        findings += _judge(replace(sample, distinct=distinct), alphas, axis)
     if distinct < 0.5 * draws:
         notes.append(f"seeds repeat draws: bias is tested with the force of {distinct:.0f} draws only")
     tell("", len(inputs), len(inputs))
@@ -98,16 +98,16 @@ def _certify(
     result = verdict(findings, tested)
     notes += _more_notes(target, findings, result, mixes)
     power = Power(
-        entry=smallest_bias(levels["entry"], draws, variance=1 / 4, jump=1.0),
-        row=smallest_bias(levels["row"], draws, *row_noise(COLUMNS)),
+        entry=smallest_bias(alphas["entry"], draws, variance=1 / 4, jump=1.0),
+        row=smallest_bias(alphas["row"], draws, *row_noise(COLUMNS)),
     )
     return Certificate(name, result, rate, draws, seed, tuple(findings), tuple(notes), power)
 
 
-def smallest_bias(level: Level, draws: int, variance: float, jump: float, slack: float = 1e-4) -> float:
+def smallest_bias(alpha: Significance, draws: int, variance: float, jump: float, slack: float = 1e-4) -> float:
     """The bias of a mean of `draws` that scores above 1 with probability 0.99, by the normal approximation."""
-    error = level.error(torch.tensor(variance, dtype=torch.float64), jump, 0.0, draws)
-    return slack + float(level.z * error) + 2.3263 * math.sqrt(variance / draws)
+    error = alpha.error(torch.tensor(variance, dtype=torch.float64), jump, 0.0, draws)
+    return slack + float(alpha.z * error) + 2.3263 * math.sqrt(variance / draws)
 
 
 def row_noise(columns: int) -> tuple[float, float]:
@@ -116,7 +116,9 @@ def row_noise(columns: int) -> tuple[float, float]:
     return variance, math.sqrt(3 * variance)
 
 
-def _levels(inputs: Sequence[Input], rate: float, of_quantizer: bool, draws: int = DRAWS) -> dict[str, Level]:
+def _alphas(
+    inputs: Sequence[Input], rate: float, of_quantizer: bool, draws: int = DRAWS
+) -> dict[str, Significance]:
     """Each kind's share of the rate and number of tests, counted before anything is drawn."""
     entries = sum(i.x.numel() for i in inputs)
     rows, columns = (sum(i.x.shape[axis] for i in inputs) for axis in (0, 1))
@@ -136,10 +138,10 @@ def _levels(inputs: Sequence[Input], rate: float, of_quantizer: bool, draws: int
         "alike": draws,
     }
     assert len(counts) == _KINDS
-    return {kind: Level(rate / _KINDS, max(count, 1)) for kind, count in counts.items()}
+    return {kind: Significance(rate / _KINDS, max(count, 1)) for kind, count in counts.items()}
 
 
-def _judge(sample: Sample, levels: dict[str, Level], mixes: int | None) -> list[Finding]:
+def _judge(sample: Sample, alphas: dict[str, Significance], mixes: int | None) -> list[Finding]:
     """All tests of one input."""
     name = sample.input.name
     if not torch.isfinite(sample.error).all():
@@ -147,16 +149,16 @@ def _judge(sample: Sample, levels: dict[str, Level], mixes: int | None) -> list[
         return [Finding("finite", name, math.inf, share, "NaN or Inf in the estimate")]
     found = [
         Finding("finite", name, 0.0, 0.0),
-        bias.entry_mean(sample, levels["entry"]),
-        bias.row_mean(sample, levels["row"]),
-        bias.squared_bias(sample, levels["all"]),
-        bias.magnitude(sample, levels["magnitude"]),
-        bias.clipping(sample, levels["clipping"]),
-        independence.pairs(sample, levels["pairs"], mixes),
-        *independence.sums(sample, levels["sums"], mixes),
+        bias.entry_mean(sample, alphas["entry"]),
+        bias.row_mean(sample, alphas["row"]),
+        bias.squared_bias(sample, alphas["all"]),
+        bias.magnitude(sample, alphas["magnitude"]),
+        bias.clipping(sample, alphas["clipping"]),
+        independence.pairs(sample, alphas["pairs"], mixes),
+        *independence.sums(sample, alphas["sums"], mixes),
         independence.energy_spread(sample),
     ]
-    law = bias.variance_law(sample, levels["law"])
+    law = bias.variance_law(sample, alphas["law"])
     return found if law is None else [*found, law]
 
 
@@ -194,15 +196,15 @@ class _Near:
         error = self.sample.error
         return bool((error == error[0]).all() and (self.relatives.error == error[0]).all())
 
-    def judge(self, levels: dict[str, Level], mixes: int | None) -> tuple[list[Finding], list[str]]:
+    def judge(self, alphas: dict[str, Significance], mixes: int | None) -> tuple[list[Finding], list[str]]:
         """Are draws new, unrelated, and what the seed says? Findings and notes."""
-        repeated, distinct = seeding.repeats(self.sample, levels["repeats"], mixes)
+        repeated, distinct = seeding.repeats(self.sample, alphas["repeats"], mixes)
         sample = replace(self.sample, distinct=distinct)
         findings = [
             repeated,
-            seeding.neighbours(sample, levels["seeds"]),
-            seeding.related(self.relatives, levels["related"]),
-            seeding.shifted(sample, levels["shifted"]),
+            seeding.neighbours(sample, alphas["seeds"]),
+            seeding.related(self.relatives, alphas["related"]),
+            seeding.shifted(sample, alphas["shifted"]),
             seeding.repeatable(sample, self.again),
         ]
         notes = ["deterministic: every seed gives the same estimate"] if self.deterministic else []

@@ -18,7 +18,7 @@ from torch import Tensor
 from fqt.stats.certification.certificate import Finding
 from fqt.stats.certification.independence import centred, grouped
 from fqt.stats.certification.sample import Sample
-from fqt.stats.certification.statistic import Level, moments
+from fqt.stats.certification.statistic import Significance, moments
 
 LAGS = (1, 2, 3)
 SHIFTS = (-1, 0, 1)
@@ -36,20 +36,20 @@ def relatives(bases: Sequence[int]) -> list[int]:
     return [seed for base in bases for seed in (base, *(base ^ 1 << k for k in range(SEED_BITS)), base ^ _ALL)]
 
 
-def related(sample: Sample, level: Level) -> Finding:
+def related(sample: Sample, alpha: Significance) -> Finding:
     """Σ_i e_i(s) e_i(s') is no larger for relatives s' of s than for strangers. 2 tests per kind of relative.
 
     Seeds of which only some bits count give equal draws, antithetic ones opposite. Effect: the correlation.
 
     Args:
         sample: draws of `relatives` of `BASES` seeds.
-        level: its rate is shared by 2 · `RELATIVES` tests.
+        alpha: its rate is shared by 2 · `RELATIVES` tests.
     """
     unit = centred(sample).view(BASES, 1 + RELATIVES, -1)
     flat = unit.flatten(0, 1)
     products = (flat @ flat.T).view(BASES, 1 + RELATIVES, BASES, 1 + RELATIVES)
     strangers = torch.cat([products[a, :, b].flatten() for a in range(BASES) for b in range(a)])
-    each = (level.rate / level.tests) ** (1 / BASES)
+    each = (alpha.rate / alpha.tests) ** (1 / BASES)
     own = torch.stack([products[b, 0, b, 1:] for b in range(BASES)])  # (BASES, RELATIVES)
     score, kind = 0.0, 0
     for side in (1.0, -1.0):
@@ -64,7 +64,7 @@ def related(sample: Sample, level: Level) -> Finding:
     return Finding("related seeds", sample.input.name, score, effect, where)
 
 
-def shifted(sample: Sample, level: Level) -> Finding:
+def shifted(sample: Sample, alpha: Significance) -> Finding:
     """max_t |Σ_i e_i(s) e_{i+t}(s')| is what it is with s' shuffled: draws are no windows of one stream. 1 test.
 
     Shifts t are cyclic, of the flat tensor and of rows and columns. Shuffled are whole rows and columns, which
@@ -82,7 +82,7 @@ def shifted(sample: Sample, level: Level) -> Finding:
     rows = torch.rand(_CHANCE_PAIRS, n, 1, generator=g).argsort(1).expand(-1, n, d)
     columns = torch.rand(_CHANCE_PAIRS, 1, d, generator=g).argsort(2).expand(-1, n, d)
     chance = _overlap(unit[first], unit[second].gather(1, rows).gather(2, columns))
-    each = (level.rate / level.tests) ** (1 / BASES)
+    each = (alpha.rate / alpha.tests) ** (1 / BASES)
     score = _over(float(own.min()), _MARGIN * float(torch.quantile(chance, 1 - each)))
     return Finding("shifted draws", sample.input.name, score, float(own.min()) / (n * d), "neighbouring seeds")
 
@@ -100,7 +100,7 @@ def _over(found: float, chance: float) -> float:
     return found / chance if chance > 0 else math.inf
 
 
-def neighbours(sample: Sample, level: Level) -> Finding:
+def neighbours(sample: Sample, alpha: Significance) -> Finding:
     """Σ_i e_i(seed) e_{i+s}(seed + k) = 0 on average, for lags k and shifts s of a few. 9 tests.
 
     A shift other than 0 sees a generator keyed by seed + index. Effect: the correlation.
@@ -124,7 +124,7 @@ def neighbours(sample: Sample, level: Level) -> Finding:
             correction.append(float(own.mean()) / m if shift == 0 else 0.0)  # of the sample mean, once per draw
     of = moments(torch.stack(products, 1) + torch.tensor(correction, dtype=torch.float64))
     of = of._replace(variance=torch.maximum(of.variance, torch.tensor(least, dtype=torch.float64)))
-    score = level.score(of, of.jump, sample.distinct)
+    score = alpha.score(of, of.jump, sample.distinct)
     at = int(score.argmax())
     lag, shift = LAGS[at // len(SHIFTS)], SHIFTS[at % len(SHIFTS)]
     effect = float(of.mean[at] / own.mean()) if own.any() else 0.0
@@ -132,10 +132,10 @@ def neighbours(sample: Sample, level: Level) -> Finding:
     return Finding("seeds", sample.input.name, float(score[at]), effect, where)
 
 
-def odd_draw(sample: Sample, others: Sample, level: Level, first_seed: int, mixes: int | None) -> Finding:
+def odd_draw(sample: Sample, others: Sample, alpha: Significance, first_seed: int, mixes: int | None) -> Finding:
     """No draw's ‖error‖² stands apart: a seed (0, say) with which nothing is drawn, or something else is. M tests.
 
-    Apart is: farther from all others than these span, and less likely than the level where ‖error‖² is a sum of
+    Apart is: farther from all others than these span, and less likely than alpha where ‖error‖² is a sum of
     independent terms, one per group of entries that nothing mixes. The latter by Chernoff's bound,
 
         P(Σ_g E_g ≥ t) ≤ exp(Σ_g ln E[exp(λE_g)] − λt),   and with λ < 0 for ≤,
@@ -161,8 +161,8 @@ def odd_draw(sample: Sample, others: Sample, level: Level, first_seed: int, mixe
     if score > 1:
         reference = grouped((others.unit * scale[1]).square(), sample.shape, mixes)
         largest = max(float(terms.max()), float(reference.max()))
-        surprise = _surprise(reference, float(total), 1 if at == 0 else -1, largest, level)
-        score = min(score, surprise / level.log)
+        surprise = _surprise(reference, float(total), 1 if at == 0 else -1, largest, alpha)
+        score = min(score, surprise / alpha.log)
     seed = first_seed + int(order[-1 if at == 0 else 0])
     return Finding("every seed alike", sample.input.name, score, effect, f"seed {seed}")
 
@@ -175,12 +175,12 @@ def _common_scale(a: Sample, b: Sample) -> tuple[Tensor | float, Tensor | float]
     return a.width / widest, b.width / widest
 
 
-def _surprise(terms: Tensor, total: float, side: int, largest: float, level: Level) -> float:
+def _surprise(terms: Tensor, total: float, side: int, largest: float, alpha: Significance) -> float:
     """−ln of Chernoff's bound on Σ_g E_g reaching `total` from below (side 1) or above (−1).
 
     `terms` (M, G) are seen ones; 0 and `largest` may have gone unseen with a probability that M draws leave open.
     """
-    unseen = min(level.log / len(terms), 0.5)
+    unseen = min(alpha.log / len(terms), 0.5)
     best = 0.0
     for exponent in range(_TILTS):
         tilt = side * 2.0 ** (exponent - 12) / largest
@@ -191,7 +191,7 @@ def _surprise(terms: Tensor, total: float, side: int, largest: float, level: Lev
     return best
 
 
-def repeats(sample: Sample, level: Level, mixes: int | None) -> tuple[Finding, float]:
+def repeats(sample: Sample, alpha: Significance, mixes: int | None) -> tuple[Finding, float]:
     """Whether different seeds gave the same estimate; and how many draws count as independent.
 
     By chance two draws agree with probability at most Π_g P(group g agrees), over groups of entries that nothing
@@ -211,7 +211,7 @@ def repeats(sample: Sample, level: Level, mixes: int | None) -> tuple[Finding, f
     differs = [grouped((draws[k:] != draws[:-k]).double(), sample.shape, mixes) for k in (1, max(m // 2, 1))]
     agree = torch.stack([(d == 0).double().mean(0) for d in differs]).amin(0)
     chance = float(agree.clamp(min=1 / m).log().sum()) + math.log(m * m / 2)
-    score = math.inf if chance < math.log(level.rate) else 0.0
+    score = math.inf if chance < math.log(alpha.rate) else 0.0
     effect = 1 - distinct / m
     return Finding("repeated draws", name, score, effect, f"{distinct} different in {m}"), effective
 

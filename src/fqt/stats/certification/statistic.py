@@ -2,15 +2,15 @@
 
 Let x_1 … x_M be independent copies of a variable of mean 0 that moves by at most w. The mean is studentised as
 
-    score = |x̄| √M / (z √((s + g z/(3√M))² + w² ℓ/M)),   z = Φ⁻¹(1 − a/2),   ℓ = ln(2/a),
+    score = |x̄| √M / (z √((s + g z/(3√M))² + w² ℓ/M)),   z = Φ⁻¹(1 − α/2),   ℓ = ln(2/α),
 
-s² the sample variance, g = |m3|/m2, a the level; it rejects above 1. With s alone it is the z-test, which fails for
-rare events: an error of −p, and of 1 − p with probability p, shows M equal values with probability (1 − p)^M, and
-then s = 0. The term w² ℓ/M lets an error that never left −p pass up to p ≈ √2·ℓ/M, where (1 − p)^M is below a. The
-term in g is the skewness correction of a studentised mean (Johnson 1978), which matters far out in the tail, where
-Bonferroni's correction has sent us. That the level is kept for every two-valued error is checked by exact binomial
-sums in the tests; at p = ½ and M = 1024 the price is 4 % of z. Maurer and Pontil's empirical Bernstein inequality
-(2009) is rigorous for every bounded variable, and asks for a bias 1.4 times as large.
+s² the sample variance, g = |m3|/m2, α the significance; it rejects above 1. With s alone it is the z-test, which
+fails for rare events: an error of −p, and of 1 − p with probability p, shows M equal values with probability
+(1 − p)^M, and then s = 0. The term w² ℓ/M lets an error that never left −p pass up to p ≈ √2·ℓ/M, where (1 − p)^M
+is below α. The term in g is the skewness correction of a studentised mean (Johnson 1978), which matters far out in
+the tail, where Bonferroni's correction has sent us. That α is kept for every two-valued error is checked by exact
+binomial sums in the tests; at p = ½ and M = 1024 the price is 4 % of z. Maurer and Pontil's empirical Bernstein
+inequality (2009) is rigorous for every bounded variable, and asks for a bias 1.4 times as large.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Level:
+class Significance:
     """The false-alarm rate `rate` shared by `tests` two-sided tests (Bonferroni: valid for any dependence)."""
 
     rate: float

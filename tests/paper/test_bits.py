@@ -5,7 +5,7 @@ import torch
 
 import fqt
 from fqt.errors import FqtError
-from fqt.stats.bits import extra_bits, variance_law
+from fqt.paper.bits import extra_bits, variance_law
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 6, 7, 8])

@@ -7,7 +7,7 @@ much of a layer's noise reaches which parameter; that is Theorem 2's table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
-from fqt.nn.function import GradientOperand
-from fqt.nn.observe import observe
+from fqt.nn import GradientOperand
 from fqt.nn.wrappers import named_modules
 from fqt.quant import Quantizer
 from fqt.seeds import derive_seed
-from fqt.stats.gradient import undisturbed
+from fqt.stats.passes import LossFn, Observer, measuring
 
 __all__ = ["CodeHistogram", "LayerProfile", "code_histogram", "gradient_of_layer", "layer_profile"]
-
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,7 @@ def layer_profile(
         seed: of torch's generator, and so of the model's noise and of random transforms.
 
     Raises:
-        FqtError: no batch, or no layer of the model quantizes its grad_input.
+        FqtError: no batch, no layer of the model quantizes its grad_input, or what `diagnose` refuses of a loss.
     """
     if not batches:
         raise FqtError("a profile needs at least one batch")
@@ -98,7 +95,7 @@ def layer_profile(
         for label, q in quantizers.items():
             into[label] += float(q.variance(x, operand.seed, axis=rows)) / len(batches)
 
-    _backward(model, loss_fn, batches, seed, note)
+    _watch(model, loss_fn, batches, seed, note)
     order = [name for name, _ in named_modules(model) if name in shapes]
     if not order:
         raise FqtError("no layer of the model quantizes its grad_input in training mode: nothing to profile")
@@ -134,7 +131,7 @@ def gradient_of_layer(
             rows = operand.gradient.permute(axes).flatten(0, len(operand.rows) - 1)
             found.setdefault(name, rows.reshape(rows.shape[0], -1).clone())
 
-    _backward(model, loss_fn, [batch], seed, note)
+    _watch(model, loss_fn, [batch], seed, note)
     order = [name for name, _ in named_modules(model) if name in found]
     if not order:
         raise FqtError("no layer of the model quantizes its grad_input in training mode: there is nothing to show")
@@ -163,18 +160,8 @@ def code_histogram(q: Quantizer, x: Tensor, seed: int = 0) -> CodeHistogram:
     )
 
 
-def _backward(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    seed: int,
-    note: Callable[[str, GradientOperand], None],
-) -> None:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with undisturbed(model), observe(model, note), torch.enable_grad():
+def _watch(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], seed: int, observer: Observer) -> None:
+    """One pass per batch, for what it quantizes."""
+    with measuring(model, loss_fn) as backward:
         for b, batch in enumerate(batches):
-            torch.manual_seed(derive_seed(seed, "profile", b))
-            loss = loss_fn(model, batch)
-            if not torch.isfinite(loss).all():
-                raise FqtError(f"the loss on batch {b} is not finite: there is no gradient to look at")
-            torch.autograd.grad(loss.reshape(()), parameters, allow_unused=True)
+            backward(batch, seed=derive_seed(seed, "profile", b), observer=observer)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 import fqt
 from fqt import Recipe
 from fqt.errors import FqtError
-from fqt.stats.paper import METHODS, Cell, paper_quantizer, paper_quantizers, sweep
-from fqt.stats.profile import code_histogram, gradient_of_layer, layer_profile
+from fqt.paper.profile import code_histogram, gradient_of_layer, layer_profile
+from fqt.paper.quantizers import METHODS, Cell, paper_quantizer, paper_quantizers, sweep
 
 
 def net():
@@ -88,7 +88,7 @@ def test_bad_input(model):
         layer_profile(model, loss_fn, [], {})
     with pytest.raises(FqtError, match=r"no layer 'x'.*known: 3, 6"):
         gradient_of_layer(model, loss_fn, batches(1)[0], "x")
-    with pytest.raises(FqtError, match="not finite"):
+    with pytest.raises(FqtError, match="the loss is nan"):
         layer_profile(model, lambda m, b: loss_fn(m, b) * torch.nan, batches(1), {})
     for other in (model.eval(), fqt.quantize_(net(), "qat")):
         with pytest.raises(FqtError, match="no layer of the model quantizes"):

@@ -22,13 +22,13 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe
+from fqt.paper.overhead import Convolution, check_overhead, time_convolution, time_quantizer
+from fqt.paper.profile import code_histogram, gradient_of_layer, layer_profile
+from fqt.paper.quantizers import METHODS, paper_quantizer, paper_quantizers, sweep
+from fqt.paper.record import FORMAT
 from fqt.records import MAYBE, TEXT, check_shape, environment, read_json, write_json
 from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.decomposition import decompose
-from fqt.stats.overhead import Convolution, check_overhead, time_convolution, time_quantizer
-from fqt.stats.paper import METHODS, paper_quantizer, paper_quantizers, sweep
-from fqt.stats.passes import undisturbed
-from fqt.stats.profile import code_histogram, gradient_of_layer, layer_profile
 from fqt.stats.record import table_record
 from fqt.train.config import resolve
 from fqt.train.run import Observer, Silent, train
@@ -36,7 +36,6 @@ from fqt.train.snapshot import Snapshot
 
 __all__ = ["FULL", "MEASURED", "QUICK", "Effort", "Reproduction", "trained_network"]
 
-FORMAT = "fqt paper 1"
 _NAME = (str, type(None))
 # What a row must say for it to be known as done.
 ROWS: dict[str, dict[str, Any]] = {
@@ -239,8 +238,7 @@ class Reproduction:
         batches = network.batches(effort.batches)
         self.observer.begin("layer × layer", 1, 0)
         try:
-            with undisturbed(model):
-                record["table"] = table_record(decompose(model, network.loss, batches, effort.draws, self.seed))
+            record["table"] = table_record(decompose(model, network.loss, batches, effort.draws, self.seed))
             self.observer.step()
         finally:
             self.observer.end()

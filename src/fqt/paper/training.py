@@ -11,9 +11,10 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from fqt.errors import FqtError
+from fqt.paper.quantizers import METHODS
 from fqt.report.chart import Point, colour, plain, style
-from fqt.report.figures import log_axis
-from fqt.report.panel import METHODS, Built, Panel
+from fqt.report.panel import Built, Panel
+from fqt.report.plot import log_axis
 from fqt.report.runs import Curve
 from fqt.report.section import Table
 from fqt.report.summary import number

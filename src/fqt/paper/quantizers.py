@@ -18,7 +18,7 @@ from fqt.quant.transform import BlockHouseholder
 
 __all__ = ["METHODS", "Cell", "paper_quantizer", "paper_quantizers", "sweep"]
 
-METHODS = ("ptq", "psq", "bhq", "shq")
+METHODS = ("ptq", "psq", "bhq", "shq")  # in the order, and with the colours, of all figures
 # The released code's quantizer for the weight gradient in PSQ and BHQ runs: a step per feature (c, h, w), the range
 # over the batch. No integer convolution can use it, since positions are summed; the paper says one per tensor.
 _RELEASED_WEIGHT = Quantizer(scale=Scale("column", axis="sample"), grid=Integers(8))

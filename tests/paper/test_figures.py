@@ -5,12 +5,12 @@ import copy
 import pytest
 
 from fqt.errors import FqtError
+from fqt.paper.bits import variance_law
+from fqt.paper.figures import SECTIONS, paper_figure, paper_section, paper_tables
+from fqt.paper.record import accuracy_record, check_paper, layers_record
 from fqt.records import write_json
 from fqt.report import collect, render, save_figure
-from fqt.report.paper import accuracy_record, check_paper, layers_record, paper_figure, paper_section, paper_tables
-from fqt.stats.bits import variance_law
-
-from .page_reader import Page
+from tests.report.page_reader import Page
 
 STAMP = {"time": "then", "torch": "2.13"}
 NETWORK = {"task": "digits", "model": "convnet", "recipe": "qat", "batch_size": 64, "seed": 0, "step": 150}
@@ -105,7 +105,7 @@ def test_every_figure_has_a_file_and_a_place_on_the_page(records, name, tmp_path
     save_figure(paper_figure(records[name]), tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     write_json(tmp_path / f"{name}.json", records[name])
-    text, problems = render(collect([tmp_path]))
+    text, problems = render(collect([tmp_path]), SECTIONS)
     assert problems == []
     page = Page(text)
     assert page.tags["svg"] == {"variance": 2, "histogram": 2, "accuracy": 2}.get(name, 1)
@@ -209,7 +209,7 @@ def test_damaged_records_are_one_line(records, name, tmp_path):
             damaged = copy.deepcopy(record)
             damaged["rows"][0][key] = ["nonsense"]
             write_json(tmp_path / "f.json", damaged)
-            text, problems = render(collect([tmp_path / "f.json"]))
+            text, problems = render(collect([tmp_path / "f.json"]), SECTIONS)
             Page(text)
             assert len(problems) <= 1
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from fqt.paper.bits import extra_bits, variance_law
+from fqt.paper.quantizers import METHODS
 from fqt.report.chart import Point, colour, style
-from fqt.report.figures import log_axis, name_layers
-from fqt.report.panel import METHODS, Built, Panel
+from fqt.report.panel import Built, Panel
+from fqt.report.plot import log_axis, name_layers
 from fqt.report.section import Table
-from fqt.stats.bits import extra_bits, variance_law
 
 __all__ = ["histogram", "profile"]
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from fqt.paper.bits import extra_bits, variance_law
+from fqt.paper.quantizers import METHODS
 from fqt.report.chart import Point, colour
-from fqt.report.figures import log_axis
-from fqt.report.panel import METHODS, Built, Panel
+from fqt.report.panel import Built, Panel
+from fqt.report.plot import log_axis
 from fqt.report.section import Table
 from fqt.report.summary import number
-from fqt.stats.bits import extra_bits, variance_law
 
 __all__ = ["variance"]
 

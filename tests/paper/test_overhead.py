@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 import fqt
 from fqt.errors import FqtError
+from fqt.paper import overhead
+from fqt.paper.overhead import Convolution, check_overhead, quantiles, time_convolution, time_quantizer
 from fqt.quant.transform import ScaledHadamard
-from fqt.stats import overhead
-from fqt.stats.overhead import Convolution, check_overhead, quantiles, time_convolution, time_quantizer
 
 SMALL = Convolution(samples=8, channels=8, size=20)
 
