@@ -189,7 +189,7 @@ def _layer_backward_shape(
     input_shape, weight_shape, dtypes, needs, call = rest[0], rest[1], rest[2:5], rest[5:8], rest[8:]
     map = _map(None if call[2] is None else list(call[2]))
     transposed = isinstance(map, ConvMap) and map.transposed
-    channels = weight_shape[1] * map.groups if transposed else weight_shape[0]  # type: ignore[union-attr]
+    channels = weight_shape[1] * map.groups if transposed else weight_shape[0]
     none = grad.new_empty(0)
     return (
         _empty(input_shape, dtypes[0], grad, call[4]) if needs[0] else none,
