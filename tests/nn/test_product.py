@@ -21,6 +21,7 @@ from fqt.quant import Rotated
 
 from . import checks
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by jvp
 FORWARD = {"input": "psq8", "weight": "psq8@channel"}
 RECIPES = {
     "grad_input rotated": Recipe(**FORWARD, grad_input=Product("psq4", rotate=16), grad_weight="psq4@channel"),
@@ -58,7 +59,7 @@ def test_what_a_recipe_makes_of_a_product() -> None:
     assert Recipe(grad_input=Product("psq4")) == Recipe(grad_input="psq4")
     turned = Recipe(grad_input=Product("psq4", rotate=128), grad_weight=Product("psq4", rotate=64))
     assert turned.grad_input == quantizer("int4rht")  # this product brings its rotation in its quantizer
-    assert turned.product("grad_input") == Product(quantizer("int4rht"), SAVED, 128, "never")
+    assert turned.product("grad_input") == Product(quantizer("int4rht"), SAVED, 128, fold="never")
     assert (
         turned.product("grad_weight").left
         == turned.operand("grad_weight")
@@ -71,7 +72,7 @@ def test_what_a_recipe_makes_of_a_product() -> None:
     written = Recipe(output=Product("psq8", "psq8@channel", rotate=32))
     assert written == Recipe(**FORWARD, rotate=32)
     assert written.output is None
-    assert written.product("output") == Product(written.input, written.weight, 32, "never")
+    assert written.product("output") == Product(written.input, written.weight, 32, fold="never")
     assert Recipe(fold="always", grad_input=Product("psq4", fold="auto")).product("grad_input").fold == "auto"
     assert Recipe(grad_input=Product(None, "ptq4")).product("grad_input").right.scale.mode == "symmetric"
 
@@ -178,7 +179,7 @@ def test_explain_says_what_runs_on_integers() -> None:
     # Rows of four bits whose features are rotated in blocks of 16 have a name.
     assert [row.operands for row in rows] == ["psq4n × psq4n@channel", "hlq4 × ptq4", "hlq4 × ptq4"]
     assert "features rotated in blocks of 8" in rows[0].why
-    assert [row.why.startswith("both operands are integer codes") for row in rows] == [True] * 3
+    assert all(row.why.startswith("both operands are integer codes") for row in rows)
     conv = fqt.explain(fqt.quantize_(nn.Conv2d(16, 16, 3), RECIPES["all rotated"])).products
     assert [row.arithmetic for row in conv] == ["integer", "integer", "simulated"]
     assert "other positions" in conv[2].why

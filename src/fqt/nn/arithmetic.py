@@ -46,11 +46,20 @@ def again(product: str, map: LinearMap, recipe: Recipe) -> Quantizer | None:
     """What the forward operand of a backward product is quantized by for it alone; None if its codes serve."""
     if product == "output":
         return None
-    right = recipe.product(product).right
-    if right != SAVED:
-        assert isinstance(right, Quantizer)
-        return right
-    return AGAIN if rotates(product, map, recipe) else None
+    unit = recipe.product(product)
+    if unit.right != SAVED:
+        assert isinstance(unit.right, Quantizer)
+        return unit.right
+    turned = product == "grad_weight" and unit.keep is not None and unit.keep.turns
+    return AGAIN if turned or rotates(product, map, recipe) else None
+
+
+def misfit(map: LinearMap, recipe: Recipe) -> str:
+    """Why a layer of this map cannot have the recipe at all; empty if it can."""
+    keeps = (recipe.product(name).keep for name in ("grad_input", "grad_weight"))
+    if isinstance(map, DenseMap) or not any(keep is not None and keep.turns for keep in keeps):
+        return ""
+    return "the recipe keeps neighbouring tokens by their sequency, and a convolution has none: give it a rule"
 
 
 @lru_cache(maxsize=512)

@@ -19,7 +19,7 @@ from fqt.nn.arithmetic import obstacle, operands, summed_in_blocks
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
 from fqt.nn.layers import linear_map
-from fqt.nn.product import SAVED
+from fqt.nn.product import SAVED, Product
 from fqt.nn.recipe import INPUT_AGAIN, PRODUCTS, WEIGHT_AGAIN, Recipe, dump_operand, load_recipe
 from fqt.nn.stored import stored_in_configuration
 from fqt.nn.trace import OUTSIDE, LossFn, Site, Trace, trace
@@ -178,15 +178,20 @@ def _product(layer: str, module: nn.Module, product: str) -> Row:
     left, right = operands(product, map, recipe)
     if left is None or right is None:
         exact = "grad_output" if product != "output" else "an operand"
-        return Row(layer, product, "float", words, f"{exact if left is None else 'an operand'} stays float")
+        why = f"{exact if left is None else 'an operand'} stays float"
+        return Row(layer, product, "float", words, why + _more(product, unit))
     why = obstacle(product, map, recipe) or _machine(module)
     if why:
-        return Row(layer, product, "simulated", words, why)
+        return Row(layer, product, "simulated", words, why + _more(product, unit))
     block = summed_in_blocks(product, map, recipe)
     why = f"{_INTEGER}, scaled between blocks of {block}" if block else _INTEGER
-    if product == "output" and unit.rotate is not None:
-        why += f", of features rotated in blocks of {unit.rotate}"
-    return Row(layer, product, "integer", words, why)
+    return Row(layer, product, "integer", words, why + _more(product, unit))
+
+
+def _more(product: str, unit: Product) -> str:
+    """What a product does that its operands' names do not say."""
+    turned = "" if product != "output" or unit.rotate is None else f"; features rotated in blocks of {unit.rotate}"
+    return turned if unit.keep is None else f"{turned}; rows kept by {unit.keep}"
 
 
 def _machine(module: nn.Module) -> str:

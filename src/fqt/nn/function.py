@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from fqt.kernels import integer, ops
 from fqt.kernels.codes import Findings, compute_dtype
 from fqt.kernels.fold import Folded, Split
-from fqt.kernels.linear_map import LinearMap, rows
+from fqt.kernels.linear_map import DenseMap, LinearMap, rows
 from fqt.kernels.philox import as_seed, fork_seed
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
@@ -35,12 +35,13 @@ from fqt.nn.arithmetic import again, folds, on_integers, rotates
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
 from fqt.nn.witness import Witness
+from fqt.quant.keep import Keep
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Rotated
 
 _ROLES = {"grad_input": 0, "grad_weight": 1}
-_RIGHT = 0
-"""Who draws from a product's seed beside the quantizer of grad_output: that of the right operand."""
+_RIGHT, _KEEP = 0, 1
+"""Who draws from a product's seed beside the quantizer of grad_output: that of the right operand, the sampler."""
 FORWARD_SIGNS = 0x6671745F7369676E
 """The seed of the signs of the forward pass's rotation, the same everywhere and always: it draws nothing."""
 
@@ -58,6 +59,7 @@ class GradientOperand:
         rows: the axes of `gradient` that are its rows.
         seed: of the noise: `quantizer.quantize(gradient, seed, axis=rows)` gives the very codes of the product.
         weight: shape of the weight that the layer multiplied by in this call; None if the layer did not say.
+        kept: whether `gradient` is a sample of grad_output's rows, or a part of their spectrum (`Product.keep`).
     """
 
     role: str
@@ -67,6 +69,7 @@ class GradientOperand:
     rows: tuple[int, ...]
     seed: Tensor
     weight: torch.Size | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,10 @@ class Call:
         """The seed of the quantizer of a product's right operand, where that is quantized again."""
         return fork_seed(self._noise(role), _RIGHT).to(device)
 
+    def keep_noise(self, role: str, device: torch.device) -> Tensor:
+        """The seed of a product's sampler of rows."""
+        return fork_seed(self._noise(role), _KEEP).to(device)
+
     def _noise(self, role: str) -> Tensor:
         assert self.seed is not None
         return fork_seed(self.seed, 2 * _rank() + _ROLES[role])
@@ -189,12 +196,14 @@ def backward(
             assert weight is not None
             w = _Operand.weight(weight, call)
             dtype = input_dtype if call.recipe.rotate is None else compute_dtype(input_dtype)
-            grad_input, known = _grad_input(grad_output, w, call, shapes[0], dtype, known)
+            grad_input, found = _grad_input(grad_output, w, call, shapes[0], dtype, known)
+            known = known if call.recipe.product("grad_input").keep is not None else found
             grad_input = call.as_laid_out(turned_back(grad_input, call, is_input=True).to(input_dtype))
             call.ran("grad_input", grad_output.shape, *shapes)
         if needs[1]:
             x = _Operand.unpacked(saved, seen)
-            grad_weight, known = _grad_weight(grad_output, x, call, shapes[1], known)
+            grad_weight, found = _grad_weight(grad_output, x, call, shapes[1], known)
+            known = known if call.recipe.product("grad_weight").keep is not None else found
             grad_weight = turned_back(grad_weight, call, is_input=False).to(weight_dtype)
             call.ran("grad_weight", grad_output.shape, *shapes)
         if needs[2]:
@@ -378,6 +387,23 @@ class _Gradient:
     def compute(self) -> torch.dtype:
         return compute_dtype(self.values.dtype)
 
+    @property
+    def keep(self) -> Keep | None:
+        """What is kept of the rows; None for all of them."""
+        return self.call.recipe.product(self.role).keep if self.call.seed is not None else None
+
+    def kept(self, operand: _Operand) -> _Gradient:
+        """The same with what the product keeps of its rows, of which nothing is known yet."""
+        if self.keep is None:
+            return self
+        map, x = self.call.map, None
+        axes = self.values.ndim - 1 if isinstance(map, DenseMap) else 1
+        if operand.is_input and self.keep.sees_input:
+            x = map.lay(operand.value(self.compute, self.call))
+            x = x.flatten(0, -2) if axes < x.ndim - 1 and isinstance(map, DenseMap) else x
+        seed = self.call.keep_noise(self.role, self.values.device)
+        return replace(self, values=self.keep.apply(self.values.to(self.compute), x, seed, axes), known=Findings())
+
     def on_integers(self) -> bool:
         return self.quantizer is not None and self.call.on_integers(self.role, self.values)
 
@@ -411,7 +437,9 @@ class _Gradient:
         seed = self.call.noise(self.role, self.values.device)
         if self.call.observer is not None:
             seen = values.to(self.compute) if per_channel is None else values.to(self.compute) * per_channel
-            self.call.observer(GradientOperand(self.role, seen, folded, self.quantizer, self.axis, seed))
+            kept = self.keep is not None
+            operand = GradientOperand(self.role, seen, folded, self.quantizer, self.axis, seed, kept=kept)
+            self.call.observer(operand)
         how: dict[str, Any] = {"axis": self.axis, "nonfinite": "propagate", "factor": per_channel}
         if folded is not None:  # what is known is of the gradient alone
             return self.quantizer.quantize(values, seed, **how), self.known
@@ -432,7 +460,20 @@ class _Gradient:
 def _grad_input(
     grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype, known: Findings
 ) -> tuple[Tensor, Findings]:
-    gradient = _Gradient.of(grad, "grad_input", call, known)
+    gradient = _Gradient.of(grad, "grad_input", call, known).kept(weight)
+    if gradient.keep is not None and gradient.keep.turns:
+        grad_input, known = _from_gradient(
+            gradient, weight, torch.Size((*gradient.values.shape[:-1], shape[-1])), gradient.compute
+        )
+        return gradient.keep.back(grad_input, shape[-2]).to(dtype), known
+    return _from_gradient(gradient, weight, shape, dtype)
+
+
+def _from_gradient(
+    gradient: _Gradient, weight: _Operand, shape: torch.Size, dtype: torch.dtype
+) -> tuple[Tensor, Findings]:
+    """The input's gradient, of `shape`, from what is quantized of grad_output."""
+    call, known = gradient.call, gradient.known
     split, turned = _split(gradient, weight), _turned_again(gradient, weight)
     if gradient.on_integers():
         codes, known = gradient.codes(None if split is None else split.step)
@@ -459,7 +500,7 @@ def _grad_input(
 def _grad_weight(
     grad: Tensor, input: _Operand, call: Call, shape: torch.Size, known: Findings
 ) -> tuple[Tensor, Findings]:
-    gradient = _Gradient.of(grad, "grad_weight", call, known)
+    gradient = _Gradient.of(grad, "grad_weight", call, known).kept(input)
     split, turned = _split(gradient, input), _turned_again(gradient, input)
     if gradient.on_integers():
         x = _multiplied(input, split, turned)
@@ -523,10 +564,11 @@ def _turned_again(gradient: _Gradient, operand: _Operand) -> _Again | None:
     else:
         laid, contracted = call.map.weight_by_channel(value)
     rotation = gradient.rotation()
-    if rotation is not None:
-        # A Linear's tokens, or the first axis of a weight that is neither grouped nor transposed.
-        laid = laid.flatten(0, -2) if operand.is_input else laid
-        contracted = (0,)
+    if rotation is not None and operand.is_input:  # of a Linear, as its gradient
+        laid, contracted = laid.flatten(0, -2), (0,)
+    if gradient.keep is not None and operand.is_input:
+        laid = gradient.keep.turned(laid)
+    if rotation is not None:  # along tokens, or the first axis of a weight that is neither grouped nor transposed
         laid = rotation.rows(laid.reshape(laid.shape[0], math.prod(laid.shape[1:]))).view(laid.shape)
     others = tuple(d for d in range(laid.ndim) if d not in contracted)
     axis = contracted if q.scale.group == "tensor" else others

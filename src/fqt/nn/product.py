@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from fqt.errors import FqtError
 from fqt.quant.grid import Integers
+from fqt.quant.keep import Keep
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import Scale
 
@@ -43,6 +44,8 @@ class Product:
         rotate: the largest block, a power of two, of a randomized Hadamard matrix along the contraction, which both
             operands take and which cancels: 128; None for none. A saved right operand is then quantized again, to
             8 bits, stochastically. In the output the signs are always the same, in the others drawn.
+        keep: what is kept of grad_output's rows before it is quantized, a Linear's tokens or a convolution's
+            samples: a sample with weights 1/p, or a part of their spectrum (`fqt.quant.keep`); None for all.
         fold: as `Recipe.fold`, for this product; None for the recipe's.
 
     Raises:
@@ -52,9 +55,12 @@ class Product:
     left: Quantizer | str | None = None
     right: Quantizer | str | None = SAVED
     rotate: int | None = None
+    keep: Keep | None = None
     fold: str | None = None
 
     def __post_init__(self) -> None:
+        if self.keep is not None and not isinstance(self.keep, Keep):
+            raise FqtError(f"keep must be a sampler of rows such as fqt.quant.Leverage(0.5), not {self.keep!r}")
         check_block(self.rotate)
         if self.fold is not None:
             check_fold(self.fold)

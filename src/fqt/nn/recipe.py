@@ -25,9 +25,12 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.kernels.rounding import NEAREST, STOCHASTIC
+from fqt.nn.named import DEFAULT as DEFAULT
+from fqt.nn.named import RECIPES
 from fqt.nn.product import SAVED, Product, check_block, check_fold
 from fqt.quant.catalog import METHODS, known_names, quantizer, quantizer_name, rounded
 from fqt.quant.grid import Integers, grid_from
+from fqt.quant.keep import WORDS, keep_from
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
@@ -122,7 +125,8 @@ class Recipe:
         self._derive()
 
     def _take_apart(self, output: Product) -> None:
-        if not isinstance(output, Product) or output.right == SAVED or output.fold is not None:
+        unfit = not isinstance(output, Product) or output.right == SAVED
+        if unfit or output.fold is not None or output.keep is not None:
             raise FqtError(f"output must be Product(left, right, rotate), of input and of weight, not {output!r}")
         for name, value in (("input", output.left), ("weight", output.right), ("rotate", output.rotate)):
             object.__setattr__(self, name, value)
@@ -181,11 +185,11 @@ class Recipe:
 def _product(recipe: Recipe, name: str) -> Product:
     """The whole of a product, from what the recipe's attributes say."""
     if name == "output":
-        return Product(recipe.input, recipe.weight, recipe.rotate, "never")
+        return Product(recipe.input, recipe.weight, recipe.rotate, fold="never")
     entry = getattr(recipe, name)
     if isinstance(entry, Product):
         return replace(entry, fold=entry.fold or recipe.fold)
-    return Product(entry, SAVED, _turned_by(name, entry), recipe.fold)
+    return Product(entry, SAVED, _turned_by(name, entry), fold=recipe.fold)
 
 
 def _turned_by(operand: str, left: Quantizer | None) -> int | None:
@@ -270,49 +274,24 @@ def _named_operand(operand: str, name: str) -> Quantizer | None:
     return value
 
 
-DEFAULT = "default"
-
-
-_RECIPES: dict[str, dict[str, Any]] = {
-    "none": {"input": None, "weight": None},
-    "qat": {},
-    # Chosen by measured gradient variance: see the table in docs/recipes.md.
-    DEFAULT: {
-        "input": "psq8",
-        "weight": "psq8@channel",
-        "grad_input": "psq8x",
-        "grad_weight": "psq8x@channel",
-        "fold": "always",
-    },
-    # Every operand of all three products in four bits; the gradient stays unbiased.
-    "int4all": {
-        "input": "psq4",
-        "weight": "psq4@channel",
-        "grad_input": "shq4d",
-        "grad_weight": "shq4d@channel",
-        "fold": "always",
-    },
-}
-"""Recipes with a name of their own; all others are named after their `grad_input`."""
-
-
+@lru_cache(maxsize=512)
 def _named(name: str) -> Recipe:
     """The recipe of that name."""
-    if name in _RECIPES:
-        return Recipe(**_RECIPES[name])
+    if name in RECIPES:
+        return Recipe(**RECIPES[name])
     try:
         return Recipe(grad_input=quantizer(name), grad_weight="ptq8")
     except FqtError:
         if any(name.startswith(method.name.partition("*")[0]) for method in METHODS.values()):
             raise
         raise FqtError(
-            f"unknown recipe {name!r}; known: {', '.join(_RECIPES)}, a TOML file, or a quantizer: {known_names()}"
+            f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, a TOML file, or a quantizer: {known_names()}"
         ) from None
 
 
 def recipe_name(recipe: Recipe) -> str | None:
     """The name that `load_recipe` would build this recipe from, or None."""
-    candidates = list(_RECIPES)
+    candidates = list(RECIPES)
     if isinstance(recipe.grad_input, Quantizer):
         candidates.append(quantizer_name(recipe.grad_input) or "qat")
     return next((name for name in candidates if _named(name) == recipe), None)
@@ -324,8 +303,8 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
     The mapping's keys are the fields of `Recipe`, and `base`, the name of the recipe to start from. An operand
     is a name ("psq8@channel", "none") or a table with the words of `Quantizer`: transform ("none",
     "householder", "hadamard"), guard, rotate (the block of a rotation of features), group, mode, axis, store, grid,
-    bits, rounding. A table with `left` is a `Product`: left, right, rotate, fold. `rules` is a list of tables with
-    `pattern` and `recipe`.
+    bits, rounding. A table with `left` is a `Product`: left, right, rotate, keep, fold. `rules` is a list of tables
+    with `pattern` and `recipe`.
 
     Raises:
         FqtError: says what is unknown or wrong, and what is known.
@@ -384,8 +363,13 @@ def _rule_from(table: Mapping[str, Any]) -> Rule:
 
 def _product_from(table: Mapping[str, Any]) -> Product:
     _only(table, {f.name for f in fields(Product)}, "product")
-    operands = {k: table[k] for k in ("left", "right") if isinstance(table.get(k), Mapping)}
-    return Product(**{**table, **{k: _quantizer_from(v) for k, v in operands.items()}})
+    values = dict(table)
+    for name in ("left", "right"):
+        if isinstance(values.get(name), Mapping):
+            values[name] = _quantizer_from(values[name])
+    if "keep" in values:
+        values["keep"] = keep_from(values["keep"])
+    return Product(**values)
 
 
 _TRANSFORMS: dict[str, type[Transform]] = {
@@ -457,6 +441,9 @@ def _text(recipe: Recipe) -> str:
     quantizers = [recipe.operand(operand) for operand in OPERANDS]
     if any(q is not None and _transform_words(q.transform) is None for q in quantizers):
         return ""
+    keeps = [recipe.product(name).keep for name in PRODUCTS]
+    if any(keep is not None and type(keep) not in WORDS for keep in keeps):
+        return ""
     words = [f'"{operand}":{_operand_text(operand, getattr(recipe, operand))}' for operand in OPERANDS]
     more = [] if recipe.rotate is None else [f'"rotate":{recipe.rotate}']
     return "{" + ",".join([*words, *more, f'"fold":"{recipe.fold}"']) + "}"
@@ -472,6 +459,7 @@ def _dump_product(operand: str, unit: Product) -> dict[str, Any]:
     table = {f.name: getattr(unit, f.name) for f in fields(unit)}
     again = WEIGHT_AGAIN if operand == "grad_input" else INPUT_AGAIN
     table |= {"left": dump_operand(operand, unit.left), "right": dump_operand(again, unit.right)}
+    table["keep"] = None if unit.keep is None else unit.keep.words
     return {k: v for k, v in table.items() if v is not None}
 
 
