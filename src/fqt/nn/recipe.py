@@ -28,7 +28,7 @@ from fqt.kernels.rounding import NEAREST, STOCHASTIC
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
 from fqt.nn.product import SAVED, Product, check_block, check_fold
-from fqt.quant.catalog import METHODS, known_names, quantizer, quantizer_name, rounded
+from fqt.quant.catalog import METHODS, quantizer, quantizer_name, rounded
 from fqt.quant.grid import Integers, grid_from
 from fqt.quant.keep import WORDS, keep_from
 from fqt.quant.quantizer import Best, Quantizer
@@ -285,7 +285,8 @@ def _named(name: str) -> Recipe:
         if any(name.startswith(method.name.partition("*")[0]) for method in METHODS.values()):
             raise
         raise FqtError(
-            f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, a TOML file, or a quantizer: {known_names()}"
+            f"unknown recipe {name!r}; known: {', '.join(RECIPES)}; a TOML file; or a quantizer, such as 'psq4' or "
+            "'bhq8d' (fqt catalog lists them)"
         ) from None
 
 
