@@ -3,6 +3,7 @@
 from fqt.errors import ConversionError as ConversionError
 from fqt.errors import FqtError as FqtError
 from fqt.errors import RecipeWarning as RecipeWarning
+from fqt.nn import Product as Product
 from fqt.nn import Recipe as Recipe
 from fqt.nn import Rule as Rule
 from fqt.nn import convolution as convolution

@@ -181,8 +181,10 @@ def by_blocks(*operands: QuantizedTensor) -> bool:
 
 def _stepped(q: QuantizedTensor, folded: bool = False) -> Stepped:
     """A Linear's symmetric operand, a row per token or output channel; without its steps if they are folded."""
-    codes = q.matrix_codes.view(q.shape[:-1].numel(), q.shape[-1])
-    return Stepped.plain(codes) if folded else Stepped(codes, q.matrix_step, q.scales.blocks)
+    on_side = not q.view.transposed and q.view.axis == (len(q.shape) - 1,) and len(q.shape) > 1
+    codes = q.matrix_codes if on_side else q.matrix_codes.view(q.shape[:-1].numel(), q.shape[-1])
+    found = Stepped.plain(codes) if folded else Stepped(codes, q.matrix_step, q.scales.blocks)
+    return found.T if on_side else found
 
 
 def share_by_tap(map: LinearMap, sums: Tensor, g: torch.Size, x: torch.Size, shape: torch.Size) -> Tensor:

@@ -27,6 +27,9 @@ class DenseMap:
     habit = "token"
     """The rows of an operand if the recipe does not say."""
     transposed = False
+    groups = 1
+    weight_contracted = -1
+    """The axis of `weight_by_channel` with the input features."""
 
     def output(self, input: Tensor, weight: Tensor) -> Tensor:
         """(…, O)."""
@@ -173,6 +176,11 @@ class ConvMap:
         if not self.transposed:
             return weight.movedim(1, -1), (0,)
         return weight.unflatten(0, (self.groups, -1)), (0, 2)
+
+    @property
+    def weight_contracted(self) -> int:
+        """The axis of `weight_by_channel` with the input channels of a group."""
+        return 1 if self.transposed else -1
 
     def weight_restored(self, weight: Tensor) -> Tensor:
         """The inverse of `weight_by_channel`."""

@@ -9,6 +9,7 @@ from fqt.nn.layers import convolution as convolution
 from fqt.nn.layers import linear as linear
 from fqt.nn.masks import inductor_options as inductor_options
 from fqt.nn.observe import observe as observe
+from fqt.nn.product import Product as Product
 from fqt.nn.ranges import remembered as remembered
 from fqt.nn.recipe import Recipe as Recipe
 from fqt.nn.recipe import Rule as Rule

@@ -10,19 +10,14 @@ from torch import Tensor
 from fqt.kernels import integer
 from fqt.kernels.blocked import MOST_TERMS, common_block
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
-from fqt.nn.recipe import Recipe
+from fqt.kernels.rounding import DITHERED
+from fqt.nn.product import AGAIN, SAVED
+from fqt.nn.recipe import PRODUCTS, Recipe
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Identity, Rotated
 
 GROUP_CHANNELS = 16
 """Of a grouped convolution, from which on the integer kernels pay (measured: csrc/LOG.md)."""
-
-OPERANDS = {
-    "output": ("input", "weight"),
-    "grad_input": ("grad_input", "weight"),
-    "grad_weight": ("grad_weight", "input"),
-}
-"""What each product multiplies, by field of `Recipe`."""
 
 LEAST_BLOCK = 16
 """Of the blocks along a contracted axis that are summed as integers: every length is a multiple of it."""
@@ -36,28 +31,53 @@ def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) ->
     """
     if values.dtype == torch.float64 or not integer.serves(values.device.type):
         return False
-    if any(recipe.operand(name) is None for name in OPERANDS[product]):
+    if None in operands(product, map, recipe):
         return False
     return not obstacle(product, map, recipe)
+
+
+def operands(product: str, map: LinearMap, recipe: Recipe) -> tuple[Quantizer | None, Quantizer | None]:
+    """What this product's two operands are quantized by when they are multiplied; None for float."""
+    left = recipe.operand(PRODUCTS[product][0])
+    return left, again(product, map, recipe) or recipe.operand(PRODUCTS[product][1])
+
+
+def again(product: str, map: LinearMap, recipe: Recipe) -> Quantizer | None:
+    """What the forward operand of a backward product is quantized by for it alone; None if its codes serve."""
+    if product == "output":
+        return None
+    unit = recipe.product(product)
+    if unit.right != SAVED:
+        assert isinstance(unit.right, Quantizer)
+        return unit.right
+    turned = product == "grad_weight" and unit.keep is not None and unit.keep.turns
+    return AGAIN if turned or rotates(product, map, recipe) else None
+
+
+def misfit(map: LinearMap, recipe: Recipe) -> str:
+    """Why a layer of this map cannot have the recipe at all; empty if it can."""
+    keeps = (recipe.product(name).keep for name in ("grad_input", "grad_weight"))
+    if isinstance(map, DenseMap) or not any(keep is not None and keep.turns for keep in keeps):
+        return ""
+    return "the recipe keeps neighbouring tokens by their sequency, and a convolution has none: give it a rule"
 
 
 @lru_cache(maxsize=512)
 def folds(product: str, map: LinearMap, recipe: Recipe) -> bool:
     """Whether steps of this product's forward operand move into grad_output, where there are several."""
-    q = recipe.operand(OPERANDS[product][1])
-    if product == "output" or q is None or q.scale.group != "row" or rotates(product, map, recipe):
+    q = recipe.operand(PRODUCTS[product][1])
+    if product == "output" or q is None or q.scale.group != "row" or again(product, map, recipe) is not None:
         return False
     return not _stays(product, map, recipe, q)
 
 
 def rotates(product: str, map: LinearMap, recipe: Recipe) -> bool:
-    """Whether the features that this product contracts are rotated in both operands, the other quantized again."""
-    left, right = (recipe.operand(name) for name in OPERANDS[product])
+    """Whether what a backward product contracts is rotated in both operands, the other quantized again."""
+    unit = recipe.product(product)
     return (
-        left is not None
-        and right is not None
-        and isinstance(left.transform, Rotated)
-        and not _rotation(product, map, left)
+        unit.rotate is not None
+        and (unit.right != SAVED or recipe.operand(PRODUCTS[product][1]) is not None)
+        and not _rotation(product, map, recipe)
     )
 
 
@@ -69,14 +89,14 @@ def obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
     operand before that one is quantized. If it is constant over blocks of the axis, it pulls out of their sums
     (`fqt.kernels.blocked`).
     """
-    name, other = OPERANDS[product]
-    left, right = recipe.operand(name), recipe.operand(other)
+    name, other = PRODUCTS[product]
+    left, right = operands(product, map, recipe)
     assert left is not None
     assert right is not None
     return (
         _unsupported(map)
         or _mixes_groups(product, map, left)
-        or _rotation(product, map, left)
+        or _rotation(product, map, recipe)
         or _fits_no_byte(left, name)
         or _fits_no_byte(right, other)
         or _steps_obstacle(product, map, recipe)
@@ -85,41 +105,39 @@ def obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
 
 def summed_in_blocks(product: str, map: LinearMap, recipe: Recipe) -> int:
     """In blocks of how many terms a product without obstacle is summed; 0 for one sum."""
-    names = OPERANDS[product]
-    left, right = (recipe.operand(name) for name in names)
-    if left is None or right is None or not _by_blocks(left, right):
+    both = operands(product, map, recipe)
+    if None in both or not _by_blocks(product, map, recipe):
         return 0
-    runs = [_run(product, map, recipe, name) for name in names]
+    runs = [_run(product, map, recipe, name) for name in PRODUCTS[product]]
     return common_block(*runs) if any(runs) else 0
 
 
-def _by_blocks(*operands: Quantizer) -> bool:
+def _by_blocks(product: str, map: LinearMap, recipe: Recipe) -> bool:
     """Whether steps are shared otherwise than by one for all or one per row."""
-    return any(q.scale.group not in ("tensor", "row") for q in operands)
+    return any(q.scale.group not in ("tensor", "row") for q in operands(product, map, recipe) if q is not None)
 
 
 def _steps_obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
     """Why the steps of two operands do not come out of the product's sums."""
-    name, other = OPERANDS[product]
-    left, right = recipe.operand(name), recipe.operand(other)
+    name, other = PRODUCTS[product]
+    left, right = operands(product, map, recipe)
     assert left is not None
     assert right is not None
-    if isinstance(map, DenseMap) and _by_blocks(left, right):
+    if isinstance(map, DenseMap) and _by_blocks(product, map, recipe):
         return _blocks_obstacle(product, map, recipe)
     return (
         _column(left, name)
         or _column(right, other)
         or _contracted(product, map, left)
         or _other(product, map, recipe, right)
-        or _codes(product, recipe)
+        or _codes(product, right)
     )
 
 
 def _blocks_obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
     """Why a Linear's product is not summed in blocks."""
-    runs = []
-    for name in OPERANDS[product]:
-        q = recipe.operand(name)
+    runs, fold = [], recipe.product(product).fold
+    for name, q in zip(PRODUCTS[product], operands(product, map, recipe), strict=True):
         assert q is not None
         if any(coding.mode != "symmetric" for coding in q.codings):
             return f"{name} has an offset, which sums in blocks do not take"
@@ -127,28 +145,30 @@ def _blocks_obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
             return f"the transform of {name} mixes rows, which sums in blocks do not undo"
         if q.scale.row_axis == "sample":
             return f"{_what(q)} of {name} lies across a sample's tokens: give it the axis 'token'"
-        if isinstance(q.transform, Rotated) and q.scale.row_axis == "channel":
+        if isinstance(q.transform, Rotated) and q.scale.row_axis == "channel" and product == "grad_input":
             return f"{name} is rotated along tokens, which sums in blocks do not undo"
         run = _run(product, map, recipe, name)
         if run % LEAST_BLOCK or run > MOST_TERMS:
-            moves = name == OPERANDS[product][1] and product != "output" and q.scale.group == "row"
+            moves = name == PRODUCTS[product][1] and product != "output" and q.scale.group == "row"
             why = _stays(product, map, recipe, q) if moves else ""
             along = "" if run == 1 else f" in runs of {run}, not of a multiple of {LEAST_BLOCK} up to {MOST_TERMS}"
             return f"a step per {_what(q)} of {name} varies along a contracted axis{along}{why and f', and {why}'}"
         runs.append(run)
     if not common_block(*runs):
         return f"blocks of {runs[0]} and of {runs[1]} meet on the contracted axis: neither length divides the other"
-    q = recipe.operand(OPERANDS[product][1])
-    if recipe.fold == "auto" and folds(product, map, recipe) and q is not None:
+    q = recipe.operand(PRODUCTS[product][1])
+    if fold == "auto" and folds(product, map, recipe) and q is not None:
         return f"{_steps(product, map, q)}, on the contracted axis, and fold is 'auto', not 'always'"
     return ""
 
 
 def _run(product: str, map: LinearMap, recipe: Recipe, name: str) -> int:
     """Over how many terms of a Linear's product a step of this operand is constant; 0 for all of them."""
-    q = recipe.operand(name)
+    q, right = recipe.operand(name), again(product, map, recipe)
+    if name == PRODUCTS[product][1] and right is not None:
+        return right.scale.blocks().columns  # its rows are not contracted
     assert q is not None
-    if name == OPERANDS[product][1] and (folds(product, map, recipe) or rotates(product, map, recipe)):
+    if name == PRODUCTS[product][1] and folds(product, map, recipe):
         return 0  # what is multiplied has one step
     blocks, axis = q.scale.blocks(), q.scale.row_axis or ("channel" if name == "grad_weight" else map.habit)
     # The rows of an operand are contracted where they are the product's sum: the weight's in grad_input, tokens in
@@ -186,11 +206,19 @@ def _mixes_groups(product: str, map: LinearMap, q: Quantizer) -> str:
     return "the transform of grad_weight mixes channels of different groups"
 
 
-def _rotation(product: str, map: LinearMap, q: Quantizer) -> str:
-    if not isinstance(q.transform, Rotated):
+def _rotation(product: str, map: LinearMap, recipe: Recipe) -> str:
+    """Why the rotation of the left operand does not cancel in the right one; empty if it does, or there is none."""
+    q = recipe.operand(PRODUCTS[product][0])
+    if q is None or not isinstance(q.transform, Rotated):
         return ""
     if product == "grad_weight":
-        return "grad_weight's features are rotated along tokens, and input is not"
+        if recipe.product(product).rotate is None:
+            return "grad_weight's features are rotated along tokens, and input is not"
+        return (
+            ""
+            if isinstance(map, DenseMap)
+            else "a convolution's input has other positions than its output to rotate"
+        )
     if map.transposed:
         return "the rotation of features is along another axis than a transposed convolution's output channels"
     grouped = isinstance(map, ConvMap) and map.groups > 1
@@ -220,30 +248,32 @@ def _contracted(product: str, map: LinearMap, q: Quantizer) -> str:
 
 def _other(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
     """The second operand: `weight`, or `input` for grad_weight."""
-    if product == "output" or q.scale.group == "tensor" or rotates(product, map, recipe):
+    name = PRODUCTS[product][1]
+    if again(product, map, recipe) is not None and any(coding.rounding == DITHERED for coding in q.codings):
+        return f"{name} is quantized again with dither, which products take in grad_output only"
+    if product == "output" or q.scale.group == "tensor":
         return ""
+    if again(product, map, recipe) is not None:
+        return f"{name} is quantized again with a step per {_what(q)}, which only sums in blocks take"
     why = _stays(product, map, recipe, q)
-    if not why and recipe.fold == "auto":
+    if not why and recipe.product(product).fold == "auto":
         why = "fold is 'auto', not 'always'"
     return f"{_steps(product, map, q)}, on the contracted axis, and {why}" if why else ""
 
 
 def _steps(product: str, map: LinearMap, q: Quantizer) -> str:
     axis = "channel" if product == "grad_input" else q.scale.axis or map.habit
-    return f"{OPERANDS[product][1]} has a step per {axis}"
+    return f"{PRODUCTS[product][1]} has a step per {axis}"
 
 
 def _stays(product: str, map: LinearMap, recipe: Recipe, q: Quantizer) -> str:
     """Why steps per row of the second operand cannot move into grad_output; empty if they can."""
-    if recipe.fold == "never":
+    if recipe.product(product).fold == "never":
         return "fold is 'never', not 'always'"
     if product == "grad_weight" and (q.scale.axis or map.habit) == "token" and not map.aligned_tokens:
         return "a convolution's input has other positions than its output"
     return ""
 
 
-def _codes(product: str, recipe: Recipe) -> str:
-    weight = recipe.operand("weight")
-    if product == "grad_weight" or (weight is not None and weight.scale.mode == "symmetric"):
-        return ""
-    return "weight has an offset"
+def _codes(product: str, weight: Quantizer) -> str:
+    return "" if product == "grad_weight" or weight.scale.mode == "symmetric" else "weight has an offset"

@@ -186,7 +186,7 @@ def _layer_backward_shape(
     input_shape, weight_shape, dtypes, needs, call = rest[0], rest[1], rest[2:5], rest[5:8], _call(*rest[8:])
     map = call.map
     transposed = isinstance(map, ConvMap) and map.transposed
-    channels = weight_shape[1] * map.groups if transposed else weight_shape[0]  # type: ignore[union-attr]
+    channels = weight_shape[1] * map.groups if transposed else weight_shape[0]
     none = grad.new_empty(0)
     return (
         call.as_laid_out(grad.new_empty(input_shape, dtype=dtypes[0])) if needs[0] else none,

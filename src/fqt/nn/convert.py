@@ -16,7 +16,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fqt.errors import ConversionError, FqtError
 from fqt.nn import coverage, layers, patched, ranges, stored
+from fqt.nn.arithmetic import misfit
 from fqt.nn.forms import float_form, is_quantized, known, quantized_form, replaced
+from fqt.nn.layers import linear_map
 from fqt.nn.recipe import DEFAULT, Recipe, Rule, load_recipe
 from fqt.nn.wrappers import named_modules
 
@@ -93,6 +95,11 @@ def quantize_(
         "another recipe by a rule"
         for s in selections
         if s.recipe is not None and isinstance(s.module, nn.MultiheadAttention) and ranges.remembering(s.recipe)
+    ]
+    problems += [
+        f"{s.name or '(model)'!r}: {why}"
+        for s in selections
+        if s.recipe is not None and (why := misfit(linear_map(s.module), s.recipe))
     ]
     if strict:
         problems += [

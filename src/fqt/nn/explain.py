@@ -16,12 +16,13 @@ from torch import nn
 from fqt.kernels import integer
 from fqt.kernels.ranges import RangeState
 from fqt.nn import patched
-from fqt.nn.arithmetic import OPERANDS, obstacle, summed_in_blocks
+from fqt.nn.arithmetic import obstacle, operands, summed_in_blocks
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
 from fqt.nn.layers import linear_map
+from fqt.nn.product import SAVED, Product
 from fqt.nn.ranges import remembered
-from fqt.nn.recipe import Recipe, dump_recipe, load_recipe
+from fqt.nn.recipe import INPUT_AGAIN, PRODUCTS, WEIGHT_AGAIN, Recipe, dump_operand, load_recipe
 from fqt.nn.stored import stored_in_configuration
 from fqt.nn.trace import OUTSIDE, LossFn, Site, Trace, trace
 from fqt.nn.wrappers import named_modules, named_tensors
@@ -32,7 +33,7 @@ _ACTIVATIONS = "products of two activations have no weight to quantize"
 
 
 @dataclass(frozen=True)
-class Product:
+class Row:
     """One product of one layer.
 
     Attributes:
@@ -69,7 +70,7 @@ class Explanation:
         repeated: layers that were called more than once, with how often.
     """
 
-    products: tuple[Product, ...]
+    products: tuple[Row, ...]
     traced: bool = False
     notes: tuple[str, ...] = ()
     never_ran: tuple[str, ...] = ()
@@ -148,43 +149,51 @@ def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) 
 # ---- what conversion says ------------------------------------------------------------------------------------
 
 
-def _conversion(layer: Selection) -> Iterator[Product]:
+def _conversion(layer: Selection) -> Iterator[Row]:
     """The rows of one layer, without a batch."""
     name, module, weights = layer.name, layer.module, multiplied_weights(layer.module) or 0
     if not is_converted(module):
-        yield Product(name, "all", "float", "", _unconverted(layer), 3 * weights)
+        yield Row(name, "all", "float", "", _unconverted(layer), 3 * weights)
         return
     hidden = patched.hidden(module)
     if hidden:
         why = f"{hidden}; with a batch, explain says whether fqt's is still called"
-        yield Product(name, "all", "unknown", "", why, 3 * weights)
+        yield Row(name, "all", "unknown", "", why, 3 * weights)
         return
-    for product in OPERANDS:
+    for product in PRODUCTS:
         yield replace(_product(name, module, product), weights=weights)
     if isinstance(module, nn.MultiheadAttention):
-        yield Product(name, "query·keyᵀ, weights·value", "float", "", _ACTIVATIONS)
+        yield Row(name, "query·keyᵀ, weights·value", "float", "", _ACTIVATIONS)
 
 
 def _unconverted(layer: Selection) -> str:
     return layer.reason or "not converted"
 
 
-def _product(layer: str, module: nn.Module, product: str) -> Product:
+def _product(layer: str, module: nn.Module, product: str) -> Row:
     recipe: Recipe = module.fqt_recipe  # type: ignore[assignment]
-    names = OPERANDS[product]
-    left, right = (recipe.operand(name) for name in names)
-    words = dump_recipe(recipe)
-    operands = " × ".join(_words(words[name]) for name in names)
+    unit, map = recipe.product(product), linear_map(module)
+    name, other = PRODUCTS[product]
+    saved, again = unit.right == SAVED or product == "output", WEIGHT_AGAIN if other == "weight" else INPUT_AGAIN
+    second = (other, recipe.operand(other)) if saved else (again, unit.right)
+    words = " × ".join(_words(dump_operand(*said)) for said in ((name, unit.left), second))
+    left, right = operands(product, map, recipe)
     if left is None or right is None:
         exact = "grad_output" if product != "output" else "an operand"
-        return Product(layer, product, "float", operands, f"{exact if left is None else 'an operand'} stays float")
-    map = linear_map(module)
+        why = f"{exact if left is None else 'an operand'} stays float"
+        return Row(layer, product, "float", words, why + _more(product, unit))
     why = obstacle(product, map, recipe) or _machine(module)
     if why:
-        return Product(layer, product, "simulated", operands, why)
+        return Row(layer, product, "simulated", words, why + _more(product, unit))
     block = summed_in_blocks(product, map, recipe)
     why = f"{_INTEGER}, scaled between blocks of {block}" if block else _INTEGER
-    return Product(layer, product, "integer", operands, why)
+    return Row(layer, product, "integer", words, why + _more(product, unit))
+
+
+def _more(product: str, unit: Product) -> str:
+    """What a product does that its operands' names do not say."""
+    turned = "" if product != "output" or unit.rotate is None else f"; features rotated in blocks of {unit.rotate}"
+    return turned if unit.keep is None else f"{turned}; rows kept by {unit.keep}"
 
 
 def _machine(module: nn.Module) -> str:
@@ -246,7 +255,7 @@ class _Traced:
         """The converted layer that a parameter belongs to, by the parameter's name."""
 
     def explanation(self) -> Explanation:
-        rows: list[Product] = []
+        rows: list[Row] = []
         places = [_shown(name) for name, _ in named_modules(self.model)]
         for place in [*places, OUTSIDE]:
             if place in self.layers:
@@ -257,19 +266,19 @@ class _Traced:
         repeated = tuple((name, n) for name, n in self.entered.items() if n > 1 and name in self.layers)
         return Explanation(tuple(rows), True, tuple(self._notes(never, repeated)), never, repeated)
 
-    def _layer(self, layer: Selection) -> Iterator[Product]:
+    def _layer(self, layer: Selection) -> Iterator[Row]:
         """A converted layer's products, or one row for a layer that did not run."""
         module, weights = layer.module, multiplied_weights(layer.module) or 0
         witness = self.witnesses.get(layer.name)
         if witness is None:
             if layer.name not in self.floats:
                 why = _unconverted(layer) + ("; no product used them" if self._is_idle_matrix(layer.name) else "")
-                yield Product(layer.name, "all", "not run", "", why, 3 * weights, 0, 0)
+                yield Row(layer.name, "all", "not run", "", why, 3 * weights, 0, 0)
             return
         if not witness.products:
-            yield Product(layer.name, "all", "not run", "", self._why_not(layer.name), 3 * weights, 0, 0)
+            yield Row(layer.name, "all", "not run", "", self._why_not(layer.name), 3 * weights, 0, 0)
             return
-        for product in OPERANDS:
+        for product in PRODUCTS:
             said = replace(_product(layer.name, module, product), weights=weights)
             ran = [(arithmetic, count) for (name, arithmetic), count in witness.products.items() if name == product]
             for arithmetic, count in ran:
@@ -292,12 +301,12 @@ class _Traced:
             return "it was called, but fqt's forward was not: another one was put in its place"
         return "it was not called"
 
-    def _float(self, place: str, site: Site) -> Iterator[Product]:
+    def _float(self, place: str, site: Site) -> Iterator[Row]:
         operands, why = f"float × {site.weight.removeprefix(place + '.') or 'float'}", self._why_float(site)
         for direction, count in zip(("forward", "backward"), self.seen.floats[site], strict=True):
             if count.calls:
                 name = f"{site.operation}, {direction}"
-                yield Product(place, name, "float", operands, why, 0, count.calls, count.multiplications)
+                yield Row(place, name, "float", operands, why, 0, count.calls, count.multiplications)
 
     def _why_float(self, site: Site) -> str:
         owner = self.owner.get(site.weight)
@@ -343,7 +352,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [*own, *module.out_proj.parameters()] if isinstance(module, nn.MultiheadAttention) else own
 
 
-def _corrected(said: Product, arithmetic: str, module: nn.Module) -> Product:
+def _corrected(said: Row, arithmetic: str, module: nn.Module) -> Row:
     """The row of a product that ran otherwise than the recipe and the parameters say."""
     if arithmetic == "float" and not module.training:
         operands = f"float × {said.operands.split(' × ', 1)[1]}"

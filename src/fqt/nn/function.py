@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,24 +28,25 @@ from fqt.errors import FqtError
 from fqt.kernels import integer, ops
 from fqt.kernels.codes import Findings, compute_dtype
 from fqt.kernels.fold import Folded, Split
-from fqt.kernels.linear_map import LinearMap, rows
-from fqt.kernels.philox import fork_seed
+from fqt.kernels.linear_map import DenseMap, LinearMap, rows
+from fqt.kernels.philox import as_seed, fork_seed
 from fqt.kernels.ranges import RangeState
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
-from fqt.nn.arithmetic import folds, on_integers, rotates
+from fqt.nn.arithmetic import again, folds, on_integers, rotates
 from fqt.nn.ranges import Ranges
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
 from fqt.nn.witness import Witness
-from fqt.quant.grid import Integers
+from fqt.quant.keep import Keep
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.scale import Scale
 from fqt.quant.transform import Rotated
 
 _ROLES = {"grad_input": 0, "grad_weight": 1}
-_ROTATED = "rotated weight"
-_ROTATED_WEIGHT = Quantizer(scale=Scale("tensor", "symmetric"), grid=Integers(8))
+_RIGHT, _KEEP = 0, 1
+"""Who draws from a product's seed beside the quantizer of grad_output: that of the right operand, the sampler."""
+FORWARD_SIGNS = 0x6671745F7369676E
+"""The seed of the signs of the forward pass's rotation, the same everywhere and always: it draws nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class GradientOperand:
             product.
         weight: shape of the weight that the layer multiplied by in this call; None if the layer did not say.
         range: what the layer remembers, if the quantizer's range is not the tensor's own.
+        kept: whether `gradient` is a sample of grad_output's rows, or a part of their spectrum (`Product.keep`).
     """
 
     role: str
@@ -73,6 +75,7 @@ class GradientOperand:
     seed: Tensor
     weight: torch.Size | None = None
     range: RangeState | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,19 @@ class Call:
         The distributed rank is mixed in, so that equal seeds on all ranks stay independent: the rank that draws,
         not the one where a graph was made.
         """
+        return self._noise(role).to(device)
+
+    def right_noise(self, role: str, device: torch.device) -> Tensor:
+        """The seed of the quantizer of a product's right operand, where that is quantized again."""
+        return fork_seed(self._noise(role), _RIGHT).to(device)
+
+    def keep_noise(self, role: str, device: torch.device) -> Tensor:
+        """The seed of a product's sampler of rows."""
+        return fork_seed(self._noise(role), _KEEP).to(device)
+
+    def _noise(self, role: str) -> Tensor:
         assert self.seed is not None
-        seed = fork_seed(self.seed, 2 * _rank() + _ROLES["grad_input" if role == _ROTATED else role])
-        return (fork_seed(seed, 0) if role == _ROTATED else seed).to(device)
+        return fork_seed(self.seed, 2 * _rank() + _ROLES[role])
 
 
 def _rank() -> int:
@@ -190,13 +203,16 @@ def backward(
         if needs[0]:
             assert weight is not None
             w = _Operand.weight(weight, call)
-            grad_input, known = _grad_input(grad_output, w, call, shapes[0], input_dtype, known)
-            grad_input = call.as_laid_out(grad_input)
+            dtype = input_dtype if call.recipe.rotate is None else compute_dtype(input_dtype)
+            grad_input, found = _grad_input(grad_output, w, call, shapes[0], dtype, known)
+            known = known if call.recipe.product("grad_input").keep is not None else found
+            grad_input = call.as_laid_out(turned_back(grad_input, call, is_input=True).to(input_dtype))
             call.ran("grad_input", grad_output.shape, *shapes)
         if needs[1]:
             x = _Operand.unpacked(saved, seen)
-            grad_weight, known = _grad_weight(grad_output, x, call, shapes[1], known)
-            grad_weight = grad_weight.to(weight_dtype)
+            grad_weight, found = _grad_weight(grad_output, x, call, shapes[1], known)
+            known = known if call.recipe.product("grad_weight").keep is not None else found
+            grad_weight = turned_back(grad_weight, call, is_input=False).to(weight_dtype)
             call.ran("grad_weight", grad_output.shape, *shapes)
         if needs[2]:
             assert bias_dtype is not None
@@ -219,7 +235,41 @@ def input_parts(input: Tensor, call: Call) -> tuple[tuple[Tensor, ...], Seen | N
 def multiplied(x: Tensor, call: Call, is_input: bool) -> Tensor:
     """The values that the layer multiplies in place of an input or a weight: those that its codes stand for."""
     operand = _Operand.input(x, call, share=False) if is_input else _Operand.weight(x, call)
-    return operand.value(compute_dtype(x.dtype), call)
+    return turned_back(operand.value(compute_dtype(x.dtype), call), call, is_input)
+
+
+def turned_back(x: Tensor, call: Call, is_input: bool) -> Tensor:
+    """An input or a weight, or its gradient, of the layer's own layout, without the rotation of input features."""
+    if call.recipe.rotate is None:
+        return x
+    if is_input:
+        return call.map.unlay(_turned_input(call.map.lay(x), call, back=True))
+    return call.map.weight_restored(_turned_weight(call.map.weight_by_channel(x)[0], call, back=True))
+
+
+def _turned_input(x: Tensor, call: Call, back: bool = False) -> Tensor:
+    """An input laid out, its features rotated, or `back`; those of a group of channels among themselves."""
+    return _turned(x, -1, x.shape[-1] // call.map.groups, call, back)
+
+
+def _turned_weight(w: Tensor, call: Call, back: bool = False) -> Tensor:
+    """A weight by channel, turned as the input."""
+    axis = call.map.weight_contracted
+    return _turned(w, axis, w.shape[axis], call, back)
+
+
+def _turned(x: Tensor, axis: int, length: int, call: Call, back: bool) -> Tensor:
+    """Runs of `length` input features on an axis, rotated if the recipe says so.
+
+    Quantized so, both operands are multiplied so, and gradients are turned back. The signs are always the same.
+    """
+    block = call.recipe.rotate
+    if block is None or not x.numel():
+        return x
+    moved = x.movedim(axis, -1).to(compute_dtype(x.dtype))
+    rotation = Rotation.draw(as_seed(FORWARD_SIGNS, x.device), length, block, moved.dtype)
+    turn = rotation.undo_columns if back else rotation.columns
+    return turn(moved.reshape(-1, length)).view(moved.shape).movedim(-1, axis)
 
 
 def input_seen(shape: torch.Size, dtype: torch.dtype, call: Call) -> Seen | None:
@@ -248,9 +298,10 @@ class _Operand:
         axis = rows(call.map, q.scale.row_axis, x.ndim)
 
         def quantize() -> QuantizedTensor:
-            return q.quantize(call.map.lay(x), axis=axis, nonfinite="propagate")
+            return q.quantize(_turned_input(call.map.lay(x), call), axis=axis, nonfinite="propagate")
 
-        return _Operand(None, shared(x, q, axis, type(call.map), quantize) if share else quantize(), True)
+        kind = (type(call.map), call.recipe.rotate, call.recipe.rotate and call.map.groups)
+        return _Operand(None, shared(x, q, axis, kind, quantize) if share else quantize(), True)
 
     @staticmethod
     def weight(w: Tensor, call: Call) -> _Operand:
@@ -258,7 +309,8 @@ class _Operand:
         if q is None:
             return _Operand(w, None, False)
         by_channel, axis = call.map.weight_by_channel(w)
-        return _Operand(None, q.quantize(by_channel, axis=axis, nonfinite="propagate"), False)
+        turned = _turned_weight(by_channel, call)
+        return _Operand(None, q.quantize(turned, axis=axis, nonfinite="propagate"), False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -333,8 +385,11 @@ class _Gradient:
         """
         q = call.recipe.operand(role) if call.seed is not None else None
         habit = "channel" if role == "grad_weight" else None
-        axis = () if q is None else rows(call.map, q.scale.row_axis, grad.ndim, habit)
-        return _Gradient(call.map.lay(grad), role, call, q, axis, known)
+        values = call.map.lay(grad)
+        if role == "grad_weight" and q is not None and rotates(role, call.map, call.recipe):
+            values = values.flatten(0, -2)  # one run of tokens, whatever they belong to
+        axis = () if q is None else rows(call.map, q.scale.row_axis, values.ndim, habit)
+        return _Gradient(values, role, call, q, axis, known)
 
     @property
     def compute(self) -> torch.dtype:
@@ -345,16 +400,34 @@ class _Gradient:
         """What is remembered of it; None where it is quantized in its own range."""
         return None if self.call.ranges is None else self.call.ranges.state(self.role)
 
+    @property
+    def keep(self) -> Keep | None:
+        """What is kept of the rows; None for all of them."""
+        return self.call.recipe.product(self.role).keep if self.call.seed is not None else None
+
+    def kept(self, operand: _Operand) -> _Gradient:
+        """The same with what the product keeps of its rows, of which nothing is known yet."""
+        if self.keep is None:
+            return self
+        map, x = self.call.map, None
+        axes = self.values.ndim - 1 if isinstance(map, DenseMap) else 1
+        if operand.is_input and self.keep.sees_input:
+            x = map.lay(operand.value(self.compute, self.call))
+            x = x.flatten(0, -2) if axes < x.ndim - 1 and isinstance(map, DenseMap) else x
+        seed = self.call.keep_noise(self.role, self.values.device)
+        return replace(self, values=self.keep.apply(self.values.to(self.compute), x, seed, axes), known=Findings())
+
     def on_integers(self) -> bool:
         return self.quantizer is not None and self.call.on_integers(self.role, self.values)
 
     def rotation(self) -> Rotation | None:
-        """That of the features that the product contracts, which the other operand takes too; None without."""
+        """That of what the product contracts, which the other operand takes too; None without."""
         transform = None if self.quantizer is None else self.quantizer.transform
         if not isinstance(transform, Rotated) or not rotates(self.role, self.call.map, self.call.recipe):
             return None
         seed = self.call.noise(self.role, self.values.device)
-        return Rotation.draw(seed, self.values.shape[-1], transform.block, self.compute)
+        length = self.values.shape[-1 if self.role == "grad_input" else 0]
+        return Rotation.draw(seed, length, transform.block, self.compute)
 
     def codes(self, factor: Tensor | None) -> tuple[QuantizedTensor, Findings]:
         """Of the gradient times a factor that broadcasts against it; and what is known of the gradient then."""
@@ -377,7 +450,9 @@ class _Gradient:
         seed = self.call.noise(self.role, self.values.device)
         if self.call.observer is not None:
             seen = values.to(self.compute) if per_channel is None else values.to(self.compute) * per_channel
-            operand = GradientOperand(self.role, seen, folded, self.quantizer, self.axis, seed, range=self.range)
+            kept = self.keep is not None
+            more: dict[str, Any] = {"range": self.range, "kept": kept}
+            operand = GradientOperand(self.role, seen, folded, self.quantizer, self.axis, seed, **more)
             self.call.observer(operand)
         how: dict[str, Any] = {"axis": self.axis, "nonfinite": "propagate", "factor": per_channel}
         if self.quantizer.scale.remembers:
@@ -405,23 +480,30 @@ class _Gradient:
 def _grad_input(
     grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype, known: Findings
 ) -> tuple[Tensor, Findings]:
-    gradient = _Gradient.of(grad, "grad_input", call, known)
-    split = _split(gradient, weight)
-    if weight.codes is not None and gradient.on_integers():
+    gradient = _Gradient.of(grad, "grad_input", call, known).kept(weight)
+    if gradient.keep is not None and gradient.keep.turns:
+        grad_input, known = _from_gradient(
+            gradient, weight, torch.Size((*gradient.values.shape[:-1], shape[-1])), gradient.compute
+        )
+        return gradient.keep.back(grad_input, shape[-2]).to(dtype), known
+    return _from_gradient(gradient, weight, shape, dtype)
+
+
+def _from_gradient(
+    gradient: _Gradient, weight: _Operand, shape: torch.Size, dtype: torch.dtype
+) -> tuple[Tensor, Findings]:
+    """The input's gradient, of `shape`, from what is quantized of grad_output."""
+    call, known = gradient.call, gradient.known
+    split, turned = _split(gradient, weight), _turned_again(gradient, weight)
+    if gradient.on_integers():
         codes, known = gradient.codes(None if split is None else split.step)
-        w = weight.codes if split is None else split.codes
-        if codes.rotation is not None:
-            w = _rotated(w, codes.rotation, call.noise(_ROTATED, grad.device))
+        w = _multiplied(weight, split, turned)
         folded = split is not None
         return integer.grad_input(call.map, codes, w, folded, shape, _result_dtype(dtype)).to(dtype), known
+    if turned is not None:
+        estimate, known = gradient.value(None)
+        return call.map.grad_input(estimate, call.map.weight_restored(turned.value()), shape).to(dtype), known
     value = weight.value(gradient.compute, call)
-    rotation = gradient.rotation()
-    if weight.codes is not None and rotation is not None:
-        again = _rotated(weight.codes, rotation, call.noise(_ROTATED, grad.device))
-        back = rotation.undo_rows(
-            again.dequantize(gradient.compute).reshape(again.shape[0], math.prod(again.shape[1:]))
-        )
-        value = call.map.weight_restored(back.view(again.shape))
     if split is None:
         estimate, known = gradient.value(None)
         return call.map.grad_input(estimate, value, shape).to(dtype), known
@@ -435,30 +517,22 @@ def _grad_input(
     return product.to(dtype), known
 
 
-def _rotated(weight: QuantizedTensor, rotation: Rotation, seed: Tensor) -> QuantizedTensor:
-    """Rᵀ·weight along output channels, in codes: the other side of a product whose grad_output is rotated.
-
-    Quantized again from the forward pass's values, stochastically, at 8 bits: an unbiased estimate of them, so that
-    the product remains one. It adds about 3e-4 of the product's energy, which 8-bit gradients would notice.
-    """
-    value = weight.dequantize(weight.scales.step.dtype)
-    rotated = rotation.rows(value.reshape(value.shape[0], math.prod(value.shape[1:]))).view(value.shape)
-    return _ROTATED_WEIGHT.quantize(rotated, seed, nonfinite="propagate")
-
-
 def _grad_weight(
     grad: Tensor, input: _Operand, call: Call, shape: torch.Size, known: Findings
 ) -> tuple[Tensor, Findings]:
-    gradient = _Gradient.of(grad, "grad_weight", call, known)
-    split = _split(gradient, input)
-    if input.codes is not None and gradient.on_integers():
+    gradient = _Gradient.of(grad, "grad_weight", call, known).kept(input)
+    split, turned = _split(gradient, input), _turned_again(gradient, input)
+    if gradient.on_integers():
+        x = _multiplied(input, split, turned)
         if split is None:
             codes, known = gradient.codes(None)
-            return integer.grad_weight(call.map, codes, input.codes, None, shape), known
+            return integer.grad_weight(call.map, codes, x, None, shape), known
         codes, sums, known = gradient.codes_by_row(split)
-        x = split.codes
         share = None if sums is None else integer.share_by_tap(call.map, sums, codes.shape, x.shape, shape)
         return integer.grad_weight(call.map, codes, x, Folded(split.centre, share), shape), known
+    if turned is not None:
+        estimate, known = gradient.value(None)
+        return call.map.grad_weight(estimate, call.map.unlay(turned.value()), shape), known
     value = input.value(gradient.compute, call)
     if split is None:
         estimate, known = gradient.value(None)
@@ -471,6 +545,64 @@ def _grad_weight(
         exact = call.map.unlay(offset.expand(laid.shape))
         result = result + call.map.grad_weight(gradient.exact(), exact, shape)
     return result, known
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A forward operand quantized again for one backward product, laid out; turned as its grad_output is.
+
+    Attributes:
+        codes: of the operand, rotated along its first axis if there is a `rotation`.
+    """
+
+    codes: QuantizedTensor
+    rotation: Rotation | None
+    dtype: torch.dtype
+
+    def value(self) -> Tensor:
+        """What the codes stand for, turned back."""
+        value = self.codes.dequantize(self.dtype)
+        if self.rotation is None:
+            return value
+        return self.rotation.undo_rows(value.reshape(value.shape[0], math.prod(value.shape[1:]))).view(value.shape)
+
+
+def _turned_again(gradient: _Gradient, operand: _Operand) -> _Again | None:
+    """The right operand where this product does not take the codes of the forward pass.
+
+    Quantized again from the values of these codes, which an unbiased quantizer estimates: the product remains an
+    unbiased estimate of the QAT gradient's.
+    """
+    call, role = gradient.call, gradient.role
+    q = again(role, call.map, call.recipe) if call.seed is not None else None
+    if q is None:
+        return None
+    value = operand.value(gradient.compute, call)
+    if operand.is_input:
+        laid = call.map.lay(value)
+        contracted: tuple[int, ...] = tuple(range(laid.ndim - 1))
+    else:
+        laid, contracted = call.map.weight_by_channel(value)
+    rotation = gradient.rotation()
+    if rotation is not None and operand.is_input:  # of a Linear, as its gradient
+        laid, contracted = laid.flatten(0, -2), (0,)
+    if gradient.keep is not None and operand.is_input:
+        laid = gradient.keep.turned(laid)
+    if rotation is not None:  # along tokens, or the first axis of a weight that is neither grouped nor transposed
+        laid = rotation.rows(laid.reshape(laid.shape[0], math.prod(laid.shape[1:]))).view(laid.shape)
+    others = tuple(d for d in range(laid.ndim) if d not in contracted)
+    axis = contracted if q.scale.group == "tensor" else others
+    seed = call.right_noise(role, laid.device)
+    return _Again(q.quantize(laid, seed, axis=axis, nonfinite="propagate"), rotation, gradient.compute)
+
+
+def _multiplied(operand: _Operand, split: Split | None, turned: _Again | None) -> QuantizedTensor:
+    """The codes of a product's right operand."""
+    if turned is not None:
+        return turned.codes
+    codes = operand.codes if split is None else split.codes
+    assert codes is not None
+    return codes
 
 
 def _split(gradient: _Gradient, operand: _Operand) -> Split | None:

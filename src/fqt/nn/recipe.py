@@ -1,8 +1,13 @@
-"""Recipes: which quantizer each operand of a layer's three products gets, and which layers get which recipe.
+"""Recipes: what each of a layer's three products multiplies, and which layers get which recipe.
 
     output      = input · weightᵀ            operands `input`, `weight`: deterministic
     grad_input  = grad_output · weight       grad_output quantized by `grad_input`
     grad_weight = grad_outputᵀ · input       grad_output quantized by `grad_weight`
+
+The unit is the product (`fqt.nn.product`): `Recipe.product(name)` is what layers, `arithmetic` and `explain` ask. A
+recipe is written operand by operand, since most say no more: a backward product that says more is a `Product` in
+its place, the output's rotation stands beside its operands. Recipes that hold three products were rejected: one
+operand could not be replaced without the rest of its product, and `grad_input="bhq4"` would have to guess a fold.
 
 A recipe is named after what is quantized differently from QAT: `bhq4` sets `grad_input` and leaves the rest as
 the paper has it (per-tensor 8 bits). One quantizer type serves all four operands; a table of knobs per operand
@@ -20,15 +25,28 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.kernels.rounding import NEAREST, STOCHASTIC
-from fqt.quant.catalog import METHODS, known_names, quantizer, quantizer_name, rounded
+from fqt.nn.named import DEFAULT as DEFAULT
+from fqt.nn.named import RECIPES
+from fqt.nn.product import SAVED, Product, check_block, check_fold
+from fqt.quant.catalog import METHODS, quantizer, quantizer_name, rounded
 from fqt.quant.grid import Integers, grid_from
+from fqt.quant.keep import WORDS, keep_from
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
 from fqt.records import read_toml
 
 OPERANDS = ("input", "weight", "grad_input", "grad_weight")
-FOLDS = ("never", "auto", "always")
+PRODUCTS = {
+    "output": ("input", "weight"),
+    "grad_input": ("grad_input", "weight"),
+    "grad_weight": ("grad_weight", "input"),
+}
+"""What each product multiplies, by field of `Recipe`."""
+
+WEIGHT_AGAIN = "the right operand of grad_input"
+INPUT_AGAIN = "the right operand of grad_weight"
+"""What the forward's operands are called where a backward product quantizes them again."""
 
 
 @dataclass(frozen=True)
@@ -55,52 +73,73 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The four operands' quantizers; a quantizer, its name, or None for float.
+    """What a layer's three products multiply: the four operands' quantizers, and what a product says beside them.
+
+    A quantizer, its name, or None for float; of a backward product also a `Product`. An attribute is what was
+    written there; `operand(name)` is the quantizer of an operand, `product(name)` the whole of a product.
 
     Attributes:
         input, weight: nearest rounding, no transform; a name ("psq8") means that here, and symmetric codes for
             `weight`.
         grad_input, grad_weight: the two quantizers of the same grad_output. Stochastic, dithered or best: the
             gradient is then an unbiased estimate of the QAT gradient. Nearest (an explicit "…n") is biased and
-            there for comparison. One with a remembered range is biased by what it clips.
+            there for comparison. One with a remembered range is biased by what it clips. A `Product` instead says
+            more of the product than its left operand.
+        rotate: the largest block of the fixed rotation of input features that input and weight take before they are
+            quantized, and which cancels in the output; a power of two, or None.
         fold: whether a step on a contracted axis (of `weight` in grad_input, of `input` in grad_weight) moves
             into grad_output before that is quantized: "never"; "always"; "auto", where the closed-form bound of
             the product's variance does not rise. Unbiased either way; only "always" lets such a product run on
             integers.
         rules: exceptions by layer name, first match wins.
+        output: instead of `input`, `weight` and `rotate`: the first product written out, `Product(left, right,
+            rotate)`. It is taken apart, and reads None.
         text: the same without rules, as one line of JSON; `Recipe.of_text` gives an equal recipe back in any
             process. Compiled graphs and exported programs hold it. Empty if a transform has no words for it.
     """
 
     input: Quantizer | str | None = "ptq8"
     weight: Quantizer | str | None = "ptq8"
-    grad_input: Quantizer | str | None = None
-    grad_weight: Quantizer | str | None = None
+    grad_input: Quantizer | Product | str | None = None
+    grad_weight: Quantizer | Product | str | None = None
+    rotate: int | None = None
     fold: str = "never"
     rules: tuple[Rule, ...] = ()
+    output: Product | None = field(compare=False, repr=False, default=None)
     text: str = field(init=False, compare=False, repr=False, default="")
 
     def __post_init__(self) -> None:
+        if self.output is not None:
+            self._take_apart(self.output)
         for operand in OPERANDS:
-            object.__setattr__(self, operand, _operand(operand, getattr(self, operand)))
-        if self.fold not in FOLDS:
-            raise FqtError(f"unknown fold {self.fold!r}; known: {', '.join(FOLDS)}")
+            object.__setattr__(self, operand, _entry(operand, getattr(self, operand)))
+        check_fold(self.fold)
+        check_block(self.rotate)
+        if self.rotate is not None and (self.input is None or self.weight is None):
+            raise FqtError("rotate turns the features of both input and weight: quantize both, or give rotate=None")
         if not isinstance(self.rules, list | tuple):
             raise FqtError(f"rules must be a list of Rule(pattern, recipe), not {self.rules!r}")
         object.__setattr__(self, "rules", tuple(self.rules))
         wrong = next((rule for rule in self.rules if not isinstance(rule, Rule)), None)
         if wrong is not None:
             raise FqtError(f"rules must be Rule(pattern, recipe), not {wrong!r}")
-        gradients = [(role, self.operand(role)) for role in ("grad_input", "grad_weight")]
-        remembers = [role for role, q in gradients if q is not None and q.scale.remembers]
-        if self.fold == "auto" and remembers:
-            raise FqtError(
-                f"fold 'auto' may change {remembers[0]}'s scale at any step: its range cannot be remembered"
-            )
         self._derive()
+        for role in ("grad_input", "grad_weight"):
+            q = self.operand(role)
+            if q is not None and q.scale.remembers and self.product(role).fold == "auto":
+                raise FqtError(f"fold 'auto' may change {role}'s scale at any step: its range cannot be remembered")
+
+    def _take_apart(self, output: Product) -> None:
+        unfit = not isinstance(output, Product) or output.right == SAVED
+        if unfit or output.fold is not None or output.keep is not None:
+            raise FqtError(f"output must be Product(left, right, rotate), of input and of weight, not {output!r}")
+        for name, value in (("input", output.left), ("weight", output.right), ("rotate", output.rotate)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "output", None)
 
     def _derive(self) -> None:
-        """Sets the hash, which layers need at every call, and `text`, which a traced layer must only read."""
+        """Sets what layers need at every call, and `text`, which a traced layer must only read."""
+        object.__setattr__(self, "_products", {name: _product(self, name) for name in PRODUCTS})
         object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare)))
         object.__setattr__(self, "text", _text(self))
 
@@ -123,8 +162,20 @@ class Recipe:
     def operand(self, name: str) -> Quantizer | None:
         """The quantizer of one of the four operands, by field name."""
         value = getattr(self, name)
+        value = value.left if isinstance(value, Product) else value
         assert value is None or isinstance(value, Quantizer)
         return value
+
+    def with_operand(self, name: str, value: Quantizer | None) -> Recipe:
+        """The recipe with another quantizer of one operand, and everything else that its product says."""
+        before = getattr(self, name)
+        changed: dict[str, Any] = {name: replace(before, left=value) if isinstance(before, Product) else value}
+        return replace(self, **changed)
+
+    def product(self, name: str) -> Product:
+        """All there is to "output", "grad_input" or "grad_weight": no names, and nothing left to the recipe."""
+        found: Product = self._products[name]  # type: ignore[attr-defined]
+        return found
 
     @property
     def is_float(self) -> bool:
@@ -134,6 +185,66 @@ class Recipe:
     def __str__(self) -> str:
         words = [f"{k}={v}" for k, v in dump_recipe(self).items() if k != "rules"]
         return recipe_name(self) or ", ".join([*words, f"{len(self.rules)} rules"] if self.rules else words)
+
+
+def _product(recipe: Recipe, name: str) -> Product:
+    """The whole of a product, from what the recipe's attributes say."""
+    if name == "output":
+        return Product(recipe.input, recipe.weight, recipe.rotate, fold="never")
+    entry = getattr(recipe, name)
+    if isinstance(entry, Product):
+        return replace(entry, fold=entry.fold or recipe.fold)
+    return Product(entry, SAVED, _turned_by(name, entry), fold=recipe.fold)
+
+
+def _turned_by(operand: str, left: Quantizer | None) -> int | None:
+    """The block of the rotation that a product's left operand brings with it: of grad_input, whose features are
+    contracted."""
+    turned = operand == "grad_input" and left is not None and isinstance(left.transform, Rotated)
+    return left.transform.block if turned else None  # type: ignore[union-attr]
+
+
+def _entry(operand: str, value: Any) -> Quantizer | Product | None:
+    """What an attribute's entry stands for: a product that says no more than its left operand is that."""
+    if not isinstance(value, Product) or operand in ("input", "weight"):
+        return _operand(operand, value)
+    left = _operand(operand, value.left)
+    if value.rotate is not None:
+        left = _turned(operand, left, value.rotate)
+    rotate = _turned_by(operand, left) if value.rotate is None else value.rotate
+    right = value.right if value.right == SAVED else _again(operand, value.right)
+    found = replace(value, left=left, right=right, rotate=rotate)
+    return left if found == Product(left, SAVED, _turned_by(operand, left)) else found
+
+
+def _turned(operand: str, left: Quantizer | None, block: int) -> Quantizer:
+    """The left operand of a backward product whose contraction is rotated."""
+    if left is None:
+        raise FqtError(f"rotate is there for the quantizer of {operand}, and it has none: give rotate=None")
+    if left.scale.row_axis is not None and (left.scale.axis == "channel") != (operand == "grad_weight"):
+        raise FqtError(
+            f"{operand} is rotated along what it contracts, and {left.scale.axis}s are not its rows then"
+        )
+    if not isinstance(left.transform, Rotated):
+        return left.with_transform(Rotated(left.transform, block))
+    if left.transform.block != block:
+        raise FqtError(f"{operand} is rotated in blocks of {left.transform.block} and of {block}: say one")
+    return left
+
+
+def _again(operand: str, value: Quantizer | str | None) -> Quantizer:
+    """The quantizer of a backward product's right operand that is not the saved one."""
+    name = WEIGHT_AGAIN if operand == "grad_input" else INPUT_AGAIN
+    found = _operand(name, value)
+    if found is None:
+        raise FqtError(f"{name} is {SAVED!r} or a quantizer, not {value!r}")
+    if not isinstance(found.transform, Identity):
+        raise FqtError(f"{name} takes no transform of its own: give the product rotate=128")
+    if found.scale.axis is not None:
+        raise FqtError(f"the rows of {name} are what the product does not contract: give no axis")
+    if found.scale.remembers:
+        raise FqtError(f"{name} is quantized in its own range: layers remember those of grad_output only")
+    return found
 
 
 def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
@@ -161,6 +272,8 @@ def _named_operand(operand: str, name: str) -> Quantizer | None:
     if name in ("none", "float"):
         return None
     value = quantizer(name)
+    if operand == WEIGHT_AGAIN and value.rounding in (NEAREST, STOCHASTIC) and not isinstance(value, Best):
+        return replace(value, scale=replace(value.scale, mode="symmetric"))
     if operand not in ("input", "weight"):
         return value
     if value.rounding == STOCHASTIC and not isinstance(value, Best):
@@ -170,49 +283,25 @@ def _named_operand(operand: str, name: str) -> Quantizer | None:
     return value
 
 
-DEFAULT = "default"
-
-
-_RECIPES: dict[str, dict[str, Any]] = {
-    "none": {"input": None, "weight": None},
-    "qat": {},
-    # Chosen by measured gradient variance: see the table in docs/recipes.md.
-    DEFAULT: {
-        "input": "psq8",
-        "weight": "psq8@channel",
-        "grad_input": "psq8x",
-        "grad_weight": "psq8x@channel",
-        "fold": "always",
-    },
-    # Every operand of all three products in four bits; the gradient stays unbiased.
-    "int4all": {
-        "input": "psq4",
-        "weight": "psq4@channel",
-        "grad_input": "shq4d",
-        "grad_weight": "shq4d@channel",
-        "fold": "always",
-    },
-}
-"""Recipes with a name of their own; all others are named after their `grad_input`."""
-
-
+@lru_cache(maxsize=512)
 def _named(name: str) -> Recipe:
     """The recipe of that name."""
-    if name in _RECIPES:
-        return Recipe(**_RECIPES[name])
+    if name in RECIPES:
+        return Recipe(**RECIPES[name])
     try:
         return Recipe(grad_input=quantizer(name), grad_weight="ptq8")
     except FqtError:
         if any(name.startswith(method.name.partition("*")[0]) for method in METHODS.values()):
             raise
         raise FqtError(
-            f"unknown recipe {name!r}; known: {', '.join(_RECIPES)}, a TOML file, or a quantizer: {known_names()}"
+            f"unknown recipe {name!r}; known: {', '.join(RECIPES)}; a TOML file; or a quantizer, such as 'psq4' or "
+            "'bhq8d' (fqt catalog lists them)"
         ) from None
 
 
 def recipe_name(recipe: Recipe) -> str | None:
     """The name that `load_recipe` would build this recipe from, or None."""
-    candidates = list(_RECIPES)
+    candidates = list(RECIPES)
     if isinstance(recipe.grad_input, Quantizer):
         candidates.append(quantizer_name(recipe.grad_input) or "qat")
     return next((name for name in candidates if _named(name) == recipe), None)
@@ -224,7 +313,8 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
     The mapping's keys are the fields of `Recipe`, and `base`, the name of the recipe to start from. An operand
     is a name ("psq8@channel", "none") or a table with the words of `Quantizer`: transform ("none",
     "householder", "hadamard"), guard, rotate (the block of a rotation of features), group, mode, axis, store,
-    range, grid, bits, rounding. `rules` is a list of tables with `pattern` and `recipe`.
+    range, grid, bits, rounding. A table with `left` is a `Product`: left, right, rotate, keep, fold. `rules` is a
+    list of tables with `pattern` and `recipe`.
 
     Raises:
         FqtError: says what is unknown or wrong, and what is known.
@@ -253,7 +343,9 @@ def _from_mapping(table: Mapping[str, Any]) -> Recipe:
     _only(table, known, "recipe")
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key in OPERANDS and isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (key == "output" or (key in OPERANDS and "left" in value)):
+            values[key] = _product_from(value)
+        elif key in OPERANDS and isinstance(value, Mapping):
             values[key] = _quantizer_from(value)
         elif key == "rules":
             values[key] = _rules_from(value)
@@ -277,6 +369,17 @@ def _rule_from(table: Mapping[str, Any]) -> Rule:
         raise FqtError(f"a rule needs a pattern and a recipe; this one has {', '.join(table) or 'nothing'}")
     recipe = table["recipe"]
     return Rule(table["pattern"], _from_mapping(recipe) if isinstance(recipe, Mapping) else recipe)
+
+
+def _product_from(table: Mapping[str, Any]) -> Product:
+    _only(table, {f.name for f in fields(Product)}, "product")
+    values = dict(table)
+    for name in ("left", "right"):
+        if isinstance(values.get(name), Mapping):
+            values[name] = _quantizer_from(values[name])
+    if "keep" in values:
+        values["keep"] = keep_from(values["keep"])
+    return Product(**values)
 
 
 _TRANSFORMS: dict[str, type[Transform]] = {
@@ -334,6 +437,8 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     table: dict[str, Any] = {
         operand: json.loads(_operand_text(operand, getattr(recipe, operand))) for operand in OPERANDS
     }
+    if recipe.rotate is not None:
+        table["rotate"] = recipe.rotate
     table["fold"] = recipe.fold
     if recipe.rules:
         table["rules"] = [
@@ -343,23 +448,44 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _text(recipe: Recipe) -> str:
-    operands = [(operand, recipe.operand(operand)) for operand in OPERANDS]
-    if any(q is not None and _transform_words(q.transform) is None for _, q in operands):
+    quantizers = [recipe.operand(operand) for operand in OPERANDS]
+    if any(q is not None and _transform_words(q.transform) is None for q in quantizers):
         return ""
-    words = [f'"{operand}":{_operand_text(operand, q)}' for operand, q in operands]
-    return "{" + ",".join([*words, f'"fold":"{recipe.fold}"']) + "}"
+    keeps = [recipe.product(name).keep for name in PRODUCTS]
+    if any(keep is not None and type(keep) not in WORDS for keep in keeps):
+        return ""
+    words = [f'"{operand}":{_operand_text(operand, getattr(recipe, operand))}' for operand in OPERANDS]
+    more = [] if recipe.rotate is None else [f'"rotate":{recipe.rotate}']
+    return "{" + ",".join([*words, *more, f'"fold":"{recipe.fold}"']) + "}"
 
 
 @lru_cache(maxsize=512)  # naming a quantizer tries all names, and every recipe is written as it is made
-def _operand_text(operand: str, value: Quantizer | None) -> str:
-    return json.dumps(_dump_operand(operand, value), separators=(",", ":"))
+def _operand_text(operand: str, value: Quantizer | Product | None) -> str:
+    dumped = _dump_product(operand, value) if isinstance(value, Product) else dump_operand(operand, value)
+    return json.dumps(dumped, separators=(",", ":"))
 
 
-def _dump_operand(operand: str, value: Quantizer | None) -> Any:
+def _dump_product(operand: str, unit: Product) -> dict[str, Any]:
+    table = {f.name: getattr(unit, f.name) for f in fields(unit)}
+    again = WEIGHT_AGAIN if operand == "grad_input" else INPUT_AGAIN
+    table |= {"left": dump_operand(operand, unit.left), "right": dump_operand(again, unit.right)}
+    table["keep"] = None if unit.keep is None else unit.keep.words
+    return {k: v for k, v in table.items() if v is not None}
+
+
+def dump_operand(operand: str, value: Quantizer | str | None) -> Any:
+    """What an operand's entry is written as: "none", a name, "saved", or a table.
+
+    Args:
+        operand: by field name of `Recipe`; a name means another quantizer in the forward pass than in the backward.
+        value: its quantizer.
+    """
+    if isinstance(value, str):
+        return value
     if value is None:
         return "none"
     names = [quantizer_name(value)]
-    if operand == "weight" and isinstance(value.grid, Integers) and value.scale.store == "float32":
+    if operand in ("weight", WEIGHT_AGAIN) and isinstance(value.grid, Integers) and value.scale.store == "float32":
         names.insert(0, quantizer_name(replace(value, scale=replace(value.scale, mode="affine"))))
     for name in names:
         if name is not None and _named_operand(operand, name) == value:

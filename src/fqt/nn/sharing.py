@@ -8,7 +8,7 @@ that waits for its backward pass) and the input has not been written to.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
@@ -16,13 +16,13 @@ from fqt.kernels.codes import Scales
 from fqt.kernels.tensor import QuantizedTensor, RowView
 from fqt.quant.quantizer import Quantizer
 
-_Key = tuple[Quantizer, tuple[int, ...], type]
+_Key = tuple[Quantizer, tuple[int, ...], Hashable]
 _Parts = tuple[RowView, weakref.ref[Tensor], Scales]
 _known: dict[int, tuple[weakref.ref[Tensor], tuple, dict[_Key, _Parts]]] = {}
 
 
 def shared(
-    x: Tensor, quantizer: Quantizer, axis: tuple[int, ...], kind: type, quantize: Callable[[], QuantizedTensor]
+    x: Tensor, quantizer: Quantizer, axis: tuple[int, ...], kind: Hashable, quantize: Callable[[], QuantizedTensor]
 ) -> QuantizedTensor:
     """The codes of `x` by a deterministic quantizer: those of an earlier call if they still live, else new ones.
 
@@ -31,7 +31,7 @@ def shared(
 
     Args:
         x: the input as the layer got it.
-        quantizer, axis, kind: what the codes depend on beside x: `kind` of linear map, which lays x out.
+        quantizer, axis, kind: what the codes depend on beside x: `kind` is how x is laid out and turned.
         quantize: makes them.
     """
     if x.is_leaf or x.is_inference():

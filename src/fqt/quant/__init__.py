@@ -15,6 +15,11 @@ from fqt.quant.grid import Grid as Grid
 from fqt.quant.grid import Integers as Integers
 from fqt.quant.grid import Logarithmic as Logarithmic
 from fqt.quant.grid import Pairs as Pairs
+from fqt.quant.keep import ByRange as ByRange
+from fqt.quant.keep import Keep as Keep
+from fqt.quant.keep import Leverage as Leverage
+from fqt.quant.keep import LowSequency as LowSequency
+from fqt.quant.keep import Sequency as Sequency
 from fqt.quant.quantizer import Best as Best
 from fqt.quant.quantizer import Quantizer as Quantizer
 from fqt.quant.scale import Scale as Scale

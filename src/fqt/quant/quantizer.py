@@ -106,6 +106,10 @@ class Quantizer:
         """The same quantizer at another width."""
         return replace(self, grid=self.grid.with_bits(bits))
 
+    def with_transform(self, transform: Transform) -> Quantizer:
+        """The same quantizer after another transform."""
+        return replace(self, transform=transform)
+
     def bits_stored(self, shape: Sequence[int], *, axis: int | tuple[int, ...] = 0) -> float:
         """Bits that a tensor of this shape takes when it is stored: codes, and what turns them back.
 
@@ -485,6 +489,10 @@ class Best(Quantizer):
     def with_bits(self, bits: int) -> Best:
         """The same choice at another width."""
         return Best(candidates=tuple(q.with_bits(bits) for q in self.candidates))
+
+    def with_transform(self, transform: Transform) -> Best:
+        """The same choice after another transform."""
+        return Best(candidates=tuple(q.with_transform(transform) for q in self.candidates))
 
     def _codes(
         self, x: Entries, view: RowView, key: Tensor | None, known: Findings | None

@@ -101,7 +101,16 @@ class Operands:
         self._seen: tuple[Any, Tensor, _Matrix] | None = None
 
     def __call__(self, name: str, operand: GradientOperand) -> None:
-        """Takes one operand of the pass under way."""
+        """Takes one operand of the pass under way.
+
+        Raises:
+            FqtError: it is a sample of grad_output's rows.
+        """
+        if operand.kept:
+            raise FqtError(
+                f"layer {name!r} keeps a part of grad_output's rows, whose variance is not its quantizers' alone: "
+                "measure the whole with quantization_variance, or give its products no keep"
+            )
         if self._fresh:
             self.order, self.uses, self._fresh = [], {}, False
         if not self.order or self.order[-1] != name:

@@ -277,7 +277,7 @@ def with_widths(recipes: Mapping[str, Recipe], widths: Mapping[str, int]) -> Rec
     for layer, recipe in recipes.items():
         quantizer = recipe.operand("grad_input")
         if layer in widths and quantizer is not None:
-            recipe = replace(recipe, grad_input=quantizer.with_bits(widths[layer]))
+            recipe = recipe.with_operand("grad_input", quantizer.with_bits(widths[layer]))
         changed[layer] = replace(recipe, rules=())
     if set(changed) == {""}:
         return changed[""]  # the model is one layer

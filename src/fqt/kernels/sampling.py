@@ -1,0 +1,85 @@
+"""Samples of rows with weights 1/p, and rows of a Walsh–Hadamard transform in the order of their sequency.
+
+Row i is kept with probability p_i, independently, and then weighted by 1/p_i: Σ_i (m_i/p_i) v_i has mean Σ_i v_i,
+and its variance is Σ_i (1/p_i − 1)‖v_i‖², exactly. For a given Σ p that is least at p_i ∝ ‖v_i‖, capped at 1.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fqt.kernels.philox import STREAM_KEEP, random_u24
+
+_FINEST = 1 << 24
+
+
+def capped(score: Tensor, share: float) -> Tensor:
+    """Probabilities in proportion to a score, capped at 1.
+
+    Rows of the largest score are kept for certain, as many as would get more than 1; the others share the rest.
+
+    Args:
+        score: (N,) float64, not negative. A score of 0 has probability 0: its row must be zero.
+        share: Σ p is share · N, in (0, 1]; less where fewer rows have a score.
+
+    Returns:
+        (N,) float64, multiples of 2⁻²⁴, rounded up so that sampling is exact. NaN where a score is not finite.
+    """
+    n = score.numel()
+    if not n:
+        return score
+    sorted_, _ = score.sort(descending=True, stable=True)
+    rest = sorted_.flip(0).cumsum(0).flip(0)  # of this row and all smaller ones
+    left = share * n - torch.arange(n, device=score.device)  # for them, if all larger ones are certain
+    first = (left * sorted_ <= rest).int().argmax().reshape(1)
+    rate = left[first] / rest[first]
+    p = torch.where(score == 0, 0.0, (score * rate).clamp(max=1.0))
+    p = (p * _FINEST).ceil() / _FINEST
+    return torch.where(torch.isfinite(rest[:1]), p, torch.nan)
+
+
+def weights(p: Tensor, seed: Tensor) -> Tensor:
+    """(N,) float64: m/p, m = 1 with probability p (N,), independently; 0 where p is."""
+    kept = random_u24(seed, STREAM_KEEP, p.numel()).double() < p * _FINEST
+    return torch.where(p == 0, 0.0, kept / p)
+
+
+def variance(p: Tensor, square: Tensor) -> Tensor:
+    """Σ (1/p − 1) · square, float64 scalar: of the weighted sum of rows with these squared norms (N,)."""
+    return torch.where(p == 0, 0.0, (1 / p - 1) * square).sum()
+
+
+@lru_cache(maxsize=16)
+def _walsh(block: int, rows: int) -> tuple[tuple[float, ...], ...]:
+    h = [[1.0]]
+    while len(h) < block:
+        h = [row + row for row in h] + [row + [-v for v in row] for row in h]
+    by_sequency = sorted(h, key=lambda row: sum(a != b for a, b in pairwise(row)))
+    return tuple(tuple(v * block**-0.5 for v in row) for row in by_sequency[:rows])
+
+
+def walsh(block: int, rows: int, like: Tensor) -> Tensor:
+    """(rows, block): the rows of the orthonormal Walsh–Hadamard matrix with the fewest changes of sign."""
+    return torch.tensor(_walsh(block, rows), dtype=like.dtype, device=like.device)
+
+
+def sequency(x: Tensor, block: int, rows: int) -> Tensor:
+    """Neighbouring tokens in the Walsh domain, (…, N, D) to (…, ceil(N / block) · rows, D).
+
+    The last block is filled up with zeros.
+    """
+    count = -(-x.shape[-2] // block)
+    x = torch.nn.functional.pad(x, (0, 0, 0, count * block - x.shape[-2]))
+    found = walsh(block, rows, x) @ x.unflatten(-2, (count, block))
+    return found.flatten(-3, -2)
+
+
+def undo_sequency(y: Tensor, block: int, rows: int, length: int) -> Tensor:
+    """The transposed map, (…, ceil(N / block) · rows, D) to (…, N, D): the inverse if all rows are there."""
+    count = -(-length // block)
+    found = walsh(block, rows, y).T @ y.unflatten(-2, (count, rows))
+    return found.flatten(-3, -2).narrow(-2, 0, length)

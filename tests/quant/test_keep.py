@@ -1,0 +1,160 @@
+"""What is kept of rows: probabilities, weights, exact variances, and the order of a spectrum."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fqt import FqtError
+from fqt.kernels import sampling
+from fqt.quant import ByRange, Leverage, LowSequency, Sequency
+from fqt.quant.keep import KEEPS, Keep, Sampled, keep_from
+
+
+def rows(seed: int = 0, n: int = 40, width: int = 6) -> Tensor:
+    """Rows of very different size, two of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator) * torch.randn(n, 1, generator=generator).mul(1.5).exp()
+    x[3] = x[17] = 0
+    return x
+
+
+def by_rounds(score: Tensor, budget: float) -> Tensor:
+    """The papers' rule as they have it: a probability above 1 is fixed there, and the rest share again."""
+    fixed = torch.zeros_like(score, dtype=torch.bool)
+    while True:
+        p = torch.where(fixed, 1.0, score * (budget - fixed.sum()) / score[~fixed].sum())
+        if not bool((p[~fixed] > 1).any()):
+            return p
+        fixed |= p > 1
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.8])
+def test_probabilities_are_capped_and_share_the_rest(share: float) -> None:
+    score = rows().norm(dim=1).double()
+    p = sampling.capped(score, share)
+    torch.testing.assert_close(p, by_rounds(score, share * 40), rtol=0, atol=2**-23)
+    assert float(p.sum()) == pytest.approx(40 * share, abs=40 * 2**-23)
+    assert bool((p[[3, 17]] == 0).all())
+    assert bool(((p * 2**24) % 1 == 0).all())
+
+
+def test_probabilities_of_few_or_equal_rows() -> None:
+    assert sampling.capped(torch.zeros(0, dtype=torch.float64), 0.5).shape == (0,)
+    assert sampling.capped(torch.zeros(5, dtype=torch.float64), 0.5).tolist() == [0] * 5
+    assert sampling.capped(torch.tensor([0.0, 2, 0, 0], dtype=torch.float64), 0.5).tolist() == [0, 1, 0, 0]
+    assert sampling.capped(torch.full((8,), 3.0, dtype=torch.float64), 0.5).tolist() == [0.5] * 8
+    assert sampling.capped(torch.rand(9, dtype=torch.float64), 1.0).tolist() == [1] * 9
+    assert bool(sampling.capped(torch.tensor([1.0, math.nan]).double(), 0.5).isnan().all())
+
+
+def test_weights_have_mean_one() -> None:
+    """Of 4,000 seeds × 20 rows the largest z is below 5: a false alarm in 1e-5."""
+    p = torch.linspace(0.05, 1, 20, dtype=torch.float64).mul(2**24).ceil() / 2**24
+    draws = torch.stack([sampling.weights(p, torch.tensor(seed)) for seed in range(4000)])
+    error = ((1 / p - 1) / 4000).sqrt() + 1e-9
+    assert float(((draws.mean(0) - 1) / error).abs().max()) < 5
+    correlation = torch.corrcoef(draws.T[:-1])
+    assert float((correlation - torch.eye(19)).abs().max()) < 5 / 4000**0.5
+
+
+SAMPLED: dict[str, Keep] = {
+    "leverage": Leverage(0.5),
+    "range": ByRange(0.4),
+    "sequency": Sequency(4, 8),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_variance_is_exact_and_the_mean_unbiased(name: str, alone: bool) -> None:
+    """2,000 draws: the mean squared error within 7 standard errors (false alarm below 1e-9), the mean likewise."""
+    keep, g = SAMPLED[name], rows().double() + 0.2
+    x = None if alone else rows(1, width=5).double()
+    truth = g if x is None else g.T @ x
+    found = []
+    for seed in range(2000):
+        kept = keep.apply(g, x, torch.tensor(seed), 1)
+        found.append(keep.back(kept, len(g)) if x is None else kept.T @ keep.turned(x))
+    errors = torch.stack(found) - truth
+    squares = errors.square().sum((1, 2))
+    exact = float(keep.variance(g, x))
+    assert abs(float(squares.mean()) - exact) < 7 * float(squares.std()) / 2000**0.5
+    assert float(errors.mean(0).square().sum()) < 1.5 * exact / 2000
+
+
+def test_leverage_has_the_least_variance_of_all_samples_of_its_size() -> None:
+    g, x = rows().double(), rows(1).double()
+    leverage, by_range = (keep(0.3).variance(g, x) for keep in (Leverage, ByRange))
+    even = (1 / 0.3 - 1) * (g.norm(dim=1) * x.norm(dim=1)).square().sum()
+    assert float(leverage) < float(by_range)
+    assert float(leverage) < float(even)
+
+
+def test_a_constant_row_is_not_lost() -> None:
+    """Its range is 0, that of the row and 0 is not."""
+    g = torch.full((4, 3), 2.0)
+    kept = torch.stack([ByRange(0.5).apply(g, None, torch.tensor(seed), 1) for seed in range(64)])
+    assert set(kept.unique().tolist()) == {0.0, 4.0}
+
+
+@pytest.mark.parametrize("block", [1, 2, 8, 64])
+def test_walsh_rows_are_orthonormal_and_in_the_order_of_their_sequency(block: int) -> None:
+    h = sampling.walsh(block, block, torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(h @ h.T, torch.eye(block, dtype=torch.float64))
+    assert (h.sign().diff(dim=1) != 0).sum(1).tolist() == list(range(block))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 40])
+def test_blocks_of_tokens_do_not_cross_samples(length: int) -> None:
+    x = torch.randn(3, length, 5)
+    whole, low = Sequency(8, 16), LowSequency(8, 16)
+    torch.testing.assert_close(whole.back(whole.turned(x), length), x)
+    assert low.turned(x).shape == (3, -(-length // 16) * 8, 5)
+    assert torch.equal(low.turned(x)[1:2], low.turned(x[1:2]))
+    torch.testing.assert_close(low.turned(low.back(low.turned(x), length))[..., :0, :], low.turned(x)[..., :0, :])
+
+
+def test_what_changes_slowly_survives_and_what_does_not_is_dropped() -> None:
+    slow, fast = torch.ones(32, 3), torch.ones(32, 3)
+    fast[1::2] = -1
+    low = LowSequency(8, 16)
+    torch.testing.assert_close(low.back(low.turned(slow), 32), slow)
+    assert float(low.turned(fast).abs().max()) < 1e-6
+    assert low.bias.startswith("biased")
+    assert {Sequency().bias, Leverage().bias, ByRange().bias, LowSequency(4, 4).bias} == {"exact"}
+
+
+def test_what_is_not_finite_is_not_lost() -> None:
+    g = rows()
+    g[5, 2] = math.nan
+    for keep in SAMPLED.values():
+        assert bool(keep.apply(g, None, torch.tensor(0), 1).isnan().any())
+
+
+def test_words() -> None:
+    for keep in (*SAMPLED.values(), LowSequency(3, 4)):
+        assert keep_from(keep.words) == keep
+    assert str(Leverage(0.5)) == "leverage, share=0.5"
+    assert issubclass(KEEPS["range"], Sampled)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: Leverage(0), "above 0"),
+        (lambda: ByRange(True), "True"),
+        (lambda: LowSequency(17, 16), "17"),
+        (lambda: Sequency(8, 12), "power of two"),
+        (lambda: keep_from({"by": "size"}), "leverage"),
+        (lambda: keep_from({"by": "range", "rows": 2}), "share"),
+        (lambda: keep_from("leverage"), "by ="),
+    ],
+)
+def test_messages(make: object, word: str) -> None:
+    with pytest.raises(FqtError, match=word) as error:
+        make()
+    assert "\n" not in str(error.value)
