@@ -24,7 +24,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "Chart", "Drawing", "Point", "colour", "drawing", "labelled", "make_chart", "plain", "style"]
+__all__ = [
+    "COLOURS",
+    "Chart",
+    "Drawing",
+    "Point",
+    "colour",
+    "drawing",
+    "labelled",
+    "make_chart",
+    "plain",
+    "quietly",
+    "style",
+]
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; further series repeat it dashed
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999")
@@ -154,8 +166,20 @@ def plain(text: object, limit: int = 32) -> str:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Fonts of the page; names in scripts the drawing font lacks are the reader's browser's matter."""
+    """Fonts of the page."""
     look: Any = {"font.size": 10, "axes.titlesize": 10, "legend.frameon": False}
-    with matplotlib.rc_context(look), warnings.catch_warnings():
+    with matplotlib.rc_context(look), quietly():
+        yield
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """While figures are drawn and saved: without what matplotlib says of them that no user can mend.
+
+    Names in scripts the drawing font lacks are the reader's browser's matter; a legend's place is searched for slowly
+    on a busy machine.
+    """
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="Creating legend")
         yield

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from fqt.files import write_bytes
-from fqt.report.chart import Point, colour, labelled, plain, style
+from fqt.report.chart import Point, colour, labelled, plain, quietly, style
 from fqt.report.runs import Curve
 
 __all__ = ["NAMED", "Draw", "figure_of", "lines", "log_axis", "name_layers", "save_figure"]
@@ -50,7 +50,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     buffer = io.BytesIO()
     kind = path.suffix[1:]
-    with matplotlib.rc_context({"svg.hashsalt": "fqt"}):
+    with matplotlib.rc_context({"svg.hashsalt": "fqt"}), quietly():
         figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_bytes(path, buffer.getvalue())
 
