@@ -65,12 +65,8 @@ bool pack_left(const Matrix& a, int64_t m, int64_t k, int threads, LeftCodes* le
   left->first = out, left->row_stride = by_rows ? depth : kGroup, left->group_stride = by_rows ? kGroup : width * kGroup;
   if (by_rows) {
     parallel_for(ceil_div(m, 16), m * k, threads, [&](int64_t item) {
-      for (int64_t i = 16 * item; i < m && i < 16 * (item + 1); ++i) {
-        const uint8_t* from = a.codes + i * a.row_stride;
-        Left* to = out + i * depth;
-        for (int64_t j = 0; j < k; ++j) to[j] = Lifted{}(from[j]);
-        for (int64_t j = k; j < depth; ++j) to[j] = 0;
-      }
+      const int64_t i = 16 * item, rows = m - i < 16 ? m - i : 16;
+      copy_rows(a.codes + i * a.row_stride, a.row_stride, rows, k, depth, Lifted{}, out + i * depth);
     });
   } else {
     parallel_for(groups, m * k, threads, [&](int64_t g) {

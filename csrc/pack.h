@@ -184,8 +184,9 @@ inline void pack_columns(const uint8_t* first, int64_t column_stride, int64_t co
 }
 
 // (rows × padded_terms) from rows whose k lie next to one another; zeros beyond `terms`.
+template <class Read>
 inline void copy_rows(const uint8_t* first, int64_t row_stride, int64_t rows, int64_t terms, int64_t padded_terms,
-                      const LeftReader& read, Left* out) {
+                      const Read read, Left* out) {
   for (int64_t i = 0; i < rows; ++i, out += padded_terms) {
     const uint8_t* from = first + i * row_stride;
     for (int64_t k = 0; k < terms; ++k) out[k] = read(from[k]);

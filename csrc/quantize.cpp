@@ -178,7 +178,7 @@ void measure_rows(const Source& source, int64_t rows, int64_t columns, const Can
   });
 }
 
-// The exact variance of a candidate, in the order of Quantizer's own sum.
+// The exact variance of a candidate, its groups added in ascending order, as fqt.kernels.choice adds them.
 double variance_of(const Candidate& c, int64_t groups, int64_t entries) {
   double total = 0;
   for (int64_t g = 0; g < groups; ++g) {
@@ -224,16 +224,16 @@ int measure(const Source& source, int64_t rows, int64_t columns, int group, Cand
 // whichever has the least exact variance, summed over the matrix, and the first of equals: stochastic on the grid of
 // `mode`, stochastic on the affine one, dithered on the affine one of a step less.
 // findings, unless it is null: the range of all entries, taken from it where it is known and needed, else found with
-// rows as groups; so are the sums. The dither that was added, in fractions of a step, goes to row_noise (rows,) and column_noise (columns,); *dithered
-// says whether there was any.
+// rows as groups; so are the sums. The dither that was added, in fractions of a step, goes to row_noise (rows,) and
+// column_noise (columns,); *dithered says whether there was any.
 FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, int group, int mode, int steps,
                          int low, int high, int rounding, const int64_t* seed, int transposed, float* step,
                          float* offset, uint8_t* codes, float* row_noise, float* column_noise, int32_t* dithered,
                          Findings* findings, int threads) {
   const int64_t groups = group == 0 ? 1 : group == 1 ? rows : columns;
+  const bool in_advance = group != 1 || rounding == kBest;  // step and offset are known before a row is encoded
   std::unique_ptr<float[]> range;
-  bool known = false;  // step and offset
-  if (group != 1 || rounding == kBest) {
+  if (in_advance) {
     range.reset(new (std::nothrow) float[6 * groups]);
     if (!range) return kNoMemory;
   }
@@ -248,8 +248,6 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
       status = fqt_range_tensor(source, rows * columns, lo, hi, threads);
     }
     if (status != kDone) return status;
-    for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], mode, steps, step + g, offset + g);
-    known = true;
   }
   if (rounding == kBest) {
     const int stochastic = mode == kZero ? 2 : 1;
@@ -270,7 +268,8 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
       std::memcpy(step, candidates[best].step, groups * sizeof(float));
       std::memcpy(offset, candidates[best].offset, groups * sizeof(float));
     }
-    known = true;
+  } else if (group != 1) {
+    for (int64_t g = 0; g < groups; ++g) group_parameters(lo[g], hi[g], mode, steps, step + g, offset + g);
   }
   *dithered = rounding == kDithered;
   const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
@@ -282,7 +281,7 @@ FQT_API int fqt_quantize(const Source* source, int64_t rows, int64_t columns, in
     as_fractions(task.row_noise, rows, row_noise);
     as_fractions(task.column_noise, columns, column_noise);
   }
-  if (known) {
+  if (in_advance) {
     encode_matrix(task, rows, group == 1, group == 2, rounding, key, threads);
     return kDone;
   }

@@ -1,8 +1,6 @@
 // Walsh–Hadamard butterflies along rows: over runs of neighbouring columns, block by block.
 #include <cstdint>
 #include <cstring>
-#include <new>
-#include <vector>
 
 #include "parallel.h"
 #include "platform.h"
@@ -86,7 +84,7 @@ FQT_API int fqt_rotate(const Source* source, int64_t runs, int64_t period, const
     sum += sizes[b];
   }
   if (sum != period) return kBadIndex;
-  constexpr int64_t kPiece = 1024;  // entries, about: whole blocks
+  constexpr int64_t kPiece = 1024;  // entries that are read at a time
   parallel_for(runs, runs * period, threads, [&](int64_t run) {
     alignas(64) float buffer[kPiece + W];
     float* to = out + run * period;
