@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fqt.errors import FqtError
-from fqt.quant.grid import E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
+from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import AXES, Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
@@ -214,7 +214,7 @@ _ROWS = (
         paper=Paper("Chen et al., TetraJet", 2025, "2502.20853"),
         what="E2M1, blocks of 1 × 32, power-of-two steps rounded up",
         widths=(4,),
-        grid=lambda _: Floats(2, 1),
+        grid=lambda _: E2M1,
         scale=_symmetric((1, 32), "power"),
         roundings=_PLAIN,
         product="blocked",
@@ -235,7 +235,7 @@ _ROWS = (
         paper=Paper("NVIDIA, NVFP4", 2025, "2509.25149"),
         what="E2M1, blocks of 1 × 16, E4M3 steps under one of the tensor, 16/17 of the range",
         widths=(4,),
-        grid=lambda _: Floats(2, 1),
+        grid=lambda _: E2M1,
         scale=_symmetric((1, 16), "e4m3"),
         roundings=_PLAIN,
         product="blocked",
@@ -246,7 +246,7 @@ _ROWS = (
         paper=Paper("Quartet II", 2026, "2601.22813"),
         what="features rotated (128), E2M1 to nearest, 1 × 16; corrected E4M3 steps, rounded stochastically",
         widths=(4,),
-        grid=lambda _: Floats(2, 1),
+        grid=lambda _: E2M1,
         transform=Rotated(Identity()),
         scale=_symmetric((1, 16), "correctable"),
         roundings=("corrected",),
@@ -360,11 +360,16 @@ def quantizer(name: str, bits: int | None = None) -> Quantizer:
     >>> quantizer("shq4d").rounding
     Dithered()
     """
+    method, (digits, letter, axis) = _match(name)
+    return method.quantizer(_width(name, method, digits, bits), letter, axis)
+
+
+def _match(name: str) -> tuple[Method, tuple[str, str, str | None]]:
+    """The row that a name belongs to, and what the name says: bits, letter, axis."""
     for method in _LONGEST_FIRST:
         match = method.pattern.fullmatch(name) if isinstance(name, str) else None
         if match is not None:
-            digits, letter, axis = match.groups()
-            return method.quantizer(_width(name, method, digits, bits), letter, axis)
+            return method, (match[1], match[2], match[3])
     raise FqtError(f"unknown quantizer {name!r}; known: {known_names()}")
 
 
@@ -410,7 +415,4 @@ def method_of(name: str) -> Method:
     Raises:
         FqtError: it belongs to none.
     """
-    for method in _LONGEST_FIRST:
-        if method.pattern.fullmatch(name):
-            return method
-    raise FqtError(f"unknown quantizer {name!r}; known: {known_names()}")
+    return _match(name)[0]
