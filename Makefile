@@ -16,7 +16,7 @@ help: ## List the targets
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard setup.py csrc/*) | $(BIN)/python
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard setup.py csrc/*/*) | $(BIN)/python
 	$(INSTALL) -e .
 	@touch $@
 

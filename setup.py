@@ -36,14 +36,15 @@ class BuildKernels(build_ext):
             self.build_temp = shared
 
 
-sources = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
-headers = sorted(str(p) for p in Path("csrc").glob("*.h"))
+sources = sorted(str(p) for p in Path("csrc").rglob("*.cpp"))
+headers = sorted(str(p) for p in Path("csrc").rglob("*.h"))
 setup(
     ext_modules=[
         Extension(
             f"fqt.kernels.cpu._native_{level}",
             sources,
             depends=headers,
+            include_dirs=["csrc"],
             extra_compile_args=[*FLAGS, *flags, "-fopenmp"],
             extra_link_args=["-fopenmp", *(["-fsanitize=address,undefined"] if os.environ.get("FQT_SANITIZE") else [])],
             language="c++",

@@ -18,6 +18,7 @@ from fqt.kernels.cpu.quantized import Coded, Fold
 from fqt.kernels.op import Op
 from fqt.kernels.reference import Scaling, Unscaling
 from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC, Coding, Rounding
+from tests.backends import same
 
 pytestmark = pytest.mark.skipif(library.status().level == "reference", reason="no native kernels here")
 
@@ -154,16 +155,58 @@ def test_what_fits_is_taken() -> None:
     quantized.conv_grad_weight(operand(32, 5, 5), operand(2, 48), conv(), FOLDED)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
-
-
 @pytest.mark.parametrize("shape", [(0, 6), (4, 0), (0, 0)])
 def test_empty_matrices(shape: tuple[int, int]) -> None:
     codes = torch.zeros(shape, dtype=torch.uint8)
     plain, weighted = run(ops.column_sums, codes, torch.ones(shape[0], dtype=torch.int32))
     assert weighted is not None
-    assert _same(plain, torch.zeros(shape[1], dtype=torch.int64))
-    assert _same(weighted, plain)
-    assert _same(run(ops.row_sums, codes), torch.zeros(shape[0], dtype=torch.int64))
-    assert _same(run(ops.value_sums, torch.zeros(shape)), torch.zeros(shape[1], dtype=torch.float64))
+    assert same(plain, torch.zeros(shape[1], dtype=torch.int64))
+    assert same(weighted, plain)
+    assert same(run(ops.row_sums, codes), torch.zeros(shape[0], dtype=torch.int64))
+    assert same(run(ops.value_sums, torch.zeros(shape)), torch.zeros(shape[1], dtype=torch.float64))
+
+
+BYTE, WIDE = Levels(0, 255), Levels(0, 256)
+
+
+def asked(x: Tensor, step: Tensor, levels: Levels, rounding: Rounding, seed: Tensor | None = None) -> None:
+    ops.encode(Entries(x), Scales(step, step, ROW), levels, rounding, seed)
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda x, s: asked(x, s[:2], BYTE, NEAREST), "parameters of shape"),
+        (lambda x, s: asked(x, s, WIDE, DITHERED, SEED), "fit a byte"),
+        (lambda x, s: asked(x, s, BYTE, DITHERED, SEED), "fit a byte"),
+        (lambda x, s: asked(x, s, Levels(-12, 12, 1), DITHERED, SEED), "one apart"),
+        (lambda x, s: asked(x, s, BYTE, STOCHASTIC), "seed"),
+        (lambda x, s: asked(x, s, BYTE, DITHERED), "seed"),
+        (lambda x, s: ops.value_range(Entries(x, torch.ones(3)), ROW), r"factors .*of shape"),
+        (
+            lambda x, s: ops.hadamard(x, torch.arange(4), (4,), after=Unscaling(s, s, torch.ones(3))),
+            "right factor of shape",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, names: str) -> None:
+    x, step = torch.randn(4, 5), torch.ones(4, 1)
+    with pytest.raises(ValueError, match=names):
+        call(x, step)
+
+
+def test_codes_that_fit_no_byte_are_floats_by_the_reference() -> None:
+    x, scales = Entries(torch.randn(4, 5)), Scales(torch.full((4, 1), 0.01), torch.zeros(4, 1), ROW)
+    for levels in (WIDE, Levels(-129, 3)):
+        assert ops.encode.backend(x, scales, levels, NEAREST, None) == "reference"
+        assert ops.encode(x, scales, levels, NEAREST, None).dtype == torch.float32
+
+
+def test_bad_indices_raise() -> None:
+    x, ones = torch.randn(4, 5), torch.ones(4, 1)
+    with pytest.raises(IndexError, match="outside"):
+        ops.hadamard(x, torch.tensor([0, 1, 2, 4]), (4,))
+    with pytest.raises(IndexError, match="powers of two"):
+        ops.hadamard(x, torch.arange(4), (3, 1))
+    with pytest.raises(IndexError, match="outside"):
+        ops.reflect(x, torch.tensor([0, 1, 2, -1]), ones, ones)

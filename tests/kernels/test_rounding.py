@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fqt.kernels.rounding import INTEGERS, NEAREST, round_dithered, round_stochastic
+from fqt.kernels.rounding import INTEGERS, NEAREST, dither_noise, round_dithered, round_stochastic
 
 LEVELS = [2, 4, 16]
 
@@ -104,3 +104,12 @@ def test_a_planted_bias_is_caught() -> None:
     biased = t.floor() + (u / levels <= t)
     assert mean(exact(biased)) != Fraction(1, 4)
     assert mean(exact(round_stochastic(t, u, levels))) == Fraction(1, 4)
+
+
+def test_transposed_swaps_the_streams_of_dither() -> None:
+    seed = torch.tensor(-0x123456789ABCDEF)
+    (row, column), (other_row, other_column) = (dither_noise(seed, 5, 7, t) for t in (False, True))
+    assert torch.equal(other_row.flatten(), dither_noise(seed, 7, 5)[1].flatten())
+    assert torch.equal(other_column.flatten(), dither_noise(seed, 7, 5)[0].flatten())
+    assert not torch.equal(row, other_row)
+    assert not torch.equal(column, other_column)

@@ -129,12 +129,17 @@ def gradients(module: nn.Module, *inputs: Tensor, upstream: Tensor | None = None
     return [g.clone() for g in found]
 
 
+def simulate(patch: pytest.MonkeyPatch) -> None:
+    """All products in float, on the values of codes."""
+    patch.setattr(function.Call, "on_integers", lambda self, product, values: False)
+
+
 def both(module: nn.Module, x: Tensor, patch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, Tensor]]:
     """Output and gradients: on integers, and simulated."""
     torch.manual_seed(5)
     on_integers = gradients(module, x)
     with patch.context() as context:
-        context.setattr(function.Call, "on_integers", lambda self, product, values: False)
+        simulate(context)
         torch.manual_seed(5)
         simulated = gradients(module, x)
     return zip(on_integers, simulated, strict=True)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import fqt
 from fqt import QuantizedTensor, Quantizer, Recipe
 from fqt.kernels.codes import Findings
-from fqt.nn import function
 
-from .cases import parameter_gradients
+from .cases import parameter_gradients, simulate
 
 Sample = dict[str, Tensor]
 Gradients = dict[str, Tensor]
@@ -170,11 +169,6 @@ def plant(monkeypatch: pytest.MonkeyPatch, defect: Callable = _identity) -> None
     monkeypatch.setattr(Quantizer, "quantize_knowing", quantize_knowing)
     if defect is _identity:  # it has no codes to multiply
         simulate(monkeypatch)
-
-
-def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All products in float, on the values of codes."""
-    monkeypatch.setattr(function.Call, "on_integers", lambda self, product, values: False)
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[QuantizedTensor]:

@@ -15,12 +15,12 @@ from torch import nn
 
 import fqt
 from fqt import FqtError, Quantizer, Recipe
-from fqt.nn import function, load_recipe
+from fqt.nn import load_recipe
 from fqt.quant import Integers, Rotated, Scale
 from fqt.quant.catalog import METHODS, ROUNDING_SUFFIX
 from fqt.quant.scale import AXES, GROUPS, MODES
 
-from .cases import LAYERS, Case, equal, gradients
+from .cases import LAYERS, Case, equal, gradients, simulate
 from .test_fused import MORE, by_formulas
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel", "ignore:Initializing zero")
@@ -92,7 +92,7 @@ def check(layer: nn.Module, x: torch.Tensor, recipe: Recipe, patch: pytest.Monke
 
     found = run()
     with patch.context() as context:
-        context.setattr(function.Call, "on_integers", lambda self, product, values: False)
+        simulate(context)
         simulated = run()
     assert [t.shape for t in found] == expected
     assert equal(found, by_formulas(patch, run))

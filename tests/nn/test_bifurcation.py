@@ -11,7 +11,7 @@ from fqt import Recipe
 from fqt.kernels.codes import Findings
 
 from . import checks
-from .cases import FEW, LAYERS, Case, converted, equal, gradients, ids, loss_of, small_batch, small_net
+from .cases import FEW, LAYERS, Case, converted, equal, gradients, ids, loss_of, simulate, small_batch, small_net
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 LAYER_NAMES = ("0", "3", "6")
@@ -71,7 +71,7 @@ def test_the_check_sees_one_quantizer_used_for_both(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("recipe", ["ptq4", "psq4", "bhq4d", "shq4x", "psq8d@token"])
 @pytest.mark.parametrize("case", LAYERS, ids=ids)
 def test_identity_quantizers_give_qat(case: Case, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks.simulate(monkeypatch)
+    simulate(monkeypatch)
     x, qat = case.input(torch.float32), converted(case, "qat", torch.float32)
     truth = gradients(qat, x)
     layer = converted(case, recipe, torch.float32)
@@ -83,7 +83,7 @@ def test_identity_quantizers_give_qat(case: Case, recipe: str, monkeypatch: pyte
 
 
 def test_identity_quantizers_give_qat_in_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks.simulate(monkeypatch)
+    simulate(monkeypatch)
     truth = run({name: {"grad_input": None, "grad_weight": None} for name in LAYER_NAMES})
     checks.plant(monkeypatch)
     found = run({})

@@ -15,11 +15,10 @@ from fqt import Recipe
 from fqt.kernels import integer, low_rank, ops, products
 from fqt.kernels.codes import Dither
 from fqt.kernels.cpu import fused
-from fqt.nn import function
 from fqt.nn.arithmetic import obstacle
 from fqt.nn.layers import linear_map
 
-from .cases import FORWARD, LAYERS, Case, both, converted, gradients, q
+from .cases import FORWARD, LAYERS, Case, both, converted, gradients, q, simulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 RECIPES = {
@@ -154,7 +153,7 @@ def test_a_wrong_correction_is_noticed(name: str, monkeypatch: pytest.MonkeyPatc
     module, x = converted(case, RECIPES[recipe], torch.float32), case.input(torch.float32)
     torch.manual_seed(5)
     with monkeypatch.context() as context:
-        context.setattr(function.Call, "on_integers", lambda self, product, values: False)
+        simulate(context)
         truth = gradients(module, x)
     torch.manual_seed(5)
     monkeypatch.setattr(place, attribute, broken)

@@ -8,6 +8,8 @@ from PIL import Image
 from fqt.errors import FqtError
 from fqt.train.imagefolder import MEAN, STD, FolderLoader, _centre_crop, _random_crop
 
+from .batches import same_batches
+
 # Python 3.12 warns of fork in a process with threads; PyTorch's loader forks on Linux
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -34,11 +36,6 @@ def _loader(folder, **changes):
     return FolderLoader(str(folder), **{**options, **changes})
 
 
-def _equal(first, second):
-    pairs = list(zip(first, second, strict=True))
-    return bool(pairs) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
-
-
 def test_layout(folder):
     loader = _loader(folder)
     assert (loader.num_classes, loader.in_channels, loader.steps_per_epoch) == (2, 3, 4)
@@ -53,11 +50,11 @@ def test_layout(folder):
 def test_batches_depend_on_seed_and_epoch_and_not_on_workers_or_global_state(folder):
     batches = list(_loader(folder).train(1))
     state = torch.get_rng_state()
-    assert _equal(_loader(folder, workers=2).train(1), batches)
+    assert same_batches(_loader(folder, workers=2).train(1), batches)
     assert torch.equal(torch.get_rng_state(), state)
-    assert _equal(_loader(folder).train(1, start=2), batches[2:])
-    assert not _equal(_loader(folder).train(2), batches)
-    assert not _equal(_loader(folder, seed=1).train(1), batches)
+    assert same_batches(_loader(folder).train(1, start=2), batches[2:])
+    assert not same_batches(_loader(folder).train(2), batches)
+    assert not same_batches(_loader(folder, seed=1).train(1), batches)
 
 
 def test_evaluation_is_the_normalized_centre_crop(folder):

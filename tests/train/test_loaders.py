@@ -9,6 +9,8 @@ from fqt.errors import FqtError
 from fqt.train.loaders import ArrayLoader, _crop, epoch_order
 from fqt.train.readers import Arrays, read_cifar10, read_digits, read_fashion_mnist
 
+from .batches import same_batches
+
 
 def _arrays(train=23, evaluation=7, channels=2, side=5):
     rng = np.random.default_rng(0)
@@ -28,11 +30,6 @@ def _loader(arrays=None, **changes):
         "drop_last": False, "device": torch.device("cpu"),
     }  # fmt: skip
     return ArrayLoader(arrays or _arrays(), **{**options, **changes})
-
-
-def _equal(first, second):
-    pairs = list(zip(first, second, strict=True))
-    return bool(pairs) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
 
 
 def test_an_epoch_is_every_sample_once_normalized():
@@ -61,11 +58,11 @@ def test_batches_depend_on_seed_and_epoch_and_on_nothing_else():
     batches = list(_loader().train(3))
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert _equal(_loader().train(3), batches)
+    assert same_batches(_loader().train(3), batches)
     assert torch.equal(torch.get_rng_state(), state)
-    assert _equal(_loader().train(3, start=2), batches[2:])
-    assert not _equal(_loader().train(4), batches)
-    assert not _equal(_loader(seed=1).train(3), batches)
+    assert same_batches(_loader().train(3, start=2), batches[2:])
+    assert not same_batches(_loader().train(4), batches)
+    assert not same_batches(_loader(seed=1).train(3), batches)
 
 
 def test_every_epoch_and_seed_has_its_own_order():
@@ -94,7 +91,7 @@ def test_half_of_the_training_images_are_mirrored_and_no_others():
 
 def test_evaluation_is_complete_and_always_the_same():
     assert [len(y) for _, y in _loader(drop_last=True).eval()] == [4, 3]
-    assert _equal(_loader(seed=1).eval(), _loader(seed=2).eval())
+    assert same_batches(_loader(seed=1).eval(), _loader(seed=2).eval())
 
 
 def test_digits_are_the_real_ones():

@@ -133,7 +133,7 @@ def grad_input(
         dtype=dtype if g.mixing is None else torch.float32,
     )
     result = product.grad_input(g, w, shape, epilogue)
-    return result if g.mixing is None else product.unmixed(g, result, ones, dtype)
+    return result if g.mixing is None else unmixed(map, g, result, ones, dtype)
 
 
 @Op
@@ -163,11 +163,11 @@ def grad_weight(
     share = None if folded is None else folded.share
     mixed = folded if folded is None else replace(folded, share=None)
     result, ones = _weight_product(product, channels, x, mixed, shape)
-    rows = map.lay(result).reshape(shape[0], ones.numel())
-    rows = g.mixing.undo_product(rows, ones, torch.float32)
+    laid = map.lay(result)
+    rows = g.mixing.undo_product(laid.reshape(shape[0], ones.numel()), ones, torch.float32)
     if share is not None:
         rows = rows + share.T @ product.tap_columns(shape, share)
-    return product.weight_restored(rows, shape)
+    return map.unlay(rows.view(laid.shape))
 
 
 def by_blocks(*operands: QuantizedTensor) -> bool:
@@ -263,7 +263,10 @@ def _all_zero(offset: Tensor) -> bool:
 
 def unmixed(map: LinearMap, g: QuantizedTensor, product: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
     """grad_input of a grad_output whose rows were mixed, from the product of the mixed rows and 1·w by column."""
-    return _of(map).unmixed(g, product, ones, dtype)
+    assert g.mixing is not None
+    laid = map.lay(product)
+    rows = laid.reshape(g.matrix_codes.shape[0], ones.numel())
+    return map.unlay(g.mixing.undo_product(rows, ones.flatten(), dtype).view(laid.shape))
 
 
 def _of(map: LinearMap) -> DenseCodes | ConvCodes:

@@ -7,6 +7,7 @@ by `fqt.kernels.integer`; sums of codes and of codes times 24-bit dither are exa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -119,12 +120,6 @@ class DenseCodes:
         """(…, I)."""
         return products.matmul(self._codes(g), w.matrix_codes, epilogue).view(shape)
 
-    def unmixed(self, g: QuantizedTensor, product: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
-        """S⁻¹ of grad_output's transform on the product's rows."""
-        assert g.mixing is not None
-        rows = product.reshape(self.rows(g), product.shape[-1])
-        return g.mixing.undo_product(rows, ones, dtype).view(product.shape)
-
     def vectors_times_input(
         self,
         g: Channels,
@@ -170,10 +165,6 @@ class DenseCodes:
         """(O, I)."""
         return products.matmul(g.codes.T, self._codes(x), epilogue)
 
-    def weight_restored(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """A weight's gradient from its matrix of rows (O, columns)."""
-        return matrix
-
 
 @lru_cache(maxsize=256)
 def _axis(taps: int, size: int, out: int, stride: int, padding: int, dilation: int) -> tuple[Tensor, Tensor]:
@@ -213,6 +204,11 @@ class _Taps:
         return torch.outer(self.rows.sum(1), self.columns.sum(1)).view(-1, 1)
 
 
+def in_two(values: Sequence[int], first: int) -> Sizes:
+    """Two numbers from one per spatial axis; `first` stands before that of a single axis."""
+    return (first, values[0]) if len(values) == 1 else (values[0], values[1])
+
+
 @dataclass(frozen=True)
 class ConvCodes:
     """A convolution's products in two dimensions; one dimension is an image of height 1. Samples are rows."""
@@ -223,22 +219,13 @@ class ConvCodes:
     @staticmethod
     def of(map: ConvMap) -> ConvCodes:
         """From a map of one or two dimensions, not transposed."""
-        flat = len(map.stride) == 1
-
-        def pair(values: tuple[int, ...], first: int) -> Sizes:
-            return (first, values[0]) if flat else (values[0], values[1])
-
-        steps = pair(map.stride, 1), pair(map.padding, 0), pair(map.dilation, 1)
-        return ConvCodes(Geometry(*steps, map.groups), flat)
+        steps = in_two(map.stride, 1), in_two(map.padding, 0), in_two(map.dilation, 1)
+        return ConvCodes(Geometry(*steps, map.groups), len(map.stride) == 1)
 
     def _image(self, codes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """Codes (N, C, H, W), channels-last, from codes of the laid-out shape (N, *, C)."""
         n, *size, c = shape
         return codes.reshape(n, *([1] if self.flat else []), *size, c).permute(0, 3, 1, 2)
-
-    def _size(self, shape: torch.Size | tuple[int, ...]) -> Sizes:
-        """Height and width of (N, C, *)."""
-        return (1 if self.flat else shape[2], shape[-1])
 
     def _narrow(self, image: Tensor) -> Tensor:
         return image.squeeze(2) if self.flat else image
@@ -253,7 +240,7 @@ class ConvCodes:
 
     def ones_times_weight(self, x: QuantizedTensor, w: QuantizedTensor) -> Tensor:
         """The weight on the mask of the taps that are there: (H', W', O)."""
-        size = self._size((0, 0, *x.shape[1:-1]))
+        size = in_two(x.shape[1:-1], 1)
         return products.conv2d_mask(self._image(w.matrix_codes, w.shape), size, self.geometry, "output")
 
     def output(self, x: QuantizedTensor, w: QuantizedTensor, epilogue: Epilogue) -> Tensor:
@@ -265,7 +252,7 @@ class ConvCodes:
         self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size
     ) -> tuple[Tensor, Tensor | None]:
         """A grad_output of ones, and the columns' dither as one, through the map: (H, W, C)."""
-        weight, size = self._image(w.matrix_codes, w.shape), self._size(shape)
+        weight, size = self._image(w.matrix_codes, w.shape), in_two(shape[2:], 1)
         ones = products.conv2d_mask(weight, size, self.geometry, "grad_input")
         if g.noise is None:
             return ones, None
@@ -276,14 +263,9 @@ class ConvCodes:
     def grad_input(self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
         """(N, C, *)."""
         codes, weight = self._image(g.matrix_codes, g.shape), self._image(w.matrix_codes, w.shape)
-        return self._narrow(products.conv2d_grad_input(codes, weight, self._size(shape), self.geometry, epilogue))
-
-    def unmixed(self, g: QuantizedTensor, product: Tensor, ones: Tensor, dtype: torch.dtype) -> Tensor:
-        """S⁻¹ of grad_output's transform on the product's rows."""
-        assert g.mixing is not None
-        laid = product.movedim(1, -1)
-        undone = g.mixing.undo_product(laid.reshape(laid.shape[0], ones.numel()), ones.flatten(), dtype)
-        return undone.view(laid.shape).movedim(-1, 1)
+        return self._narrow(
+            products.conv2d_grad_input(codes, weight, in_two(shape[2:], 1), self.geometry, epilogue)
+        )
 
     def vectors_times_input(
         self,
@@ -298,7 +280,7 @@ class ConvCodes:
 
         X = step · q + offset, with a centre times its sample's number.
         """
-        image, kernel = self._image(x.matrix_codes, x.shape), self._size(shape)
+        image, kernel = self._image(x.matrix_codes, x.shape), in_two(shape[2:], 1)
         n, c, h, w = image.shape
         reads, serves = self._taps(g.shape, x.shape, shape, g.codes.device)
         summed = ops.column_sums(image.permute(0, 2, 3, 1).reshape(n, h * w * c))[0].view(h, w, c)
@@ -317,7 +299,7 @@ class ConvCodes:
 
     def _taps(self, g: torch.Size, x: torch.Size, shape: torch.Size, device: torch.device) -> tuple[_Taps, _Taps]:
         """The input's pixels that the taps read, and the output's that they serve; of laid-out shapes."""
-        sizes = (self._size(shape), *(self._size((0, 0, *laid[1:-1])) for laid in (x, g)))
+        sizes = (in_two(shape[2:], 1), *(in_two(laid[1:-1], 1) for laid in (x, g)))
         how = (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
         rows, columns = ([m.to(device) for m in _axis(*axis)] for axis in zip(*sizes, *how, strict=True))
         return _Taps(rows[0], columns[0]), _Taps(rows[1], columns[1])
@@ -345,9 +327,5 @@ class ConvCodes:
     def grad_weight(self, g: Channels, x: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
         """(O, C, *)."""
         codes, image = self._image(g.codes, g.shape), self._image(x.matrix_codes, x.shape)
-        product = products.conv2d_grad_weight(codes, image, self._size(shape), self.geometry, epilogue)
+        product = products.conv2d_grad_weight(codes, image, in_two(shape[2:], 1), self.geometry, epilogue)
         return self._narrow(product)
-
-    def weight_restored(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """A weight's gradient from its matrix of rows (O, taps · C)."""
-        return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)

@@ -26,6 +26,7 @@ from fqt.kernels.op import Op
 from fqt.kernels.philox import STREAM_SIGN, random_words
 from fqt.kernels.reference import Scaling, Unscaling
 from fqt.kernels.roots import inverse_cube_root, square_root
+from fqt.kernels.rotation import powers_of_two
 from fqt.kernels.rounding import STOCHASTIC, Coding
 from fqt.kernels.variance import RoundingError
 
@@ -191,7 +192,7 @@ def scaled_hadamard(x: Tensor, block: int, seed: Tensor, guard: Guard) -> tuple[
     by_size = torch.sort(rows.range, descending=True, stable=True).indices
     order = by_size[deal.to(x.device)]
     group = torch.empty_like(order).index_copy_(0, order, block_of)
-    size = torch.tensor(blocks, dtype=torch.float64, device=x.device)[group]
+    size = sizes[group].double()
 
     sign = 1.0 - 2.0 * (random_words(seed, STREAM_SIGN, n) >> 31).double()
     scale = (sign * rows.range.double().rsqrt()).masked_fill(rows.constant, 0.0)
@@ -333,9 +334,7 @@ def _householder_scales(k: Tensor, big: Tensor, small: Tensor, rule: str) -> tup
 @lru_cache(maxsize=64)
 def hadamard_blocks(n: int, largest: int) -> tuple[tuple[int, ...], Tensor]:
     """Block sizes that sum to n, and which rank (by row size) each position takes."""
-    blocks = [largest] * (n // largest)
-    rest = n % largest
-    blocks += [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+    blocks = powers_of_two(n, largest)
     dealt = [size for size in blocks if size >= min(32, blocks[0])] if blocks else []
     # Position j of a block of size m asks for the rank at the fraction (j + ½)/m of all rows dealt out.
     wishes = sorted(((j + 0.5) / m, b, j) for b, m in enumerate(dealt) for j in range(m))
@@ -343,4 +342,4 @@ def hadamard_blocks(n: int, largest: int) -> tuple[tuple[int, ...], Tensor]:
     deal = list(range(n))
     for rank, (_, b, j) in enumerate(wishes):
         deal[starts[b] + j] = rank
-    return tuple(blocks), torch.tensor(deal, dtype=torch.int64, device="cpu")
+    return blocks, torch.tensor(deal, dtype=torch.int64, device="cpu")

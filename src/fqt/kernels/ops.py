@@ -13,14 +13,10 @@ from torch import Tensor
 
 from fqt.kernels import philox, reference
 from fqt.kernels.codes import DITHER_LEVELS, Blocks, Dither, Entries, Findings, Levels, Quantized, Scales
+from fqt.kernels.codes import at_hand as at_hand
 from fqt.kernels.op import Op
 from fqt.kernels.rounding import DITHERED, Coding, Rounding, dither_streams
 from fqt.kernels.steps import stored_step
-
-
-def at_hand(x: Tensor) -> bool:
-    """Whether asking for x's values costs nothing: it is on the CPU, and neither traced nor batched."""
-    return type(x) is Tensor and x.is_cpu and torch._C._functorch.maybe_current_level() is None
 
 
 def _check_encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None) -> None:

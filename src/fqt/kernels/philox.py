@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
+from fqt.kernels.codes import at_hand
 
 # Streams of one seed. Their numbers are part of the format: changing one changes every code.
 STREAM_ROUNDING = 0
@@ -139,7 +140,7 @@ def fork_seed(seed: Tensor, index: int) -> Tensor:
     """
     golden, mix1, mix2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
     step = golden * (index + 1) & _WORD
-    if seed.is_cpu and type(seed) is Tensor and torch._C._functorch.maybe_current_level() is None:
+    if at_hand(seed):
         # The same in Python's integers: a dozen small tensor operations between large kernels cost far more.
         n = (ctypes.c_int64.from_address(seed.data_ptr()).value + step) & _WORD
         n = (n ^ (n >> 30)) * mix1 & _WORD

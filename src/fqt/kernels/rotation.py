@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -20,12 +21,18 @@ from fqt.kernels.reference import Scaling, Unscaling
 
 
 @lru_cache(maxsize=64)
-def rotation_blocks(length: int, largest: int) -> tuple[int, ...]:
+def powers_of_two(length: int, largest: int) -> tuple[int, ...]:
     """Powers of two, none above `largest`, that sum to `length`: the largest first."""
     rest = length % largest
     return (largest,) * (length // largest) + tuple(
         1 << b for b in reversed(range(rest.bit_length())) if rest >> b & 1
     )
+
+
+@lru_cache(maxsize=64)
+def _runs(blocks: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(m, entries) of every run of neighbouring blocks of one size m."""
+    return tuple((m, sum(run)) for m, run in groupby(blocks))
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,14 @@ class Rotation:
     def draw(seed: Tensor, length: int, largest: int, dtype: torch.dtype) -> Rotation:
         """The rotation of runs of `length` that a seed stands for, in blocks of at most `largest`."""
         words = random_words(seed, STREAM_ROTATION, length)
-        return Rotation(1.0 - 2.0 * (words >> 31).to(dtype), rotation_blocks(length, largest))
+        return Rotation(1.0 - 2.0 * (words >> 31).to(dtype), powers_of_two(length, largest))
 
     @property
     def _roots(self) -> Tensor:
         """(P,): 1/√m of each entry's block."""
-        parts = [torch.full((m,), m**-0.5, dtype=self.signs.dtype, device=self.signs.device) for m in self.blocks]
-        return torch.cat(parts) if parts else self.signs
+        like = self.signs
+        parts = [like.new_full((entries,), m**-0.5) for m, entries in _runs(self.blocks)]
+        return torch.cat(parts) if parts else like
 
     def columns(self, x: Tensor) -> Tensor:
         """x·R of a matrix (N, D), D a multiple of P."""

@@ -38,7 +38,7 @@ class Rounding:
     Attributes:
         name: as recipes and names of quantizers have it.
         draws: whether it needs a seed.
-        unit_bound: the largest variance of one entry, in squared gaps.
+        unit_bound: the largest variance of one entry, in squared gaps; where no position matters, the variance.
         headroom: how many levels at the upper end positions must stay away from.
         settles: whether steps change after the codes are known; `errors` then says what that does.
     """
@@ -54,10 +54,6 @@ class Rounding:
 
         Noise is counted row-major; with `transposed` the matrix lies on its side.
         """
-        raise NotImplementedError
-
-    def unit_variance(self, fraction: Tensor) -> Tensor:
-        """The variance of one entry, in squared gaps."""
         raise NotImplementedError
 
     def settled(self, x: Entries, codes: Tensor, scales: Scales, highest: int, seed: Tensor | None) -> Scales:
@@ -83,10 +79,6 @@ class Nearest(Rounding):
         """The nearest level."""
         return levels.nearest(t)
 
-    def unit_variance(self, fraction: Tensor) -> Tensor:
-        """0."""
-        return torch.zeros_like(fraction)
-
 
 @dataclass(frozen=True)
 class Stochastic(Rounding):
@@ -99,10 +91,6 @@ class Stochastic(Rounding):
         """One of the two neighbours."""
         assert seed is not None
         return round_stochastic(t, rounding_noise(seed, t.numel()).view(t.shape), levels=levels)
-
-    def unit_variance(self, fraction: Tensor) -> Tensor:
-        """f(1 − f)."""
-        return fraction * (1 - fraction)
 
 
 @dataclass(frozen=True)
@@ -117,10 +105,6 @@ class Dithered(Rounding):
         """⌊t + a + b⌋."""
         assert seed is not None
         return round_dithered(t, *dither_noise(seed, t.shape[0], t.shape[1], transposed))
-
-    def unit_variance(self, fraction: Tensor) -> Tensor:
-        """1/12."""
-        return torch.full_like(fraction, self.unit_bound)
 
 
 @dataclass(frozen=True)
@@ -140,10 +124,6 @@ class Corrected(Rounding):
     def round(self, t: Tensor, levels: Levels, seed: Tensor | None, transposed: bool) -> Tensor:
         """The nearest level."""
         return levels.nearest(t)
-
-    def unit_variance(self, fraction: Tensor) -> Tensor:
-        """None of the codes."""
-        return torch.zeros_like(fraction)
 
     def settled(self, x: Entries, codes: Tensor, scales: Scales, highest: int, seed: Tensor | None) -> Scales:
         """The corrected steps."""

@@ -1,7 +1,8 @@
 """Steps as formats store them: what a block's largest magnitude becomes on symmetric scales.
 
 A stored step is coarser than a float, so that it is chosen not too small: no value is clipped, whatever the
-rounding of the step. A new way is one class here; `STORES` has them by name.
+rounding of the step, but by "correctable" steps, which are meant to clip. A new way is one class here; `STORES` has
+them by name.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fqt.errors import FqtError
-from fqt.quant.grid import E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
+from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import AXES, Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
@@ -244,7 +244,7 @@ _ROWS = (
         what="E2M1, blocks of 1 × 32, power-of-two steps rounded up",
         left_out=_WEIGHT_RULES,
         widths=(4,),
-        grid=lambda _: Floats(2, 1),
+        grid=lambda _: E2M1,
         scale=_symmetric((1, 32), "power"),
         roundings=_PLAIN,
         product="blocked",
@@ -266,7 +266,7 @@ _ROWS = (
         what="E2M1, blocks of 1 × 16, E4M3 steps under one of the tensor, 16/17 of the range",
         left_out=_WEIGHT_RULES,
         widths=(4,),
-        grid=lambda _: Floats(2, 1),
+        grid=lambda _: E2M1,
         scale=_symmetric((1, 16), "e4m3"),
         roundings=_PLAIN,
         product="blocked",
@@ -281,7 +281,7 @@ _ROWS = (
             "sampled ones, with a squared bias that vanishes as rows become long and dense"
         ),
         widths=(4,),
-        grid=lambda _: Floats(2, 1),
+        grid=lambda _: E2M1,
         transform=Rotated(Identity()),
         scale=_symmetric((1, 16), "correctable"),
         roundings=("corrected",),
@@ -411,11 +411,16 @@ def quantizer(name: str, bits: int | None = None) -> Quantizer:
     >>> quantizer("shq4d").rounding
     Dithered()
     """
+    method, (digits, letter, axis) = _match(name)
+    return method.quantizer(_width(name, method, digits, bits), letter, axis)
+
+
+def _match(name: str) -> tuple[Method, tuple[str, str, str | None]]:
+    """The row that a name belongs to, and what the name says: bits, letter, axis."""
     for method in _LONGEST_FIRST:
         match = method.pattern.fullmatch(name) if isinstance(name, str) else None
         if match is not None:
-            digits, letter, axis = match.groups()
-            return method.quantizer(_width(name, method, digits, bits), letter, axis)
+            return method, (match[1], match[2], match[3])
     raise FqtError(f"unknown quantizer {name!r}; known: {known_names()}")
 
 
@@ -461,7 +466,4 @@ def method_of(name: str) -> Method:
     Raises:
         FqtError: it belongs to none.
     """
-    for method in _LONGEST_FIRST:
-        if method.pattern.fullmatch(name):
-            return method
-    raise FqtError(f"unknown quantizer {name!r}; known: {known_names()}")
+    return _match(name)[0]

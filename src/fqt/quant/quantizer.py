@@ -40,7 +40,8 @@ class Quantizer:
     half a step, or their noise, outside the range of x.
 
     Attributes:
-        transform: `Identity()`, `BlockHouseholder()` or `ScaledHadamard()`; the latter two take row scales.
+        transform: `Identity()`, `BlockHouseholder()` or `ScaledHadamard()`, or `Rotated()` of one of these; the two
+            that mix rows take row scales.
         scale: `Scale(group, mode, axis, store, range)`.
         grid: `Integers(bits)`, `Floats(exponent, mantissa)`, `Pairs(bits)` or `Logarithmic(bits)`.
         rounding: `Nearest()` (deterministic), `Stochastic()`, `Dithered()`, `Corrected()`, or the name of one.
@@ -361,7 +362,7 @@ class Quantizer:
 
         Args:
             x: as for `quantize`.
-            widths: bits, each 2 to 8, in place of the grid's own.
+            widths: bits in place of the grid's own, of those that `grid.with_bits` takes.
             seed, axis: as for `quantize`.
             weight: not negative, broadcasting against x; None for 1 everywhere.
             range: what is remembered, taken to be the same at all widths.

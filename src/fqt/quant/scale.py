@@ -36,7 +36,8 @@ class Scale:
         axis: what a layer takes as rows: "sample", "token" (every position of a sequence or an image) or
             "channel" (the output channel); None for the operand's own habit. It says nothing for a matrix.
         store: the step as "float32"; as a "power" of two, rounded up; as an "e4m3" number under one float32 for the
-            whole tensor, with head-room for its rounding ("correctable": for `Corrected` rounding); as a "shift" of
+            whole tensor, with head-room for its rounding ("correctable": with less, so that the largest values of a
+            block may be clipped, for `Corrected` rounding); as a "shift" of
             one float32; or "fallback", with two codes for the blocks of large values. All but the first take
             symmetric scales; see `fqt.kernels.steps`.
         range: "own", the tensor's; "hindsight", the decayed mean of those of the tensors before; or "steered", a

@@ -176,8 +176,8 @@ def _style() -> Iterator[None]:
 def quietly() -> Iterator[None]:
     """While figures are drawn and saved: without what matplotlib says of them that no user can mend.
 
-    Names in scripts the drawing font lacks are the reader's browser's matter; a legend's place is searched for slowly
-    on a busy machine.
+    Names in scripts the drawing font lacks are the reader's browser's matter; a legend's place is searched for
+    slowly on a busy machine.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

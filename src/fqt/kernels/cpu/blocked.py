@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fqt.kernels import blocked
 from fqt.kernels.blocked import Stepped, block_length, steps_by_block
-from fqt.kernels.cpu.library import call, takes, takes_codes
+from fqt.kernels.cpu.library import call, expect, takes, takes_codes
 from fqt.kernels.cpu.memory import empty
 from fqt.kernels.cpu.products import as_matrix
 from fqt.kernels.cpu.source import OUT_TYPES
@@ -33,19 +33,9 @@ def _matmul(a: Stepped, b: Stepped, bias: Tensor | None = None, dtype: torch.dty
     rows, columns = a.blocks.rows or m, b.blocks.columns or n
     a_step, b_step = steps_by_block(a, length), steps_by_block(b.T, length).T.contiguous()
     blocks = -(-k // length)
-    _meet("a's steps", a_step, (-(-m // rows), blocks))
-    _meet("b's steps", b_step, (blocks, -(-n // columns)))
-    if bias is not None:
-        bias = bias.detach().contiguous()
-        _meet("bias", bias, (n,))
-    left = (a_codes.data_ptr(), *a_strides, a_step.data_ptr(), rows)
-    right = (b_codes.data_ptr(), *b_strides, b_step.data_ptr(), columns)
-    pointer = None if bias is None else bias.data_ptr()
+    left = (a_codes.data_ptr(), *a_strides, expect("a's steps", a_step, (-(-m // rows), blocks)), rows)
+    right = (b_codes.data_ptr(), *b_strides, expect("b's steps", b_step, (blocks, -(-n // columns))), columns)
+    bias = None if bias is None else bias.detach().contiguous()
+    pointer = None if bias is None else expect("bias", bias, (n,))
     call("fqt_blocked_matmul", *left, *right, m, n, k, length, pointer, OUT_TYPES[dtype], out.data_ptr())
     return out
-
-
-def _meet(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """The kernel sees no shapes: what does not fit must not reach it."""
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} have shape {tuple(x.shape)} where the codes ask for {shape}")

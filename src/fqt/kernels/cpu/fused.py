@@ -1,8 +1,9 @@
 """The three products in one native call each, where that can be, with the bits of `fqt.kernels.integer`'s formulas.
 
 Python and small torch operations between the kernels were an eighth of a layer's step: several times slower there
-than alone, since the kernels empty the caches. What has no native call here (no kernels, an empty operand, a weight
-gradient whose channels are mixed) returns None, and the formulas are evaluated one by one.
+than alone, since the kernels empty the caches. Operands that the kernels cannot read (`_fits`) do not come here;
+where they have no call for a product (a weight gradient whose channels are mixed), the answer is None. Then the
+formulas are evaluated one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fqt.kernels.cpu.products import Conv
 from fqt.kernels.fold import Folded
 from fqt.kernels.integer import by_blocks
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
-from fqt.kernels.products import Geometry
+from fqt.kernels.low_rank import ConvCodes, in_two
 from fqt.kernels.tensor import QuantizedTensor
 
 _LONGEST_DENSE, _LONGEST_LINE, _LARGEST_KERNEL = 1 << 23, 1 << 15, 1 << 12
@@ -27,7 +28,7 @@ def output(
     map: LinearMap, x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
     """As `integer.output`."""
-    if not _fits(x, w) or x.noise is not None or w.noise is not None:
+    if x.noise is not None or w.noise is not None:
         return None
     if bias is not None:
         bias = bias.detach().float().contiguous()
@@ -51,7 +52,7 @@ def grad_input(
     map: LinearMap, g: QuantizedTensor, w: QuantizedTensor, folded: bool, shape: torch.Size, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None] | None:
     """As `integer.grad_input` before a transform is undone; with a transform also what it needs, 1·w by column."""
-    if not _fits(g, w) or g.view.transposed or w.noise is not None:
+    if g.view.transposed or w.noise is not None:
         return None
     dtype, wants_ones = (dtype, False) if g.mixing is None else (torch.float32, True)
     if isinstance(map, DenseMap):
@@ -75,7 +76,7 @@ def grad_weight(
     map: LinearMap, g: QuantizedTensor, x: QuantizedTensor, folded: Folded | None, shape: torch.Size
 ) -> Tensor | None:
     """As `integer.grad_weight`."""
-    if not _fits(g, x) or not g.view.transposed or x.noise is not None:
+    if not g.view.transposed or x.noise is not None:
         return None
     if x.matrix_step.numel() > 1 and folded is None:
         return None
@@ -139,17 +140,12 @@ def _conv(map: ConvMap, samples: int, size: tuple[int, ...], weight: tuple[int, 
 
     size: of the input; weight: (O, *, C/groups).
     """
-
-    def pair(values: tuple[int, ...], first: int) -> tuple[int, int]:
-        return (first, values[0]) if len(values) == 1 else (values[0], values[1])
-
-    stride, padding, dilation = pair(map.stride, 1), pair(map.padding, 0), pair(map.dilation, 1)
-    (h, w), kernel = pair(tuple(size), 1), pair(tuple(weight[1:-1]), 1)
-    out = Geometry(stride, padding, dilation).output_size((h, w), kernel)
+    how, plane, kernel = ConvCodes.of(map).geometry, in_two(size, 1), in_two(weight[1:-1], 1)
+    out = how.output_size(plane, kernel)
     if min(*out, *kernel) < 1 or max(kernel) > _LARGEST_KERNEL or weight[0] % map.groups:
         return None
-    sizes = (samples, h, w, weight[-1] * map.groups, *out, weight[0], *kernel)
-    return Conv(*sizes, *stride, *padding, *dilation, map.groups)
+    sizes = (samples, *plane, weight[-1] * map.groups, *out, weight[0], *kernel)
+    return Conv(*sizes, *how.stride, *how.padding, *how.dilation, how.groups)
 
 
 def _output_shape(conv: Conv, map: ConvMap) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from fqt.kernels.rounding import STOCHASTIC, Rounding
 
 BACKEND = "cpu"
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 14  # FQT_ABI of csrc/platform.h
+_ABI = 14  # FQT_ABI of csrc/common/platform.h
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: dict[str, tuple[type, ...]] = {

@@ -157,7 +157,7 @@ def _replace_rows_(y: Tensor, keep: Tensor, x: Tensor) -> Tensor:
 
 
 class _Mixed(ctypes.Structure):
-    """`Mixed` of csrc/mixed.h."""
+    """`Mixed` of csrc/transform/mixed.h."""
 
     _fields_ = [
         ("seed", _P),

@@ -18,7 +18,7 @@ _LONGEST, _WIDEST = 1 << 23, 1 << 15
 
 
 class _Epilogue(Structure):
-    """`Epilogue` of csrc/epilogue.h."""
+    """`Epilogue` of csrc/products/epilogue.h."""
 
     _fields_ = [
         ("out", c_void_p),
@@ -85,7 +85,7 @@ class Sizes(NamedTuple):
 
 
 class Conv(Structure):
-    """`Conv` of csrc/conv.h."""
+    """`Conv` of csrc/products/conv.h."""
 
     _names = "samples height width channels out_height out_width out_channels kernel_height kernel_width"
     _more = "stride_height stride_width padding_height padding_width dilation_height dilation_width groups"

@@ -117,7 +117,7 @@ def _encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed
 
 
 class _Findings(ctypes.Structure):
-    """`Findings` of csrc/range.h."""
+    """`Findings` of csrc/quantize/quantize.cpp."""
 
     _fields_ = [
         ("lo", ctypes.c_float),

@@ -14,7 +14,7 @@ from fqt.kernels.cpu.source import OUT_TYPES
 
 
 class Coded(Structure):
-    """`Quantized` of csrc/quantized.h. The tensors it is made of must outlive it."""
+    """`Quantized` of csrc/products/quantized.h. The tensors it is made of must outlive it."""
 
     shape: tuple[int, int]
     groups: int
@@ -72,7 +72,7 @@ class Coded(Structure):
 
 
 class Fold(Structure):
-    """`Fold` of csrc/quantized.h. The tensors it is made of must outlive it."""
+    """`Fold` of csrc/products/quantized.h. The tensors it is made of must outlive it."""
 
     _fields_ = [("folded", c_int32), ("centre", c_void_p), ("share", c_void_p)]
 

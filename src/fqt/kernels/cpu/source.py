@@ -16,7 +16,7 @@ _PERIOD = 1024  # shorter factors are repeated to about this length, so that the
 
 
 class Source(ctypes.Structure):
-    """`Source` of csrc/source.h."""
+    """`Source` of csrc/common/source.h."""
 
     _fields_ = [
         ("x", ctypes.c_void_p),

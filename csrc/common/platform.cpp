@@ -1,0 +1,71 @@
+// What this machine can run, and what this build is.
+#include "common/platform.h"
+
+#include <pthread.h>
+
+#include "common/parallel.h"
+#include "common/simd.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fqt {
+
+static bool is_forked = false;
+
+static void mark_forked() { is_forked = true; }
+
+__attribute__((constructor)) static void watch_forks() { pthread_atfork(nullptr, nullptr, mark_forked); }
+
+bool forked() { return is_forked; }
+
+#if defined(__x86_64__)
+// Register state that the operating system saves on a context switch. Asking the processor alone is not enough.
+static uint64_t saved_state() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+// Whether this process may use the tiles of AMX: Linux keeps them off until a process asks.
+static bool may_use_tiles(uint64_t state) {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  constexpr uint64_t kTileState = 3 << 17;
+  return (state & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+static int x86_level() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return kPortable;
+  const uint64_t state = saved_state();
+  if ((state & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return kPortable;
+  const uint32_t needs_b = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  const bool wide = (state & 0xe6) == 0xe6 && (b & needs_b) == needs_b && (c & bit_AVX512VNNI);
+  if (!wide) return kAvx2;
+  constexpr uint32_t kTileUnit = 1 << 24, kTileBytes = 1 << 25;
+  return (d & kTileUnit) && (d & kTileBytes) && may_use_tiles(state) ? kAmx : kAvx512;
+}
+#endif
+
+}  // namespace fqt
+
+// The best level this machine runs: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 that and AMX.
+FQT_API int fqt_cpu_level() {
+#if defined(__x86_64__)
+  return fqt::x86_level();
+#else
+  return fqt::kPortable;
+#endif
+}
+
+// Python refuses a library built from other sources than its own.
+FQT_API int fqt_abi() { return FQT_ABI; }
