@@ -22,7 +22,7 @@ from fqt.stats.certification.bias import row_mean
 from fqt.stats.certification.inputs import Input, adversarial_inputs
 from fqt.stats.certification.run import _alphas, row_noise, smallest_bias
 from fqt.stats.certification.sample import Sample
-from fqt.stats.certification.statistic import Moments, Significance
+from fqt.stats.certification.statistic import ColumnMoments, Significance
 from tests.quant import mutants
 
 from .defects import DEFECTS, SOUND, Case, row_stochastic, stochastic, uniform
@@ -117,7 +117,7 @@ def test_the_rate_is_kept_for_every_two_valued_error(draws: int, alpha: float) -
     q = k / draws
     one = Significance(alpha, 1)
     for p in torch.logspace(-6, math.log10(0.5), 60, dtype=torch.float64).tolist():
-        of = Moments(q - p, q * (1 - q) * draws / (draws - 1), (1 - 2 * q).abs() * (q * (1 - q) > 0), q)
+        of = ColumnMoments(q - p, q * (1 - q) * draws / (draws - 1), (1 - 2 * q).abs() * (q * (1 - q) > 0), q)
         rejected = (one.score(of, 1.0, draws) > 1).numpy()
         assert binom.pmf(k.numpy(), draws, p)[rejected].sum() <= 1.01 * alpha, p
 
@@ -136,7 +136,7 @@ def test_power_of_one_entry_is_as_stated() -> None:
     bias = smallest_bias(alpha, m, 1 / 4, 1.0)
     k = torch.arange(m + 1, dtype=torch.float64)
     q = k / m
-    of = Moments(q - 0.5, q * (1 - q) * m / (m - 1), (1 - 2 * q).abs(), q)
+    of = ColumnMoments(q - 0.5, q * (1 - q) * m / (m - 1), (1 - 2 * q).abs(), q)
     rejected = (alpha.score(of, 1.0, m) > 1).numpy()
     found = binom.pmf(k.numpy(), m, 0.5 + bias)[rejected].sum()
     assert 0.985 < found < 0.997

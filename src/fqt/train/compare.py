@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,8 @@ from fqt.errors import FqtError
 from fqt.files import check_path, locked
 from fqt.nn import load_recipe
 from fqt.records import MAYBE, NUMBER, TEXT, check_shape, environment, read_json, write_json
-from fqt.stats import Estimate, quantization_variance, sampling_variance
+from fqt.stats import quantization_variance, sampling_variance
+from fqt.stats.spread import ratio
 from fqt.train.config import TrainConfig, differing
 from fqt.train.results import RunResult, is_share
 from fqt.train.run import Observer, Silent, discard, train
@@ -263,16 +263,7 @@ def _measurements(
                 "step": snapshot.step,
                 "quantization": dataclasses.asdict(noise),
                 "sampling": dataclasses.asdict(sampling),
-                "ratio": dataclasses.asdict(_ratio(noise, sampling)),
+                "ratio": dataclasses.asdict(ratio(noise, sampling)),
             }
     finally:
         observer.end()
-
-
-def _ratio(noise: Estimate, sampling: Estimate) -> Estimate:
-    """The quotient, with its error to first order; the two are measured independently enough to add squares."""
-    if sampling.value <= 0:
-        return Estimate(value=float("nan"), error=float("nan"))
-    value = noise.value / sampling.value
-    error = math.hypot(noise.error, value * sampling.error) / sampling.value
-    return Estimate(value=value, error=error)

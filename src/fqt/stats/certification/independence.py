@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fqt.stats.certification.certificate import Finding
 from fqt.stats.certification.sample import Sample
-from fqt.stats.certification.statistic import Moments, Significance, moments
+from fqt.stats.certification.statistic import ColumnMoments, Significance, moments
 
 
 def pairs(sample: Sample, alpha: Significance, mixes: int | None) -> Finding:
@@ -94,7 +94,7 @@ def _terms(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     return {(2,): values, (1,): values.T, (1, 2): values.reshape(1, -1)}[dims]
 
 
-def _at_least_independent(of: Moments, variances: Tensor) -> Moments:
+def _at_least_independent(of: ColumnMoments, variances: Tensor) -> ColumnMoments:
     """Moments of (Σe)² − Σe² no smaller than independent errors of these variances (sums, terms) give it.
 
     Its tail is long above: a sample that lacks it shows too low a mean and too little variance at once. With

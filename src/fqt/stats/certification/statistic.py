@@ -46,7 +46,7 @@ class Significance:
         spread = variance.sqrt() + torch.as_tensor(skew) * (self.z / (3 * math.sqrt(count)))
         return ((spread.square() + (self.log / count) * torch.as_tensor(jump).square()) / count).sqrt()
 
-    def score(self, of: Moments, jump: Tensor | float, count: float, slack: Tensor | float = 0.0) -> Tensor:
+    def score(self, of: ColumnMoments, jump: Tensor | float, count: float, slack: Tensor | float = 0.0) -> Tensor:
         """|mean| less `slack`, over what chance may give; above 1 rejects. 0/0 is 0, over 1e6 infinite."""
         excess = (of.mean.abs() - slack).clamp(min=0)
         allowed = self.z * self.error(of.variance, jump, of.skew, count)
@@ -54,7 +54,7 @@ class Significance:
         return torch.where(score > 1e6, math.inf, score)
 
 
-class Moments(NamedTuple):
+class ColumnMoments(NamedTuple):
     """Of each column of (M, n) draws: mean, unbiased variance, |m3|/m2, and the typical jump √(m4/m2).
 
     The jump is the size at which the variance is carried: σ for a fair coin, 1.7σ for a Gaussian, the whole jump
@@ -67,7 +67,7 @@ class Moments(NamedTuple):
     jump: Tensor
 
 
-def moments(draws: Tensor) -> Moments:
+def moments(draws: Tensor) -> ColumnMoments:
     """The moments of each column of (M, n)."""
     mean = draws.mean(0)
     centred = draws - mean
@@ -77,4 +77,4 @@ def moments(draws: Tensor) -> Moments:
     over = torch.where(second > 0, 1 / second.clamp(min=1e-300), 0.0)
     skew = (square * centred).mean(0).abs() * over
     jump = (square.square().mean(0) * over).sqrt()
-    return Moments(mean, second * (len(draws) / max(len(draws) - 1, 1)), skew, jump)
+    return ColumnMoments(mean, second * (len(draws) / max(len(draws) - 1, 1)), skew, jump)
