@@ -102,15 +102,19 @@ class Sampled(Keep):
         """(N,) float64, what probabilities are in proportion to; above 0 but for rows of zeros. g: (N, D)."""
         raise NotImplementedError
 
+    def chances(self, g: Tensor, x: Tensor | None = None) -> Tensor:
+        """(N,) float64, the probability of each row. g: (N, D)."""
+        return sampling.capped(self.score(g, x), self.share)
+
     def apply(self, g: Tensor, x: Tensor | None, seed: Tensor, axes: int) -> Tensor:
         """Rows times m/p."""
-        p = sampling.capped(self.score(_matrix(g, axes), None if x is None else _matrix(x, axes)), self.share)
+        p = self.chances(_matrix(g, axes), None if x is None else _matrix(x, axes))
         weight = sampling.weights(p, seed).to(g.dtype)
         return g * weight.view(*g.shape[:axes], *[1] * (g.ndim - axes))
 
     def variance(self, g: Tensor, x: Tensor | None = None) -> Tensor:
         """Σ (1/p − 1)‖g_i‖²‖x_i‖²."""
-        p = sampling.capped(self.score(g, x), self.share)
+        p = self.chances(g, x)
         square = _norms(g).square() if x is None else (_norms(g) * _norms(x)).square()
         return sampling.variance(p, square)
 
