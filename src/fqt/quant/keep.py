@@ -159,8 +159,8 @@ class LowSequency(Keep):
     """Of every block of neighbouring tokens the Walsh–Hadamard rows with the fewest changes of sign.
 
     Of HLQ (arXiv 2406.15102) and LBP-WHT (2309.15275). Deterministic, and biased by design: what changes fast
-    between neighbours is dropped, (H_⊥g)ᵀ(H_⊥x) of the gradient. Of a Linear only. Blocks do not cross samples; the
-    last one of a sample is filled up with zeros.
+    between neighbours is dropped, (H_⊥g)ᵀ(H_⊥x) of the gradient. Of a Linear only, whose tokens are neighbours
+    along the last axis but one. Blocks do not cross samples; the last of a sample is filled up with zeros.
 
     Attributes:
         rows: how many of a block are kept.
