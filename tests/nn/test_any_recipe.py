@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import fqt
-from fqt import FqtError, Quantizer, Recipe
+from fqt import FqtError, Product, Quantizer, Recipe
 from fqt.nn import load_recipe
-from fqt.quant import Integers, Rotated, Scale
+from fqt.quant import ByRange, Integers, Leverage, LowSequency, Rotated, Scale, Sequency
 from fqt.quant.catalog import METHODS, ROUNDING_SUFFIX
 from fqt.quant.scale import AXES, GROUPS, MODES
 
@@ -82,7 +82,9 @@ def any_recipe(source: random.Random) -> Recipe:
     return Recipe(**{**chosen, **changed})
 
 
-def check(layer: nn.Module, x: torch.Tensor, recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
+def check(
+    layer: nn.Module, x: torch.Tensor, recipe: Recipe, patch: pytest.MonkeyPatch, tolerance: float | None = None
+) -> None:
     expected = [t.shape for t in gradients(layer, x)]
     fqt.quantize_(layer, recipe)
 
@@ -97,7 +99,8 @@ def check(layer: nn.Module, x: torch.Tensor, recipe: Recipe, patch: pytest.Monke
     assert [t.shape for t in found] == expected
     assert equal(found, by_formulas(patch, run))
     q = recipe.operand("grad_input")
-    tolerance = ROTATED if q is not None and isinstance(q.transform, Rotated) else TOLERANCE
+    if tolerance is None:
+        tolerance = ROTATED if q is not None and isinstance(q.transform, Rotated) else TOLERANCE
     for mine, truth in zip(found, simulated, strict=True):
         assert bool(torch.isfinite(mine).all())
         if truth.numel():
@@ -112,6 +115,41 @@ def test_any_recipe_on_any_layer(case: Case, monkeypatch: pytest.MonkeyPatch) ->
         while recipe.is_float:
             recipe = any_recipe(source)
         check(case.layer(torch.float32), case.input(torch.float32, seed=number), recipe, monkeypatch)
+
+
+def any_product(source: random.Random, left: list[Quantizer | str | None], turns: bool) -> Product | None:
+    """One that a recipe takes for a gradient; `turns` where neighbouring tokens can be transformed."""
+    keeps = [None, None, Leverage(0.5), ByRange(0.5), *([Sequency(2, 4), LowSequency(2, 4)] if turns else [])]
+    return Product(
+        source.choice(left),
+        source.choice(["saved", "ptq4", "ptq8d", "psq4", "mxfp4", "tile8", "mxint8n"]),
+        rotate=source.choice([None, 4, 128]),
+        keep=source.choice(keeps),
+        fold=source.choice([None, "never", "auto", "always"]),
+    )
+
+
+def any_recipe_of_products(source: random.Random, turns: bool) -> Recipe:
+    while True:
+        try:
+            return Recipe(
+                output=Product(source.choice(FORWARD), source.choice(FORWARD), rotate=source.choice([None, 4, 64])),
+                grad_input=any_product(source, CHOICES["grad_input"], turns),
+                grad_weight=any_product(source, CHOICES["grad_weight"], turns),
+                fold=source.choice(CHOICES["fold"]),
+            )
+        except FqtError:
+            continue
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *MORE], ids=lambda case: case.name)
+def test_any_products_on_any_layer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers are the values of codes to the bit of roundings: right operands have the same codes either way."""
+    source = random.Random(case.name + " in full")
+    for number in range(PER_LAYER):
+        layer = case.layer(torch.float32)
+        recipe = any_recipe_of_products(source, turns=isinstance(layer, nn.Linear))
+        check(layer, case.input(torch.float32, seed=number), recipe, monkeypatch, TOLERANCE)
 
 
 class SelfAttention(nn.Module):

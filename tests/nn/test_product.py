@@ -15,8 +15,8 @@ from fqt import FqtError, Product, Recipe, quantizer
 from fqt.kernels.philox import as_seed
 from fqt.kernels.rotation import Rotation
 from fqt.nn import dump_recipe, load_recipe
-from fqt.nn.function import FORWARD_SIGNS
 from fqt.nn.product import SAVED
+from fqt.nn.turning import FORWARD_SIGNS
 from fqt.quant import Rotated
 
 from . import checks
@@ -75,6 +75,15 @@ def test_what_a_recipe_makes_of_a_product() -> None:
     assert written.product("output") == Product(written.input, written.weight, 32, fold="never")
     assert Recipe(fold="always", grad_input=Product("psq4", fold="auto")).product("grad_input").fold == "auto"
     assert Recipe(grad_input=Product(None, "ptq4")).product("grad_input").right.scale.mode == "symmetric"
+
+
+def test_a_recipe_pickled_before_there_were_products_is_read() -> None:
+    recipe = Recipe(grad_input="bhq4")
+    state = {k: v for k, v in recipe.__getstate__().items() if k != "rotate"}
+    old = Recipe.__new__(Recipe)
+    old.__setstate__(state)
+    assert old == recipe
+    assert old.product("output").rotate is None
 
 
 def test_a_table_is_a_product() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fqt import FqtError
+import fqt
+from fqt import FqtError, Quantizer, quantizer
 from fqt.kernels import sampling
-from fqt.quant import ByRange, Leverage, LowSequency, Sequency
+from fqt.nn import dump_recipe, load_recipe
+from fqt.quant import ByRange, Integers, Kept, Leverage, LowSequency, Rotated, Scale, Sequency
 from fqt.quant.keep import KEEPS, Keep, Sampled, keep_from
 
 
@@ -158,3 +162,58 @@ def test_messages(make: object, word: str) -> None:
     with pytest.raises(FqtError, match=word) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+QUANTIZERS = {
+    "agp4": quantizer("agp4"),
+    "by norm": Quantizer(transform=Kept(Leverage(0.5)), grid=Integers(3)),
+    "rotated": Quantizer(transform=Rotated(Kept(ByRange(0.5)), block=4), grid=Integers(3)),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_quantizer_of_kept_rows_knows_its_variance(name: str) -> None:
+    """Of keeping and rounding, plain and weighted: the mean of 2,000 squared errors within 7 standard errors."""
+    q, x = QUANTIZERS[name], rows() + 0.2
+    weight = torch.linspace(0.2, 3, 40)[:, None]
+    errors = torch.stack([q.quantize(x, seed).dequantize() - x for seed in range(2000)]).double()
+    seeds = range(20 if name == "rotated" else 1)  # a rotation changes ranges, so probabilities
+    for scale in (None, weight):
+        squares = (errors.square() * (1 if scale is None else scale)).sum((1, 2))
+        stated = [q.variances(x, [q.bits], seed, weight=scale) for seed in seeds]
+        exact, bound = (sum(float(pair[i]) for pair in stated) / len(seeds) for i in (0, 1))
+        assert abs(float(squares.mean()) - exact) < 7 * float(squares.std()) / 2000**0.5 + 0.02 * exact
+        assert exact <= bound
+    assert float(q.variance(x, 0)) == pytest.approx(float(q.variances(x, [q.bits], 0)[0]), rel=1e-9)
+
+
+def test_rows_that_are_not_kept_have_code_zero() -> None:
+    q, x = quantizer("agp4"), rows() + 0.2
+    quantized = q.quantize(x, 1)
+    lost = (quantized.dequantize() == 0).all(1)
+    assert 20 < int(lost.sum()) < 38  # a quarter of 40 are kept on average
+    assert not quantized.codes[lost].any()
+    with pytest.raises(FqtError, match="row scales"):
+        replace(q, scale=Scale("tensor"))
+
+
+def test_a_quantizer_of_kept_rows_in_words() -> None:
+    own = Quantizer(transform=Kept(Leverage(0.3)), grid=Integers(5))
+    for q in (quantizer("agp4d@token"), own, QUANTIZERS["rotated"]):
+        recipe = fqt.Recipe(grad_input=q)
+        assert load_recipe(dump_recipe(recipe)) == fqt.Recipe.of_text(recipe.text) == recipe
+    with pytest.raises(FqtError, match="'range' or 'leverage'"):
+        load_recipe({"grad_input": {"keep": {"by": "sequency"}}})
+    with pytest.raises(FqtError, match="one transform"):
+        load_recipe({"grad_input": {"keep": {"by": "range"}, "transform": "hadamard"}})
+
+
+def test_certificates_of_samples() -> None:
+    """Of functions whose entries of a row are kept together: samples are exact, the published form is biased."""
+
+    def of(keep: Keep) -> Callable[[Tensor, int], Tensor]:
+        return lambda x, seed: keep.back(keep.apply(x, None, torch.tensor(seed), 1), len(x))
+
+    for keep in (Leverage(0.5), ByRange(0.5)):
+        assert fqt.certify(of(keep), draws=64, mixes=1).verdict == "exact"
+    assert fqt.certify(of(LowSequency(8, 16)), draws=64).verdict == "biased"

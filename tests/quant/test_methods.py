@@ -18,6 +18,7 @@ from fqt.quant import (
     Floats,
     Identity,
     Integers,
+    Kept,
     Pairs,
     Quantizer,
     Rotated,
@@ -103,13 +104,18 @@ def test_mean_and_variance_of_draws(name: str) -> None:
     stated = sum(float(q.variance(x, seed)) for seed in seeds) / len(seeds)
     assert float(error.square().sum((1, 2)).mean()) == pytest.approx(stated, rel=0.1)
     assert float(q.variance(x)) <= float(q.variance_bound(x)) * (1 + 1e-9)
+    # Rows that are kept too rarely show nothing in 100 draws.
+    seen = q.transform.rows.chances(x) > 0.15 if isinstance(q.transform, Kept) else torch.ones(19, dtype=torch.bool)
+    assert int(seen.sum()) > 5
     if method_of(name).bias == "exact":
-        spread = error.square().mean((0, 2)).sqrt()[:, None] + 1e-7 * x.abs().amax(1, keepdim=True)
+        row = error.square().mean((0, 2)).sqrt()[:, None] + 1e-7 * x.abs().amax(1, keepdim=True)
+        # Of a row that is kept as a whole or not, the error of a large entry is large.
+        spread = torch.maximum(row, error.square().mean(0).sqrt())
         # A rare large error of a small entry: at most a gap, against the row's typical one.
         largest = error.abs().amax((0, 2))[:, None] / spread
-        assert (error.mean(0).abs() / spread <= 5.5 / 10 + largest * 0.1).all()
+        assert (error.mean(0).abs() / spread <= 5.5 / 10 + largest * 0.1)[seen].all()
     z = error.sum(2).mean(0) / (error.sum(2).std(0) / 10 + 1e-9 * x.abs().amax(1))
-    assert float(z.abs().max()) < 5.5
+    assert float(z[seen].abs().max()) < 5.5
 
 
 @by_name
@@ -161,6 +167,7 @@ def test_bits_stored_by_hand() -> None:
         "eden4": 4 * entries + 500 * 8 + 32,
         "tile8": 8 * entries + 12 * 32,
         "split4": 8 * entries + 32,
+        "agp4": 4 * entries + 100 * 64,
         "shift4": 4 * entries + 70 * 4 + 32,
         "e4m3": 8 * entries + 32,
         "fallback8": 16 * entries + 33,  # one block, which has two codes

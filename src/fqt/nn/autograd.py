@@ -31,7 +31,8 @@ from fqt.kernels.codes import compute_dtype
 from fqt.kernels.tensor import Seen
 from fqt.nn import compiled
 from fqt.nn.eager import not_compiled
-from fqt.nn.function import Call, backward, forward, input_parts, input_seen, multiplied, no_autocast, turned_back
+from fqt.nn.function import Call, backward, forward, input_parts, input_seen, multiplied, no_autocast
+from fqt.nn.turning import turned_back
 
 _Saved = Sequence[Tensor | None]
 _View = Seen | None
@@ -350,7 +351,8 @@ def _input_values(input: Tensor | None, codes: Sequence[Tensor | None], parts: _
     assert parts.view is not None
     quantized = parts.view.quantized(*codes)  # type: ignore[arg-type]
     dtype = compute_dtype(quantized.dtype)
-    values = turned_back(parts.call.map.unlay(quantized.dequantize(dtype)), parts.call, is_input=True)
+    map, block = parts.call.map, parts.call.recipe.rotate
+    values = turned_back(map.unlay(quantized.dequantize(dtype)), map, block, is_input=True)
     return values if input is None else values + input.to(dtype)
 
 

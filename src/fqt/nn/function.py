@@ -29,7 +29,7 @@ from fqt.kernels import integer, ops
 from fqt.kernels.codes import Findings, compute_dtype
 from fqt.kernels.fold import Folded, Split
 from fqt.kernels.linear_map import DenseMap, LinearMap, rows
-from fqt.kernels.philox import as_seed, fork_seed
+from fqt.kernels.philox import fork_seed
 from fqt.kernels.ranges import RangeState
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
@@ -37,6 +37,7 @@ from fqt.nn.arithmetic import again, folds, on_integers, rotates
 from fqt.nn.ranges import Ranges
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
+from fqt.nn.turning import turned_back, turned_input, turned_weight
 from fqt.nn.witness import Witness
 from fqt.quant.keep import Keep
 from fqt.quant.quantizer import Quantizer
@@ -45,8 +46,6 @@ from fqt.quant.transform import Rotated
 _ROLES = {"grad_input": 0, "grad_weight": 1}
 _RIGHT, _KEEP = 0, 1
 """Who draws from a product's seed beside the quantizer of grad_output: that of the right operand, the sampler."""
-FORWARD_SIGNS = 0x6671745F7369676E
-"""The seed of the signs of the forward pass's rotation, the same everywhere and always: it draws nothing."""
 
 
 @dataclass(frozen=True)
@@ -206,13 +205,15 @@ def backward(
             dtype = input_dtype if call.recipe.rotate is None else compute_dtype(input_dtype)
             grad_input, found = _grad_input(grad_output, w, call, shapes[0], dtype, known)
             known = known if call.recipe.product("grad_input").keep is not None else found
-            grad_input = call.as_laid_out(turned_back(grad_input, call, is_input=True).to(input_dtype))
+            grad_input = call.as_laid_out(
+                turned_back(grad_input, call.map, call.recipe.rotate, is_input=True).to(input_dtype)
+            )
             call.ran("grad_input", grad_output.shape, *shapes)
         if needs[1]:
             x = _Operand.unpacked(saved, seen)
             grad_weight, found = _grad_weight(grad_output, x, call, shapes[1], known)
             known = known if call.recipe.product("grad_weight").keep is not None else found
-            grad_weight = turned_back(grad_weight, call, is_input=False).to(weight_dtype)
+            grad_weight = turned_back(grad_weight, call.map, call.recipe.rotate, is_input=False).to(weight_dtype)
             call.ran("grad_weight", grad_output.shape, *shapes)
         if needs[2]:
             assert bias_dtype is not None
@@ -235,41 +236,7 @@ def input_parts(input: Tensor, call: Call) -> tuple[tuple[Tensor, ...], Seen | N
 def multiplied(x: Tensor, call: Call, is_input: bool) -> Tensor:
     """The values that the layer multiplies in place of an input or a weight: those that its codes stand for."""
     operand = _Operand.input(x, call, share=False) if is_input else _Operand.weight(x, call)
-    return turned_back(operand.value(compute_dtype(x.dtype), call), call, is_input)
-
-
-def turned_back(x: Tensor, call: Call, is_input: bool) -> Tensor:
-    """An input or a weight, or its gradient, of the layer's own layout, without the rotation of input features."""
-    if call.recipe.rotate is None:
-        return x
-    if is_input:
-        return call.map.unlay(_turned_input(call.map.lay(x), call, back=True))
-    return call.map.weight_restored(_turned_weight(call.map.weight_by_channel(x)[0], call, back=True))
-
-
-def _turned_input(x: Tensor, call: Call, back: bool = False) -> Tensor:
-    """An input laid out, its features rotated, or `back`; those of a group of channels among themselves."""
-    return _turned(x, -1, x.shape[-1] // call.map.groups, call, back)
-
-
-def _turned_weight(w: Tensor, call: Call, back: bool = False) -> Tensor:
-    """A weight by channel, turned as the input."""
-    axis = call.map.weight_contracted
-    return _turned(w, axis, w.shape[axis], call, back)
-
-
-def _turned(x: Tensor, axis: int, length: int, call: Call, back: bool) -> Tensor:
-    """Runs of `length` input features on an axis, rotated if the recipe says so.
-
-    Quantized so, both operands are multiplied so, and gradients are turned back. The signs are always the same.
-    """
-    block = call.recipe.rotate
-    if block is None or not x.numel():
-        return x
-    moved = x.movedim(axis, -1).to(compute_dtype(x.dtype))
-    rotation = Rotation.draw(as_seed(FORWARD_SIGNS, x.device), length, block, moved.dtype)
-    turn = rotation.undo_columns if back else rotation.columns
-    return turn(moved.reshape(-1, length)).view(moved.shape).movedim(-1, axis)
+    return turned_back(operand.value(compute_dtype(x.dtype), call), call.map, call.recipe.rotate, is_input)
 
 
 def input_seen(shape: torch.Size, dtype: torch.dtype, call: Call) -> Seen | None:
@@ -298,7 +265,9 @@ class _Operand:
         axis = rows(call.map, q.scale.row_axis, x.ndim)
 
         def quantize() -> QuantizedTensor:
-            return q.quantize(_turned_input(call.map.lay(x), call), axis=axis, nonfinite="propagate")
+            return q.quantize(
+                turned_input(call.map.lay(x), call.map, call.recipe.rotate), axis=axis, nonfinite="propagate"
+            )
 
         kind = (type(call.map), call.recipe.rotate, call.recipe.rotate and call.map.groups)
         return _Operand(None, shared(x, q, axis, kind, quantize) if share else quantize(), True)
@@ -309,7 +278,7 @@ class _Operand:
         if q is None:
             return _Operand(w, None, False)
         by_channel, axis = call.map.weight_by_channel(w)
-        turned = _turned_weight(by_channel, call)
+        turned = turned_weight(by_channel, call.map, call.recipe.rotate)
         return _Operand(None, q.quantize(turned, axis=axis, nonfinite="propagate"), False)
 
     @property
@@ -494,15 +463,15 @@ def _from_gradient(
 ) -> tuple[Tensor, Findings]:
     """The input's gradient, of `shape`, from what is quantized of grad_output."""
     call, known = gradient.call, gradient.known
-    split, turned = _split(gradient, weight), _turned_again(gradient, weight)
+    split, right = _split(gradient, weight), _quantized_again(gradient, weight)
     if gradient.on_integers():
         codes, known = gradient.codes(None if split is None else split.step)
-        w = _multiplied(weight, split, turned)
+        w = _multiplied(weight, split, right)
         folded = split is not None
         return integer.grad_input(call.map, codes, w, folded, shape, _result_dtype(dtype)).to(dtype), known
-    if turned is not None:
+    if right is not None:
         estimate, known = gradient.value(None)
-        return call.map.grad_input(estimate, call.map.weight_restored(turned.value()), shape).to(dtype), known
+        return call.map.grad_input(estimate, call.map.weight_restored(right.value()), shape).to(dtype), known
     value = weight.value(gradient.compute, call)
     if split is None:
         estimate, known = gradient.value(None)
@@ -521,18 +490,18 @@ def _grad_weight(
     grad: Tensor, input: _Operand, call: Call, shape: torch.Size, known: Findings
 ) -> tuple[Tensor, Findings]:
     gradient = _Gradient.of(grad, "grad_weight", call, known).kept(input)
-    split, turned = _split(gradient, input), _turned_again(gradient, input)
+    split, right = _split(gradient, input), _quantized_again(gradient, input)
     if gradient.on_integers():
-        x = _multiplied(input, split, turned)
+        x = _multiplied(input, split, right)
         if split is None:
             codes, known = gradient.codes(None)
             return integer.grad_weight(call.map, codes, x, None, shape), known
         codes, sums, known = gradient.codes_by_row(split)
         share = None if sums is None else integer.share_by_tap(call.map, sums, codes.shape, x.shape, shape)
         return integer.grad_weight(call.map, codes, x, Folded(split.centre, share), shape), known
-    if turned is not None:
+    if right is not None:
         estimate, known = gradient.value(None)
-        return call.map.grad_weight(estimate, call.map.unlay(turned.value()), shape), known
+        return call.map.grad_weight(estimate, call.map.unlay(right.value()), shape), known
     value = input.value(gradient.compute, call)
     if split is None:
         estimate, known = gradient.value(None)
@@ -567,7 +536,7 @@ class _Again:
         return self.rotation.undo_rows(value.reshape(value.shape[0], math.prod(value.shape[1:]))).view(value.shape)
 
 
-def _turned_again(gradient: _Gradient, operand: _Operand) -> _Again | None:
+def _quantized_again(gradient: _Gradient, operand: _Operand) -> _Again | None:
     """The right operand where this product does not take the codes of the forward pass.
 
     Quantized again from the values of these codes, which an unbiased quantizer estimates: the product remains an
@@ -596,10 +565,10 @@ def _turned_again(gradient: _Gradient, operand: _Operand) -> _Again | None:
     return _Again(q.quantize(laid, seed, axis=axis, nonfinite="propagate"), rotation, gradient.compute)
 
 
-def _multiplied(operand: _Operand, split: Split | None, turned: _Again | None) -> QuantizedTensor:
+def _multiplied(operand: _Operand, split: Split | None, again: _Again | None) -> QuantizedTensor:
     """The codes of a product's right operand."""
-    if turned is not None:
-        return turned.codes
+    if again is not None:
+        return again.codes
     codes = operand.codes if split is None else split.codes
     assert codes is not None
     return codes

@@ -30,10 +30,10 @@ from fqt.nn.named import RECIPES
 from fqt.nn.product import SAVED, Product, check_block, check_fold
 from fqt.quant.catalog import METHODS, quantizer, quantizer_name, rounded
 from fqt.quant.grid import Integers, grid_from
-from fqt.quant.keep import WORDS, keep_from
+from fqt.quant.keep import WORDS, Sampled, keep_from
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import Scale
-from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
+from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
 from fqt.records import read_toml
 
 OPERANDS = ("input", "weight", "grad_input", "grad_weight")
@@ -394,17 +394,21 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
         "transform": {"transform"},
         "options": {"guard", "small_rows", "block"},
         "rotation": {"rotate"},
+        "rows": {"keep"},
         "scale": {"group", "mode", "axis", "store", "range"},
         "grid": {"grid", "bits"},
         "rounding": {"rounding"},
     }
     _only(table, set().union(*words.values()), "quantizer")
     name = table.get("transform", "none")
+    keep = Kept(_sampled(table["keep"])) if "keep" in table else None
+    if keep is not None and name != "none":
+        raise FqtError(f"a quantizer has one transform over rows: 'keep' or {name!r}")
     if not isinstance(name, str) or name not in _TRANSFORMS:
         raise FqtError(f"unknown transform {name!r}; known: {', '.join(_TRANSFORMS)}")
     options = {k: table[k] for k in words["options"] if k in table}
     _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
-    transform = _TRANSFORMS[name](**options)
+    transform = keep or _TRANSFORMS[name](**options)
     return rounded(
         Rotated(transform, table["rotate"]) if "rotate" in table else transform,
         Scale(**{k: table[k] for k in words["scale"] if k in table}),
@@ -413,11 +417,20 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
     )
 
 
+def _sampled(table: Any) -> Sampled:
+    keep = keep_from(table)
+    if not isinstance(keep, Sampled):
+        raise FqtError(f"a quantizer keeps a sample of its rows, by 'range' or 'leverage', not by {table['by']!r}")
+    return keep
+
+
 def _transform_words(transform: Transform) -> dict[str, Any] | None:
     """What `_quantizer_from` builds it from; None if there are no words for it."""
     if type(transform) is Rotated:
         rows = _transform_words(transform.rows)
         return None if rows is None else {**rows, "rotate": transform.block}
+    if type(transform) is Kept:
+        return {"keep": transform.rows.words} if type(transform.rows) in WORDS else None
     name = next((name for name, kind in _TRANSFORMS.items() if type(transform) is kind), None)
     return (
         None

@@ -25,5 +25,6 @@ from fqt.quant.quantizer import Quantizer as Quantizer
 from fqt.quant.scale import Scale as Scale
 from fqt.quant.transform import BlockHouseholder as BlockHouseholder
 from fqt.quant.transform import Identity as Identity
+from fqt.quant.transform import Kept as Kept
 from fqt.quant.transform import Rotated as Rotated
 from fqt.quant.transform import ScaledHadamard as ScaledHadamard

@@ -13,9 +13,10 @@ from functools import cached_property
 
 from fqt.errors import FqtError
 from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
+from fqt.quant.keep import ByRange
 from fqt.quant.quantizer import Best, Quantizer
 from fqt.quant.scale import AXES, Scale
-from fqt.quant.transform import BlockHouseholder, Identity, Rotated, ScaledHadamard, Transform
+from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
 
 ROUNDING_SUFFIX = {"": "stochastic", "d": "dithered", "x": "best", "n": "nearest"}
 _LETTERS = {rounding: letter for letter, rounding in ROUNDING_SUFFIX.items()}
@@ -332,6 +333,14 @@ _ROWS = (
         scale=Scale("tensor", "symmetric", range="steered"),
         roundings=_PLAIN,
         bias="biased: clips by design",
+    ),
+    Method(
+        name="agp*",
+        title="activation gradient pruning",
+        paper=Paper("Gao et al., 1-bit FQT", 2024, "2408.14267"),
+        what="a quarter of the rows, by range, over their probability, then integers, an affine step per row",
+        transform=Kept(ByRange(0.25)),
+        roundings=("stochastic", "dithered"),
     ),
     Method(
         name="shift*",

@@ -102,15 +102,19 @@ class Sampled(Keep):
         """(N,) float64, what probabilities are in proportion to; above 0 but for rows of zeros. g: (N, D)."""
         raise NotImplementedError
 
+    def chances(self, g: Tensor, x: Tensor | None = None) -> Tensor:
+        """(N,) float64, the probability of each row. g: (N, D)."""
+        return sampling.capped(self.score(g, x), self.share)
+
     def apply(self, g: Tensor, x: Tensor | None, seed: Tensor, axes: int) -> Tensor:
         """Rows times m/p."""
-        p = sampling.capped(self.score(_matrix(g, axes), None if x is None else _matrix(x, axes)), self.share)
+        p = self.chances(_matrix(g, axes), None if x is None else _matrix(x, axes))
         weight = sampling.weights(p, seed).to(g.dtype)
         return g * weight.view(*g.shape[:axes], *[1] * (g.ndim - axes))
 
     def variance(self, g: Tensor, x: Tensor | None = None) -> Tensor:
         """Σ (1/p − 1)‖g_i‖²‖x_i‖²."""
-        p = sampling.capped(self.score(g, x), self.share)
+        p = self.chances(g, x)
         square = _norms(g).square() if x is None else (_norms(g) * _norms(x)).square()
         return sampling.variance(p, square)
 
@@ -155,8 +159,8 @@ class LowSequency(Keep):
     """Of every block of neighbouring tokens the Walsh–Hadamard rows with the fewest changes of sign.
 
     Of HLQ (arXiv 2406.15102) and LBP-WHT (2309.15275). Deterministic, and biased by design: what changes fast
-    between neighbours is dropped, (H_⊥g)ᵀ(H_⊥x) of the gradient. Of a Linear only. Blocks do not cross samples; the
-    last one of a sample is filled up with zeros.
+    between neighbours is dropped, (H_⊥g)ᵀ(H_⊥x) of the gradient. Of a Linear only, whose tokens are neighbours
+    along the last axis but one. Blocks do not cross samples; the last of a sample is filled up with zeros.
 
     Attributes:
         rows: how many of a block are kept.

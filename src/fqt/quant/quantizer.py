@@ -63,7 +63,7 @@ class Quantizer:
             raise FqtError("corrected rounding and steps stored as 'correctable' need each other")
         if self.scale.store == "fallback" and not isinstance(self.grid, Pairs):
             raise FqtError(f"steps stored as 'fallback' are of codes in Pairs(), not {self.grid}")
-        if self.transform.mixes_rows and self.scale.group != "row":
+        if self.transform.scales_rows and self.scale.group != "row":
             raise FqtError(f"a transform over rows needs row scales, not {self.scale.group!r}")
         if self.rounding == CORRECTED and self.scale.remembers:
             raise FqtError("corrected rounding needs the tensor's own range")
@@ -284,7 +284,8 @@ class Quantizer:
     ) -> Tensor:
         """The exact variance of `quantize(x, seed).dequantize()`, summed over entries.
 
-        Over the rounding noise, given the transform (random signs included) that this seed draws:
+        Over the rounding noise, given the transform (random signs included) that this seed draws; over the sample
+        too where rows are kept by chance:
         Σ_i ‖S⁻¹e_i‖² step_i² Σ_j p_ij(1 − p_ij), with 1/12 for p(1 − p) when dithered.
         One pass, no sampling; each p(1 − p) to 2⁻²⁵. Zero for nearest rounding, which is biased instead. For
         corrected rounding the exact mean square error given the rotation, which one seed samples. In a remembered
@@ -376,17 +377,20 @@ class Quantizer:
         exact, bound = [], []
         for number, member in enumerate(members):
             if number == 0 or self._mixing_sees_levels:
-                y, undo = member.transform.apply(entries, member.coding, key)
+                measured = member.transform.measured(entries, member.coding, key)
+                (y, undo, chance), cost = measured, measured.cost
                 ranges = self._ranges(y, self._blocks(view), range)
-                cost = None if undo.mixing is None else undo.mixing.cost
                 weights = None if weight is None else _entry_weight(weight, view, undo)
+                sampling = measured.sampling(weights)
+                if weights is not None and chance is not None:
+                    weights = weights * chance[:, None]
             choice = Choice.of(y, *ranges, self._blocks(view), member.codings, cost)
             if weights is None:
-                exact.append(choice.variance(y.matrix, cost))
-                bound.append(choice.bound(y.matrix, cost))
+                exact.append(choice.variance(y.matrix, cost) + sampling)
+                bound.append(choice.bound(y.matrix, cost) + sampling)
             else:
-                exact.append(choice.weighted(y.matrix, weights))
-                bound.append(choice.weighted_bound(y.matrix, weights))
+                exact.append(choice.weighted(y.matrix, weights) + sampling)
+                bound.append(choice.weighted_bound(y.matrix, weights) + sampling)
         empty = torch.zeros(0, dtype=torch.float64, device=x.device)
         return (torch.stack(exact), torch.stack(bound)) if members else (empty, empty)
 
@@ -411,10 +415,11 @@ class Quantizer:
     ) -> Tensor:
         entries, view = self._entries(x, axis, None)
         entries = replace(entries, matrix=entries.values())
-        y, undo = self.transform.apply(entries, self.coding, self._key(seed, x.device))
-        cost, blocks = None if undo.mixing is None else undo.mixing.cost, self._blocks(view)
+        measured = self.transform.measured(entries, self.coding, self._key(seed, x.device))
+        y, cost, blocks = measured.y, measured.cost, self._blocks(view)
         choice = Choice.of(y, *self._ranges(y, blocks, range), blocks, self.codings, cost)
-        return choice.variance(y.matrix, cost) if exact else choice.bound(y.matrix, cost)
+        found = choice.variance(y.matrix, cost) if exact else choice.bound(y.matrix, cost)
+        return found if measured.chance is None else found + measured.sampling()
 
     def _entries(self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None) -> tuple[Entries, RowView]:
         """x as a matrix, with the factor as the kernels take it, and its view."""

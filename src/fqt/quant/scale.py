@@ -8,8 +8,8 @@ From a block's range [lo, hi] and a number of steps n (B = 2^b − 1, one less w
 
 A constant block gets step 0 and offset lo (symmetric: step |lo|, code ±1), so that it comes back bit for bit.
 In its own range nothing is clipped, but by steps stored as "correctable"; in a remembered one
-(`fqt.kernels.ranges`) what lies outside is. An absolute epsilon, the usual remedy against a zero range, was rejected
-because it is a no-op for large values and swamps small ones.
+(`fqt.kernels.ranges`) what lies outside is. An absolute epsilon, the usual remedy against a zero range, was
+rejected because it is a no-op for large values and swamps small ones.
 """
 
 from __future__ import annotations

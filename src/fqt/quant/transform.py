@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
@@ -13,6 +14,7 @@ from fqt.kernels.codes import Blocks, Entries, Findings, Quantized
 from fqt.kernels.mixing import Guard, Mixing
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.rounding import Coding
+from fqt.quant.keep import Sampled
 
 
 class Undo(NamedTuple):
@@ -40,6 +42,33 @@ class Mixed(NamedTuple):
     undo: Undo
 
 
+class Measured(NamedTuple):
+    """A transformed matrix as its noise is measured.
+
+    Attributes:
+        y: the matrix whose rounding is measured.
+        undo: how to undo the transform.
+        chance: (N,) float64, the probability with which a row is kept, and is y's then; None where all are.
+    """
+
+    y: Entries
+    undo: Undo
+    chance: Tensor | None = None
+
+    @property
+    def cost(self) -> Tensor | None:
+        """(N,) float64, what a squared error of a row of y counts; None is 1 everywhere."""
+        return self.chance if self.undo.mixing is None else self.undo.mixing.cost
+
+    def sampling(self, weight: Tensor | None = None) -> Tensor:
+        """What keeping rows adds, weighted by (N, D) or (1, D), float64 scalar: Σ (1/p − 1) x² = Σ p (1 − p) y²."""
+        if self.chance is None:
+            return torch.zeros((), dtype=torch.float64, device=self.y.matrix.device)
+        square = self.y.matrix.double().square()
+        square = square if weight is None else square * weight
+        return (square.sum(1) * self.chance * (1 - self.chance)).sum()
+
+
 @dataclass(frozen=True)
 class Transform:
     """What is done to a matrix before it is rounded, and undone after."""
@@ -54,6 +83,11 @@ class Transform:
         """Whether rows meet: their steps must then be per row."""
         return False
 
+    @property
+    def scales_rows(self) -> bool:
+        """Whether each row is scaled by itself: steps must then be per row."""
+        return self.mixes_rows
+
     def sees_levels(self, mode: str) -> bool:
         """Whether what is mixed depends on the levels that come after, on a scale of that mode."""
         return False
@@ -66,11 +100,16 @@ class Transform:
         """The matrix that is rounded, and how to undo the transform."""
         raise NotImplementedError
 
+    def measured(self, x: Entries, coding: Coding, seed: Tensor | None) -> Measured:
+        """As `apply`, for exact variances; of a sample of rows, all of them."""
+        return Measured(*self.apply(x, coding, seed))
+
     def codes(
         self, x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None
     ) -> tuple[Quantized, Undo]:
         """The codes of `apply`'s result at once, and how to undo the transform."""
-        raise NotImplementedError
+        y, undo = self.apply(x, coding, seed)
+        return ops.quantize(y, blocks, coding, seed)._replace(findings=known), undo
 
 
 @dataclass(frozen=True)
@@ -218,6 +257,11 @@ class Rotated(Transform):
         """Whether the transform over rows does."""
         return self.rows.mixes_rows
 
+    @property
+    def scales_rows(self) -> bool:
+        """Whether the transform over rows does."""
+        return self.rows.scales_rows
+
     def bits_stored(self, rows: int) -> int:
         """The transform over rows'; the rotation's signs come from the seed."""
         return self.rows.bits_stored(rows)
@@ -237,6 +281,12 @@ class Rotated(Transform):
         mixed = self.rows.apply(y, coding, seed)
         return mixed._replace(undo=mixed.undo._replace(rotation=rotation))
 
+    def measured(self, x: Entries, coding: Coding, seed: Tensor | None) -> Measured:
+        """As the transform over rows."""
+        y, rotation = self._rotated(x, seed)
+        found = self.rows.measured(y, coding, seed)
+        return found._replace(undo=found.undo._replace(rotation=rotation))
+
     def codes(
         self, x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None
     ) -> tuple[Quantized, Undo]:
@@ -246,7 +296,42 @@ class Rotated(Transform):
         return found._replace(findings=known), undo._replace(rotation=rotation)
 
 
+@dataclass(frozen=True)
+class Kept(Transform):
+    """A sample of rows with weights 1/p (`fqt.quant.keep`); those that are not kept have code 0.
+
+    Unbiased. The variance of keeping, Σ (1/p − 1)‖x_i‖², is part of the quantizer's exact variance, which is over
+    samples and rounding: a kept row is rounded at 1/p times its own step.
+
+    Attributes:
+        rows: which are kept.
+    """
+
+    rows: Sampled
+
+    @property
+    def needs_rows(self) -> bool:
+        """True: rows are what is kept."""
+        return True
+
+    @property
+    def scales_rows(self) -> bool:
+        """True."""
+        return True
+
+    def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
+        """Rows times m/p."""
+        return Mixed(Entries(self.rows.apply(x.values(), None, _drawn(seed), 1), period=x.period), Undo())
+
+    def measured(self, x: Entries, coding: Coding, seed: Tensor | None) -> Measured:
+        """Every row times 1/p, and p."""
+        values = x.values()
+        p = self.rows.chances(values)
+        scale = torch.where(p == 0, 0.0, 1 / p).to(values.dtype)[:, None]
+        return Measured(Entries(values * scale, period=x.period), Undo(), p)
+
+
 def _drawn(seed: Tensor | None) -> Tensor:
     if seed is None:
-        raise FqtError("this quantizer draws random signs: give a seed")
+        raise FqtError("this quantizer draws random numbers before it rounds: give a seed")
     return seed

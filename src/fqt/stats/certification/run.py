@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fqt.errors import FqtError
 from fqt.kernels.rounding import DITHERED
-from fqt.quant import Quantizer, quantizer, quantizer_name
+from fqt.quant import Kept, Quantizer, quantizer, quantizer_name
 from fqt.seeds import derive_seed
 from fqt.stats.certification import bias, independence, seeding
 from fqt.stats.certification.certificate import Certificate, Finding, Power, verdict
@@ -70,7 +70,7 @@ def _certify(
 ) -> Certificate:
     inputs = adversarial_inputs(seed)
     alphas = _alphas(inputs, rate, isinstance(target, Quantizer), draws)
-    axis = None if isinstance(target, Quantizer) else mixes
+    axis = _together(target) if isinstance(target, Quantizer) else mixes
     near = _Near.draw(target, inputs[0], range(seed, seed + draws))
     findings, notes = near.judge(alphas, axis)
     spread_seeds, distinct = _spread_seeds(seed, draws), float(draws)
@@ -102,6 +102,14 @@ def _certify(
         row=smallest_bias(alphas["row"], draws, *row_noise(COLUMNS)),
     )
     return Certificate(name, result, rate, draws, seed, tuple(findings), tuple(notes), power)
+
+
+def _together(q: Quantizer) -> int | None:
+    """The axis along which a quantizer's errors rightly depend on each other before its transform is undone.
+
+    Entries of a row that is kept as a whole or not do.
+    """
+    return 1 if isinstance(q.transform, Kept) else None
 
 
 def smallest_bias(alpha: Significance, draws: int, variance: float, jump: float, slack: float = 1e-4) -> float:
@@ -230,6 +238,8 @@ def _more_notes(
             f"{which} errors are independent in threes, not jointly: linear functionals vary as with independent "
             f"errors, ‖error‖² up to {widest.effect:.1f} times as much (variance, on {widest.input})"
         )
+    if isinstance(target, Quantizer) and _together(target) is not None:
+        notes.append("rows are kept as a whole or not at all: correlation across features is reported, not judged")
     if not isinstance(target, Quantizer) and mixes is not None:
         axis = ("rows", "features")[mixes]
         notes.append(f"correlation across {axis} is reported, not judged: mixes={mixes}")
