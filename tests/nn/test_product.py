@@ -188,6 +188,8 @@ def test_explain_says_what_runs_on_integers() -> None:
     # Rows of four bits whose features are rotated in blocks of 16 have a name.
     assert [row.operands for row in rows] == ["psq4n × psq4n@channel", "hlq4 × ptq4", "hlq4 × ptq4"]
     assert "features rotated in blocks of 8" in rows[0].why
+    turned = fqt.explain(fqt.quantize_(nn.Linear(64, 64), "thq4")).products
+    assert "weight turned too, and quantized again to 8 bits" in turned[1].why
     assert all(row.why.startswith("both operands are integer codes") for row in rows)
     conv = fqt.explain(fqt.quantize_(nn.Conv2d(16, 16, 3), RECIPES["all rotated"])).products
     assert [row.arithmetic for row in conv] == ["integer", "integer", "simulated"]

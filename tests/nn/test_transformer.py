@@ -47,7 +47,7 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("options", FORMS, ids=lambda options: "-".join(options) or "plain")
 @pytest.mark.parametrize("make", [encoder_layer, encoder])
 def test_eval_without_gradient_is_the_converted_model(make: Any, options: dict[str, Any]) -> None:
     """Three ways to run it give the same values, and not the float model's."""

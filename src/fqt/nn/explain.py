@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from fqt.kernels import integer
+from fqt.kernels.linear_map import LinearMap
 from fqt.kernels.ranges import RangeState
 from fqt.nn import patched
-from fqt.nn.arithmetic import obstacle, operands, summed_in_blocks
+from fqt.nn.arithmetic import again, obstacle, operands, summed_in_blocks
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
 from fqt.nn.layers import linear_map
-from fqt.nn.product import SAVED, Product
+from fqt.nn.product import SAVED
 from fqt.nn.ranges import remembered
 from fqt.nn.recipe import INPUT_AGAIN, PRODUCTS, WEIGHT_AGAIN, Recipe, dump_operand, load_recipe
 from fqt.nn.stored import stored_in_configuration
@@ -174,26 +175,31 @@ def _product(layer: str, module: nn.Module, product: str) -> Row:
     recipe: Recipe = module.fqt_recipe  # type: ignore[assignment]
     unit, map = recipe.product(product), linear_map(module)
     name, other = PRODUCTS[product]
-    saved, again = unit.right == SAVED or product == "output", WEIGHT_AGAIN if other == "weight" else INPUT_AGAIN
-    second = (other, recipe.operand(other)) if saved else (again, unit.right)
+    saved = unit.right == SAVED or product == "output"
+    anew = WEIGHT_AGAIN if other == "weight" else INPUT_AGAIN
+    second = (other, recipe.operand(other)) if saved else (anew, unit.right)
     words = " × ".join(_words(dump_operand(*said)) for said in ((name, unit.left), second))
     left, right = operands(product, map, recipe)
     if left is None or right is None:
         exact = "grad_output" if product != "output" else "an operand"
         why = f"{exact if left is None else 'an operand'} stays float"
-        return Row(layer, product, "float", words, why + _more(product, unit))
+        return Row(layer, product, "float", words, why + _more(product, map, recipe))
     why = obstacle(product, map, recipe) or _machine(module)
     if why:
-        return Row(layer, product, "simulated", words, why + _more(product, unit))
+        return Row(layer, product, "simulated", words, why + _more(product, map, recipe))
     block = summed_in_blocks(product, map, recipe)
     why = f"{_INTEGER}, scaled between blocks of {block}" if block else _INTEGER
-    return Row(layer, product, "integer", words, why + _more(product, unit))
+    return Row(layer, product, "integer", words, why + _more(product, map, recipe))
 
 
-def _more(product: str, unit: Product) -> str:
+def _more(product: str, map: LinearMap, recipe: Recipe) -> str:
     """What a product does that its operands' names do not say."""
-    turned = "" if product != "output" or unit.rotate is None else f"; features rotated in blocks of {unit.rotate}"
-    return turned if unit.keep is None else f"{turned}; rows kept by {unit.keep}"
+    unit, found = recipe.product(product), ""
+    if product == "output" and unit.rotate is not None:
+        found += f"; features rotated in blocks of {unit.rotate}"
+    if product != "output" and unit.right == SAVED and again(product, map, recipe) is not None:
+        found += f"; {PRODUCTS[product][1]} turned too, and quantized again to 8 bits"
+    return found if unit.keep is None else f"{found}; rows kept by {unit.keep}"
 
 
 def _machine(module: nn.Module) -> str:
