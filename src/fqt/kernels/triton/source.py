@@ -16,7 +16,7 @@ VALUES = (torch.float32, torch.bfloat16, torch.float16)
 
 def takes_entries(x: Entries) -> bool:
     """Whether the kernels can read these entries."""
-    return takes(x.matrix, dtypes=VALUES) and takes(x.factor) and takes(x.matrix, x.factor, dtypes=VALUES)
+    return takes(x.matrix, x.factor, dtypes=VALUES) and takes(x.factor)
 
 
 def takes_scales(scales: Scales) -> bool:
@@ -47,14 +47,12 @@ def values(source, rows, columns, inside):
 def parameter_of(parameter: Tensor, blocks: Blocks, shape: tuple[int, int]) -> tuple:
     """A parameter per block, or one that broadcasts: the tensor, and along each axis how many entries share a
     number (None: all do) and the stride."""
-    along: list[int | None] = []
-    for size, length, count, stride in zip(
-        (blocks.rows, blocks.columns), shape, parameter.shape, parameter.stride(), strict=True
-    ):
-        shared = 1 if count == length else size
-        if count != 1 and -(-length // shared) != count if shared else count != 1:
+    sizes, along = (blocks.rows or 1, blocks.columns or 1), []
+    for size, length, count, stride in zip(sizes, shape, parameter.shape, parameter.stride(), strict=True):
+        share = 1 if count == length else size
+        if count not in (1, -(-length // share)):
             raise ValueError(f"parameters of shape {tuple(parameter.shape)} for a matrix of {shape[0]} × {shape[1]}")
-        along += [None if count == 1 else shared, stride]
+        along += [None if count == 1 else share, stride]
     return (parameter, *along)
 
 
