@@ -80,6 +80,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def written(dtype: torch.dtype) -> torch.dtype:
+    """What kernels write for a float dtype: the interpreter does not round to bfloat16, so float32 there."""
+    return torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
+
+
 def takes(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether kernels can run on these: plain strided tensors of these dtypes on one usable device; None is none."""
     there = [x for x in tensors if x is not None]
