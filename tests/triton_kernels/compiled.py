@@ -1,6 +1,6 @@
 """Compiles the kernels for a GPU that need not be here, and looks at what came of it.
 
-    python -m tests.triton_kernels.compiled sm_90
+    python -m tests.triton_kernels.compiled sm_90 [PATTERN]
 
 The interpreter takes what the compiler refuses, and rounds where a compiler may contract. Fails where a kernel does
 not compile, where a multiplication and an addition became one rounding or a division an approximation (NVIDIA; on
@@ -66,7 +66,10 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     for blocks in (COLUMN, Blocks(1, 16)):
         yield "ranges", ranges.value_range, (whole, blocks), True
     yield "parameters", ranges.parameters, (column, column, "affine", 255), False
-    stochastic, dithered = Coding("symmetric", Levels(-127, 127), STOCHASTIC), Coding("zero", Levels(0, 254), DITHERED)
+    stochastic, dithered = (
+        Coding("symmetric", Levels(-127, 127), STOCHASTIC),
+        Coding("zero", Levels(0, 254), DITHERED),
+    )
     yield "bands", quantize._quantized, (whole, ROW, stochastic, seed, None, True), True
     yield "bands, dithered", quantize._quantized, (whole, ROW, dithered, seed, None, False), True
     yield "sums of codes", sums.column_sums, (codes, order.int()), True
@@ -82,8 +85,8 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     yield "random numbers", noise.random_u24, (seed, 1, n), False
 
 
-def main(name: str) -> None:
-    """Compiles all for sm_80, sm_90, … or gfx942, …"""
+def main(name: str, pattern: str = ".") -> None:
+    """Compiles for sm_80, sm_90, … or gfx942, … all kernels whose label matches."""
     nvidia = name.startswith("sm_")
     language = "ptx" if nvidia else "amdgcn"
     target = GPUTarget("cuda", int(name[3:]), 32) if nvidia else GPUTarget("hip", name, 64)
@@ -96,7 +99,7 @@ def main(name: str) -> None:
 
     JITFunction.run = compile_only
     wrong = []
-    for label, function, arguments, wide in calls():
+    for label, function, arguments, wide in filter(lambda call: re.search(pattern, call[0]), calls()):
         made.clear()
         function(*arguments)
         for kernel in made:
@@ -112,4 +115,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

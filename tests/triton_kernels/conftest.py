@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+collect_ignore = ["compiled.py"]  # a program, not to be looked through for doctests
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0":
-    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_processes.py"]
+    names = [path.name for path in Path(__file__).parent.glob("test_*.py")]
+    collect_ignore += [name for name in names if name != "test_processes.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,6 +32,6 @@ def test_interpreted() -> None:
     run("-m", "pytest", "-p", "no:cacheprovider", str(HERE), TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_compiled(target: str, tmp_path: Path) -> None:
-    run("-m", "tests.triton_kernels.compiled", target, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize(("target", "which"), [("sm_90", "."), ("gfx942", "dithered|ranges|values|over rows")])
+def test_compiled(target: str, which: str, tmp_path: Path) -> None:
+    run("-m", "tests.triton_kernels.compiled", target, which, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fqt.kernels import ops
-from fqt.kernels.codes import ROW, TENSOR, Blocks, Entries, Findings, Levels
+from fqt.kernels.codes import COLUMN, ROW, TENSOR, Blocks, Entries, Findings, Levels
 from fqt.kernels.rounding import CORRECTED, DITHERED, NEAREST, STOCHASTIC, Coding, Rounding
 from fqt.kernels.triton import quantize
 from tests.backends import moved, same
@@ -34,9 +34,15 @@ def check(x: Entries, blocks: Blocks, how: Coding) -> None:
 @pytest.mark.parametrize("mode", ["affine", "zero", "symmetric"])
 @pytest.mark.parametrize("rounding", [NEAREST, STOCHASTIC, DITHERED], ids=str)
 def test_modes_and_roundings(rounding: Rounding, mode: str) -> None:
-    """Rows in bands, short and long ones; other blocks in two passes."""
-    for shape, blocks in [((9, 520), ROW), ((35, 15), ROW), ((9, 40), TENSOR), ((9, 40), Blocks(4, 8))]:
+    """Rows in bands and other blocks in two passes."""
+    for shape, blocks in [((9, 520), ROW), ((9, 40), Blocks(4, 8))]:
         check(Entries(matrix(shape)), blocks, coding(mode, rounding))
+
+
+@pytest.mark.parametrize("blocks", [ROW, TENSOR, COLUMN], ids=["row", "tensor", "column"])
+def test_several_programs(blocks: Blocks) -> None:
+    """Two bands, two tiles down, and columns that are no multiple of eight."""
+    check(Entries(matrix((35, 15))), blocks, coding("affine", STOCHASTIC))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,7 +65,11 @@ def test_entries_of_all_kinds() -> None:
 
 @pytest.mark.parametrize(
     ("store", "blocks", "rounding"),
-    [("power", Blocks(1, 32), STOCHASTIC), ("e4m3", Blocks(1, 16), NEAREST), ("correctable", Blocks(1, 16), CORRECTED)],
+    [
+        ("power", Blocks(1, 32), STOCHASTIC),
+        ("e4m3", Blocks(1, 16), NEAREST),
+        ("correctable", Blocks(1, 16), CORRECTED),
+    ],
 )
 def test_stored_steps(store: str, blocks: Blocks, rounding: Rounding) -> None:
     check(Entries(matrix((9, 64))), blocks, Coding("symmetric", Levels(-12, 12, 1), rounding, store))

@@ -41,8 +41,8 @@ def permutation(n: int) -> torch.Tensor:
 def test_butterflies_over_rows(blocks: tuple[int, ...]) -> None:
     n = sum(blocks)
     keep = torch.rand(n, 1, generator=torch.Generator().manual_seed(3)) < 0.7
-    for columns in (1, 33, 150):
-        for before, after in around(n, columns)[:: 1 if columns == 33 else 3]:
+    for columns in (1, 150):
+        for before, after in around(n, columns)[:: 1 if columns == 150 else 3]:
             x = matrix((n, columns))
             check(transform, ops.hadamard, x, permutation(n), blocks, before, None, after)
             check(transform, ops.hadamard, x, permutation(n), blocks, before, keep, after)
@@ -68,7 +68,14 @@ def test_dtypes_strides_and_nothing() -> None:
     x = matrix((24, 24))
     for view in (x.bfloat16(), x.half(), x.T, x[:, :0]):
         check(transform, ops.hadamard, view, permutation(24), (16, 8))
-        check(transform, ops.rotate, view, torch.ones(24 if view.numel() else 0), None, (16, 8) if view.numel() else ())
+        check(
+            transform,
+            ops.rotate,
+            view,
+            torch.ones(24 if view.numel() else 0),
+            None,
+            (16, 8) if view.numel() else (),
+        )
         check(transform, ops.reflect, view, torch.arange(24) // 2, torch.ones(24, 1), torch.ones(24, 1))
     check(transform, ops.hadamard, x[:0], permutation(0), ())
     check(transform, ops.reflect, x[:0], permutation(0), x[:0, :1], x[:0, :1])

@@ -23,7 +23,7 @@ from torch import Tensor
 from fqt.kernels import ops
 from fqt.kernels.codes import ROW, Entries, Findings, Quantized
 from fqt.kernels.op import Op
-from fqt.kernels.philox import STREAM_SIGN, random_words
+from fqt.kernels.philox import STREAM_SIGN
 from fqt.kernels.reference import Scaling, Unscaling
 from fqt.kernels.roots import inverse_cube_root, square_root
 from fqt.kernels.rounding import STOCHASTIC, Coding
@@ -193,7 +193,7 @@ def scaled_hadamard(x: Tensor, block: int, seed: Tensor, guard: Guard) -> tuple[
     group = torch.empty_like(order).index_copy_(0, order, block_of)
     size = torch.tensor(blocks, dtype=torch.float64, device=x.device)[group]
 
-    sign = 1.0 - 2.0 * (random_words(seed, STREAM_SIGN, n) >> 31).double()
+    sign = 1.0 - 2.0 * (ops.random_u24(seed, STREAM_SIGN, n) >> 23).double()
     scale = (sign * rows.range.double().rsqrt()).masked_fill(rows.constant, 0.0)
     inverse = _inverse(scale)
     before = rows.scaling(scale * size.rsqrt())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fqt.kernels.codes import DITHER_LEVELS, LEAST_STEP, Blocks, Entries, Findings, Levels, Scales
 from fqt.kernels.rounding import Rounding
+from fqt.kernels.steps import divided
 
 # Beyond this step a group's range may exceed the largest float: its arithmetic is done on sixteenths.
 _WIDE_STEP = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
@@ -51,7 +52,7 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
     """
     if mode == "symmetric":
         magnitude = torch.maximum(lo.abs(), hi.abs())
-        step = torch.where(lo == hi, magnitude, (magnitude / steps).clamp(min=LEAST_STEP))
+        step = torch.where(lo == hi, magnitude, divided(magnitude, steps).clamp(min=LEAST_STEP))
         offset = torch.zeros_like(lo)
     elif mode == "affine":
         step, offset = _affine_step(lo, hi, steps), lo
@@ -67,7 +68,7 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
 
 def _affine_step(lo: Tensor, hi: Tensor, steps: int) -> Tensor:
     half = torch.where(hi * 0.5 - lo * 0.5 > torch.finfo(lo.dtype).max / 4, 0.5, 1.0).to(lo.dtype)
-    return ((hi * half - lo * half) / steps / half).clamp(min=LEAST_STEP)
+    return (divided(hi * half - lo * half, steps) / half).clamp(min=LEAST_STEP)
 
 
 def _zero_on_code(lo: Tensor, hi: Tensor, steps: int) -> tuple[Tensor, Tensor]:

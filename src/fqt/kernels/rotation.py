@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import ops
-from fqt.kernels.philox import STREAM_ROTATION, random_words
+from fqt.kernels.philox import STREAM_ROTATION
 from fqt.kernels.reference import Scaling, Unscaling
 
 
@@ -43,8 +43,8 @@ class Rotation:
     @staticmethod
     def draw(seed: Tensor, length: int, largest: int, dtype: torch.dtype) -> Rotation:
         """The rotation of runs of `length` that a seed stands for, in blocks of at most `largest`."""
-        words = random_words(seed, STREAM_ROTATION, length)
-        return Rotation(1.0 - 2.0 * (words >> 31).to(dtype), rotation_blocks(length, largest))
+        top = ops.random_u24(seed, STREAM_ROTATION, length) >> 23
+        return Rotation(1.0 - 2.0 * top.to(dtype), rotation_blocks(length, largest))
 
     @property
     def _roots(self) -> Tensor:

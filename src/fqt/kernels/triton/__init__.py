@@ -4,15 +4,17 @@ A module here may import Triton at its top, since `device.offer` names it by a s
 """
 
 from fqt.kernels import ops
+from fqt.kernels.op import Op
 from fqt.kernels.triton.device import offer
 
-for op in (ops.value_range, ops.parameters):
-    offer(op, "ranges")
-for op in (ops.encode, ops.decode, ops.code_variance):
-    offer(op, "encode")
-for op in (ops.column_sums, ops.row_sums, ops.value_sums, ops.scaled_rows, ops.variance_sums):
-    offer(op, "sums")
-for op in (ops.hadamard, ops.rotate, ops.reflect, ops.replace_rows_):
-    offer(op, "transform")
-offer(ops.random_u24, "noise")
-offer(ops.quantize, "quantize")
+_OFFERED: dict[str, tuple[Op, ...]] = {
+    "ranges": (ops.value_range, ops.parameters),
+    "encode": (ops.encode, ops.decode, ops.code_variance),
+    "sums": (ops.column_sums, ops.row_sums, ops.value_sums, ops.scaled_rows, ops.variance_sums),
+    "transform": (ops.hadamard, ops.rotate, ops.reflect, ops.replace_rows_),
+    "noise": (ops.random_u24,),
+    "quantize": (ops.quantize,),
+}
+for _module, _operations in _OFFERED.items():
+    for _operation in _operations:
+        offer(_operation, _module)

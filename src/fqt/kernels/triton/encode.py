@@ -31,12 +31,12 @@ _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 def programs_of(shape: tuple[int, int]) -> int:
     """How many tiles a matrix has."""
-    return -(-shape[0] // TILE["R"]) * -(-shape[1] // TILE["C"])
+    return triton.cdiv(shape[0], TILE["R"]) * triton.cdiv(shape[1], TILE["C"])
 
 
 @triton.jit
 def tile(N, D, R: tl.constexpr, C: tl.constexpr):
-    """Rows (R, 1), first column, columns (1, C), all int64, and whether an entry of this program's tile is inside."""
+    """Rows (R, 1), first column, columns (1, C), int64, and whether an entry of this program's tile is inside."""
     across = tl.cdiv(D, C)
     place = tl.program_id(0).to(tl.int64)
     rows, start = place // across * R + tl.arange(0, R)[:, None], place % across * C
@@ -46,9 +46,23 @@ def tile(N, D, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _encode(
-    codes, turned, source, step, offset, seed, N, D,
-    R: tl.constexpr, C: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MANTISSA: tl.constexpr,
-    TABLE: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    codes,
+    turned,
+    source,
+    step,
+    offset,
+    seed,
+    N,
+    D,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    TABLE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     rows, start, columns, inside = tile(N, D, R, C)
     value = values(source, rows, columns, inside)
@@ -127,8 +141,17 @@ def variance(t, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr)
 
 @triton.jit
 def _code_variance(
-    out, source, step, offset, N, D,
-    R: tl.constexpr, C: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MANTISSA: tl.constexpr,
+    out,
+    source,
+    step,
+    offset,
+    N,
+    D,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    MANTISSA: tl.constexpr,
     TABLE: tl.constexpr,
 ):
     rows, _, columns, inside = tile(N, D, R, C)

@@ -123,7 +123,13 @@ def _nearest(t, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr)
 
 @triton.jit
 def _stochastic(
-    t, seed, first, C: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, MANTISSA: tl.constexpr,
+    t,
+    seed,
+    first,
+    C: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HIGH: tl.constexpr,
+    MANTISSA: tl.constexpr,
     TABLE: tl.constexpr,
 ):
     """The level above where the noise is below the fraction; its low bits are made only where they decide."""
@@ -150,8 +156,18 @@ def _dithered(t, seed, rows, columns, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def rounded(
-    t, seed, rows, start, D, C: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr,
+    t,
+    seed,
+    rows,
+    start,
+    D,
+    C: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HIGH: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     """int32 codes for positions t (R, C) of `rows` (R, 1) and C columns from `start` of a matrix of D columns."""
     if ROUNDING == _NEAREST:

@@ -94,7 +94,7 @@ def takes_random_u24(seed: Tensor, stream: int, n: int) -> bool:
 def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
     """As the reference."""
     out = torch.empty(n, dtype=torch.int32, device=seed.device)
-    launch(_random_u24, -(-n // (4 * _BLOCKS)), out, seed, n, on=out, STREAM=stream, BLOCKS=_BLOCKS)
+    launch(_random_u24, triton.cdiv(n, 4 * _BLOCKS), out, seed, n, on=out, STREAM=stream, BLOCKS=_BLOCKS)
     return out
 
 
@@ -112,6 +112,6 @@ def dither_of(seed: Tensor, shape: tuple[int, int], transposed: bool) -> tuple[T
     rows, columns = shape
     out = torch.empty(rows + columns, dtype=torch.float32, device=seed.device)
     row, column = dither_streams(transposed)
-    programs = -(-out.numel() // _BLOCKS)
+    programs = triton.cdiv(out.numel(), _BLOCKS)
     launch(_dither, programs, out, seed, out.numel(), rows, on=out, ROW=row, COLUMN=column, SIZE=_BLOCKS)
     return out[:rows, None], out[None, rows:]

@@ -1,9 +1,9 @@
 """Codes and parameters of a matrix, and its transposed codes of the same pass.
 
-Integer tensor cores want both operands with the contracted axis last. A product over rows (a weight's gradient, or a
-weight in grad_input) therefore reads the codes transposed, which cost the least where the codes are written. Where
-rows have a step of their own and there are enough of them, ranges, parameters and codes are one kernel: a band of
-rows is read once from memory, and a second time from the cache.
+Integer tensor cores want both operands with the contracted axis last. A product over rows (a weight's gradient, or
+a weight in grad_input) reads the codes transposed, which cost the least where the codes are written. Where rows have
+a step of their own and there are enough of them, ranges, parameters and codes are one kernel: a band of rows is read
+once from memory, and a second time from the cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SHORT = 2048  # or rows no longer than this
 def takes_quantize(
     x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None = None
 ) -> bool:
-    """Codes that fit a byte, any blocks, any rounding; what no kernel may take is left to the reference to refuse."""
+    """Codes that fit a byte, any blocks, any rounding; what none may take is left to the reference to refuse."""
     levels, rounding = coding.levels, coding.rounding
     if x.matrix.numel() == 0 or rounding.name not in ROUNDINGS or not takes_levels(levels):
         return False
@@ -71,8 +71,9 @@ def _quantized(
         scales = ops.scales_of(*value_range(x, blocks), coding, blocks)
         codes, turned = encoded(x, scales, coding.levels, coding.rounding, seed, turn)
     scales = coding.rounding.settled(x, codes, scales, coding.levels.high, seed)
-    dithered = seed is not None and coding.rounding == DITHERED
-    dither = Dither(*dither_of(seed, x.shape, x.transposed)) if dithered else None
+    dither = None
+    if seed is not None and coding.rounding == DITHERED:
+        dither = Dither(*dither_of(seed, x.shape, x.transposed))
     return Quantized(codes, scales, dither, known), turned
 
 
@@ -87,15 +88,29 @@ def _by_bands(x: Entries, coding: Coding, seed: Tensor | None, turn: bool) -> tu
     step, offset = (torch.empty((shape[0], 1), dtype=torch.float32, device=device) for _ in range(2))
     arguments = (codes, turned, step, offset, source_of(x), seed, *shape)
     how = {**how_of(coding.levels, coding.rounding, shape[1], x.transposed), "MODE": MODES[coding.mode]}
-    launch(_bands, -(-shape[0] // _TILES[turn]["R"]), *arguments, on=codes, **_TILES[turn], **how)
+    launch(_bands, triton.cdiv(shape[0], _TILES[turn]["R"]), *arguments, on=codes, **_TILES[turn], **how)
     return codes, turned, Scales(step, offset, ROW)
 
 
 @triton.jit
 def _bands(
-    codes, turned, steps, offsets, source, seed, N, D,
-    R: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    MANTISSA: tl.constexpr, TABLE: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
+    codes,
+    turned,
+    steps,
+    offsets,
+    source,
+    seed,
+    N,
+    D,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    MODE: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    TABLE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     band = tl.program_id(0).to(tl.int64) * R

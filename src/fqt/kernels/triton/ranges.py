@@ -23,8 +23,18 @@ _SIZE = 256
 
 @triton.jit
 def _range(
-    lo, hi, source, shape, block, count, splits, spans,
-    TALL: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
+    lo,
+    hi,
+    source,
+    shape,
+    block,
+    count,
+    splits,
+    spans,
+    TALL: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     down, across, row_split, column_split = place(count, splits, TALL, WIDE)
     least = tl.full((TALL, ROWS, WIDE, COLUMNS), float("inf"), tl.float32)
@@ -133,5 +143,5 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
     lo, hi = lo.contiguous(), hi.contiguous()
     step, offset = torch.empty_like(lo), torch.empty_like(lo)
     arguments, how = (step, offset, lo, hi, lo.numel()), {"STEPS": steps, "MODE": MODES[mode], "SIZE": _SIZE}
-    launch(_parameters, -(-lo.numel() // _SIZE), *arguments, on=lo, **how)
+    launch(_parameters, triton.cdiv(lo.numel(), _SIZE), *arguments, on=lo, **how)
     return step, offset

@@ -51,7 +51,9 @@ def parameter_of(parameter: Tensor, blocks: Blocks, shape: tuple[int, int]) -> t
     for size, length, count, stride in zip(sizes, shape, parameter.shape, parameter.stride(), strict=True):
         share = 1 if count == length else size
         if count not in (1, -(-length // share)):
-            raise ValueError(f"parameters of shape {tuple(parameter.shape)} for a matrix of {shape[0]} × {shape[1]}")
+            raise ValueError(
+                f"parameters of shape {tuple(parameter.shape)} for a matrix of {shape[0]} × {shape[1]}"
+            )
         along += [None if count == 1 else share, stride]
     return (parameter, *along)
 

@@ -1,4 +1,4 @@
-"""Sums over rows, columns and blocks. None depends on the order in which programs finish: partial sums, no atomics."""
+"""Sums over rows, columns and blocks, the same in every run: programs leave partial sums, and none is atomic."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PROGRAMS = 1024
 
 def _spans(shape: tuple[int, int]) -> tuple[int, int]:
     """How many programs share the rows of a matrix, and how many rows each has: whole tiles."""
-    tiles, rows = -(-shape[1] // _TILE["C"]), _TILE["R"]
-    wanted = max(1, min(-(-_PROGRAMS // max(tiles, 1)), -(-shape[0] // (4 * rows))))
-    span = -(-(-(-shape[0] // wanted)) // rows) * rows
-    return -(-shape[0] // max(span, 1)), span
+    tiles, rows = triton.cdiv(shape[1], _TILE["C"]), _TILE["R"]
+    parts = max(1, min(triton.cdiv(_PROGRAMS, max(tiles, 1)), triton.cdiv(shape[0], 4 * rows)))
+    span = max(1, triton.cdiv(triton.cdiv(shape[0], parts), rows)) * rows
+    return triton.cdiv(shape[0], span), span
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
     plain, weighted = codes.new_zeros((2, parts, shape[1]), dtype=torch.int64)
     weights = None if weights is None else weights.contiguous()
     arguments = (plain, weighted, source_of(Entries(codes)), weights, *shape, span)
-    launch(_code_sums, parts * -(-shape[1] // _TILE["C"]), *arguments, on=codes, **_TILE)
+    launch(_code_sums, parts * triton.cdiv(shape[1], _TILE["C"]), *arguments, on=codes, **_TILE)
     return plain.sum(0), None if weights is None else weighted.sum(0)
 
 
@@ -91,7 +91,7 @@ def row_sums(codes: Tensor) -> Tensor:
     """As the reference."""
     n, d = codes.shape
     out = codes.new_empty(n, dtype=torch.int64)
-    launch(_row_sums, -(-n // 8), out, source_of(Entries(codes)), n, d, on=codes, R=8, C=512)
+    launch(_row_sums, triton.cdiv(n, 8), out, source_of(Entries(codes)), n, d, on=codes, R=8, C=512)
     return out
 
 
@@ -116,7 +116,7 @@ def value_sums(x: Tensor) -> Tensor:
     shape = (x.shape[0], x.shape[1])
     parts, span = _spans(shape)
     sums = x.new_zeros((parts, shape[1]), dtype=torch.float64)
-    programs = parts * -(-shape[1] // _TILE["C"])
+    programs = parts * triton.cdiv(shape[1], _TILE["C"])
     launch(_value_sums, programs, sums, source_of(Entries(x)), *shape, span, on=x, **_TILE)
     return sums.sum(0)
 
@@ -153,15 +153,29 @@ def scaled_rows(
     sums = None if weight is None else x.new_zeros((parts, shape[1]), dtype=torch.float64)
     weight = None if weight is None else weight.contiguous()
     arguments = (out, sums, source_of(Entries(x)), factor.contiguous(), weight, *shape, span)
-    launch(_scaled_rows, parts * -(-shape[1] // _TILE["C"]), *arguments, on=x, **_TILE)
+    launch(_scaled_rows, parts * triton.cdiv(shape[1], _TILE["C"]), *arguments, on=x, **_TILE)
     return out, None if sums is None else sums.sum(0), known
 
 
 @triton.jit
 def _variance_sums(
-    sums, source, step, offset, shape, block, count, splits, spans,
-    TALL: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr,
+    sums,
+    source,
+    step,
+    offset,
+    shape,
+    block,
+    count,
+    splits,
+    spans,
+    TALL: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    TABLE: tl.constexpr,
 ):
     down, across, row_split, column_split = place(count, splits, TALL, WIDE)
     total = tl.zeros((TALL, ROWS, WIDE, COLUMNS), tl.int64)

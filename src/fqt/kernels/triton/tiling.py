@@ -47,9 +47,9 @@ class Tiling:
         wide = _power(across, max(1, _WIDTH // columns))
         rows = _power(block[0], min(16, _ENTRIES // (columns * wide)))
         tall = _power(down, _ENTRIES // (columns * wide * rows))
-        wanted = -(-_PROGRAMS // (-(-down // tall) * -(-across // wide)))
-        by_rows = min(wanted, -(-block[0] // (_LEAST * rows)))
-        by_columns = min(-(-wanted // by_rows), -(-block[1] // (_LEAST * columns)))
+        wanted = triton.cdiv(_PROGRAMS, triton.cdiv(down, tall) * triton.cdiv(across, wide))
+        by_rows = min(wanted, triton.cdiv(block[0], _LEAST * rows))
+        by_columns = min(triton.cdiv(wanted, by_rows), triton.cdiv(block[1], _LEAST * columns))
         return Tiling(shape, block, count, (tall, rows, wide, columns), (by_rows, by_columns))
 
     @property
@@ -61,13 +61,13 @@ class Tiling:
     def spans(self) -> tuple[int, int]:
         """Rows and columns of a block that a program goes through, multiples of its tile's."""
         pairs = zip(self.block, self.splits, self.tile[1::2], strict=True)
-        rows, columns = (-(-(-(-length // parts)) // size) * size for length, parts, size in pairs)
+        rows, columns = (triton.cdiv(triton.cdiv(length, parts), size) * size for length, parts, size in pairs)
         return rows, columns
 
     @property
     def programs(self) -> int:
         """How many."""
-        down, across = (-(-n // size) for n, size in zip(self.count, self.tile[::2], strict=True))
+        down, across = (triton.cdiv(n, size) for n, size in zip(self.count, self.tile[::2], strict=True))
         return down * across * self.splits[0] * self.splits[1]
 
     @property
@@ -101,7 +101,10 @@ def place(count, splits, TALL: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def entries(shape, block, down, across, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows, columns and whether they are inside, of the tile that begins at this row and column of its blocks."""
-    of_block, along = row + tl.arange(0, ROWS)[None, :, None, None], column + tl.arange(0, COLUMNS)[None, None, None, :]
+    of_block, along = (
+        row + tl.arange(0, ROWS)[None, :, None, None],
+        column + tl.arange(0, COLUMNS)[None, None, None, :],
+    )
     rows, columns = down * block[0] + of_block, across * block[1] + along
     inside = (of_block < block[0]) & (rows < shape[0]) & (along < block[1]) & (columns < shape[1])
     return rows, columns, inside

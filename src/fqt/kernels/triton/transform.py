@@ -123,15 +123,13 @@ def hadamard(
         width = min(128, max(4, 4096 // size))
         arguments = (out, source_of(Entries(x)), order.contiguous(), first, keep, last, start, x.shape[1])
         how = {"M": size, "C": width, "warps": max(4, size * width // 1024)}
-        launch(_hadamard, count * -(-x.shape[1] // width), *arguments, on=out, **how)
+        launch(_hadamard, count * triton.cdiv(x.shape[1], width), *arguments, on=out, **how)
         start += size * count
     return out.to(dtype)
 
 
 @triton.jit
-def _rotate(
-    out, source, before, after, runs, across, D, period, first, count, R: tl.constexpr, M: tl.constexpr
-):
+def _rotate(out, source, before, after, runs, across, D, period, first, count, R: tl.constexpr, M: tl.constexpr):
     """`across` runs of `period` columns lie in a row; in each, blocks of M begin at `first`."""
     program = tl.program_id(0).to(tl.int64)
     run = program // count * R + tl.arange(0, R)[:, None]
@@ -164,7 +162,7 @@ def rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, .
     for size, count in _runs(blocks):
         tall = min(_ROWS, max(1, 4096 // size))
         arguments = (out, source_of(Entries(x)), *factors, runs, across, columns, period, start, count)
-        launch(_rotate, count * -(-runs // tall), *arguments, on=out, R=tall, M=size)
+        launch(_rotate, count * triton.cdiv(runs, tall), *arguments, on=out, R=tall, M=size)
         start += size * count
     return out
 
@@ -223,8 +221,8 @@ def reflect(
     out = torch.empty(x.shape, dtype=written(dtype), device=x.device)
     ordered, order = torch.sort(group, stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(n + 1, device=x.device))
-    tiles = -(-d // _REFLECTED["C"])
-    workers = min(n, -(-_PROGRAMS // max(tiles, 1)))
+    tiles = triton.cdiv(d, _REFLECTED["C"])
+    workers = min(n, triton.cdiv(_PROGRAMS, max(tiles, 1)))
     vectors = (normal.contiguous(), factor.contiguous())
     arguments = (out, source_of(Entries(x)), order, bounds, *vectors, first, last, n, d, workers)
     launch(_reflect, tiles * workers, *arguments, on=out, **_REFLECTED)
