@@ -1,4 +1,4 @@
-"""What the Triton backend offers: asked about tensors on a GPU alone, imported only then; Triton need not be here."""
+"""What the Triton backend offers: asked of tensors on a GPU alone, imported only then; Triton need not be here."""
 
 from __future__ import annotations
 
