@@ -1,9 +1,9 @@
 """Codes and parameters of a matrix, and its transposed codes of the same pass.
 
-Integer tensor cores want both operands with the contracted axis last. A product over rows (a weight's gradient, or
-a weight in grad_input) reads the codes transposed, which cost the least where the codes are written. Where rows have
-a step of their own and there are enough of them, ranges, parameters and codes are one kernel: a band of rows is read
-once from memory, and a second time from the cache.
+Integer tensor cores want both operands with the contracted axis last. A product over rows (a weight's gradient,
+or a weight in grad_input) reads the codes transposed, which cost the least where the codes are written. Where
+rows have a step of their own and there are enough of them, ranges, parameters and codes are one kernel: a band
+of rows is read once from memory, and a second time from the cache.
 """
 
 from __future__ import annotations
