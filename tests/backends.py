@@ -69,7 +69,7 @@ def same(a: Any, b: Any) -> bool:
     """Equal dtype, shape and values, NaN equal to NaN, in everything that two results hold."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = a.dtype == b.dtype and a.shape == b.shape
-        return alike and torch.equal(a.nan_to_num(nan=7e37), b.nan_to_num(nan=7e37))
+        return alike and torch.equal(*(t.nan_to_num(7e37, torch.inf, -torch.inf) for t in (a, b)))
     if is_dataclass(a):
         return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     if isinstance(a, tuple | list):

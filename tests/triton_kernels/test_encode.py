@@ -24,6 +24,7 @@ GRIDS = [
     (E2M1, NEAREST),
     (E2M1, STOCHASTIC),
     (E2M1, CORRECTED),
+    (Levels(-64, 64, 0), STOCHASTIC),
     (POWERS, NEAREST),
     (POWERS, STOCHASTIC),
 ]
@@ -58,7 +59,8 @@ def test_codes_and_transposed_codes(levels: Levels, rounding: Rounding, blocks: 
 @by_rounding
 def test_kinds_of_values(rounding: Rounding, kind: str) -> None:
     x = Entries(matrix((17, 40), kind))
-    check(encode, ops.encode, x, scales_over(x, ROW, top(rounding)), top(rounding), rounding, SEED)
+    blocks = TENSOR if kind == "wide" else ROW  # whose range is beyond the largest float
+    check(encode, ops.encode, x, scales_over(x, blocks, top(rounding)), top(rounding), rounding, SEED)
 
 
 @by_rounding
@@ -79,6 +81,11 @@ def test_steps_of_single_entries() -> None:
     step = torch.rand(9, 20, generator=torch.Generator().manual_seed(1)) / 50
     for blocks in (TENSOR, Blocks(1, 1)):
         check(encode, ops.encode, x, Scales(step, -20 * step, blocks), Levels(0, 255), STOCHASTIC, SEED)
+
+
+def test_parameters_that_are_not_contiguous() -> None:
+    x, parts = Entries(matrix((9, 20))), torch.linspace(0.01, 0.03, 36).view(9, 4)
+    check(encode, ops.encode, x, Scales(parts[:, 1:2], -100 * parts[:, 2:3], ROW), Levels(0, 255), NEAREST, None)
 
 
 def test_noise_whose_low_bits_decide() -> None:

@@ -52,6 +52,7 @@ def test_butterflies_over_rows(blocks: tuple[int, ...]) -> None:
 def test_butterflies_of_kinds_of_values(kind: str) -> None:
     for before, after in around(12, 20):
         check(transform, ops.hadamard, matrix((12, 20), kind), permutation(12), (8, 4), before, None, after)
+        check(transform, ops.hadamard, -matrix((12, 20), kind), permutation(12), (8, 4), before, None, after)
     check(transform, ops.rotate, matrix((6, 36), kind), torch.linspace(-1, 1, 12), None, (8, 4))
 
 

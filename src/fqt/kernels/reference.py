@@ -294,7 +294,7 @@ def rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, .
 def _butterflies(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
     y = x.index_select(0, order)
     start = 0
-    for size, count in _runs(blocks):
+    for size, count in equal_runs(blocks):
         part = y.narrow(0, start, size * count)
         stride = 1
         while stride < size:
@@ -307,7 +307,7 @@ def _butterflies(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
     return torch.empty_like(y).index_copy_(0, order, y)
 
 
-def _runs(blocks: tuple[int, ...]) -> list[tuple[int, int]]:
+def equal_runs(blocks: tuple[int, ...]) -> list[tuple[int, int]]:
     """Runs of equal block sizes, as (size, count)."""
     runs: list[tuple[int, int]] = []
     for size in blocks:

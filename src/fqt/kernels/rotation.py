@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fqt.kernels import ops
 from fqt.kernels.philox import STREAM_ROTATION
-from fqt.kernels.reference import Scaling, Unscaling
+from fqt.kernels.reference import Scaling, Unscaling, equal_runs
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +49,8 @@ class Rotation:
     @property
     def _roots(self) -> Tensor:
         """(P,): 1/√m of each entry's block."""
-        parts = [torch.full((m,), m**-0.5, dtype=self.signs.dtype, device=self.signs.device) for m in self.blocks]
+        dtype, device = self.signs.dtype, self.signs.device
+        parts = [torch.full((m * n,), m**-0.5, dtype=dtype, device=device) for m, n in equal_runs(self.blocks)]
         return torch.cat(parts) if parts else self.signs
 
     def columns(self, x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def _encode(
     step = parameter(step, rows, columns, rows < N, columns < D)
     offset = parameter(offset, rows, columns, rows < N, columns < D)
     t = position(value, step, offset, LOW, HIGH)
-    code = rounded(t, seed, rows, start, D, C, ROUNDING, ALIGNED, TRANSPOSED, HIGH, MANTISSA, TABLE)
+    code = rounded(t, seed, rows, start, D, C, ROUNDING, ALIGNED, TRANSPOSED, MANTISSA, TABLE)
     code = code.to(codes.dtype.element_ty)
     tl.store(codes + rows * D + columns, code, mask=inside)
     if turned is not None:
@@ -133,9 +133,9 @@ def decode(codes: Tensor, scales: Scales, dither: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def variance(t, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
+def variance(t, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
     """f(1 − f)·gap² at positions t."""
-    _, fraction, gap = split(t, HIGH, MANTISSA, TABLE)
+    _, fraction, gap = split(t, MANTISSA, TABLE)
     return fraction * (1 - fraction) * gap * gap
 
 
@@ -159,7 +159,7 @@ def _code_variance(
     step = parameter(step, rows, columns, rows < N, columns < D)
     offset = parameter(offset, rows, columns, rows < N, columns < D)
     t = position(value, step, offset, LOW, HIGH)
-    tl.store(out + rows * D + columns, variance(t, HIGH, MANTISSA, TABLE), mask=inside)
+    tl.store(out + rows * D + columns, variance(t, MANTISSA, TABLE), mask=inside)
 
 
 def takes_code_variance(x: Entries, scales: Scales, levels: Levels) -> bool:

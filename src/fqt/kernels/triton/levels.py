@@ -75,21 +75,15 @@ def even(t):
 
 
 @triton.jit
-def _gaps(t, HIGH: tl.constexpr, MANTISSA: tl.constexpr):
-    """The gap between small floats about t, a power of two, and its inverse."""
-    LAST: tl.constexpr = _bits(HIGH - 1)
+def _gaps(t, MANTISSA: tl.constexpr):
+    """The gap between small floats about t, a power of two, and its inverse; the highest is a multiple of any."""
     exponent = ((t.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126  # |t| in [2^(exponent − 1), 2^exponent)
-    power = tl.maximum(tl.minimum(exponent, LAST) - 1 - MANTISSA, 0)
+    power = tl.maximum(exponent - 1 - MANTISSA, 0)
     return ((127 + power) << 23).to(tl.float32, bitcast=True), ((127 - power) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.constexpr_function
-def _bits(n):
-    return int(n).bit_length()
-
-
 @triton.jit
-def split(t, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
+def split(t, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
     """As `Levels.split`: the level at or below t, the fraction of the way to the next one, and the gap."""
     if len(TABLE) > 0:
         size = tl.abs(t)
@@ -101,7 +95,7 @@ def split(t, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
         gap = outer - inner
         return below, tl.div_rn(t - below, gap), gap
     elif MANTISSA >= 0:
-        gap, inverse = _gaps(t, HIGH, MANTISSA)
+        gap, inverse = _gaps(t, MANTISSA)
         below = floor(t * inverse) * gap
         return below, (t - below) * inverse, gap
     else:
@@ -110,12 +104,12 @@ def split(t, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
 
 
 @triton.jit
-def _nearest(t, HIGH: tl.constexpr, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
+def _nearest(t, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
     if len(TABLE) > 0:
-        below, fraction, gap = split(t, HIGH, MANTISSA, TABLE)
+        below, fraction, gap = split(t, MANTISSA, TABLE)
         return below + tl.where(fraction > 0.5, gap, 0.0)
     elif MANTISSA >= 0:
-        gap, inverse = _gaps(t, HIGH, MANTISSA)
+        gap, inverse = _gaps(t, MANTISSA)
         return even(t * inverse) * gap
     else:
         return even(t)
@@ -128,12 +122,11 @@ def _stochastic(
     first,
     C: tl.constexpr,
     ALIGNED: tl.constexpr,
-    HIGH: tl.constexpr,
     MANTISSA: tl.constexpr,
     TABLE: tl.constexpr,
 ):
     """The level above where the noise is below the fraction; its low bits are made only where they decide."""
-    below, fraction, gap = split(t, HIGH, MANTISSA, TABLE)
+    below, fraction, gap = split(t, MANTISSA, TABLE)
     noise = high_bits(seed, first, C, ALIGNED) << 8
     up = (noise | 0xFF).to(tl.float32) * _CHANCE < fraction
     undecided = up != (noise.to(tl.float32) * _CHANCE < fraction)
@@ -165,15 +158,14 @@ def rounded(
     ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    HIGH: tl.constexpr,
     MANTISSA: tl.constexpr,
     TABLE: tl.constexpr,
 ):
     """int32 codes for positions t (R, C) of `rows` (R, 1) and C columns from `start` of a matrix of D columns."""
     if ROUNDING == _NEAREST:
-        code = _nearest(t, HIGH, MANTISSA, TABLE)
+        code = _nearest(t, MANTISSA, TABLE)
     elif ROUNDING == _STOCHASTIC:
-        code = _stochastic(t, tl.load(seed), rows * D + start, C, ALIGNED, HIGH, MANTISSA, TABLE)
+        code = _stochastic(t, tl.load(seed), rows * D + start, C, ALIGNED, MANTISSA, TABLE)
     else:
         code = _dithered(t, tl.load(seed), rows, start + tl.arange(0, C)[None, :], TRANSPOSED)
     return code.to(tl.int32)

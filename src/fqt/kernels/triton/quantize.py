@@ -134,7 +134,7 @@ def _bands(
         columns = (start + tl.arange(0, C)).to(tl.int64)[None, :]
         inside = (rows < N) & (columns < D)
         t = position(values(source, rows, columns, inside), step, offset, LOW, HIGH)
-        code = rounded(t, seed, rows, start, D, C, ROUNDING, ALIGNED, TRANSPOSED, HIGH, MANTISSA, TABLE)
+        code = rounded(t, seed, rows, start, D, C, ROUNDING, ALIGNED, TRANSPOSED, MANTISSA, TABLE)
         code = code.to(codes.dtype.element_ty)
         tl.store(codes + rows * D + columns, code, mask=inside)
         if turned is not None:

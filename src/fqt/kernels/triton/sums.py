@@ -187,7 +187,7 @@ def _variance_sums(
             steps = parameter(step, rows, columns, rows < shape[0], columns < shape[1])
             offsets = parameter(offset, rows, columns, rows < shape[0], columns < shape[1])
             t = position(value, steps, offsets, LOW, HIGH)
-            counts = even(variance(t, HIGH, MANTISSA, TABLE) * 16777216.0)
+            counts = even(variance(t, MANTISSA, TABLE) * 16777216.0)
             total += tl.where(inside, counts, 0.0).to(tl.int64)
     where, there = result(down, across, row_split, column_split, count, splits)
     tl.store(sums + where, tl.sum(tl.sum(total, 3), 1), mask=there)

@@ -8,6 +8,7 @@ split among programs, and what these leave is put together by a second, small pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -39,6 +40,7 @@ class Tiling:
     splits: tuple[int, int]
 
     @staticmethod
+    @lru_cache(maxsize=256)
     def of(blocks: Blocks, shape: tuple[int, int]) -> Tiling:
         """For a matrix that is not empty."""
         block = (blocks.rows or shape[0], blocks.columns or shape[1])

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fqt.kernels.codes import Entries
-from fqt.kernels.reference import Scaling, Unscaling, _runs
+from fqt.kernels.reference import Scaling, Unscaling, equal_runs
 from fqt.kernels.triton.device import launch, takes, written
 from fqt.kernels.triton.encode import TILE, programs_of, tile
 from fqt.kernels.triton.source import VALUES, source_of, values
@@ -119,7 +119,7 @@ def hadamard(
     out = torch.empty(x.shape, dtype=written(dtype), device=x.device)
     keep = None if keep is None else keep.contiguous().view(torch.uint8)
     start = 0
-    for size, count in _runs(blocks):
+    for size, count in equal_runs(blocks):
         width = min(128, max(4, 4096 // size))
         arguments = (out, source_of(Entries(x)), order.contiguous(), first, keep, last, start, x.shape[1])
         how = {"M": size, "C": width, "warps": max(4, size * width // 1024)}
@@ -159,7 +159,7 @@ def rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, .
     across, start = columns // period, 0
     runs = x.shape[0] * across
     factors = (before.contiguous(), None if after is None else after.contiguous())
-    for size, count in _runs(blocks):
+    for size, count in equal_runs(blocks):
         tall = min(_ROWS, max(1, 4096 // size))
         arguments = (out, source_of(Entries(x)), *factors, runs, across, columns, period, start, count)
         launch(_rotate, count * triton.cdiv(runs, tall), *arguments, on=out, R=tall, M=size)
