@@ -23,7 +23,7 @@ from torch import Tensor
 from fqt.kernels import ops
 from fqt.kernels.codes import ROW, Entries, Findings, Quantized
 from fqt.kernels.op import Op
-from fqt.kernels.philox import STREAM_SIGN, random_words
+from fqt.kernels.philox import STREAM_SIGN
 from fqt.kernels.reference import Scaling, Unscaling
 from fqt.kernels.roots import inverse_cube_root, square_root
 from fqt.kernels.rotation import powers_of_two
@@ -186,15 +186,16 @@ def scaled_hadamard(x: Tensor, block: int, seed: Tensor, guard: Guard) -> tuple[
     """
     rows = _Rows.of(x)
     n = x.shape[0]
-    blocks, deal = hadamard_blocks(n, block)
-    sizes = torch.tensor(blocks, dtype=torch.long, device=x.device)
-    block_of = torch.repeat_interleave(torch.arange(len(blocks), device=x.device), sizes, output_size=n)
+    blocks = hadamard_blocks(n, block)[0]
+    # To copy them makes the host wait for a GPU. Tensors of a trace or of a function's transform must not be kept.
+    plain = type(x) is Tensor and torch._C._functorch.maybe_current_level() is None
+    deal, block_of, sizes = (_kept_positions if x.is_cuda and plain else _positions)(n, block, x.device)
     by_size = torch.sort(rows.range, descending=True, stable=True).indices
-    order = by_size[deal.to(x.device)]
+    order = by_size[deal]
     group = torch.empty_like(order).index_copy_(0, order, block_of)
-    size = sizes[group].double()
+    size = sizes[group]
 
-    sign = 1.0 - 2.0 * (random_words(seed, STREAM_SIGN, n) >> 31).double()
+    sign = 1.0 - 2.0 * (ops.random_u24(seed, STREAM_SIGN, n) >> 23).double()
     scale = (sign * rows.range.double().rsqrt()).masked_fill(rows.constant, 0.0)
     inverse = _inverse(scale)
     before = rows.scaling(scale * size.rsqrt())
@@ -343,3 +344,14 @@ def hadamard_blocks(n: int, largest: int) -> tuple[tuple[int, ...], Tensor]:
     for rank, (_, b, j) in enumerate(wishes):
         deal[starts[b] + j] = rank
     return blocks, torch.tensor(deal, dtype=torch.int64, device="cpu")
+
+
+def _positions(n: int, largest: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The rank that each position of `hadamard_blocks` takes, its block, both int64; the blocks' sizes, float64."""
+    blocks, deal = hadamard_blocks(n, largest)
+    sizes = torch.tensor(blocks, dtype=torch.int64, device="cpu")
+    block_of = torch.repeat_interleave(torch.arange(len(blocks), device="cpu"), sizes, output_size=n)
+    return deal.to(device), block_of.to(device), sizes.double().to(device)
+
+
+_kept_positions = lru_cache(maxsize=64)(_positions)

@@ -8,12 +8,15 @@ that differs upstream flips codes downstream.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fqt.kernels.codes import DITHER_LEVELS, LEAST_STEP, Blocks, Entries, Findings, Levels, Scales
 from fqt.kernels.rounding import Rounding
+from fqt.kernels.steps import divided
 
 # Beyond this step a group's range may exceed the largest float: its arithmetic is done on sixteenths.
 _WIDE_STEP = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
@@ -51,7 +54,7 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
     """
     if mode == "symmetric":
         magnitude = torch.maximum(lo.abs(), hi.abs())
-        step = torch.where(lo == hi, magnitude, (magnitude / steps).clamp(min=LEAST_STEP))
+        step = torch.where(lo == hi, magnitude, divided(magnitude, steps).clamp(min=LEAST_STEP))
         offset = torch.zeros_like(lo)
     elif mode == "affine":
         step, offset = _affine_step(lo, hi, steps), lo
@@ -67,7 +70,7 @@ def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, T
 
 def _affine_step(lo: Tensor, hi: Tensor, steps: int) -> Tensor:
     half = torch.where(hi * 0.5 - lo * 0.5 > torch.finfo(lo.dtype).max / 4, 0.5, 1.0).to(lo.dtype)
-    return ((hi * half - lo * half) / steps / half).clamp(min=LEAST_STEP)
+    return (divided(hi * half - lo * half, steps) / half).clamp(min=LEAST_STEP)
 
 
 def _zero_on_code(lo: Tensor, hi: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -293,7 +296,7 @@ def rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, .
 def _butterflies(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
     y = x.index_select(0, order)
     start = 0
-    for size, count in _runs(blocks):
+    for size, count in equal_runs(blocks):
         part = y.narrow(0, start, size * count)
         stride = 1
         while stride < size:
@@ -306,15 +309,10 @@ def _butterflies(x: Tensor, order: Tensor, blocks: tuple[int, ...]) -> Tensor:
     return torch.empty_like(y).index_copy_(0, order, y)
 
 
-def _runs(blocks: tuple[int, ...]) -> list[tuple[int, int]]:
+@lru_cache(maxsize=64)
+def equal_runs(blocks: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Runs of equal block sizes, as (size, count)."""
-    runs: list[tuple[int, int]] = []
-    for size in blocks:
-        if runs and runs[-1][0] == size:
-            runs[-1] = (size, runs[-1][1] + 1)
-        else:
-            runs.append((size, 1))
-    return runs
+    return tuple((size, len(list(run))) for size, run in groupby(blocks))
 
 
 def reflect(

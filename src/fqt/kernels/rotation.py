@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fqt.kernels import ops
-from fqt.kernels.philox import STREAM_ROTATION, random_words
-from fqt.kernels.reference import Scaling, Unscaling
+from fqt.kernels.philox import STREAM_ROTATION
+from fqt.kernels.reference import Scaling, Unscaling, equal_runs
 
 
 @lru_cache(maxsize=64)
@@ -27,12 +26,6 @@ def powers_of_two(length: int, largest: int) -> tuple[int, ...]:
     return (largest,) * (length // largest) + tuple(
         1 << b for b in reversed(range(rest.bit_length())) if rest >> b & 1
     )
-
-
-@lru_cache(maxsize=64)
-def _runs(blocks: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(m, entries) of every run of neighbouring blocks of one size m."""
-    return tuple((m, sum(run)) for m, run in groupby(blocks))
 
 
 @dataclass(frozen=True)
@@ -50,14 +43,14 @@ class Rotation:
     @staticmethod
     def draw(seed: Tensor, length: int, largest: int, dtype: torch.dtype) -> Rotation:
         """The rotation of runs of `length` that a seed stands for, in blocks of at most `largest`."""
-        words = random_words(seed, STREAM_ROTATION, length)
-        return Rotation(1.0 - 2.0 * (words >> 31).to(dtype), powers_of_two(length, largest))
+        top = ops.random_u24(seed, STREAM_ROTATION, length) >> 23
+        return Rotation(1.0 - 2.0 * top.to(dtype), powers_of_two(length, largest))
 
     @property
     def _roots(self) -> Tensor:
         """(P,): 1/√m of each entry's block."""
         like = self.signs
-        parts = [like.new_full((entries,), m**-0.5) for m, entries in _runs(self.blocks)]
+        parts = [like.new_full((m * n,), m**-0.5) for m, n in equal_runs(self.blocks)]
         return torch.cat(parts) if parts else like
 
     def columns(self, x: Tensor) -> Tensor:

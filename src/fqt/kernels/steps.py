@@ -20,6 +20,11 @@ E4M3 = Levels(0, 448 * 512, 3)
 """The numbers of E4M3, in units of its least, 2⁻⁹."""
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """x/by to the nearest float on every device: on a GPU torch multiplies by the inverse of a Python number."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 @dataclass(frozen=True)
 class Store:
     """One way to store steps.
@@ -59,7 +64,7 @@ class Power(Store):
 
     def steps(self, magnitude: Tensor, highest: int) -> Tensor:
         """Powers of two."""
-        mantissa, exponent = torch.frexp((magnitude / highest).clamp(min=LEAST_STEP))
+        mantissa, exponent = torch.frexp(divided(magnitude, highest).clamp(min=LEAST_STEP))
         return torch.ldexp(torch.ones_like(magnitude), exponent - (mantissa == 0.5).int())
 
 
@@ -82,13 +87,13 @@ class SmallFloat(Store):
     def unit(self, magnitude: Tensor, highest: int) -> Tensor:
         """The step that E4M3's least number stands for: a scalar."""
         whole = magnitude.amax() if magnitude.numel() else magnitude.new_zeros(())
-        return (whole / (self.largest * highest * self.room)).clamp(min=LEAST_STEP) / 512
+        return divided(whole, self.largest * highest * self.room).clamp(min=LEAST_STEP) / 512
 
     def steps(self, magnitude: Tensor, highest: int) -> Tensor:
         """E4M3 numbers times the unit."""
         unit = self.unit(magnitude, highest)
         whole = unit * 512
-        t = (magnitude / (highest * self.room) / whole) * 512
+        t = (divided(magnitude, highest * self.room) / whole) * 512
         gap = E4M3.gap(t)
         step = E4M3.nearest(t)
         if self.clips:
@@ -125,7 +130,7 @@ class Shift(Store):
         whole = magnitude.amax() if magnitude.numel() else magnitude.new_zeros(())
         (most, exponent), (mine, below) = torch.frexp(whole), torch.frexp(magnitude)
         shift = (exponent - below - (mine > most).int()).clamp(0, (1 << self.bits) - 1)
-        return torch.ldexp((whole / highest).expand(magnitude.shape), -shift).clamp(min=LEAST_STEP)
+        return torch.ldexp(divided(whole, highest).expand(magnitude.shape), -shift).clamp(min=LEAST_STEP)
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class Fallback(Store):
         two = torch.zeros_like(order, dtype=torch.bool)
         two[order[: -(-order.numel() // 4)]] = True
         factor = torch.where(two.view(magnitude.shape), 1.0, float(coarse)).to(magnitude.dtype)
-        return (magnitude / highest * factor).clamp(min=LEAST_STEP)
+        return (divided(magnitude, highest) * factor).clamp(min=LEAST_STEP)
 
     def code_share(self, blocks: int) -> float:
         """The first code of all, the second of a quarter."""
