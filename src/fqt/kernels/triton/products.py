@@ -29,7 +29,7 @@ from fqt.kernels.triton.epilogue import LONGEST_PART, ROUNDED, SHIFT, complete, 
 from fqt.kernels.triton.tune import LIBRARY, Plan
 
 _ALIGNED = 16  # bytes: what descriptors ask of an address and of every stride but the last
-_NEIGHBOURS = 8  # row tiles that share the columns they read while they are in the cache
+NEIGHBOURS = 8  # row tiles that share the columns they read while they are in the cache
 _MOST_ROWS = 1 << 31
 
 
@@ -49,6 +49,59 @@ def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
     first = program // width * GROUP
     size = tl.minimum(row_tiles - first, GROUP)
     return first + program % width % size, program % width // size
+
+
+@triton.jit
+def write(
+    sums,
+    out,
+    row,
+    rows,
+    first,  # of the tile's columns
+    columns,
+    row_shift,
+    column_shift,
+    row_scale,
+    column_scale,
+    left,
+    right,
+    bias,
+    zero,
+    ones,
+    rank,
+    places,
+    width,
+    ROW_STEP: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
+    ZERO_STEP: tl.constexpr,
+    PLACED: tl.constexpr,
+    FINISH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Completes a tile and stores it; a wide one in halves, since its sums alone fill half of the registers."""
+    if BN > 128:
+        low, high = sums.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        write(
+            low, out, row, rows, first, columns, row_shift, column_shift,
+            row_scale, column_scale, left, right, bias, zero, ones, rank, places, width,
+            ROW_STEP, COLUMN_STEP, ZERO_STEP, PLACED, FINISH, BM, BN // 2,
+        )  # fmt: skip
+        write(
+            high, out, row, rows, first + BN // 2, columns, row_shift, column_shift,
+            row_scale, column_scale, left, right, bias, zero, ones, rank, places, width,
+            ROW_STEP, COLUMN_STEP, ZERO_STEP, PLACED, FINISH, BM, BN // 2,
+        )  # fmt: skip
+    else:
+        column = first + tl.arange(0, BN)
+        row_in, column_in = row < rows, column < columns
+        value = complete(
+            sums, row, row_in, column, column_in, row_shift, column_shift,
+            row_scale, column_scale, left, right, bias, zero, ones, rank, places, width,
+            ROW_STEP, COLUMN_STEP, ZERO_STEP, PLACED, FINISH,
+        )  # fmt: skip
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(out + at, value.to(out.dtype.element_ty), row_in[:, None] & column_in[None, :])
 
 
 @triton.jit
@@ -113,17 +166,16 @@ def _tiles(
         sums = tl.dot(signed(x, A_SHIFTED), signed(y, B_SHIFTED), sums, out_dtype=tl.int32)
         from_a += one * BK * a_term
         from_b += one * BK * b_term
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    inside = row_in[:, None] & column_in[None, :]
     if PARTS:
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        inside = row_in[:, None] & column_in[None, :]
         tl.atomic_add(out + at, sums.to(out.dtype.element_ty), inside, sem="relaxed")
     else:
-        value = complete(
-            sums, row, row_in, column, column_in, row_shift, column_shift,
+        write(
+            sums, out, row, rows, column_tile * BN, columns, row_shift, column_shift,
             row_scale, column_scale, left, right, bias, zero, ones, rank, places, width,
-            ROW_STEP, COLUMN_STEP, ZERO_STEP, PLACED, FINISH,
+            ROW_STEP, COLUMN_STEP, ZERO_STEP, PLACED, FINISH, BM, BN,
         )  # fmt: skip
-        tl.store(out + at, value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -166,16 +218,11 @@ def _persistent(
             x = a.load([row_tile * BM, step * BK])
             y = b.load([column_tile * BN, step * BK])
             sums = tl.dot(signed(x, A_SHIFTED), signed(y, B_SHIFTED).T, sums, out_dtype=tl.int32)
-        row = row_tile * BM + tl.arange(0, BM)
-        column = column_tile * BN + tl.arange(0, BN)
-        row_in, column_in = row < rows, column < columns
-        value = complete(
-            sums, row, row_in, column, column_in, row_shift, column_shift,
+        write(
+            sums, out, row_tile * BM + tl.arange(0, BM), rows, column_tile * BN, columns, row_shift, column_shift,
             row_scale, column_scale, left, right, bias, zero, ones, rank, places, width,
-            ROW_STEP, COLUMN_STEP, ZERO_STEP, PLACED, FINISH,
+            ROW_STEP, COLUMN_STEP, ZERO_STEP, PLACED, FINISH, BM, BN,
         )  # fmt: skip
-        at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(out + at, value.to(out.dtype.element_ty), row_in[:, None] & column_in[None, :])
 
 
 @triton.jit
@@ -252,7 +299,7 @@ class Operand:
         return total - SHIFT * self.codes.shape[1] if self.shifted else total
 
 
-def matmul(
+def matmul_of(
     a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple, plan: Plan | None = None, places: int = 1
 ) -> Tensor:
     """`fqt.kernels.products.matmul_of`.
@@ -295,7 +342,7 @@ def _multiplied(left: Operand, right: Operand, dtype: torch.dtype, finishing: di
     blocks, launch = plan.tiles.blocks(), plan.tiles.launch()
     tiles = -(-out.shape[0] // blocks["BM"]) * -(-out.shape[1] // blocks["BN"])
     sizes, terms = out.shape, left.codes.shape[1]
-    more = {**finishing, "GROUP": _NEIGHBOURS, **blocks, **launch, **ROUNDED}
+    more = {**finishing, "GROUP": NEIGHBOURS, **blocks, **launch, **ROUNDED}
     shift = (row_shift, column_shift)
     signs = {"A_SHIFTED": left.shifted, "B_SHIFTED": right.shifted}
     if plan.kind == "persistent":
@@ -374,7 +421,7 @@ def _in_parts(left: Operand, right: Operand, dtype: torch.dtype, finishing: dict
     _tiles[(count, -(-terms // part))](
         left.codes, right.codes, sums, *shape, terms, part, *strides, None, None, **nothing,
         A_SHIFTED=left.shifted, B_SHIFTED=right.shifted, PARTS=True, EVEN=terms % blocks["BK"] == 0,
-        GROUP=_NEIGHBOURS, **blocks, **tiles.launch(), **ROUNDED,
+        GROUP=NEIGHBOURS, **blocks, **tiles.launch(), **ROUNDED,
     )  # fmt: skip
     return finish(sums, dtype, *shift, finishing)
 

@@ -60,10 +60,10 @@ class Plan:
 
 LIBRARY = Plan("library")
 _SMALL = Tiles(64, 64, 128, 4, 3)
-TINY = Tiles(16, 16, 32, 4, 1)
+TINY = Tiles(64, 64, 64, 4, 1)
 """For the interpreter, which runs one program after another."""
 _WIDE_MEMORY = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 128, 8, 3))  # 160 KiB of shared memory and more
-_NARROW_MEMORY = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 4, 3))  # 99 KiB
+_NARROW_MEMORY = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3))  # 99 KiB
 _HOPPER = (Tiles(128, 256, 128, 8, 4), Tiles(128, 128, 128, 8, 4))
 _DATACENTER = (90, 100, 103)
 
@@ -91,6 +91,22 @@ def plans(capability: tuple[int, int], rows: int, columns: int) -> list[Plan]:
 def tiles_for(number: int) -> Sequence[Tiles]:
     """Of kernels that load through pointers."""
     return _WIDE_MEMORY if number in (80, *_DATACENTER) else _NARROW_MEMORY
+
+
+def image_tiles(capability: tuple[int, int], channels: int) -> list[Tiles]:
+    """For a convolution's output or grad_input with so many channels in a group."""
+    if capability == (0, 0):
+        return [TINY]
+    narrow = [Tiles(128, 64, 64, 4, 3), Tiles(64, 64, 64, 4, 4)]
+    return narrow if channels <= 64 else [Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 3), narrow[0]]
+
+
+def filter_tiles(capability: tuple[int, int], channels: int) -> list[Tiles]:
+    """For a convolution's grad_weight; its tiles are of output channels by entries of a filter."""
+    if capability == (0, 0):
+        return [TINY]
+    narrow = [Tiles(64, 64, 128, 4, 3), Tiles(64, 128, 64, 4, 3)]
+    return narrow if channels <= 64 else [Tiles(128, 128, 64, 8, 3), *narrow]
 
 
 def capability(x: Tensor) -> tuple[int, int]:
