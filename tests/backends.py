@@ -21,7 +21,9 @@ from fqt.kernels.op import Op
 def operations() -> dict[str, Op]:
     """Every operation that is declared under `fqt.kernels`, by its module and name."""
     names = [found.name for found in pkgutil.walk_packages(fqt.kernels.__path__, "fqt.kernels.")]
-    modules = [importlib.import_module(name) for name in names if "._native" not in name]
+    # Modules of the Triton backend declare no operation, and need Triton, which not every machine has.
+    declaring = [name for name in names if "._native" not in name and ".triton." not in name]
+    modules = [importlib.import_module(name) for name in declaring]
     found = {id(o): (f"{m.__name__}.{n}", o) for m in modules for n, o in vars(m).items() if isinstance(o, Op)}
     return dict(found.values())
 

@@ -19,7 +19,6 @@ from fqt.kernels.triton.tune import Tiles
 
 _LEAST_STEP = 32  # terms: the least that tensor cores take; a shorter block leaves the rest empty
 _LONGEST_STEP = 128
-_UNROLLED = 8  # steps of a block: so few are written out, and loads run ahead across blocks
 
 
 @triton.jit
@@ -40,7 +39,7 @@ def _blocked(
     a_term,
     b_term,
     b_column,
-    STEPS: tl.constexpr,  # of a block; 0: so many that they are counted when it runs
+    WHOLE: tl.constexpr,  # whether a block is one step: loads run ahead across blocks then
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -61,12 +60,11 @@ def _blocked(
         sums = tl.zeros((BM, BN), tl.int32)
         start = block * length
         stop = tl.minimum(start + length, terms)
-        if STEPS > 0:
-            for step in tl.static_range(STEPS):
-                at = start + step * BK + term
-                x = tl.load(from_a + (at * a_term)[None, :], (at < stop)[None, :], 0)
-                y = tl.load(from_b + (at * b_term)[:, None], (at < stop)[:, None], 0)
-                sums = tl.dot(x, y, sums, out_dtype=tl.int32)
+        if WHOLE:
+            at = start + term
+            x = tl.load(from_a + (at * a_term)[None, :], (at < stop)[None, :], 0)
+            y = tl.load(from_b + (at * b_term)[:, None], (at < stop)[:, None], 0)
+            sums = tl.dot(x, y, sums, out_dtype=tl.int32)
         else:
             for first in range(start, stop, BK):
                 at = first + term
@@ -86,9 +84,7 @@ def takes_blocked_matmul(
 ) -> bool:
     """Whether the kernel can run on these."""
     filled = a.codes.numel() > 0 and b.codes.numel() > 0
-    return filled and device.takes(
-        a.codes, b.codes, a.step, b.step, bias, dtypes=(torch.int8, torch.float32)
-    )
+    return filled and device.takes(a.codes, b.codes, a.step, b.step, bias, dtypes=(torch.int8, torch.float32))
 
 
 def blocked_matmul(
@@ -113,10 +109,13 @@ def blocked_matmul(
 
 
 def _choices(x: Tensor, length: int) -> list[Tiles]:
-    """A tile holds a sum in int32 and one in float32: half of what a plain product's holds."""
+    """For blocks of so many terms."""
     terms = max(_LEAST_STEP, min(_LONGEST_STEP, 1 << (length - 1).bit_length()))
-    if not x.is_cuda:
-        return [Tiles(tune.TINY.rows, tune.TINY.columns, terms, 4, 1)]
+    return tiles_of(terms) if x.is_cuda else [Tiles(tune.TINY.rows, tune.TINY.columns, terms, 4, 1)]
+
+
+def tiles_of(terms: int) -> list[Tiles]:
+    """With so many terms to a step. A tile holds a sum in int32 and one in float32: twice a plain product's."""
     return [Tiles(128, 128, terms, 8, 3), Tiles(64, 128, terms, 4, 3)]
 
 
@@ -126,13 +125,12 @@ def _run(
     (m, terms), n = left.codes.shape, right.codes.shape[0]
     length = block_length(a, b)
     out = torch.empty(m, n, dtype=dtype, device=left.codes.device)
-    steps = -(-min(length, terms) // tiles.terms)
     grid = (-(-m // tiles.rows) * -(-n // tiles.columns),)
     bias = None if bias is None else bias.detach().contiguous()
     _blocked[grid](
         left.codes, right.codes, steps_by_block(a, length), steps_by_block(b.T, length), bias, out, m, n, terms,
         length, a.blocks.rows or m, b.blocks.columns or n, *left.codes.stride(), *reversed(right.codes.stride()),
-        STEPS=steps if steps <= _UNROLLED else 0, GROUP=NEIGHBOURS,
+        WHOLE=min(length, terms) <= tiles.terms, GROUP=NEIGHBOURS,
         **tiles.blocks(), **tiles.launch(), **ROUNDED,
     )  # fmt: skip
     return out

@@ -19,13 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fqt.kernels.products import Shapes, most_terms
+from fqt.kernels.products import CODES, Shapes, most_terms
 from fqt.kernels.triton import device, products, tune
 from fqt.kernels.triton.epilogue import ROUNDED, SHIFT, complete, finish, wants
 from fqt.kernels.triton.products import NEIGHBOURS, part_of, signed, tile_of
 from fqt.kernels.triton.tune import Tiles
 
-_CODES = (torch.uint8, torch.int8)
 _MOST = (1 << 31) - (1 << 10)  # pixels of a batch, so that a tile's numbers fit int32
 
 
@@ -222,9 +221,7 @@ def _filters(
         read = tl.load(from_image + at, inside & column_in[None, :], 0)
         found = tl.dot(signed(above, GRAD_SHIFTED), signed(read, IMAGE_SHIFTED), found, out_dtype=tl.int32)
     to = ((group * channels + row).to(tl.int64) * taps * depth)[:, None] + (tap * depth + channel)[None, :]
-    tl.atomic_add(
-        sums + to, found.to(sums.dtype.element_ty), row_in[:, None] & column_in[None, :], sem="relaxed"
-    )
+    tl.atomic_add(sums + to, found.to(sums.dtype.element_ty), row_in[:, None] & column_in[None, :], sem="relaxed")
 
 
 def takes_conv2d_of(input: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple) -> bool:
@@ -251,7 +248,7 @@ def takes_conv2d_grad_weight_of(
 def _takes(a: Tensor, b: Tensor, shapes: Shapes) -> bool:
     filled = a.numel() > 0 and b.numel() > 0 and 0 not in shapes.output
     pixels = max(shapes.input[0] * size[2] * size[3] for size in (shapes.input, shapes.output))
-    return filled and pixels < _MOST and device.takes(a, b, dtypes=_CODES)
+    return filled and pixels < _MOST and device.takes(a, b, dtypes=CODES)
 
 
 def conv2d_of(
@@ -267,7 +264,9 @@ def conv2d_of(
     image, filters = _channels_last(input), _channels_last(weight)
     with torch.cuda.device_of(input):
         if _is_matrix_product(shapes):
-            flat = products.matmul_of(image.view(n * p * q, -1), filters.view(o, -1).T, dtype, epilogue, places=p * q)
+            flat = products.matmul_of(
+                image.view(n * p * q, -1), filters.view(o, -1).T, dtype, epilogue, places=p * q
+            )
             return flat.view(n, p, q, o).permute(0, 3, 1, 2)
         shift = SHIFT * filters.view(1, o, -1).sum(2, dtype=torch.int64) if image.dtype == torch.uint8 else None
         return _image(image, filters, shapes, dtype, epilogue, shift, (1, 1), False, tiles)
@@ -355,12 +354,13 @@ def _shift_by_residue(filters: Tensor, residues: tuple[int, int], padding: tuple
 def _patch_sums(image: Tensor, shapes: Shapes) -> Tensor:
     """(groups, kh · kw · depth) int64: the sum over output pixels of the codes that each tap reads."""
     (_, depth, kh, kw), (p, q) = shapes.weight, shapes.output[2:]
-    (sh, sw), (ph, pw), (dh, dw), groups = (getattr(shapes.geometry, n) for n in ("stride", "padding", "dilation", "groups"))
+    g = shapes.geometry
+    (sh, sw), (ph, pw), (dh, dw) = g.stride, g.padding, g.dilation
     summed = torch.nn.functional.pad(image.sum(0, dtype=torch.int64), (0, 0, pw, pw, ph, ph))
     row, column, _ = summed.stride()
-    size = (kh, p, kw, q, groups, depth)
+    size = (kh, p, kw, q, g.groups, depth)
     windows = summed.as_strided(size, (dh * row, sh * row, dw * column, sw * column, depth, 1))
-    return windows.sum((1, 3)).permute(2, 0, 1, 3).reshape(groups, -1)
+    return windows.sum((1, 3)).permute(2, 0, 1, 3).reshape(g.groups, -1)
 
 
 def _image(

@@ -108,5 +108,3 @@ def _current(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device."""
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     return nullcontext() if here else torch.cuda.device(x.device)
-
-

@@ -1,8 +1,8 @@
 """What becomes of a product's sums, inside a kernel: the epilogue of `fqt.kernels.products`, in its order.
 
-A kernel that holds a tile of exact sums calls `complete`; `finish` does the same to sums that lie in memory. Kernels
-are launched without contraction of multiply and add (`ROUNDED`), so that every operation is rounded on its own and
-float results have the reference's bits.
+A kernel that holds a tile of exact sums calls `complete`; `finish` does the same to sums that lie in memory.
+Kernels are launched without contraction of multiply and add (`ROUNDED`), so that every operation is rounded on its
+own and float results have the reference's bits.
 
 Tensor cores multiply int8 only. An unsigned code is read as q − 128, and with a', b' what was multiplied
 
@@ -34,8 +34,8 @@ def wants(epilogue: tuple, columns: int, places: int = 1) -> dict[str, Any]:
     Args:
         epilogue: as `Epilogue.arguments` has it.
         columns: of the result.
-        places: how many of its rows share a number of `row_scale`, `left` and `zero`, each with a `right` and `ones`
-            of its own.
+        places: how many of its rows share a number of `row_scale`, `left` and `zero`; each of them has a `right`
+            and `ones` of its own.
     """
     parts = [None if x is None else x.detach().contiguous() for x in epilogue[:7]]
     row_scale, column_scale, left, right, bias, zero, ones = parts

@@ -1,8 +1,8 @@
 """Matrix products of codes on integer tensor cores, with the epilogue in the same kernel.
 
 Three ways, of which the fastest is taken by measurement (`fqt.kernels.triton.tune`): one program per tile of the
-result, which takes any strides; one program per multiprocessor, which goes from tile to tile and loads through tensor
-descriptors (the copy engine of sm_90 and later), for operands whose terms are neighbours in memory; and
+result, which takes any strides; one program per multiprocessor, which goes from tile to tile and loads through
+tensor descriptors (the copy engine of sm_90 and later), for operands whose terms are neighbours in memory; and
 `torch._int_mm` with the epilogue after it. All give the reference's bits.
 
 Tensor cores want the terms of a sum to be neighbours in memory in both operands; on sm_90 another layout does not
@@ -14,7 +14,7 @@ A sum longer than int32 holds whatever the codes is cut into parts along the con
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fqt.kernels.products import most_terms
-from fqt.kernels.triton import tune
+from fqt.kernels.products import CODES, most_terms
+from fqt.kernels.triton import device, tune
 from fqt.kernels.triton.epilogue import LONGEST_PART, ROUNDED, SHIFT, complete, finish, wants
-from fqt.kernels.triton.tune import LIBRARY, Plan
+from fqt.kernels.triton.tune import Plan
 
 _ALIGNED = 16  # bytes: what descriptors ask of an address and of every stride but the last
 NEIGHBOURS = 8  # row tiles that share the columns they read while they are in the cache
-_MOST_ROWS = 1 << 31
+_MOST_LINES = (1 << 31) - (1 << 10)  # so that the numbers of a tile's rows fit int32
 
 
 @triton.jit
@@ -246,9 +246,7 @@ def _turn(
     line_in = line < lines
     wide, far = line.to(tl.int64), term.to(tl.int64)
     inside = line_in[:, None] & (term < terms)[None, :]
-    x = tl.load(
-        codes + (wide * line_stride)[:, None] + (far * term_stride)[None, :], inside, 128 if SHIFTED else 0
-    )
+    x = tl.load(codes + (wide * line_stride)[:, None] + (far * term_stride)[None, :], inside, 128 if SHIFTED else 0)
     x = signed(x, SHIFTED)
     tl.store(out + (wide * padded)[:, None] + far[None, :], x, line_in[:, None] & (term < padded)[None, :])
     if TOTALS:
@@ -284,7 +282,7 @@ class Operand:
         padded = -(-terms // _ALIGNED) * _ALIGNED
         out = torch.empty(lines, padded, dtype=torch.int8, device=self.codes.device)
         found = torch.zeros(lines, dtype=torch.int64, device=out.device) if totals else None
-        blocks = {"BL": 64, "BK": 128} if out.is_cuda else {"BL": 32, "BK": 64}
+        blocks = {"BL": 64, "BK": 128} if out.is_cuda else {"BL": 64, "BK": 512}
         grid = (-(-lines // blocks["BL"]) * -(-padded // blocks["BK"]),)
         _turn[grid](
             self.codes, out, found, lines, terms, *self.codes.stride(), padded, self.shifted, totals, **blocks
@@ -297,6 +295,12 @@ class Operand:
             return self.totals
         total = self.codes.sum(1, dtype=torch.int64)
         return total - SHIFT * self.codes.shape[1] if self.shifted else total
+
+
+def takes_matmul_of(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> bool:
+    """Whether the kernels can run on these."""
+    filled = a.numel() > 0 and b.numel() > 0 and max(a.shape[0], b.shape[1]) < _MOST_LINES
+    return filled and device.takes(a, b, dtypes=CODES)
 
 
 def matmul_of(
@@ -315,12 +319,23 @@ def matmul_of(
     finishing = wants(epilogue, columns, places)
     left, right = Operand(a), Operand(b.T)
     with torch.cuda.device_of(a):
-        if terms > most_terms(a.dtype, b.dtype) or _few_tiles(a, rows, columns, terms):
-            return _in_parts(left, right, dtype, finishing)
+        long = terms > most_terms(a.dtype, b.dtype)
+        if plan is None and (long or _few_tiles(a, rows, columns, terms)):
+            plan = tune.in_parts(tune.capability(a))
         if plan is None:
             choices = [p for p in tune.plans(tune.capability(a), rows, columns) if _fits(p, rows, columns)]
             strides = (a.stride(1) == 1, b.stride(0) == 1)
-            key = ("matmul", tune.bucket(rows), columns, terms, a.dtype, b.dtype, dtype, strides, finishing["FINISH"])
+            key = (
+                "matmul",
+                tune.bucket(rows),
+                columns,
+                terms,
+                a.dtype,
+                b.dtype,
+                dtype,
+                strides,
+                finishing["FINISH"],
+            )
             plan = tune.fastest(key, a, choices, lambda each: _multiplied(left, right, dtype, finishing, each))
         return _multiplied(left, right, dtype, finishing, plan)
 
@@ -331,6 +346,8 @@ def _fits(plan: Plan, rows: int, columns: int) -> bool:
 
 
 def _multiplied(left: Operand, right: Operand, dtype: torch.dtype, finishing: dict[str, Any], plan: Plan) -> Tensor:
+    if plan.kind == "parts":
+        return _in_parts(left, right, dtype, finishing, plan)
     shifted = left.shifted, right.shifted
     left, right = _laid(left, right, plan)
     row_shift, column_shift = _shifts(left, right, shifted)
@@ -356,13 +373,24 @@ def _multiplied(left: Operand, right: Operand, dtype: torch.dtype, finishing: di
     strides = (*left.codes.stride(), *reversed(right.codes.stride()))
     even = terms % blocks["BK"] == 0
     _tiles[(tiles, 1)](
-        left.codes, right.codes, out, *sizes, terms, terms, *strides, *shift, **signs, PARTS=False, EVEN=even, **more
+        left.codes,
+        right.codes,
+        out,
+        *sizes,
+        terms,
+        terms,
+        *strides,
+        *shift,
+        **signs,
+        PARTS=False,
+        EVEN=even,
+        **more,
     )
     return out
 
 
 def _laid(left: Operand, right: Operand, plan: Plan) -> tuple[Operand, Operand]:
-    """The operands as the plan wants them; where both are copied anyway, what else a copy can give comes with it."""
+    """The operands as the plan wants them; where one is copied anyway, its sums come with the copy if wanted."""
     if not plan.turned:
         return left, right
     if plan.kind == "library":
@@ -404,13 +432,12 @@ def _few_tiles(a: Tensor, rows: int, columns: int, terms: int) -> bool:
     return rows * columns * 2 <= 128 * 128 * tune.processors(a) and terms >= 4096 and a.is_cuda
 
 
-def _in_parts(left: Operand, right: Operand, dtype: torch.dtype, finishing: dict[str, Any]) -> Tensor:
+def _in_parts(left: Operand, right: Operand, dtype: torch.dtype, finishing: dict[str, Any], plan: Plan) -> Tensor:
     """Parts of the contraction summed by themselves, added up in integers."""
     shape = len(left.codes), len(right.codes)
     terms, device = left.codes.shape[1], left.codes.device
-    number = tune.capability(left.codes)
-    tiles = tune.TINY if number == (0, 0) else tune.tiles_for(10 * number[0] + number[1])[-1]
-    blocks = tiles.blocks()
+    assert plan.tiles is not None
+    blocks = plan.tiles.blocks()
     count = -(-shape[0] // blocks["BM"]) * -(-shape[1] // blocks["BN"])
     part = part_of(terms, blocks["BK"], count, tune.processors(left.codes))
     fits = terms <= most_terms(left.codes.dtype, right.codes.dtype)
@@ -421,7 +448,7 @@ def _in_parts(left: Operand, right: Operand, dtype: torch.dtype, finishing: dict
     _tiles[(count, -(-terms // part))](
         left.codes, right.codes, sums, *shape, terms, part, *strides, None, None, **nothing,
         A_SHIFTED=left.shifted, B_SHIFTED=right.shifted, PARTS=True, EVEN=terms % blocks["BK"] == 0,
-        GROUP=NEIGHBOURS, **blocks, **tiles.launch(), **ROUNDED,
+        GROUP=NEIGHBOURS, **blocks, **plan.tiles.launch(), **ROUNDED,
     )  # fmt: skip
     return finish(sums, dtype, *shift, finishing)
 

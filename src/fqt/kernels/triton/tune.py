@@ -48,7 +48,8 @@ class Plan:
 
     Attributes:
         kind: "tiles", one program per tile that loads through pointers; "persistent", one per multiprocessor that
-            loads through tensor descriptors; "library", `torch._int_mm` and the epilogue after it.
+            loads through tensor descriptors; "parts", one per tile and part of the contraction, and the epilogue
+            after them; "library", `torch._int_mm` and the epilogue after it.
         tiles: of the kernel; None for the library.
         turned: whether operands whose terms are not neighbours in memory are copied first so that they are.
     """
@@ -86,6 +87,11 @@ def plans(capability: tuple[int, int], rows: int, columns: int) -> list[Plan]:
     else:
         found.append(Plan("tiles", pointers[0], turned=False))
     return [*found, LIBRARY] if number != 103 else found  # whose library falls back to much older kernels
+
+
+def in_parts(capability: tuple[int, int]) -> Plan:
+    """For long contractions with few tiles: what int32 does not hold, and what would leave processors idle."""
+    return Plan("parts", TINY if capability == (0, 0) else tiles_for(10 * capability[0] + capability[1])[-1])
 
 
 def tiles_for(number: int) -> Sequence[Tiles]:
