@@ -12,8 +12,8 @@ Without an epilogue a product returns its exact integer sums: int32 where the lo
     (sum − zero · ones) · row_scale · column_scale + Σ_r left_r · right_r + bias,
 
 rounded once more if the result is bfloat16 or float16. Offsets, dither and transforms of the operands are rank-one
-terms of that kind. Under padding a missing tap counts as code 0, so an operand's offset takes the product with the mask of
-the taps that are there: `conv2d_mask` for output and grad_input, window sums for grad_weight.
+terms of that kind. Under padding a missing tap counts as code 0, so an operand's offset takes the product with the
+mask of the taps that are there: `conv2d_mask` for output and grad_input, window sums for grad_weight.
 
 Each product is one op of `torch.library` (namespace `fqt`), with a plain-torch implementation for every device
 (in float64, which holds these sums exactly); backends register beside it, and give the same bits.
