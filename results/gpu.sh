@@ -28,7 +28,7 @@ needed = "torch triton numpy scipy sklearn PIL matplotlib click rich jinja2 toml
 print(*(name for name in needed if find_spec(name) is None))
 END
 )
-[ -z "$absent" ] || missing "Python packages are missing: $absent (pip install -e . brings all of them)"
+[ -z "$absent" ] || missing "Python packages are missing: $absent (pip install -e . brings all but triton, and torch for CUDA brings that)"
 "$PYTHON" -c 'import torch; torch.zeros(1, device="cuda")' 2>/dev/null \
     || missing "torch does not reach the GPU: $("$PYTHON" -c 'import torch; print(torch.__version__, "CUDA", torch.version.cuda)')"
 compiler=${CC:-$(command -v gcc || command -v clang || command -v cc)}

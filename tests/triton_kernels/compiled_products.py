@@ -89,6 +89,13 @@ def variants(number: int) -> list[tuple[str, Any, tune.Tiles, dict[str, Any], di
                                zip(kinds, (tiles.rows, tiles.columns), strict=True)]  # fmt: skip
                 types = {"a": descriptors[0], "b": descriptors[1]}
                 found.append((plan.kind, products._persistent, tiles, constants, types))
+    tiles = tune.in_parts(capability).tiles
+    assert tiles is not None
+    for sums in ("*i32", "*i64"):  # operands as they lie, with tails
+        how = {"A_SHIFTED": True, "B_SHIFTED": True, "PARTS": True, "EVEN": False, "a_row": 1, "b_column": 1}
+        nothing = dict.fromkeys(name for name in POINTERS if name in products._tiles.arg_names and name != "out")
+        constants = {**WHOLE, "PLACED": False, "places": 1, **nothing, **how, **tiles.blocks()}
+        found.append(("parts", products._tiles, tiles, constants, {"a": "*u8", "b": "*u8", "out": sums}))
     for tiles in dict.fromkeys(t for c in (64, 256) for t in tune.image_tiles(capability, c)):
         for backward, flat in ((False, False), (False, True), (True, False)):
             how = {"SHIFTED": True, "BACKWARD": backward, "FLAT": flat, "PLACED": True, "zero": None, "ones": None}
@@ -96,9 +103,9 @@ def variants(number: int) -> list[tuple[str, Any, tune.Tiles, dict[str, Any], di
     for tiles in dict.fromkeys(t for c in (64, 256) for t in tune.filter_tiles(capability, c)):
         how = {"GRAD_SHIFTED": True, "IMAGE_SHIFTED": True, "FLAT": False}
         found.append(("filters", conv._filters, tiles, {**CONV, **how, **tiles.blocks()}, {"sums": "*i32"}))
-    for terms in (32, 128):
+    for terms, whole in ((32, True), (128, True), (128, False)):
         for tiles in blocked.tiles_of(terms):
-            how = {"WHOLE": True, "GROUP": products.NEIGHBOURS, "a_term": 1, "b_term": 1}
+            how = {"WHOLE": whole, "GROUP": products.NEIGHBOURS, "a_term": 1, "b_term": 1}
             found.append(("blocked", blocked._blocked, tiles, {**how, **tiles.blocks()}, {"a": "*i8", "b": "*i8"}))
     return found
 

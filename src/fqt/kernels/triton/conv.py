@@ -25,7 +25,7 @@ from fqt.kernels.triton.epilogue import ROUNDED, SHIFT, complete, finish, wants
 from fqt.kernels.triton.products import NEIGHBOURS, part_of, signed, tile_of
 from fqt.kernels.triton.tune import Tiles
 
-_MOST = (1 << 31) - (1 << 10)  # pixels of a batch, so that a tile's numbers fit int32
+_MOST = (1 << 31) - (1 << 17)  # pixels of a batch, so that the numbers of a tile and of a part fit int32
 
 
 @triton.jit

@@ -26,7 +26,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass: a fake or wrapped tensor h
 
 
 def offer(op: Op, module: str, of: Callable[..., Tensor] | None = None) -> None:
-    """Registers what a module of this folder has for an operation: its function of the operation's name.
+    """Registers what a module of this folder has for an operation: its function of the definition's name.
 
     The module's function `takes_` + name, of the same signature, is the condition.
 
@@ -36,16 +36,18 @@ def offer(op: Op, module: str, of: Callable[..., Tensor] | None = None) -> None:
         of: of the operation's signature: the tensor that says where it runs. By default its first argument.
     """
 
+    name = op.reference.__name__
+
     def the(name: str) -> Callable:
         return getattr(import_module(f"{__package__}.{module}"), name)
 
     def when(*args: Any, **kwargs: Any) -> bool:
         tensor = of(*args, **kwargs) if of is not None else _first(*args, **kwargs)
-        return tensor.is_cuda and usable(tensor) and the(f"takes_{op.__name__}")(*args, **kwargs)
+        return tensor.is_cuda and usable(tensor) and the(f"takes_{name}")(*args, **kwargs)
 
     @op.on(BACKEND, when=when)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return the(op.__name__)(*args, **kwargs)
+        return the(name)(*args, **kwargs)
 
 
 def _first(*args: Any, **kwargs: Any) -> Tensor:
@@ -86,7 +88,7 @@ def written(dtype: torch.dtype) -> torch.dtype:
 
 
 def takes(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether kernels can run on these: plain strided tensors of these dtypes on one usable device; None is none."""
+    """Whether kernels can run on these: plain, strided, of these dtypes, on one usable device; None is none."""
     there = [x for x in tensors if x is not None]
     if torch._C._functorch.maybe_current_level() is not None:
         return False

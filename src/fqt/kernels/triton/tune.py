@@ -91,7 +91,7 @@ def plans(capability: tuple[int, int], rows: int, columns: int) -> list[Plan]:
 
 def in_parts(capability: tuple[int, int]) -> Plan:
     """For long contractions with few tiles: what int32 does not hold, and what would leave processors idle."""
-    return Plan("parts", TINY if capability == (0, 0) else tiles_for(10 * capability[0] + capability[1])[-1])
+    return Plan("parts", TINY if capability == (0, 0) else _NARROW_MEMORY[-1])
 
 
 def tiles_for(number: int) -> Sequence[Tiles]:
