@@ -12,7 +12,7 @@ from fqt.kernels.products import Epilogue, matmul_of, most_terms
 from tests.backends import moved
 from tests.triton_kernels.machine import BYTES, DEVICE, INTERPRETED, QUIET, SHORT, codes
 
-from fqt.kernels.triton import products  # isort: skip
+from fqt.kernels.triton import products, tune  # isort: skip
 from fqt.kernels.triton.tune import LIBRARY, TINY, Plan, Tiles  # isort: skip
 
 pytestmark = QUIET
@@ -115,27 +115,23 @@ def test_short_results(dtype: torch.dtype) -> None:
     check(codes((18, 30), U8, 8), codes((30, 16), S8, 9), epilogue(18, 16, dtype, whole=False), PLANS["tiles"])
 
 
-def test_a_number_per_several_rows() -> None:
+@pytest.mark.parametrize("plan", [*PLANS, "parts"])
+def test_a_number_per_several_rows(plan: str) -> None:
     """As a convolution of one pixel asks for: rows are pixels, and numbers belong to samples."""
-    samples, places, n, k = 3, 7, 10, 20
+    samples, places, n, k = 3, 7, 16, 20
     e = epilogue(samples, n)
     draw = torch.Generator().manual_seed(1)
     e = replace(
         e, right=torch.randn(3, places, n, generator=draw), ones=torch.randint(9, (places, n), generator=draw)
     )
     a, b = codes((samples * places, k), U8, 1), codes((k, n), S8, 2)
-    spread = e.arguments()
-    spread = (
-        spread[0].repeat_interleave(places), spread[1], None, None, None,
-        None, None, torch.float32,
-    )  # fmt: skip
-    plain = matmul_of.reference(a, b, torch.int64, NOTHING).view(samples, places, n)
-    exact = plain - e.zero.long().view(-1, 1, 1) * e.ones
+    exact = matmul_of.reference(a, b, torch.int64, NOTHING).view(samples, places, n)
+    exact = exact - e.zero.long().view(-1, 1, 1) * e.ones
     value = exact.float() * e.row_scale.view(-1, 1, 1) * e.column_scale
     for r in range(3):
         value = value + e.left[:, r].view(-1, 1, 1) * e.right[r]
-    arguments = moved(e.arguments(), DEVICE)
-    found = products.matmul_of(a.to(DEVICE), b.to(DEVICE), torch.float32, arguments, PLANS["tiles"], places)
+    arguments, chosen = moved(e.arguments(), DEVICE), PLANS.get(plan, Plan("parts", SMALL))
+    found = products.matmul_of(a.to(DEVICE), b.to(DEVICE), torch.float32, arguments, chosen, places)
     assert torch.equal(found.cpu().view(value.shape), value + e.bias)
 
 
@@ -169,3 +165,19 @@ def test_parts_of_a_contraction() -> None:
     assert products.part_of(100_000, 64, 1, 132) % 64 == 0
     assert products.part_of(10**7, 64, 10**4, 132) <= products.LONGEST_PART
     assert products.part_of(100, 64, 1, 132) == 512  # one part
+
+
+def test_the_table() -> None:
+    """Descriptors on the devices that have them, no library where it is slow, a way for every shape."""
+    large, small = (8192, 4096), (8, 4096)
+    kinds = {
+        c: [p.kind for p in tune.plans(c, *large)] for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))
+    }
+    assert all(("persistent" in found) == (c[0] in (9, 10)) for c, found in kinds.items())
+    assert all(("library" in found) == (c != (10, 3)) for c, found in kinds.items())
+    assert kinds[9, 0][0] == "persistent"
+    assert all(found[0] != "library" for found in kinds.values())
+    assert tune.plans((9, 0), *small)[0].kind == "tiles"
+    assert not products._fits(LIBRARY, 16, 4096)
+    assert not products._fits(LIBRARY, 4096, 12)
+    assert [tune.bucket(n) for n in (1, 2, 3, 4096, 4097)] == [1, 2, 4, 4096, 8192]
