@@ -7,7 +7,7 @@ PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 SANITIZED = build/sanitized
-.PHONY: help demo bench torture sanitize test lint format clean
+.PHONY: help demo bench gpu torture sanitize test lint format clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -29,6 +29,9 @@ demo: $(VENV)/.installed ## Train small nets on real digits with every recipe an
 
 bench: $(VENV)/.installed ## Measure layers, steps and quantizers against fp32, bf16 and torchao (on an idle machine)
 	$(BIN)/fqt bench --out runs/bench.json
+
+gpu: ## Test, measure and train on an NVIDIA GPU in under 8 minutes, with PYTHON as it is: nothing is installed
+	PYTHON=$(PYTHON) results/gpu.sh runs/gpu
 
 torture: $(VENV)/.installed ## Kill, damage and fuzz everything, at length (hours; not in CI)
 	OMP_NUM_THREADS=1 $(BIN)/python results/torture/run.py $(TORTURE_ARGS)

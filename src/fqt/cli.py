@@ -351,6 +351,7 @@ def explain_command(task: str | None, model: str | None, recipe: str, data: str 
 @click.argument("cases", nargs=-1, metavar="[CASE]...")
 @click.option("--list", "list_cases", is_flag=True, help="Show the cases and their floors, and end.")
 @click.option("--recipe", "recipes", multiple=True, help="Repeatable; instead of each case's own recipes.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …; each has its own cases.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch [default: torch's choice].")
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds per case [default: 20; 5 when quick].")
 @click.option("--quick", is_flag=True, help="Few rounds and no compiled contestants: a look, not a measurement.")
@@ -366,6 +367,7 @@ def bench_command(
     cases: tuple[str, ...],
     list_cases: bool,
     recipes: tuple[str, ...],
+    device: str,
     threads: int | None,
     repeats: int | None,
     quick: bool,
@@ -382,13 +384,14 @@ def bench_command(
     if table is not None:
         say(bench.markdown(bench.read_bench(table)), end="")
         return 0
-    chosen = bench.select(cases)
+    chosen = bench.select(cases, device=bench.device_named(device).type if not list_cases else "cpu")
     if list_cases:
         console.print(bench.list_table(bench.CASES if not cases else chosen))
         return 0
     request = bench.Request(
         cases=chosen,
         recipes=recipes,
+        device=device,
         threads=threads,
         repeats=repeats or (5 if quick else 20),
         seeds=2 if quick else 4,

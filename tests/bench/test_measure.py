@@ -18,6 +18,7 @@ import fqt.cli
 from fqt.bench import Request, failures, markdown, read_bench, results, run, terminal_tables
 from fqt.bench import cases as registry
 from fqt.bench.contestants import Unavailable
+from fqt.bench.device import device_named as bench_device
 from fqt.bench.integers import best_product
 from fqt.bench.products import OPERANDS
 from fqt.bench.summary import Quantiles, _floor, _ratio
@@ -43,6 +44,54 @@ def whole(tmp_path_factory):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.get_num_threads() == before[1]
     return made, read_bench(path)
+
+
+def test_devices():
+    assert bench_device("cpu") == torch.device("cpu")
+    for name, words in (("tpu", "known: cpu, cuda"), ("cpu:1", "known: cpu, cuda"), ("cuda:x", "known: cpu, cuda")):
+        with pytest.raises(FqtError, match=words):
+            bench_device(name)
+    named = [case.name for case in registry.select([], device="cuda")]
+    assert named == ["linear-4096", "linear-14336", "gpt-2048", "gpt-4096", "resnet50"]
+    assert not set(named) & {case.name for case in registry.select([])}
+    assert registry.select(["linear-1024"], device="cuda")[0].name == "linear-1024"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu(request):
+    status, out, err = request.getfixturevalue("run")("bench", "--device", "cuda")
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "no CUDA device is there" in err
+
+
+def test_what_a_gpu_s_record_says():
+    """A ratio against torchao with its floor, the peak of memory, and the GPU in the line of origin."""
+    row = {"status": "timed", "reason": "", "seconds": [2.0, 2.0], "autocast": True, "recipe": None}
+    case = {
+        "name": "linear-4096", "title": "Linear", "kind": "layer", "device": "cuda", "macs": 1,
+        "floors": [{"measure": "torchao", "value": 1.1, "recipes": ["psq8d"]}],
+        "contestants": [
+            row | {"name": "torchao int8", "group": "torchao", "autocast": False},
+            row | {"name": "psq8d bf16", "group": "ours", "recipe": "psq8d", "seconds": [1.0, 1.0],
+                   "peak_bytes": 3 << 30},
+        ],
+    }  # fmt: skip
+    stamp = dict.fromkeys(("time", "fqt", "commit", "dirty", "torch", "processor", "threads"), "x")
+    gpu = {"name": "H100", "driver": None, "cuda": "12.8", "triton": "3.9.0"}
+    record = {
+        "cases": [case], "environment": stamp, "kernels": {"level": "avx2"}, "device": gpu, "torchao": None,
+        "repeats": 2, "compile": True, "interrupted": False,
+    }  # fmt: skip
+    found = [r for r in results(record) if r.measure == "torchao"]
+    assert [(r.ratio.median, r.floor, r.met) for r in found] == [(2.0, 1.1, True)]
+    text = markdown(record)
+    assert "3.00 GiB at the peak" in text
+    assert "H100, driver unknown, CUDA 12.8, Triton 3.9.0" in text
+    assert "avx2" not in text
+    case["device"] = ""
+    assert not [r for r in results(record) if r.measure == "torchao"]
 
 
 def test_round_trip(whole):
@@ -235,7 +284,7 @@ def command(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "CASES", TINY)
     monkeypatch.setattr("fqt.bench.CASES", TINY)
     monkeypatch.setattr(registry.select, "__defaults__", (TINY,))
-    monkeypatch.setattr("fqt.bench.measure.best_product", lambda shapes: best_product(SHAPES))
+    monkeypatch.setattr("fqt.bench.measure.best_product", lambda shapes, device: best_product(SHAPES))
 
     def call(*arguments):
         with pytest.raises(SystemExit) as stop:

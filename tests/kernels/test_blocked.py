@@ -152,7 +152,7 @@ def test_what_is_refused() -> None:
         ((a, replace(b, blocks=Blocks(48, 1))), ValueError, "common length"),
         ((a, b, torch.zeros(5)), ValueError, "bias"),
         ((a, b, torch.zeros(6).double()), ValueError, "bias"),
-        ((a, b, None, torch.float16), TypeError, "float16"),
+        ((a, b, None, torch.float64), TypeError, "float64"),
     ):
         with pytest.raises(error, match=words):
             blocked.matmul(*bad)

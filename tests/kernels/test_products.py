@@ -108,7 +108,7 @@ def test_the_longest_sums(a_dtype: torch.dtype, b_dtype: torch.dtype) -> None:
         assert torch.equal(got.long(), a[:, :1].long() * b[:1].long() * k), k
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_matmul_epilogue(dtype: torch.dtype) -> None:
     for (m, n, k), whole in itertools.product(MATRICES, (True, False)):
         for a_dtype, b_dtype in SIGNS:
@@ -369,7 +369,7 @@ WRONG = [
     (lambda: products.matmul(A, B, Epilogue(left=torch.ones(3, 2), right=torch.ones(1, 5))), ValueError, "right"),
     (lambda: products.matmul(A, B, Epilogue(zero=ONE.int())), ValueError, "both its factors"),
     (lambda: products.matmul(A, B, Epilogue(zero=ONE, ones=torch.ones(5))), TypeError, "zero holds .* give int32"),
-    (lambda: products.matmul(A, B, Epilogue(dtype=torch.float16)), TypeError, "float16"),
+    (lambda: products.matmul(A, B, Epilogue(dtype=torch.float64)), TypeError, "float64"),
     (lambda: torch.ops.fqt.matmul(A, B, ONE, *(None,) * 7), ValueError, "dtype"),
     (lambda: products.conv2d(X, W.to(U8), Geometry()), TypeError, "weight holds torch.uint8: give int8"),
     (lambda: products.conv2d(X[:, :3], W, Geometry()), ValueError, "does not fit 3 input channels"),

@@ -8,6 +8,7 @@ from fqt.bench.cases import CASES as CASES
 from fqt.bench.cases import Case as Case
 from fqt.bench.cases import Floor as Floor
 from fqt.bench.cases import select as select
+from fqt.bench.device import device_named as device_named
 from fqt.bench.measure import Request as Request
 from fqt.bench.measure import failures as failures
 from fqt.bench.measure import run as run

@@ -23,6 +23,7 @@ from fqt.errors import FqtError
 MEASURES = {
     "bf16": ">=",  # speed against the better of bf16 autocast, eager and compiled
     "fp32": ">=",  # speed against fp32
+    "torchao": ">=",  # on a GPU, speed under autocast against torchao's int8 training
     "limit": ">=",  # share of the integer-product limit
     "psq8": "<=",  # time against psq8
     "copy": ">=",  # share of the rate at which memory is copied
@@ -60,6 +61,7 @@ class Case:
         floors: what must be reached.
         bound: the largest relative error against fp32 that verification lets pass (see `fqt.bench.verify`).
         default: whether it runs when the user names no case.
+        device: the type of device that it is for: it is among the default cases there, and its floors hold there.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Case:
     floors: tuple[Floor, ...] = ()
     bound: float = 0.04
     default: bool = True
+    device: str = "cpu"
 
 
 PLAIN = ("psq8", "psq8d")
@@ -81,8 +84,16 @@ def _speed(bf16: float, fp32: float, limit: float | None, *recipes: str) -> tupl
     return tuple(Floor(measure, value, recipes) for measure, value in values.items() if value is not None)
 
 
-_KEPT = (Floor("kept/fp32", 0.27, (*PLAIN, OWN)), Floor("kept/bf16", 0.52, (*PLAIN, OWN)))
+def _kept(*recipes: str) -> tuple[Floor, ...]:
+    return Floor("kept/fp32", 0.27, recipes), Floor("kept/bf16", 0.52, recipes)
+
+
+_KEPT = _kept(*PLAIN, OWN)
 _LAYER = (Floor("psq8", 1.25, MIXING), *_KEPT)
+_GPU_RECIPES = ("psq8d", OWN)
+_GPU_LAYER = (Floor("bf16", 1.25, ("psq8d",)), Floor("torchao", 1.1, ("psq8d",)), *_kept(*_GPU_RECIPES))
+_GPU_STEP = (Floor("bf16", 1.15, ("psq8d",)), *_kept(*_GPU_RECIPES))
+"""To be reached on an H100 or H200; nothing has been measured there yet."""
 _LAYER_RECIPES = (*PLAIN, OWN, *MIXING)
 _STEP_RECIPES = (*PLAIN, OWN)
 
@@ -166,11 +177,53 @@ CASES: tuple[Case, ...] = (
         recipes=OPERANDS,
         floors=(Floor("plain", 0.7, OPERANDS),),
     ),
+    Case(
+        name="linear-4096",
+        title="Linear 4096→4096, 8192 rows",
+        workload=_linear(8192, 4096, 4096),
+        recipes=_GPU_RECIPES,
+        floors=_GPU_LAYER,
+        device="cuda",
+    ),
+    Case(
+        name="linear-14336",
+        title="Linear 4096→14336, 8192 rows",
+        workload=_linear(8192, 4096, 14336),
+        recipes=_GPU_RECIPES,
+        floors=_GPU_LAYER,
+        device="cuda",
+    ),
+    Case(
+        name="gpt-2048",
+        title="two transformer blocks, width 2048, 16 heads, 8 × 1024 tokens, step",
+        workload=transformer(blocks=2, width=2048, heads=16, samples=8, tokens=1024),
+        recipes=_GPU_RECIPES,
+        floors=_GPU_STEP,
+        bound=0.08,
+        device="cuda",
+    ),
+    Case(
+        name="gpt-4096",
+        title="one transformer block, width 4096, 32 heads, 8 × 1024 tokens, step",
+        workload=transformer(blocks=1, width=4096, heads=32, samples=8, tokens=1024),
+        recipes=_GPU_RECIPES,
+        floors=_GPU_STEP,
+        bound=0.08,
+        device="cuda",
+    ),
+    Case(
+        name="resnet50",
+        title="ResNet-50, 224×224, batch 256, step",
+        workload=image_classifier("resnet50", samples=256, side=224),
+        recipes=_GPU_RECIPES,
+        bound=0.95,  # as for resnet18
+        device="cuda",
+    ),
 )
 
 
-def select(names: Iterable[str], cases: tuple[Case, ...] = CASES) -> tuple[Case, ...]:
-    """The cases of these names in the table's order; the default ones if none is named.
+def select(names: Iterable[str], cases: tuple[Case, ...] = CASES, *, device: str = "cpu") -> tuple[Case, ...]:
+    """The cases of these names in the table's order; the default ones for such a device if none is named.
 
     Raises:
         FqtError: an unknown name.
@@ -179,7 +232,9 @@ def select(names: Iterable[str], cases: tuple[Case, ...] = CASES) -> tuple[Case,
     unknown = sorted(wanted - {case.name for case in cases})
     if unknown:
         raise FqtError(f"unknown case {', '.join(map(repr, unknown))}; known: {', '.join(c.name for c in cases)}")
-    return tuple(case for case in cases if case.name in wanted or (not wanted and case.default))
+    return tuple(
+        case for case in cases if case.name in wanted or (not wanted and case.default and case.device == device)
+    )
 
 
 def kind(workload: Workload) -> str:

@@ -37,6 +37,8 @@ class Contestant:
         autocast: whether the forward pass runs under bfloat16 autocast.
         compiled: whether `torch.compile` is applied.
         short: whether the model itself and its input are bfloat16.
+        around: what the forward pass runs in besides autocast.
+        slack: by how much the errors of its gradients may exceed a case's bound, which is for 8-bit integers.
     """
 
     name: str
@@ -46,16 +48,21 @@ class Contestant:
     autocast: bool = False
     compiled: bool = False
     short: bool = False
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    slack: float = 1.0
 
 
-def contestants(recipes: Sequence[str]) -> list[Contestant]:
-    """All that take part, the fp32 reference first."""
+def contestants(recipes: Sequence[str], device: str = "cpu") -> list[Contestant]:
+    """All that take part on devices of this type, the fp32 reference first."""
     found = [
         Contestant(name="fp32", group="fp32"),
         Contestant(name="bf16", group="bf16", autocast=True),
         Contestant(name="bf16 compiled", group="bf16", autocast=True, compiled=True),
         Contestant(name="torchao int8", group="torchao", convert=_torchao, compiled=True, short=True),
     ]
+    if device == "cuda":
+        fp8 = Contestant(name="TransformerEngine fp8", group="fp8", short=True, slack=4.0)  # gradients in E5M2
+        found.append(replace(fp8, convert=_transformer_engine, around=_engine_autocast))
     for recipe in recipes:
         ours = Contestant(name=recipe, group="ours", convert=_ours(recipe), recipe=recipe)
         found += [
@@ -108,6 +115,39 @@ def _torchao(model: nn.Module) -> nn.Module:
     return model
 
 
+def _transformer_engine(model: nn.Module) -> nn.Module:
+    """TransformerEngine's layers in place of every `nn.Linear` of a bfloat16 model, with the same weights."""
+    if any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
+        raise Unavailable("TransformerEngine has no convolution")
+    engine = _engine()
+    if not torch.cuda.get_device_capability() >= (8, 9):
+        raise Unavailable("tensor cores for fp8 begin with compute capability 8.9")
+
+    def changed(layer: nn.Linear) -> nn.Module:
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        made = engine.Linear(*sizes[:2], bias=sizes[2], params_dtype=layer.weight.dtype, device="cuda")
+        made.load_state_dict(layer.state_dict(), strict=False)
+        return made
+
+    if isinstance(model, nn.Linear):
+        return changed(model)
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        model.set_submodule(name, changed(layer))
+    return model
+
+
+def _engine() -> Any:
+    try:
+        import transformer_engine.pytorch as engine
+    except Exception as error:  # not installed, or whatever an installation that does not fit this torch raises
+        raise Unavailable(f"TransformerEngine does not import ({type(error).__name__})") from error
+    return engine
+
+
+def _engine_autocast() -> contextlib.AbstractContextManager:
+    return _engine().fp8_autocast(enabled=True)
+
+
 class Runner:
     """One contestant on one workload: its model, its batch, and the pass that is timed.
 
@@ -115,24 +155,32 @@ class Runner:
         contestant: who.
         workload: on what.
         channels_last: the memory format of four-dimensional weights, inputs and gradients.
+        device: where.
 
     Raises:
         Unavailable: the contestant does not take this workload.
     """
 
-    def __init__(self, contestant: Contestant, workload: Layer | Step, channels_last: bool = False) -> None:
-        self.contestant, self.workload = contestant, workload
+    def __init__(
+        self,
+        contestant: Contestant,
+        workload: Layer | Step,
+        channels_last: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.contestant, self.workload, self.device = contestant, workload, torch.device(device)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         plain = build(workload).to(memory_format=self.format)  # type: ignore[call-overload]
         dtype = torch.bfloat16 if contestant.short else torch.float32
-        self.plain = contestant.convert(plain.to(dtype))
+        self.plain = contestant.convert(plain.to(self.device, dtype))
         self.model: Any = self._compiled() if contestant.compiled else self.plain
         layer = isinstance(workload, Layer)
         seen = torch.bfloat16 if contestant.autocast and layer else dtype
-        self.input = self._formed(draw(workload.input, 1).to(seen)).requires_grad_(layer)
+        self.input = self._formed(draw(workload.input, 1).to(self.device, seen)).requires_grad_(layer)
         self.above: Tensor | None = None
         if isinstance(workload, Step):
-            self.target = workload.target(self.input, torch.Generator().manual_seed(SEED + 2))
+            drawn = workload.target(self.input, torch.Generator().manual_seed(SEED + 2))
+            self.target = drawn.to(self.device)
         # Momentum SGD in one fused pass: the optimizer is part of a step, not its subject. The small rate keeps
         # repeated steps on one batch from diverging.
         parameters = list(self.plain.parameters())
@@ -157,14 +205,14 @@ class Runner:
     def backward(self) -> Tensor:
         """Forward and backward; returns a layer's output or a step's loss. The gradients are the model's."""
         self.forget()
-        with self.setting():
+        with self.setting(), self.contestant.around():
             output = self.model(self.input)
         if isinstance(self.workload, Step):
             output = self.workload.loss(output, self.target)
             output.backward()
             return output.detach()
         if self.above is None:
-            self.above = self._formed(draw(tuple(output.shape), 3).to(output.dtype))
+            self.above = self._formed(draw(tuple(output.shape), 3).to(output))
         output.backward(self.above)
         return output.detach()
 
@@ -174,7 +222,7 @@ class Runner:
         Returns:
             "output", "grad_input" (layers only) and "grad <parameter>"; tensors of the caller's own.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             found = {"output": self.backward()}
         gradients = {f"grad {name}": p.grad for name, p in self.plain.named_parameters()}
@@ -188,7 +236,7 @@ class Runner:
 
     def setting(self) -> contextlib.AbstractContextManager:
         """What the forward pass runs in."""
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.contestant.autocast)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.contestant.autocast)
 
     def _formed(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=self.format) if x.ndim == 4 else x

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fqt.bench.timing import seconds
+from fqt.bench.device import clock
 
 Shape = tuple[int, int, int]
+CPU = torch.device("cpu")
 SHAPES: tuple[Shape, ...] = (
     (1024, 1024, 1024),
     (2048, 2048, 2048),
@@ -19,6 +20,8 @@ SHAPES: tuple[Shape, ...] = (
     (4096, 4096, 4096),
 )
 """(M, N, K) that are tried."""
+GPU_SHAPES: tuple[Shape, ...] = ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192))
+"""The same on a GPU."""
 READINGS = 3
 
 
@@ -28,14 +31,16 @@ class IntegerProduct:
     Args:
         shape: (M, N, K).
         transposed: whether the second operand is stored as (N, K).
+        device: where.
     """
 
-    def __init__(self, shape: Shape, transposed: bool) -> None:
+    def __init__(self, shape: Shape, transposed: bool, device: torch.device = CPU) -> None:
         m, n, k = shape
         generator = torch.Generator().manual_seed(0)
         self.shape, self.transposed = shape, transposed
-        self.left = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
+        self.left = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator).to(device)
         stored = torch.randint(-127, 128, (n, k) if transposed else (k, n), dtype=torch.int8, generator=generator)
+        stored = stored.to(device)
         self.right = stored.T if transposed else stored
 
     @property
@@ -54,14 +59,14 @@ class IntegerProduct:
         return torch.equal(self()[rows].double(), self.left[rows].double() @ self.right.double())
 
 
-def best_product(shapes: Sequence[Shape] = SHAPES) -> tuple[IntegerProduct, list[dict]]:
+def best_product(shapes: Sequence[Shape] = SHAPES, device: torch.device = CPU) -> tuple[IntegerProduct, list[dict]]:
     """The product with the highest rate, and what was measured of every shape and layout."""
     best, most, tried = None, 0.0, []
     for shape in shapes:
         for transposed in (True, False):
-            product = IntegerProduct(shape, transposed)
+            product = IntegerProduct(shape, transposed, device)
             product()
-            rate = product.macs / min(seconds(product) for _ in range(READINGS))
+            rate = product.macs / min(clock(device)(product) for _ in range(READINGS))
             tried.append({"shape": list(shape), "transposed": transposed, "macs_per_second": rate})
             if rate > most:
                 best, most = product, rate

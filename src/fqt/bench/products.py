@@ -21,9 +21,10 @@ class BlockedProduct:
     Args:
         workload: the sizes.
         operands: one of `OPERANDS`; None for the plain product, a step per row and one for the second operand.
+        device: where.
     """
 
-    def __init__(self, workload: Product, operands: str | None) -> None:
+    def __init__(self, workload: Product, operands: str | None, device: torch.device | str = "cpu") -> None:
         draw, (m, k), n, size = (
             torch.Generator().manual_seed(SEED),
             workload.input,
@@ -35,7 +36,8 @@ class BlockedProduct:
         )
         self.plain = operands is None
         self.epilogue = Epilogue(
-            row_scale=torch.rand(m, generator=draw), column_scale=torch.rand(1, generator=draw)
+            row_scale=torch.rand(m, generator=draw).to(device),
+            column_scale=torch.rand(1, generator=draw).to(device),
         )
         tiles = Blocks(size, size)
         blocks = {
@@ -45,7 +47,11 @@ class BlockedProduct:
             "rows × columns": (Blocks(1, size), Blocks(size, 1)),
         }[operands]
         self.left, self.right = (
-            Stepped(codes, torch.rand(who.count((codes.shape[0], codes.shape[1])), generator=draw), who)
+            Stepped(
+                codes.to(device),
+                torch.rand(who.count((codes.shape[0], codes.shape[1])), generator=draw).to(device),
+                who,
+            )
             for codes, who in zip((left, right), blocks, strict=True)
         )
 

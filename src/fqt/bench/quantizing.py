@@ -18,9 +18,9 @@ from fqt.quant import QuantizedTensor, Quantizer
 _ROUNDING = 2.0**-20  # float32 arithmetic on values of a few units, relative to a row's range
 
 
-def draw_all(workload: Quantize) -> list[Tensor]:
+def draw_all(workload: Quantize, device: torch.device | str = "cpu") -> list[Tensor]:
     """The workload's matrices."""
-    return [draw(workload.input, 1 + number) for number in range(workload.matrices)]
+    return [draw(workload.input, 1 + number).to(device) for number in range(workload.matrices)]
 
 
 class Copy:

@@ -128,7 +128,9 @@ def _ratio(case: Entry, recipe: str, measure: str) -> Quantiles | None:
         ratio = _paired(product, best)
         factor = case["macs"] / product["macs"] if product else 0.0
         return ratio and Quantiles(ratio.median * factor, ratio.p10 * factor, ratio.p90 * factor)
-    same = [row for row in ours if row["autocast"] == (measure == "bf16")]
+    if measure == "torchao" and not case.get("device"):
+        return None
+    same = [row for row in ours if row["autocast"] == (measure != "fp32")]
     return _paired(_fastest(_group(case, measure)), _fastest(same))
 
 

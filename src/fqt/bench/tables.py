@@ -13,6 +13,7 @@ from fqt.bench.summary import Result, median_seconds, results
 _HEADINGS = {
     "bf16": "× bf16",
     "fp32": "× fp32",
+    "torchao": "× torchao int8",
     "limit": "of the integer limit",
     "psq8": "time / psq8",
     "copy": "of the copy rate",
@@ -89,6 +90,8 @@ def _note(case: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         notes.append(f"{2e-12 * row['macs'] / spent.median:.2f} T/s: {_ms(limit)} ms for the case's products")
     if row.get("arithmetic"):
         notes.append(", ".join(f"{n} {kind}" for kind, n in sorted(row["arithmetic"].items())) + " products")
+    if row.get("peak_bytes"):
+        notes.append(f"{row['peak_bytes'] / 2**30:.2f} GiB at the peak")
     if row.get("graph_breaks"):
         notes.append(f"{row['graph_breaks']} graph breaks")
     if row.get("error"):
@@ -107,7 +110,15 @@ def terminal_tables(record: Mapping[str, Any]) -> list[Table]:
 
 def list_table(cases: Sequence[Case]) -> Table:
     """The registry, for a console."""
-    rows = [[c.name + ("" if c.default else " *"), c.title, ", ".join(c.recipes), _floors_of(c)] for c in cases]
+    rows = [
+        [
+            c.name + ("" if c.default else " *") + ("" if c.device == "cpu" else f" ({c.device})"),
+            c.title,
+            ", ".join(c.recipes),
+            _floors_of(c),
+        ]
+        for c in cases
+    ]
     table = Table(caption="* only when named", caption_justify="left")
     return _fill(table, ["case", "what", "recipes", "floors"], rows)
 
@@ -145,6 +156,12 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def gpu_words(gpu: Mapping[str, Any]) -> str:
+    """The GPU of a record, with what drives it."""
+    driver = gpu["driver"] or "unknown"
+    return f"{gpu['name']}, driver {driver}, CUDA {gpu['cuda']}, Triton {gpu['triton'] or 'not installed'}"
+
+
 def provenance(record: Mapping[str, Any]) -> str:
     """One line: when, with what, on what, and whether it is whole."""
     stamp, native = record["environment"], record["kernels"]
@@ -155,7 +172,7 @@ def provenance(record: Mapping[str, Any]) -> str:
         f"torch {stamp['torch']}",
         f"torchao {record['torchao']}" if record["torchao"] else "torchao not installed",
         f"{stamp['processor']}, {stamp['threads']} threads",
-        f"{native['level']} kernels",
+        gpu_words(record["device"]) if record.get("device") else f"{native['level']} kernels",
         f"{record['repeats']} rounds",
     ]
     if not record["compile"]:

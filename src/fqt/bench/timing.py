@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+Clock = Callable[..., float]
+"""(call, number of calls = 1) to seconds per call."""
 LEAST_SECONDS = 0.01
 """What one reading lasts at least: shorter calls are made several times in a row."""
 
@@ -19,15 +21,15 @@ def seconds(call: Callable[[], object], calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def calls_per_reading(call: Callable[[], object]) -> int:
+def calls_per_reading(call: Callable[[], object], clock: Clock = seconds) -> int:
     """Warms up, then says how many calls a reading takes."""
     call()
-    once = min(seconds(call), seconds(call))
+    once = min(clock(call), clock(call))
     return max(1, math.ceil(LEAST_SECONDS / max(once, 1e-7)))
 
 
 def rounds(
-    calls: Mapping[str, Callable[[], object]], counts: Mapping[str, int], repeats: int
+    calls: Mapping[str, Callable[[], object]], counts: Mapping[str, int], repeats: int, clock: Clock = seconds
 ) -> Iterator[dict[str, float]]:
     """Seconds per call of everyone, `repeats` times; each round starts with another one.
 
@@ -41,7 +43,7 @@ def rounds(
         was_on = gc.isenabled()
         gc.disable()
         try:
-            found = {name: seconds(calls[name], counts[name]) for name in names[first:] + names[:first]}
+            found = {name: clock(calls[name], counts[name]) for name in names[first:] + names[:first]}
         finally:
             if was_on:
                 gc.enable()

@@ -99,7 +99,7 @@ def bias(
         rounding: ε, relative.
     """
     names = [n for n in exact if n != "output" and exact[n].numel() >= FEWEST_ENTRIES]
-    total = {name: torch.zeros(exact[name].shape) for name in names}
+    total = {name: torch.zeros_like(exact[name], dtype=torch.float32) for name in names}
     squares = dict.fromkeys(names, 0.0)
     seeds = 0
     for outcome in outcomes:

@@ -22,7 +22,7 @@ from fqt.kernels.op import Op
 MOST_TERMS = 1 << 16
 """Of a block, so that int32 holds its sum whatever the codes."""
 _DEFAULT = 1024
-_RESULTS = (torch.float32, torch.bfloat16)
+_RESULTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,15 @@ def _check(a: Stepped, b: Stepped, bias: Tensor | None = None, dtype: torch.dtyp
     if min(length, a.codes.shape[1]) > MOST_TERMS:
         raise ValueError(f"a block of {length} terms: give at most {MOST_TERMS}, whose sum fits int32")
     if dtype not in _RESULTS:
-        raise TypeError(f"a result of {dtype}: give float32 or bfloat16")
+        raise TypeError(f"a result of {dtype}: give float32, bfloat16 or float16")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != b.codes.shape[1:]):
         wanted = f"float32 of shape ({b.codes.shape[1]},)"
         raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}: give {wanted}")
 
 
-def _matmul(a: Stepped, b: Stepped, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def blocked_matmul(
+    a: Stepped, b: Stepped, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """a · b, of codes whose steps vary by blocks; see the module.
 
     Args:
@@ -109,7 +111,7 @@ def _matmul(a: Stepped, b: Stepped, bias: Tensor | None = None, dtype: torch.dty
         b: (K, N) with blocks of L' rows × any columns. Where neither L nor L' is 0, one divides the other; the
             shorter is at most `MOST_TERMS`.
         bias: (N,) float32, added last; None is none.
-        dtype: of the result, float32 or bfloat16, rounded once.
+        dtype: of the result, float32, bfloat16 or float16, rounded once.
 
     Returns:
         (M, N), contiguous.
@@ -128,4 +130,4 @@ def _matmul(a: Stepped, b: Stepped, bias: Tensor | None = None, dtype: torch.dty
     return (out if bias is None else out + bias).to(dtype)
 
 
-matmul = Op(_matmul, _check)
+matmul = Op(blocked_matmul, _check)

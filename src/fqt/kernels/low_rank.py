@@ -166,15 +166,28 @@ class DenseCodes:
         return products.matmul(g.codes.T, self._codes(x), epilogue)
 
 
+Axis = tuple[int, int, int, int, int, int]
+"""Taps, pixels of the input and of the output, stride, padding, dilation."""
+
+
 @lru_cache(maxsize=256)
-def _axis(taps: int, size: int, out: int, stride: int, padding: int, dilation: int) -> tuple[Tensor, Tensor]:
+def _on_cpu(axis: Axis) -> tuple[Tensor, Tensor]:
+    return _axis(axis, torch.device("cpu"))
+
+
+def _axis(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
     """Along one axis, which pixels of the input a tap reads (taps, size), and which of the output it serves
-    (taps, out): ones in float64."""
-    at = torch.arange(out) * stride + (torch.arange(taps) * dilation - padding)[:, None]
+    (taps, out): ones in float64.
+
+    Made where they are used: a copy to a GPU would wait for it, and a tensor kept from the capture of a CUDA graph
+    holds nothing before the graph runs.
+    """
+    taps, size, out, stride, padding, dilation = axis
+    at = torch.arange(out, device=device) * stride
+    at = at + (torch.arange(taps, device=device) * dilation - padding)[:, None]
     serves = (at >= 0) & (at < size)
-    reads = torch.zeros(taps, size, dtype=torch.float64)
-    reads[serves.nonzero()[:, 0], at[serves]] = 1
-    return reads, serves.double()
+    reads = (at[:, :, None] == torch.arange(size, device=device)).any(1)
+    return reads.double(), serves.double()
 
 
 @dataclass(frozen=True)
@@ -301,7 +314,8 @@ class ConvCodes:
         """The input's pixels that the taps read, and the output's that they serve; of laid-out shapes."""
         sizes = (in_two(shape[2:], 1), *(in_two(laid[1:-1], 1) for laid in (x, g)))
         how = (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
-        rows, columns = ([m.to(device) for m in _axis(*axis)] for axis in zip(*sizes, *how, strict=True))
+        axes: list[Axis] = list(zip(*sizes, *how, strict=True))
+        rows, columns = (_on_cpu(axis) if device.type == "cpu" else _axis(axis, device) for axis in axes)
         return _Taps(rows[0], columns[0]), _Taps(rows[1], columns[1])
 
     def sums_by_tap(

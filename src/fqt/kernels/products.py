@@ -11,9 +11,9 @@ Without an epilogue a product returns its exact integer sums: int32 where the lo
 
     (sum − zero · ones) · row_scale · column_scale + Σ_r left_r · right_r + bias,
 
-rounded once more if the result is bfloat16. Offsets, dither and transforms of the operands are rank-one terms of
-that kind. Under padding a missing tap counts as code 0, so an operand's offset takes the product with the mask of
-the taps that are there: `conv2d_mask` for output and grad_input, window sums for grad_weight.
+rounded once more if the result is bfloat16 or float16. Offsets, dither and transforms of the operands are rank-one
+terms of that kind. Under padding a missing tap counts as code 0, so an operand's offset takes the product with the
+mask of the taps that are there: `conv2d_mask` for output and grad_input, window sums for grad_weight.
 
 Each product is one op of `torch.library` (namespace `fqt`), with a plain-torch implementation for every device
 (in float64, which holds these sums exactly); backends register beside it, and give the same bits.
@@ -31,7 +31,7 @@ from torch import Tensor
 from fqt.kernels.op import Op
 
 CODES = (torch.uint8, torch.int8)
-_RESULTS = (torch.float32, torch.bfloat16)
+_RESULTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def most_terms(a: torch.dtype, b: torch.dtype) -> int:
@@ -54,7 +54,7 @@ class Epilogue:
         left: (rows, R) float32; None is no correction.
         right: (R, columns) float32, for `conv2d` and `conv2d_grad_input` (R, height, width, channels).
         bias: (columns,) float32 or None.
-        dtype: of the result, float32 or bfloat16.
+        dtype: of the result, float32, bfloat16 or float16.
     """
 
     row_scale: Tensor | None = None
@@ -199,7 +199,8 @@ def conv2d_mask(weight: Tensor, input_size: tuple[int, int], geometry: Geometry,
     """
     if of not in ("output", "grad_input"):
         raise ValueError(f"unknown product {of!r}; known: output, grad_input")
-    w, groups = weight.float(), geometry.groups
+    # On a GPU float32 convolutions may round their operands to TF32, which does not hold these sums.
+    w, groups = weight.to(torch.float64 if weight.is_cuda else torch.float32), geometry.groups
     rest = (list(geometry.stride), list(geometry.padding), list(geometry.dilation))
     if of == "output":  # every channel meets the same mask, so the channels can be summed first
         mask = F.conv2d(w.new_ones(1, 1, *input_size), w.sum(1, keepdim=True), None, *rest)
@@ -207,7 +208,7 @@ def conv2d_mask(weight: Tensor, input_size: tuple[int, int], geometry: Geometry,
         size = geometry.output_size(input_size, (w.shape[2], w.shape[3]))
         summed = w.unflatten(0, (groups, -1)).sum(1).flatten(0, 1).unsqueeze(0)
         mask = _grad_input(w.new_ones(1, 1, *size), summed, list(input_size), *rest, groups=1)
-    return mask[0].permute(1, 2, 0).contiguous()
+    return mask[0].permute(1, 2, 0).float().contiguous()
 
 
 _NOTHING = (None,) * 8
@@ -243,7 +244,7 @@ def _check_epilogue(rows: int, columns: int, place: tuple[int, ...], device: tor
             raise ValueError("an epilogue needs the dtype of its result")
         return
     if dtype not in _RESULTS:
-        raise TypeError(f"a result of {dtype}: give float32 or bfloat16")
+        raise TypeError(f"a result of {dtype}: give float32, bfloat16 or float16")
     if (left is None) != (right is None):
         raise ValueError("a correction needs both its left and its right factor")
     if (zero is None) != (ones is None):

@@ -18,7 +18,9 @@ GROUP = 4
 
 def _takes(a: Stepped, b: Stepped, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> bool:
     floats = (a.step, b.step, *(() if bias is None else (bias.detach(),)))
-    return takes_codes(a.codes, b.codes) and takes(*floats) and block_length(a, b) % GROUP == 0
+    return (
+        dtype in OUT_TYPES and takes_codes(a.codes, b.codes) and takes(*floats) and block_length(a, b) % GROUP == 0
+    )
 
 
 @blocked.matmul.on("cpu", when=_takes)

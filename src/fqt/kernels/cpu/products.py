@@ -50,6 +50,10 @@ def _finishing(out: Tensor, columns: int, period: int, epilogue: tuple) -> tuple
     return result, [x for x in parts if x is not None]
 
 
+def _writes(dtype: torch.dtype) -> bool:
+    return dtype in OUT_TYPES
+
+
 def as_matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """A matrix with a stride of 1, and its strides; the stride of an axis of length 1 does not matter."""
     rows, columns = x.shape
@@ -61,7 +65,9 @@ def as_matrix(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return x, (x.stride(0), 1)
 
 
-@products.matmul_of.on(BACKEND, when=lambda a, b, dtype, epilogue: takes_codes(a, b) and a.shape[1] < _LONGEST)
+@products.matmul_of.on(
+    BACKEND, when=lambda a, b, dtype, epilogue: _writes(dtype) and takes_codes(a, b) and a.shape[1] < _LONGEST
+)
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`products.matmul`."""
     (a, a_strides), (b, b_strides) = as_matrix(a), as_matrix(b)
@@ -138,12 +144,16 @@ def _takes(codes: Tensor, weight: Tensor) -> bool:
     return takes_codes(codes, weight) and weight.numel() > 0
 
 
-@products.conv2d_of.on(BACKEND, when=lambda input, weight, shapes, dtype, epilogue: _takes(input, weight))
+@products.conv2d_of.on(
+    BACKEND, when=lambda input, weight, shapes, dtype, epilogue: _writes(dtype) and _takes(input, weight)
+)
 def _conv2d(input: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     return conv2d(input, weight, shapes, dtype, epilogue, backward=False)
 
 
-@products.conv2d_grad_input_of.on(BACKEND, when=lambda grad, weight, shapes, dtype, epilogue: _takes(grad, weight))
+@products.conv2d_grad_input_of.on(
+    BACKEND, when=lambda grad, weight, shapes, dtype, epilogue: _writes(dtype) and _takes(grad, weight)
+)
 def _conv2d_grad_input(grad: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     return conv2d(grad, weight, shapes, dtype, epilogue, backward=True)
 
@@ -167,7 +177,9 @@ def conv2d(
 
 @products.conv2d_grad_weight_of.on(
     BACKEND,
-    when=lambda grad, input, shapes, dtype, epilogue: takes_codes(grad, input) and shapes.output[3] <= _WIDEST,
+    when=lambda grad, input, shapes, dtype, epilogue: (
+        _writes(dtype) and takes_codes(grad, input) and shapes.output[3] <= _WIDEST
+    ),
 )
 def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Shapes, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`products.conv2d_grad_weight`."""

@@ -5,6 +5,7 @@ A module here may import Triton at its top, since `device.offer` names it by a s
 
 from fqt.kernels import ops
 from fqt.kernels.op import Op
+from fqt.kernels.triton import serving as serving
 from fqt.kernels.triton.device import offer
 
 _OFFERED: dict[str, tuple[Op, ...]] = {
