@@ -132,7 +132,7 @@ def test_codes_of_reflected_rows() -> None:
     rows = mixing._Rows.of(x)
     inverse = mix.inverse_scale[:, 0].double()
     scale = torch.where(inverse == 0, 0.0, 1 / inverse)
-    arguments = (x, mix.matrix.group, mix.matrix.normal, mix.matrix.factor, rows.scaling(scale))
+    arguments = (x, mix.matrix.group, mix.matrix.normal, mix.matrix.beta, rows.scaling(scale))
     each = [reference.reflect(*arguments), moved(transform.reflect(*moved(arguments, DEVICE)), "cpu")]
     codes = [ops.quantize(Entries(y), ROW, coding, SEED).codes.int() for y in each]
     moves = (codes[0] - codes[1]).abs()
