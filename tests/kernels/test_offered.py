@@ -76,10 +76,12 @@ def test_the_operations_have_an_offer() -> None:
     assert ops.value_range.backend(Entries(torch.ones(2, 2)), ROW) != "cuda"
 
 
-def test_importing_fqt_and_quantizing_on_the_cpu_imports_no_triton() -> None:
+def test_importing_fqt_and_quantizing_on_the_cpu_imports_no_kernels() -> None:
+    """Triton itself comes with torch's FLOP counter, where it is installed."""
     code = (
         "import sys, torch, fqt; from fqt.quant import quantizer; "
-        "quantizer('psq8d').quantize(torch.ones(3, 4), seed=1); print('triton' in sys.modules)"
+        "quantizer('psq8d').quantize(torch.ones(3, 4), seed=1); "
+        "print([name for name in sys.modules if 'fqt.kernels.triton.' in name])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "['fqt.kernels.triton.device']\n"

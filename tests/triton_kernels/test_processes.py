@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") != "0", reason="this is the interpreter's process"),
+]
 HERE = Path(__file__).parent
 
 
@@ -27,7 +30,6 @@ def run(*arguments: str, **environment: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="run on the GPU")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") != "0", reason="this is the interpreter's process")
 def test_interpreted() -> None:
     run("-m", "pytest", "-p", "no:cacheprovider", str(HERE), TRITON_INTERPRET="1")
 
