@@ -8,8 +8,9 @@ from typing import TypeVar
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fqt import quantizer
+from fqt import quantize_, quantizer
 from fqt.kernels import choice, ops
 from fqt.kernels.codes import ROW, TENSOR, Blocks, Entries, Findings, Levels, Scales
 from fqt.kernels.cpu import library, quantized
@@ -18,7 +19,7 @@ from fqt.kernels.cpu.quantized import Coded, Fold
 from fqt.kernels.op import Op
 from fqt.kernels.reference import Scaling, Unscaling
 from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC, Coding, Rounding
-from tests.backends import same
+from tests.backends import reference_only, same
 
 pytestmark = pytest.mark.skipif(library.status().level == "reference", reason="no native kernels here")
 
@@ -210,3 +211,25 @@ def test_bad_indices_raise() -> None:
         ops.hadamard(x, torch.arange(4), (3, 1))
     with pytest.raises(IndexError, match="outside"):
         ops.reflect(x, torch.tensor([0, 1, 2, -1]), ones, ones)
+
+
+def test_what_torch_fakes_is_not_kept() -> None:
+    # Sizes of no other test: what is kept between calls is made here first, while tensors are faked.
+    conv = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=1))
+    quantize_(conv, {"base": "psq8", "grad_weight": "psq8d@channel"})
+    x, image = torch.randn(83, 7), torch.randn(1, 16, 29, 23)
+    with FakeTensorMode() as mode:
+        quantizer("shq4").quantize(mode.from_tensor(x), 0, nonfinite="propagate")
+        torch.func.functional_call(
+            conv, {name: mode.from_tensor(p) for name, p in conv.named_parameters()}, (mode.from_tensor(image),)
+        ).sum().backward()
+    codes = quantizer("shq4").quantize(x, 0).codes
+    conv(image).square().sum().backward()
+    with reference_only():
+        assert torch.equal(codes, quantizer("shq4").quantize(x, 0).codes)
+    assert all(bool(p.grad.isfinite().all()) for p in conv.parameters())
+
+
+def test_a_faked_tensor_has_no_address() -> None:
+    with FakeTensorMode(), pytest.raises(ValueError, match="FakeTensor"):
+        library.expect("x", torch.zeros(3), (3,))

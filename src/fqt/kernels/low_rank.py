@@ -7,10 +7,12 @@ by `fqt.kernels.integer`; sums of codes and of codes times 24-bit dither are exa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,11 +172,6 @@ Axis = tuple[int, int, int, int, int, int]
 """Taps, pixels of the input and of the output, stride, padding, dilation."""
 
 
-@lru_cache(maxsize=256)
-def _on_cpu(axis: Axis) -> tuple[Tensor, Tensor]:
-    return _axis(axis, torch.device("cpu"))
-
-
 def _axis(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
     """Along one axis, which pixels of the input a tap reads (taps, size), and which of the output it serves
     (taps, out): ones in float64.
@@ -182,12 +179,27 @@ def _axis(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
     Made where they are used: a copy to a GPU would wait for it, and a tensor kept from the capture of a CUDA graph
     holds nothing before the graph runs.
     """
-    taps, size, out, stride, padding, dilation = axis
-    at = torch.arange(out, device=device) * stride
-    at = at + (torch.arange(taps, device=device) * dilation - padding)[:, None]
-    serves = (at >= 0) & (at < size)
-    reads = (at[:, :, None] == torch.arange(size, device=device)).any(1)
+    if device.type == "cpu":
+        reads, serves = _axis_on_cpu(axis)
+        return torch.from_numpy(reads), torch.from_numpy(serves)
+    reads, serves = _met(axis, partial(torch.arange, device=device))
     return reads.double(), serves.double()
+
+
+@lru_cache(maxsize=256)
+def _axis_on_cpu(axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """As arrays: a tensor that was made while torch fakes them must not be kept."""
+    reads, serves = _met(axis, np.arange)
+    return reads.astype(np.float64), serves.astype(np.float64)
+
+
+def _met(axis: Axis, arange: Callable[[int], Any]) -> tuple[Any, Any]:
+    """`_axis` in bool, of tensors or arrays."""
+    taps, size, out, stride, padding, dilation = axis
+    at = arange(out) * stride
+    at = at + (arange(taps) * dilation - padding)[:, None]
+    serves = (at >= 0) & (at < size)
+    return (at[:, :, None] == arange(size)).any(1), serves
 
 
 @dataclass(frozen=True)
@@ -315,7 +327,7 @@ class ConvCodes:
         sizes = (in_two(shape[2:], 1), *(in_two(laid[1:-1], 1) for laid in (x, g)))
         how = (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
         axes: list[Axis] = list(zip(*sizes, *how, strict=True))
-        rows, columns = (_on_cpu(axis) if device.type == "cpu" else _axis(axis, device) for axis in axes)
+        rows, columns = (_axis(axis, device) for axis in axes)
         return _Taps(rows[0], columns[0]), _Taps(rows[1], columns[1])
 
     def sums_by_tap(

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -332,18 +333,24 @@ def _householder_scales(k: Tensor, big: Tensor, small: Tensor, rule: str) -> tup
     return inverse_cube_root(big / root), torch.where(w2 > 0, inverse_cube_root(w2 / (k - 1).clamp(min=1)), 1.0)
 
 
-@lru_cache(maxsize=64)
 def hadamard_blocks(n: int, largest: int) -> tuple[tuple[int, ...], Tensor]:
     """Block sizes that sum to n, and which rank (by row size) each position takes."""
+    blocks, deal = _dealt(n, largest)
+    return blocks, torch.from_numpy(deal)
+
+
+@lru_cache(maxsize=64)
+def _dealt(n: int, largest: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """The same with an array: a tensor that was made while torch fakes them must not be kept."""
     blocks = powers_of_two(n, largest)
     dealt = [size for size in blocks if size >= min(32, blocks[0])] if blocks else []
     # Position j of a block of size m asks for the rank at the fraction (j + ½)/m of all rows dealt out.
     wishes = sorted(((j + 0.5) / m, b, j) for b, m in enumerate(dealt) for j in range(m))
     starts = [sum(blocks[:b]) for b in range(len(blocks))]
-    deal = list(range(n))
+    deal = np.arange(n, dtype=np.int64)
     for rank, (_, b, j) in enumerate(wishes):
         deal[starts[b] + j] = rank
-    return blocks, torch.tensor(deal, dtype=torch.int64, device="cpu")
+    return blocks, deal
 
 
 def _positions(n: int, largest: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -160,10 +160,10 @@ def call(name: str, *arguments: object) -> None:
 
 def expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
     """The address of a tensor that is what a kernel will take it for: it sees no shapes, so none may be trusted."""
-    if x.shape != shape or x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
+    if x.shape != shape or x.dtype != dtype or not x.is_contiguous() or not plain(x):
         raise ValueError(
-            f"{name} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}; "
-            f"the kernel takes contiguous {dtype} of shape {tuple(shape)} on the CPU"
+            f"{name} is a {type(x).__name__}, {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on "
+            f"{x.device}; the kernel takes contiguous {dtype} of shape {tuple(shape)} on the CPU"
         )
     return x.data_ptr()
 
