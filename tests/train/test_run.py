@@ -311,6 +311,8 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path, small, metrics):
 def test_the_users_signal_handlers_come_back(tmp_path, small, interruption):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before = signal.getsignal(number)
+        if before is signal.SIG_IGN:  # under nohup it is meant to stay so
+            continue
         with pytest.raises(Interrupted):
             train(small(), tmp_path, force=True, observer=interruption(1, number))
         assert signal.getsignal(number) is before
