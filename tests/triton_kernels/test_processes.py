@@ -30,8 +30,10 @@ def run(*arguments: str, **environment: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="run on the GPU")
-def test_interpreted() -> None:
-    run("-m", "pytest", "-p", "no:cacheprovider", str(HERE), TRITON_INTERPRET="1")
+@pytest.mark.parametrize("part", range(3))
+def test_interpreted(part: int) -> None:
+    files = sorted(map(str, HERE.glob("test_*.py")))
+    run("-m", "pytest", "-p", "no:cacheprovider", *files[part::3], TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize(("target", "which"), [("sm_90", "."), ("gfx942", "dithered|ranges|values|over rows")])
