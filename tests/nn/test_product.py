@@ -17,7 +17,7 @@ from fqt.kernels.rotation import Rotation
 from fqt.nn import dump_recipe, load_recipe
 from fqt.nn.product import SAVED
 from fqt.nn.turning import FORWARD_SIGNS
-from fqt.quant import Rotated
+from fqt.quant import Rotated, Sequency
 
 from . import checks
 
@@ -161,6 +161,13 @@ def largest_z(recipe: Recipe, kind: str, draws: int = 200) -> float:
 def test_the_gradient_is_unbiased(name: str, kind: str) -> None:
     """200 draws; the largest of at most 1,200 z-scores stays below 5: a false alarm in 1e-3 per case."""
     assert largest_z(RECIPES[name], kind) < 5
+
+
+@pytest.mark.parametrize("right", [SAVED, "ptq4"])
+def test_a_float_input_takes_the_rotation_of_tokens_that_are_kept_by_sequency(right: str) -> None:
+    """It is quantized again for these anyway: both operands of the integer product are turned, or none."""
+    product = Product("psq4", right, rotate=8, keep=Sequency(6, 8))
+    assert largest_z(Recipe(input=None, weight=None, grad_weight=product), "linear") < 5
 
 
 def test_a_right_operand_to_nearest_is_biased() -> None:
