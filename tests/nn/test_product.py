@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import FqtError, Product, Recipe, quantizer
+from fqt.kernels.linear_map import DenseMap
 from fqt.kernels.philox import as_seed
 from fqt.kernels.rotation import Rotation
 from fqt.nn import dump_recipe, load_recipe
+from fqt.nn.arithmetic import again
 from fqt.nn.product import SAVED
 from fqt.nn.turning import FORWARD_SIGNS
-from fqt.quant import Rotated, Sequency
+from fqt.quant import Leverage, Rotated, Sequency
 
 from . import checks
 
@@ -75,6 +77,17 @@ def test_what_a_recipe_makes_of_a_product() -> None:
     assert written.product("output") == Product(written.input, written.weight, 32, fold="never")
     assert Recipe(fold="always", grad_input=Product("psq4", fold="auto")).product("grad_input").fold == "auto"
     assert Recipe(grad_input=Product(None, "ptq4")).product("grad_input").right.scale.mode == "symmetric"
+
+
+def test_a_rotation_along_tokens_is_not_the_contraction_of_grad_input() -> None:
+    """Rows are channels, as the name says: the weight has nothing to take, and its codes serve."""
+    recipe = Recipe(**FORWARD, grad_input=Product("hlq4@channel", keep=Leverage(0.5)))
+    assert load_recipe(dump_recipe(recipe)) == Recipe.of_text(recipe.text) == replace(recipe) == recipe
+    assert recipe.product("grad_input").rotate is None
+    assert Recipe(grad_input="hlq4@channel").product("grad_input").rotate is None
+    assert Recipe(grad_input="hlq4@token").product("grad_input").rotate == 16
+    assert again("grad_input", DenseMap(), recipe) is None
+    assert largest_z(Recipe(**FORWARD, grad_input="hlq4@channel"), "linear") < 5
 
 
 def test_a_recipe_pickled_before_there_were_products_is_read() -> None:

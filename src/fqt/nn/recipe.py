@@ -199,9 +199,10 @@ def _product(recipe: Recipe, name: str) -> Product:
 
 def _turned_by(operand: str, left: Quantizer | None) -> int | None:
     """The block of the rotation that a product's left operand brings with it: of grad_input, whose features are
-    contracted."""
-    turned = operand == "grad_input" and left is not None and isinstance(left.transform, Rotated)
-    return left.transform.block if turned else None  # type: ignore[union-attr]
+    contracted, unless its rows are channels: along these are tokens then."""
+    if operand != "grad_input" or left is None or not isinstance(left.transform, Rotated):
+        return None
+    return None if left.scale.row_axis == "channel" else left.transform.block
 
 
 def _entry(operand: str, value: Any) -> Quantizer | Product | None:
