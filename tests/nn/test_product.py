@@ -42,6 +42,7 @@ RECIPES = {
     "rotated blocks": Recipe(grad_weight=Product("nvfp4", "nvfp4", rotate=16)),
     "folded here": Recipe(**FORWARD, grad_input=Product("psq4", fold="always"), grad_weight="psq4@channel"),
     "right alone": Recipe(**FORWARD, grad_input=Product(None, "ptq4"), grad_weight=Product("psq4", "psq4d")),
+    "right best": Recipe(**FORWARD, grad_input=Product("psq4", "ptq4x"), grad_weight=Product("psq4", "psq4x")),
     "float forward": Recipe(input=None, weight=None, grad_weight=Product("psq4", "ptq4", rotate=8)),
 }
 

@@ -499,7 +499,8 @@ def dump_operand(operand: str, value: Quantizer | str | None) -> Any:
     if value is None:
         return "none"
     names = [quantizer_name(value)]
-    if operand in ("weight", WEIGHT_AGAIN) and isinstance(value.grid, Integers) and value.scale.store == "float32":
+    plain = isinstance(value.grid, Integers) and value.scale.store == "float32" and not isinstance(value, Best)
+    if operand in ("weight", WEIGHT_AGAIN) and plain:
         names.insert(0, quantizer_name(replace(value, scale=replace(value.scale, mode="affine"))))
     for name in names:
         if name is not None and _named_operand(operand, name) == value:
