@@ -441,7 +441,7 @@ def _transform_words(transform: Transform) -> dict[str, Any] | None:
 
 
 def _only(table: Mapping[str, Any], known: set[str], what: str) -> None:
-    unknown = sorted(set(table) - known)
+    unknown = sorted(set(table) - known, key=str)
     if unknown:
         raise FqtError(f"unknown {what} key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}")
 
