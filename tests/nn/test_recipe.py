@@ -74,6 +74,10 @@ SAYS = {
     "key": (lambda: load_recipe({"grad": "psq4"}), ("grad", "grad_input", "base", "rules")),
     "base": (lambda: load_recipe({"base": "qta"}), ("qta", "qat")),
     "quantizer key": (lambda: load_recipe({"input": {"bit": 8}}), ("bit", "bits", "rounding")),
+    "output twice": (
+        lambda: load_recipe({"output": {"left": "psq4", "right": "psq4"}, "input": "ptq8"}),
+        ("input",),
+    ),
     "transform": (lambda: load_recipe({"grad_input": {"transform": "fourier"}}), ("fourier", "hadamard", "none")),
     "option": (lambda: load_recipe({"grad_input": {"guard": True}}), ("guard", "none")),
     "guard": (lambda: load_recipe({"grad_input": {"transform": "hadamard", "guard": "no"}}), ("no", "exact")),

@@ -342,6 +342,9 @@ def _from_file(path: Path) -> Recipe:
 def _from_mapping(table: Mapping[str, Any]) -> Recipe:
     known = {f.name for f in fields(Recipe) if f.init} | {"base"}
     _only(table, known, "recipe")
+    twice = [key for key in ("input", "weight", "rotate") if key in table and table.get("output") is not None]
+    if twice:
+        raise FqtError(f"output says what {' and '.join(twice)} is: say one")
     values: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping) and (key == "output" or (key in OPERANDS and "left" in value)):
