@@ -19,7 +19,7 @@ from fqt.nn import dump_recipe, load_recipe
 from fqt.nn.arithmetic import again
 from fqt.nn.product import SAVED
 from fqt.nn.turning import FORWARD_SIGNS
-from fqt.quant import Leverage, Rotated, Sequency
+from fqt.quant import Leverage, LowSequency, Rotated, Sequency
 
 from . import checks
 
@@ -182,6 +182,19 @@ def test_a_float_input_takes_the_rotation_of_tokens_that_are_kept_by_sequency(ri
     """It is quantized again for these anyway: both operands of the integer product are turned, or none."""
     product = Product("psq4", right, rotate=8, keep=Sequency(6, 8))
     assert largest_z(Recipe(input=None, weight=None, grad_weight=product), "linear") < 5
+
+
+def test_blocks_of_neighbouring_tokens_do_not_cross_samples_under_a_rotation() -> None:
+    """Samples of 6 tokens, kept in blocks of 4 by the two lowest rows: the mean is that of each sample's own."""
+    torch.manual_seed(3)
+    layer, x, upstream = nn.Linear(9, 5), torch.randn(3, 6, 9), torch.randn(3, 6, 5)
+    low = LowSequency(2, 4)
+    recipe = Recipe(input=None, weight=None, grad_weight=Product("psq8", rotate=8, keep=low))
+    fqt.quantize_(layer, recipe)
+    found = [torch.autograd.grad(layer(x), layer.weight, upstream)[0].double() for _ in range(200)]
+    sample, wanted = torch.stack(found), low.turned(upstream).flatten(0, 1).T @ low.turned(x).flatten(0, 1)
+    error = sample.std(0) / 200**0.5
+    assert float(((sample.mean(0) - wanted) / error).abs().max()) < 5
 
 
 def test_a_right_operand_to_nearest_is_biased() -> None:
