@@ -33,7 +33,7 @@ from fqt.kernels.philox import fork_seed
 from fqt.kernels.ranges import RangeState
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
-from fqt.nn.arithmetic import again, folds, on_integers, rotates
+from fqt.nn.arithmetic import again, folds, on_integers, operands, rotates
 from fqt.nn.ranges import Ranges
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
@@ -111,7 +111,7 @@ class Call:
     def on_integers(self, product: str, values: Tensor) -> bool:
         """Whether a product of these values runs on integer codes."""
         found = on_integers(product, self.map, self.recipe, values)
-        if self.witness is not None:
+        if self.witness is not None and None not in operands(product, self.map, self.recipe):
             self.witness.decided(found and not integer.machine_obstacle(values.device.type))
         return found
 
