@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 import fqt
@@ -99,6 +100,15 @@ def test_float_products_say_so() -> None:
     assert explained["output"].arithmetic != "float"
     for product in ("grad_input", "grad_weight"):
         assert (explained[product].arithmetic, "grad_output" in explained[product].why) == ("float", True)
+
+
+@pytest.mark.parametrize("forward", [{"input": None}, {"weight": None}, {"input": None, "weight": None}])
+def test_a_quantized_gradient_times_a_float_operand_is_float_with_a_batch_too(forward: dict) -> None:
+    layer = fqt.quantize_(nn.Linear(6, 5), Recipe(**forward, grad_input="psq4", grad_weight="psq4"))
+    said = fqt.explain(layer).products
+    ran = fqt.explain(layer, torch.randn(7, 6, requires_grad=True)).products
+    assert [(row.arithmetic, row.why) for row in said] == [(row.arithmetic, row.why) for row in ran]
+    assert any("float" in row.arithmetic for row in ran[1:])
 
 
 def test_a_float_model_and_a_mixed_one() -> None:

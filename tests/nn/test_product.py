@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import FqtError, Product, Recipe, quantizer
+from fqt.kernels.linear_map import DenseMap
 from fqt.kernels.philox import as_seed
 from fqt.kernels.rotation import Rotation
 from fqt.nn import dump_recipe, load_recipe
+from fqt.nn.arithmetic import again
 from fqt.nn.product import SAVED
 from fqt.nn.turning import FORWARD_SIGNS
-from fqt.quant import Rotated
+from fqt.quant import Leverage, LowSequency, Rotated, Sequency
 
 from . import checks
 
@@ -40,6 +42,7 @@ RECIPES = {
     "rotated blocks": Recipe(grad_weight=Product("nvfp4", "nvfp4", rotate=16)),
     "folded here": Recipe(**FORWARD, grad_input=Product("psq4", fold="always"), grad_weight="psq4@channel"),
     "right alone": Recipe(**FORWARD, grad_input=Product(None, "ptq4"), grad_weight=Product("psq4", "psq4d")),
+    "right best": Recipe(**FORWARD, grad_input=Product("psq4", "ptq4x"), grad_weight=Product("psq4", "psq4x")),
     "float forward": Recipe(input=None, weight=None, grad_weight=Product("psq4", "ptq4", rotate=8)),
 }
 
@@ -75,6 +78,17 @@ def test_what_a_recipe_makes_of_a_product() -> None:
     assert written.product("output") == Product(written.input, written.weight, 32, fold="never")
     assert Recipe(fold="always", grad_input=Product("psq4", fold="auto")).product("grad_input").fold == "auto"
     assert Recipe(grad_input=Product(None, "ptq4")).product("grad_input").right.scale.mode == "symmetric"
+
+
+def test_a_rotation_along_tokens_is_not_the_contraction_of_grad_input() -> None:
+    """Rows are channels, as the name says: the weight has nothing to take, and its codes serve."""
+    recipe = Recipe(**FORWARD, grad_input=Product("hlq4@channel", keep=Leverage(0.5)))
+    assert load_recipe(dump_recipe(recipe)) == Recipe.of_text(recipe.text) == replace(recipe) == recipe
+    assert recipe.product("grad_input").rotate is None
+    assert Recipe(grad_input="hlq4@channel").product("grad_input").rotate is None
+    assert Recipe(grad_input="hlq4@token").product("grad_input").rotate == 16
+    assert again("grad_input", DenseMap(), recipe) is None
+    assert largest_z(Recipe(**FORWARD, grad_input="hlq4@channel"), "linear") < 5
 
 
 def test_a_recipe_pickled_before_there_were_products_is_read() -> None:
@@ -161,6 +175,26 @@ def largest_z(recipe: Recipe, kind: str, draws: int = 200) -> float:
 def test_the_gradient_is_unbiased(name: str, kind: str) -> None:
     """200 draws; the largest of at most 1,200 z-scores stays below 5: a false alarm in 1e-3 per case."""
     assert largest_z(RECIPES[name], kind) < 5
+
+
+@pytest.mark.parametrize("right", [SAVED, "ptq4"])
+def test_a_float_input_takes_the_rotation_of_tokens_that_are_kept_by_sequency(right: str) -> None:
+    """It is quantized again for these anyway: both operands of the integer product are turned, or none."""
+    product = Product("psq4", right, rotate=8, keep=Sequency(6, 8))
+    assert largest_z(Recipe(input=None, weight=None, grad_weight=product), "linear") < 5
+
+
+def test_blocks_of_neighbouring_tokens_do_not_cross_samples_under_a_rotation() -> None:
+    """Samples of 6 tokens, kept in blocks of 4 by the two lowest rows: the mean is that of each sample's own."""
+    torch.manual_seed(3)
+    layer, x, upstream = nn.Linear(9, 5), torch.randn(3, 6, 9), torch.randn(3, 6, 5)
+    low = LowSequency(2, 4)
+    recipe = Recipe(input=None, weight=None, grad_weight=Product("psq8", rotate=8, keep=low))
+    fqt.quantize_(layer, recipe)
+    found = [torch.autograd.grad(layer(x), layer.weight, upstream)[0].double() for _ in range(200)]
+    sample, wanted = torch.stack(found), low.turned(upstream).flatten(0, 1).T @ low.turned(x).flatten(0, 1)
+    error = sample.std(0) / 200**0.5
+    assert float(((sample.mean(0) - wanted) / error).abs().max()) < 5
 
 
 def test_a_right_operand_to_nearest_is_biased() -> None:

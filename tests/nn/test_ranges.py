@@ -11,7 +11,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fqt
 from fqt import FqtError, Recipe
@@ -367,6 +369,17 @@ def test_functional_transforms_are_refused_in_training() -> None:
     y = layer(x.requires_grad_())
     with pytest.raises(FqtError, match="one by one"):
         torch.autograd.grad(y, x, torch.eye(12).view(12, 3, 4), is_grads_batched=True)
+
+
+def test_what_sees_ops_alone_is_told_so() -> None:
+    layer, x = fqt.quantize_(nn.Linear(4, 4), BOTH), torch.randn(3, 4)
+    for mode in (FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode, pytest.raises(FqtError, match=r"remembers ranges.*as ops") as error:
+            layer(x)
+        assert "\n" not in str(error.value)
+    with FlopCounterMode(display=False) as counter:
+        layer.eval()(x).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 3 * 4 * 4
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fqt import Product, Recipe, quantize_
 from fqt.errors import FqtError
 from fqt.train import Interrupted, train
 from fqt.train.adapt import BAND, Adapter
@@ -102,6 +103,13 @@ def test_measuring_leaves_the_training_alone(small):
 def test_it_needs_a_grad_input_to_adapt(small, recipe):
     with pytest.raises(FqtError, match="--adapt changes the widths of grad_input"):
         Trainer(small(**{**ADAPT, "recipe": recipe}))
+
+
+def test_a_right_operand_alone_has_no_width_to_adapt():
+    recipe = Recipe(grad_input=Product(None, "ptq4"), grad_weight="psq4")
+    model = quantize_(torch.nn.Linear(4, 4), recipe)
+    with pytest.raises(FqtError, match="--adapt changes the widths of grad_input"):
+        Adapter(model, lambda model, batch: model(batch).sum(), target=0.1, every=1, seed=0)
 
 
 @pytest.mark.parametrize("changes", [{"rho": 0.0}, {"rho": float("nan")}, {"adapt_every": 0}])

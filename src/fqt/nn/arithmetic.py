@@ -50,8 +50,13 @@ def again(product: str, map: LinearMap, recipe: Recipe) -> Quantizer | None:
     if unit.right != SAVED:
         assert isinstance(unit.right, Quantizer)
         return unit.right
-    turned = product == "grad_weight" and unit.keep is not None and unit.keep.turns
-    return AGAIN if turned or rotates(product, map, recipe) else None
+    return AGAIN if _keeps_turned(product, recipe) or rotates(product, map, recipe) else None
+
+
+def _keeps_turned(product: str, recipe: Recipe) -> bool:
+    """Whether what a product keeps is rows of a transform of tokens, which its right operand takes too."""
+    keep = recipe.product(product).keep
+    return product == "grad_weight" and keep is not None and keep.turns
 
 
 def misfit(map: LinearMap, recipe: Recipe) -> str:
@@ -74,9 +79,10 @@ def folds(product: str, map: LinearMap, recipe: Recipe) -> bool:
 def rotates(product: str, map: LinearMap, recipe: Recipe) -> bool:
     """Whether what a backward product contracts is rotated in both operands, the other quantized again."""
     unit = recipe.product(product)
+    quantized = unit.right != SAVED or recipe.operand(PRODUCTS[product][1]) is not None
     return (
         unit.rotate is not None
-        and (unit.right != SAVED or recipe.operand(PRODUCTS[product][1]) is not None)
+        and (quantized or _keeps_turned(product, recipe))
         and not _rotation(product, map, recipe)
     )
 

@@ -64,7 +64,8 @@ def arguments(call: Call) -> tuple[Any, ...]:
     """The last arguments of both ops."""
     if call.ranges is not None:
         raise FqtError(
-            "is_grads_batched is not for layers whose recipe remembers ranges: take gradients one by one"
+            "a layer whose recipe remembers ranges cannot be trained as ops (is_grads_batched, on meta, in a mode "
+            "that counts): take gradients one by one, or call the model in eval mode"
         )
     text = call.recipe.text
     if not text:

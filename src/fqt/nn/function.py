@@ -33,7 +33,7 @@ from fqt.kernels.philox import fork_seed
 from fqt.kernels.ranges import RangeState
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
-from fqt.nn.arithmetic import again, folds, on_integers, rotates
+from fqt.nn.arithmetic import again, folds, on_integers, operands, rotates
 from fqt.nn.ranges import Ranges
 from fqt.nn.recipe import Recipe
 from fqt.nn.sharing import shared
@@ -111,7 +111,7 @@ class Call:
     def on_integers(self, product: str, values: Tensor) -> bool:
         """Whether a product of these values runs on integer codes."""
         found = on_integers(product, self.map, self.recipe, values)
-        if self.witness is not None:
+        if self.witness is not None and None not in operands(product, self.map, self.recipe):
             self.witness.decided(found and not integer.machine_obstacle(values.device.type))
         return found
 
@@ -355,8 +355,6 @@ class _Gradient:
         q = call.recipe.operand(role) if call.seed is not None else None
         habit = "channel" if role == "grad_weight" else None
         values = call.map.lay(grad)
-        if role == "grad_weight" and q is not None and rotates(role, call.map, call.recipe):
-            values = values.flatten(0, -2)  # one run of tokens, whatever they belong to
         axis = () if q is None else rows(call.map, q.scale.row_axis, values.ndim, habit)
         return _Gradient(values, role, call, q, axis, known)
 
@@ -382,9 +380,18 @@ class _Gradient:
         axes = self.values.ndim - 1 if isinstance(map, DenseMap) else 1
         if operand.is_input and self.keep.sees_input:
             x = map.lay(operand.value(self.compute, self.call))
-            x = x.flatten(0, -2) if axes < x.ndim - 1 and isinstance(map, DenseMap) else x
         seed = self.call.keep_noise(self.role, self.values.device)
         return replace(self, values=self.keep.apply(self.values.to(self.compute), x, seed, axes), known=Findings())
+
+    def in_one_run(self) -> _Gradient:
+        """The same, its tokens one run, whatever they belong to, if grad_weight rotates along them."""
+        if self.quantizer is None or not rotates(self.role, self.call.map, self.call.recipe):
+            return self
+        return replace(
+            self,
+            values=self.values.flatten(0, -2),
+            axis=rows(self.call.map, self.quantizer.scale.row_axis, 2, "channel"),
+        )
 
     def on_integers(self) -> bool:
         return self.quantizer is not None and self.call.on_integers(self.role, self.values)
@@ -489,7 +496,7 @@ def _from_gradient(
 def _grad_weight(
     grad: Tensor, input: _Operand, call: Call, shape: torch.Size, known: Findings
 ) -> tuple[Tensor, Findings]:
-    gradient = _Gradient.of(grad, "grad_weight", call, known).kept(input)
+    gradient = _Gradient.of(grad, "grad_weight", call, known).kept(input).in_one_run()
     split, right = _split(gradient, input), _quantized_again(gradient, input)
     if gradient.on_integers():
         x = _multiplied(input, split, right)
@@ -553,10 +560,10 @@ def _quantized_again(gradient: _Gradient, operand: _Operand) -> _Again | None:
     else:
         laid, contracted = call.map.weight_by_channel(value)
     rotation = gradient.rotation()
-    if rotation is not None and operand.is_input:  # of a Linear, as its gradient
-        laid, contracted = laid.flatten(0, -2), (0,)
     if gradient.keep is not None and operand.is_input:
         laid = gradient.keep.turned(laid)
+    if rotation is not None and operand.is_input:  # of a Linear, as its gradient
+        laid, contracted = laid.flatten(0, -2), (0,)
     if rotation is not None:  # along tokens, or the first axis of a weight that is neither grouped nor transposed
         laid = rotation.rows(laid.reshape(laid.shape[0], math.prod(laid.shape[1:]))).view(laid.shape)
     others = tuple(d for d in range(laid.ndim) if d not in contracted)

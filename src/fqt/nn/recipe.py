@@ -199,9 +199,10 @@ def _product(recipe: Recipe, name: str) -> Product:
 
 def _turned_by(operand: str, left: Quantizer | None) -> int | None:
     """The block of the rotation that a product's left operand brings with it: of grad_input, whose features are
-    contracted."""
-    turned = operand == "grad_input" and left is not None and isinstance(left.transform, Rotated)
-    return left.transform.block if turned else None  # type: ignore[union-attr]
+    contracted, unless its rows are channels: along these are tokens then."""
+    if operand != "grad_input" or left is None or not isinstance(left.transform, Rotated):
+        return None
+    return None if left.scale.row_axis == "channel" else left.transform.block
 
 
 def _entry(operand: str, value: Any) -> Quantizer | Product | None:
@@ -341,6 +342,9 @@ def _from_file(path: Path) -> Recipe:
 def _from_mapping(table: Mapping[str, Any]) -> Recipe:
     known = {f.name for f in fields(Recipe) if f.init} | {"base"}
     _only(table, known, "recipe")
+    twice = [key for key in ("input", "weight", "rotate") if key in table and table.get("output") is not None]
+    if twice:
+        raise FqtError(f"output says what {' and '.join(twice)} is: say one")
     values: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping) and (key == "output" or (key in OPERANDS and "left" in value)):
@@ -440,7 +444,7 @@ def _transform_words(transform: Transform) -> dict[str, Any] | None:
 
 
 def _only(table: Mapping[str, Any], known: set[str], what: str) -> None:
-    unknown = sorted(set(table) - known)
+    unknown = sorted(set(table) - known, key=str)
     if unknown:
         raise FqtError(f"unknown {what} key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}")
 
@@ -498,7 +502,8 @@ def dump_operand(operand: str, value: Quantizer | str | None) -> Any:
     if value is None:
         return "none"
     names = [quantizer_name(value)]
-    if operand in ("weight", WEIGHT_AGAIN) and isinstance(value.grid, Integers) and value.scale.store == "float32":
+    plain = isinstance(value.grid, Integers) and value.scale.store == "float32" and not isinstance(value, Best)
+    if operand in ("weight", WEIGHT_AGAIN) and plain:
         names.insert(0, quantizer_name(replace(value, scale=replace(value.scale, mode="affine"))))
     for name in names:
         if name is not None and _named_operand(operand, name) == value:

@@ -53,8 +53,8 @@ class Quantizer:
     rounding: Rounding | str = "stochastic"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rounding, str):
-            if self.rounding not in ROUNDINGS:
+        if not isinstance(self.rounding, Rounding):
+            if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
                 raise FqtError(f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}")
             object.__setattr__(self, "rounding", ROUNDINGS[self.rounding])
         if self.rounding == DITHERED and self.scale.mode == "symmetric":

@@ -14,6 +14,7 @@ rejected because it is a no-op for large values and swamps small ones.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from fqt.errors import FqtError
@@ -58,16 +59,16 @@ class Scale:
         if block and not all(type(n) is int and n > 0 for n in self.group):
             raise FqtError(f"a block has two positive numbers of rows and columns, not {self.group!r}")
         for field, value, known in (("group", self.group, GROUPS), ("mode", self.mode, MODES)):
-            if value not in known and not (block and field == "group"):
+            if not _is_one(value, known) and not (block and field == "group"):
                 more = " or the two sizes of a block" if field == "group" else ""
                 raise FqtError(f"unknown scale {field} {value!r}; known: {', '.join(known)}{more}")
         if self.axis is not None and self.axis not in AXES:
             raise FqtError(f"unknown axis {self.axis!r}; known: {', '.join(AXES)}")
-        if self.store not in STORES:
+        if not _is_one(self.store, STORES):
             raise FqtError(f"unknown store of a step {self.store!r}; known: {', '.join(STORES)}")
         if self.store != "float32" and self.mode != "symmetric":
             raise FqtError(f"a step stored as {self.store!r} needs a symmetric scale, not {self.mode!r}")
-        if self.range not in RANGES:
+        if not _is_one(self.range, RANGES):
             raise FqtError(f"unknown range of a scale {self.range!r}; known: {', '.join(RANGES)}")
         if self.remembers and self.group != "tensor":
             raise FqtError(f"a {self.range} range is one for the tensor, not one per {self.group}")
@@ -106,3 +107,8 @@ class Scale:
         """Who shares a step in a matrix; its columns are the rows if it lies on its side."""
         found = Blocks(*self.group) if isinstance(self.group, tuple) else GROUPS[self.group]
         return found.turned if transposed else found
+
+
+def _is_one(word: object, known: Container[str]) -> bool:
+    """Whether a word is known; a list or a table, which cannot be looked up, is none."""
+    return isinstance(word, str) and word in known

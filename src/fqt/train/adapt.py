@@ -50,7 +50,7 @@ class Adapter:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, *, target: float, every: int, seed: int) -> None:
         self.model, self.loss_fn, self.target, self.seed = model, loss_fn, target, seed
-        if not any(recipe.grad_input for recipe in self._recipes().values()):
+        if not any(recipe.operand("grad_input") for recipe in self._recipes().values()):
             raise FqtError(
                 "--adapt changes the widths of grad_input: give a recipe that quantizes it, such as shq8"
             )
