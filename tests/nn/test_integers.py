@@ -176,7 +176,7 @@ def test_more_rows_than_a_32_bit_sum_of_codes() -> None:
 
 def test_a_long_line_takes_memory_in_proportion() -> None:
     """Which pixels a tap reads, along one axis of 200,000: a square table would be 40 GB."""
-    reads, serves = low_rank._axis(9, 200_000, 199_992, 1, 0, 1)
+    reads, serves = low_rank._axis((9, 200_000, 199_992, 1, 0, 1), torch.device("cpu"))
     assert reads.shape == (9, 200_000)
     assert (reads[3].nonzero().flatten() == torch.arange(3, 199_995)).all()
     assert serves.all()

@@ -196,10 +196,10 @@ def _axis_on_cpu(axis: Axis) -> tuple[np.ndarray, np.ndarray]:
 def _met(axis: Axis, arange: Callable[[int], Any]) -> tuple[Any, Any]:
     """`_axis` in bool, of tensors or arrays."""
     taps, size, out, stride, padding, dilation = axis
-    at = arange(out) * stride
-    at = at + (arange(taps) * dilation - padding)[:, None]
-    serves = (at >= 0) & (at < size)
-    return (at[:, :, None] == arange(size)).any(1), serves
+    first = (arange(taps) * dilation - padding)[:, None]
+    at, ahead = arange(out) * stride + first, arange(size) - first
+    reads = (ahead >= 0) & (ahead < out * stride) & (ahead % stride == 0)
+    return reads, (at >= 0) & (at < size)
 
 
 @dataclass(frozen=True)
