@@ -18,11 +18,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from inputs import images, loss_of, text, train
+from inputs import images, look, text, train
 from torch import Tensor, nn
 
 import fqt
-from fqt.nn.forms import QUANTIZED
 from fqt.records import environment, write_json
 
 DRAWS = 8
@@ -33,27 +32,9 @@ ROLES = {"grad_input": "", "grad_weight": "@channel"}
 KINDS = {"qkv": "qkv", "out": "out", "up": "up", "down": "down", "head": "head"}
 
 
-def look(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+def operands(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """Every layer with its input and grad_output."""
-    found: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
-
-    def watch(name: str) -> None:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach()
-            output.register_hook(lambda g: found.update({name: (copy.deepcopy(module), x, g.detach())}))
-
-        handles.append(modules[name].register_forward_hook(hook))
-
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    modules = {name: module for name, module in net.named_modules() if type(module) in QUANTIZED}
-    for name in modules:
-        watch(name)
-    loss_of(net, batch).backward()
-    for handle in handles:
-        handle.remove()
-    for module, *_ in found.values():
-        module._forward_hooks.clear()  # the copies have them, too
-    return found
+    return {s.name: (net.get_submodule(s.name), s.x, s.map.unlay(s.g)) for s in look(net, batch)}
 
 
 def gradient(layer: nn.Module, role: str, x: Tensor, g: Tensor) -> Tensor:
@@ -88,7 +69,7 @@ def main(data: Path, output: Path) -> None:
     rows: list[dict[str, object]] = []
     for network, (net, batches, steps) in networks.items():
         train(net, batches, steps)
-        layers = look(net, next(batches))
+        layers = operands(net, next(batches))
         for role, axis in ROLES.items():
             for quantizer in (method.format(bits) + axis for bits in WIDTHS for method in METHODS):
                 found = {name: noise(*seen, role, quantizer) for name, seen in layers.items()}

@@ -17,6 +17,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_power_of_two(n: object) -> bool:
+    """Whether it is an int that a Hadamard matrix can have as its size."""
+    return type(n) is int and n > 0 and not n & (n - 1)
+
+
 def at_hand(x: Tensor) -> bool:
     """Whether asking for x's values costs nothing: it is on the CPU, and neither traced nor batched."""
     return type(x) is Tensor and x.is_cpu and torch._C._functorch.maybe_current_level() is None

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import philox, reference
-from fqt.kernels.codes import DITHER_LEVELS, Blocks, Dither, Entries, Findings, Levels, Quantized, Scales
+from fqt.kernels.codes import (
+    DITHER_LEVELS,
+    Blocks,
+    Dither,
+    Entries,
+    Findings,
+    Levels,
+    Quantized,
+    Scales,
+    is_power_of_two,
+)
 from fqt.kernels.codes import at_hand as at_hand
 from fqt.kernels.op import Op
 from fqt.kernels.rounding import DITHERED, Coding, Rounding, dither_streams
@@ -35,7 +45,7 @@ def _check_encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding
 
 def _check_rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple[int, ...]) -> None:
     period = before.numel()
-    if sum(blocks) != period or any(m < 1 or m & (m - 1) for m in blocks):
+    if sum(blocks) != period or not all(map(is_power_of_two, blocks)):
         raise ValueError(f"blocks {blocks} are not powers of two that sum to {period}")
     if x.ndim != 2 or (x.shape[1] % period if period else x.shape[1]):
         raise ValueError(f"runs of {period} columns do not divide a matrix of shape {tuple(x.shape)}")

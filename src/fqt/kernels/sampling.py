@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fqt.kernels.philox import STREAM_KEEP, random_u24
+from fqt.kernels import ops
+from fqt.kernels.philox import STREAM_KEEP
 
 _FINEST = 1 << 24
 
@@ -44,7 +45,7 @@ def capped(score: Tensor, share: float) -> Tensor:
 
 def weights(p: Tensor, seed: Tensor) -> Tensor:
     """(N,) float64: m/p, m = 1 with probability p (N,), independently; 0 where p is."""
-    kept = random_u24(seed, STREAM_KEEP, p.numel()).double() < p * _FINEST
+    kept = ops.random_u24(seed, STREAM_KEEP, p.numel()).double() < p * _FINEST
     return torch.where(p == 0, 0.0, kept / p)
 
 

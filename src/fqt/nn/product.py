@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fqt.errors import FqtError
+from fqt.kernels.codes import is_power_of_two
 from fqt.quant.grid import Integers
 from fqt.quant.keep import Keep
 from fqt.quant.quantizer import Quantizer
@@ -68,7 +69,7 @@ class Product:
 
 def check_block(block: int | None) -> None:
     """Raises FqtError for what is no size of a rotation."""
-    if block is not None and (type(block) is not int or block < 1 or block & (block - 1)):
+    if block is not None and not is_power_of_two(block):
         raise FqtError(f"rotate is the size of a Hadamard block, a power of two such as 128, not {block!r}")
 
 

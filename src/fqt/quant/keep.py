@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fqt.errors import FqtError
 from fqt.kernels import sampling
+from fqt.kernels.codes import is_power_of_two
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class LowSequency(Keep):
     block: int = 16
 
     def __post_init__(self) -> None:
-        if type(self.block) is not int or self.block < 1 or self.block & (self.block - 1):
+        if not is_power_of_two(self.block):
             raise FqtError(f"keep's block is a power of two, not {self.block!r}")
         if type(self.rows) is not int or not 1 <= self.rows <= self.block:
             raise FqtError(f"keep's rows are 1 to {self.block} of a block, not {self.rows!r}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fqt.errors import FqtError
 from fqt.kernels import mixing, ops
-from fqt.kernels.codes import Blocks, Entries, Findings, Quantized
+from fqt.kernels.codes import Blocks, Entries, Findings, Quantized, is_power_of_two
 from fqt.kernels.mixing import Guard, Mixing
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.rounding import Coding
@@ -209,7 +209,7 @@ class ScaledHadamard(OverRows):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.block) is not int or self.block < 1 or self.block & (self.block - 1):
+        if not is_power_of_two(self.block):
             raise FqtError(f"a Hadamard block must be a power of two, not {self.block!r}")
 
     def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
@@ -242,7 +242,7 @@ class Rotated(Transform):
     block: int = 128
 
     def __post_init__(self) -> None:
-        if type(self.block) is not int or self.block < 1 or self.block & (self.block - 1):
+        if not is_power_of_two(self.block):
             raise FqtError(f"a Hadamard block must be a power of two, not {self.block!r}")
         if isinstance(self.rows, Rotated):
             raise FqtError("features are rotated once: the transform over rows cannot rotate them again")
