@@ -34,7 +34,6 @@ from fqt.nn.layers import linear_map
 from fqt.quant import Integers, Quantizer, Scale
 from fqt.records import environment, write_json
 from fqt.train.config import TrainConfig
-from fqt.train.models import build_model
 from fqt.train.tasks import load_task
 
 GRADIENT = fqt.quantizer("psq8x@channel")
@@ -99,9 +98,9 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 def images(task: str, model: str, data: str, batch: int) -> tuple[nn.Module, Batches]:
     """A network of this library and its training batches."""
-    loader = load_task(TrainConfig(task=task, data=data, batch_size=batch), torch.device("cpu"))
-    net = build_model(model, in_channels=loader.in_channels, num_classes=loader.num_classes)
-    return net, (b for epoch in range(100) for b in loader.train(epoch))
+    opened = load_task(TrainConfig(task=task, data=data, batch_size=batch), torch.device("cpu"))
+    net = opened.build(model)
+    return net, (b for epoch in range(100) for b in opened.train(epoch))
 
 
 def text(path: Path) -> tuple[nn.Module, Batches]:

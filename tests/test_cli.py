@@ -220,7 +220,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch, number, status):
     assert said == (["fqt: cannot write to standard output: No space left on device"] if status else [])
     _streams(monkeypatch, Stream(), Stream(fails=number))
     assert _main("train", "--recipe", "none", "--out", "s", *FAST) == 0
-    assert read_result(tmp_path / "r").accuracy == read_result(tmp_path / "s").accuracy
+    assert read_result(tmp_path / "r").metrics == read_result(tmp_path / "s").metrics
 
 
 def test_a_page_on_standard_output_is_the_page_alone(tmp_path, monkeypatch):

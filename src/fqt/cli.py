@@ -44,13 +44,14 @@ from fqt.report import (
 from fqt.report.section import Table
 from fqt.report.tables import screen
 from fqt.stats import catalog_record, certified, diagnosis_from, diagnosis_record, quantization_variance
-from fqt.train import MODELS, TASKS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
+from fqt.train import MODELS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
 from fqt.train.config import SCHEDULES, UNITS
-from fqt.train.loaders import Loader
+from fqt.train.models.transformers import GPTS
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
 from fqt.train.snapshot import Snapshot, check_run
+from fqt.train.tasks import load_task
 from fqt.train.trainer import make_model, pick_device, training_loss
 
 __all__ = ["cli", "main"]
@@ -106,26 +107,43 @@ def _training_options(command: Command) -> Command:
     """The options that `train` and `compare` share; an option that is not given leaves the preset's value."""
     options = [
         click.option("--preset", help=f"Values under the other options': {_list(preset_names())}, or a TOML file."),
-        click.option("--model", help=f"{_list(MODELS)}, or package.module:ClassOrFactory."),
+        click.option("--model", help=f"{_list([*MODELS, *GPTS])}, or package.module:ClassOrFactory."),
         click.option("--data", help="Folder with the task's files."),
         click.option("--epochs", type=int, help="Passes over the training data."),
         click.option("--steps", type=int, help="End after this many steps."),
-        click.option("--batch-size", type=int),
+        click.option("--batch-size", type=int, help="Samples of a step."),
+        click.option("--accumulate", type=int, help="Parts of a batch, one after the other, to save memory."),
+        click.option("--optimizer", help="sgd, adam, adamw, or package.module:Class."),
         click.option("--lr", type=float, help="Peak learning rate."),
+        click.option("--min-lr", type=float, help="Where the cosine or linear schedule ends."),
         click.option("--momentum", type=float),
         click.option("--nesterov/--no-nesterov", default=None),
+        click.option("--beta1", type=float, help="Of Adam."),
+        click.option("--beta2", type=float, help="Of Adam."),
         click.option("--weight-decay", type=float, help="Of all but normalization layers."),
+        click.option("--clip-norm", type=float, help="Longest gradient; 0: any."),
+        click.option("--average", type=float, help="What averaged weights keep per step; 0: no averaging."),
         click.option("--schedule", help=_list(SCHEDULES)),
         click.option("--schedule-unit", help=f"When the rate changes: {_list(UNITS)}."),
         click.option("--warmup-epochs", type=int),
+        click.option("--warmup-steps", type=int),
         click.option("--label-smoothing", type=float),
         click.option("--drop-last/--keep-last", default=None, help="The last, smaller batch of an epoch."),
         click.option("--augment/--no-augment", default=None, help="Random crops and flips."),
         click.option("--image-size", type=int, help="Side of a crop (imagefolder)."),
+        click.option("--context", type=int, help="Tokens of a sequence at most (text)."),
+        click.option("--dropout", type=float, help="Of transformers."),
         click.option("--device", help="auto, cpu, cuda, cuda:1 …"),
         click.option("--workers", type=int, help="Processes that read images (imagefolder)."),
         click.option("--amp/--no-amp", default=None, help="bfloat16 autocast."),
+        click.option("--compile/--no-compile", default=None, help="Train with torch.compile."),
+        click.option(
+            "--checkpointing/--no-checkpointing",
+            default=None,
+            help="Compute a transformer's blocks again in backward.",
+        ),
         click.option("--window", type=int, help="Steps per line of metrics."),
+        click.option("--eval-every", type=int, help="Steps between evaluations; 0: one per epoch."),
         click.option("--seed", type=int, help="What all randomness derives from; the first one, for compare."),
         click.option("--out", type=PLACE, help="Folder of the record [default: under runs/]."),
         click.option("--force", is_flag=True, help="Discard what is in the folder."),
@@ -145,7 +163,7 @@ def _training_options(command: Command) -> Command:
 def train_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
 ) -> int:
-    """Train on TASK (digits, fashion-mnist, cifar10 or imagefolder) and keep the record in a folder."""
+    """Train on TASK (digits, fashion-mnist, cifar10, imagefolder, shakespeare) and keep the record in a folder."""
     config = resolve(task, preset, given)
     if not resume and not config.adapt:
         for option in ("rho", "adapt_every"):
@@ -158,10 +176,7 @@ def train_command(
         config = continue_config(folder, _explicit(config, task, preset, given))
     console = Console(stderr=True)
     result = train(config, folder, resume=resume, force=force, command=typed(), observer=ConsoleObserver(console))
-    say(
-        f"accuracy {100 * result.accuracy:.2f} % (best {100 * result.best_accuracy:.2f} %), "
-        f"training loss {result.train_loss:.4f}, {result.steps} steps, record in {folder}"
-    )
+    say(f"{result}, training loss {result.train_loss:.4f}, {result.steps} steps, record in {folder}")
     return 1 if result.diverged else 0
 
 
@@ -341,9 +356,9 @@ cli.add_command(reproduce_command)
 def explain_command(task: str | None, model: str | None, recipe: str, data: str | None, batch: bool) -> None:
     """Say, layer by layer, which products of TASK's model run on integers under a recipe, and why."""
     config = resolve(task, None, {"model": model, "data": data, "recipe": recipe})
-    loader = _task_data(config)
-    network = make_model(config, loader, config.recipe)
-    given = (next(iter(loader.train(0))), training_loss(config)) if batch else ()
+    opened = load_task(config, pick_device("cpu"))
+    network = make_model(config, opened, config.recipe)
+    given = (next(iter(opened.train(0))), training_loss(config, opened)) if batch else ()
     say(str(fqt.explain(network, *given)))
 
 
@@ -408,14 +423,6 @@ def bench_command(
     if record["interrupted"]:
         return 130
     return 1 if bench.failures(record) else 0
-
-
-def _task_data(config: TrainConfig) -> Loader:
-    from fqt.train.tasks import load_task
-
-    if config.task not in TASKS:
-        raise FqtError(f"unknown task {config.task!r}; known: {', '.join(TASKS)}")
-    return load_task(config, pick_device("cpu"))
 
 
 @cli.command("catalog")

@@ -64,7 +64,7 @@ def test_a_snapshot_is_that_of_the_run(network):
     assert dataclasses.replace(network, weights=other).identity() == network.identity()
     next(iter(other.values())).view(-1)[0] += 1e-6
     assert dataclasses.replace(network, weights=other).identity() != network.identity()
-    unseen = next(network.data.train(network.config.epochs))[1]
+    unseen = next(network.task.train(network.config.epochs))[1]
     assert torch.equal(network.batches(1)[0][1], unseen)
     assert len(network.batches(40)) == 40  # more than an epoch has
     assert torch.equal(network.batches(1, start=2)[0][1], network.batches(3)[2][1])

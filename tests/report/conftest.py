@@ -10,9 +10,10 @@ RATIO = {"qat": [0.0, 0.0, 0.0], "ptq4": [0.31, 0.29, 0.33], "bhq4": [0.021, 0.0
 
 def _run(recipe, seed):
     return {
-        "recipe": recipe, "seed": seed, "accuracy": ACCURACY[recipe][seed], "best_accuracy": 0.95, "eval_loss": 0.3,
+        "recipe": recipe, "seed": seed, "metrics": {"accuracy": ACCURACY[recipe][seed]}, "eval_loss": 0.3,
+        "best": {"accuracy": 0.95},
         "train_loss": 0.2 + 0.01 * seed, "steps": 20, "seconds": 1.0, "diverged": False,
-        "loss_curve": [[10, 2.0 + seed], [20, 0.3]], "accuracy_curve": [[20, ACCURACY[recipe][seed]]],
+        "loss_curve": [[10, 2.0 + seed], [20, 0.3]], "metric_curves": {"accuracy": [[20, ACCURACY[recipe][seed]]]},
     }  # fmt: skip
 
 
@@ -21,7 +22,7 @@ def record():
     """The record of a comparison of three recipes over three seeds."""
     estimate = {"value": 1.0, "error": 0.1}
     return {
-        "format": "fqt compare 1",
+        "format": "fqt compare 2",
         "environment": {
             "time": "2025-01-01T00:00:00+00:00", "commit": "0123456789abcdef", "dirty": False, "fqt": "0.1.0",
             "torch": "2.13", "processor": "P", "threads": 2, "accelerators": [],
@@ -31,6 +32,7 @@ def record():
         "recipes": ["qat", "ptq4", "bhq4"],
         "seeds": [0, 1, 2],
         "measurement": {"reference": "qat", "baseline": "qat", "batches": 4, "draws": 8, "sampling_batches": 16},
+        "metrics": [{"name": "accuracy", "unit": "%", "times": 100.0, "higher": True, "digits": 2}],
         "runs": [_run(recipe, seed) for seed in range(3) for recipe in ACCURACY],
         "gradient": [
             {

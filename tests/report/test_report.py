@@ -16,8 +16,8 @@ def test_rows(record):
     rows = {row.recipe: row for row in summarize(record)}
     assert list(rows) == ["qat", "ptq4", "bhq4"]
     ptq = rows["ptq4"]
-    assert ptq.accuracy.mean == pytest.approx(sum(ACCURACY["ptq4"]) / 3)
-    assert ptq.accuracy.std == pytest.approx(statistics.stdev(ACCURACY["ptq4"]))
+    assert ptq.metrics["accuracy"].mean == pytest.approx(sum(ACCURACY["ptq4"]) / 3)
+    assert ptq.metrics["accuracy"].std == pytest.approx(statistics.stdev(ACCURACY["ptq4"]))
     pairs = [a - b for a, b in zip(ACCURACY["ptq4"], ACCURACY["qat"], strict=True)]
     assert ptq.difference.mean == pytest.approx(statistics.mean(pairs))
     assert ptq.difference.error == pytest.approx(statistics.stdev(pairs) / math.sqrt(3))

@@ -30,7 +30,7 @@ def test_one_cycle_is_pytorchs(total):
             oracle.step()
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "onecycle", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle", "constant", "linear", "inverse-sqrt"])
 @pytest.mark.parametrize("unit", ["step", "epoch"])
 @pytest.mark.parametrize("warmup", [0, 2])
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 12])
@@ -38,6 +38,35 @@ def test_rates_are_positive_and_never_above_the_peak(schedule, unit, warmup, tot
     config = TrainConfig(task="digits", lr=0.5, schedule=schedule, schedule_unit=unit, warmup_epochs=warmup)
     rates = [learning_rate(config, step, 3, total) for step in range(total)]
     assert all(0 < rate <= 0.5 for rate in rates)
+
+
+def test_the_rate_ends_where_it_is_asked_to():
+    for schedule, at_half in (("cosine", 0.55), ("linear", 0.55)):
+        config = TrainConfig(task="digits", lr=1.0, min_lr=0.1, warmup_steps=10, schedule=schedule)
+        assert learning_rate(config, 4, 5, 110) == pytest.approx(0.5)
+        assert learning_rate(config, 60, 5, 110) == pytest.approx(at_half)
+        assert learning_rate(config, 109, 5, 110) == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_inverse_square_root_is_vaswanis():
+    config = TrainConfig(task="digits", lr=5e-4, warmup_steps=4000, schedule="inverse-sqrt")
+    for step in (0, 100, 3999, 4000, 20_000):
+        expected = 5e-4 * 4000**0.5 * min((step + 1) ** -0.5, (step + 1) * 4000**-1.5)
+        assert learning_rate(config, step, 100, 50_000) == pytest.approx(expected, rel=1e-12)
+
+
+def test_optimizers_get_what_they_take():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    config = TrainConfig(
+        task="digits", optimizer="adamw", beta1=0.8, beta2=0.95, decay_biases=False, weight_decay=0.1
+    )
+    optimizer = make_optimizer(model, config)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    others, norms = optimizer.param_groups
+    assert [id(p) for p in others["params"]] == [id(model[0].weight)]
+    assert len(norms["params"]) == 3
+    assert (others["betas"], others["weight_decay"], norms["weight_decay"]) == ((0.8, 0.95), 0.1, 0.0)
+    assert isinstance(make_optimizer(model, config.replace(optimizer="torch.optim:RMSprop")), torch.optim.RMSprop)
 
 
 def test_a_shorter_run_still_ends_its_schedule():

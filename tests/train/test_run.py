@@ -62,7 +62,7 @@ def test_an_interrupted_run_continues_to_the_same_numbers(tmp_path, small, metri
     torch.manual_seed(999)  # whatever else the process did in between
     continued = train(config, tmp_path / "cut", resume=True)
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    assert (continued.accuracy, continued.train_loss) == (whole.accuracy, whole.train_loss)
+    assert (continued.metrics, continued.train_loss) == (whole.metrics, whole.train_loss)
     assert _same(_state(tmp_path / "cut"), {**_state(tmp_path / "whole"), **_clock(_state(tmp_path / "cut"))})
     assert _same(
         load_checkpoint(tmp_path / "cut" / "halfway.pt", ("model", "step")),
@@ -149,7 +149,7 @@ def test_the_record_is_complete(tmp_path, small, metrics):
     last = [line for line in lines if line["kind"] == "train" and line["epoch"] == 1]
     expected = sum(line["loss"] * line["samples"] for line in last) / 1280
     assert result.train_loss == pytest.approx(expected, rel=1e-12)
-    assert result.accuracy == lines[-2]["accuracy"]
+    assert result.metrics == lines[-2]["metrics"]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 5, 7])
@@ -161,8 +161,8 @@ def test_a_cap_on_steps_ends_the_run_with_an_evaluation(tmp_path, small, metrics
 
 def test_the_digits_are_learnt(tmp_path, small):
     result = train(small(epochs=6, batch_size=64), tmp_path)
-    assert result.accuracy > 0.9
-    assert result.best_accuracy >= result.accuracy
+    assert result.metrics["accuracy"] > 0.9
+    assert result.best["accuracy"] >= result.metrics["accuracy"]
 
 
 def test_an_occupied_folder_is_not_overwritten_unless_told_so(tmp_path, small, metrics):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fqt.train.models import build_model
+from fqt.train.models.images import build_model
 
 SEED = 0
 PRODUCT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)

@@ -62,7 +62,7 @@ def accuracy_record(comparison: Mapping[str, Any], source: str, stamp: Mapping[s
             rows.append(
                 {
                     "recipe": recipe,
-                    "accuracy": [run["accuracy"] for run in runs],
+                    "accuracy": [run["metrics"]["accuracy"] for run in runs],
                     "loss_curve": runs[0]["loss_curve"],
                     "diverged": sum(run["diverged"] for run in runs),
                 }

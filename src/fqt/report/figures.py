@@ -1,9 +1,10 @@
-"""The figures of a comparison and of single runs: accuracy by recipe, curves, gradient noise."""
+"""The figures of a comparison and of single runs: metrics by recipe, curves, gradient noise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,8 +13,10 @@ from matplotlib.figure import Figure
 from fqt.report.chart import Chart, Point, colour, make_chart, plain
 from fqt.report.plot import NAMED, Draw, figure_of, lines, log_axis
 from fqt.report.runs import Curve, RunRecord
-from fqt.report.summary import Row, number, ratios_of, runs_of
+from fqt.report.summary import Row, number, ratios_of, runs_of, value_of
 from fqt.report.tables import caption
+from fqt.train.results import kinds_of
+from fqt.train.task import Metric
 
 __all__ = [
     "comparison_charts",
@@ -22,11 +25,14 @@ __all__ = [
     "run_charts",
 ]
 
+CurveOf = Callable[[Mapping[str, Any]], Curve]
+
 
 def comparison_figure(record: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     """Three panels, one colour per recipe; panels without data are left out."""
+    first = kinds_of(record["metrics"])[0]
     panels = [
-        ("Accuracy at the end: each seed, mean ± std", lambda axes: _accuracy(axes, record, rows)),
+        (f"{_title(first)} at the end: each seed, mean ± std", lambda axes: _ends(axes, record, rows, first)),
         ("Training loss: mean and range over seeds", lambda axes: _losses(axes, record, rows)),
     ]
     if _has_noise(rows):
@@ -37,12 +43,16 @@ def comparison_figure(record: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
 
 
 def comparison_charts(record: Mapping[str, Any], rows: Sequence[Row]) -> list[Chart]:
-    """The panels one by one, and the accuracy while training."""
+    """The panels one by one, and the metrics while training."""
+    kinds = kinds_of(record["metrics"])
     charts = [
-        make_chart(
-            "Accuracy at the end: each seed, mean ± standard deviation",
-            ("recipe", "seed", "accuracy %"),
-            lambda axes: _accuracy(axes, record, rows),
+        *(
+            make_chart(
+                f"{_title(kind)} at the end: each seed, mean ± standard deviation",
+                ("recipe", "seed", kind.heading),
+                partial(_ends, record=record, rows=rows, kind=kind),
+            )
+            for kind in kinds
         ),
         make_chart(
             "Training loss: mean and range over seeds",
@@ -50,15 +60,16 @@ def comparison_charts(record: Mapping[str, Any], rows: Sequence[Row]) -> list[Ch
             lambda axes: _losses(axes, record, rows),
         ),
     ]
-    accuracies = {row.recipe: _mean_curve(record, row.recipe, "accuracy_curve", 100)[0] for row in rows}
-    if any(len(curve) > 1 for curve in accuracies.values()):
-        charts.append(
-            make_chart(
-                "Accuracy on the evaluation data: mean over seeds",
-                ("recipe", "step", "accuracy %"),
-                lambda axes: lines(axes, accuracies, "step", "accuracy, %", form=".2f"),
+    for kind in kinds:
+        curves = {row.recipe: _mean_curve(record, row.recipe, _shown_curve(kind))[0] for row in rows}
+        if any(len(curve) > 1 for curve in curves.values()):
+            charts.append(
+                make_chart(
+                    f"{_title(kind)} on the evaluation data: mean over seeds",
+                    ("recipe", "step", kind.heading),
+                    partial(lines, series=curves, xlabel="step", ylabel=kind.label, form=f".{kind.digits}f"),
+                )
             )
-        )
     if _has_noise(rows):
         charts.append(
             make_chart(
@@ -72,11 +83,10 @@ def comparison_charts(record: Mapping[str, Any], rows: Sequence[Row]) -> list[Ch
 
 
 def run_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Loss, accuracy, ρ and width of single runs over their steps; a chart without any value is left out."""
+    """Loss, metrics, ρ and width of single runs over their steps; a chart without any value is left out."""
     names = distinct(runs)
     loss = {name: run.loss for name, run in names.items()}
-    accuracy = {name: _percent(run.accuracy) for name, run in names.items()}
-    training = {name: _percent(run.train_accuracy) for name, run in names.items()}
+    kinds = {kind.name: kind for run in runs for kind in run.kinds}
     rho = {
         f"{name}{', ' * bool(layer)}{layer}": curve
         for name, run in names.items()
@@ -85,8 +95,14 @@ def run_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     width = {name: run.width for name, run in names.items()}
     wanted = [
         ("Training loss, mean of each window", "loss", loss, True, ".4g"),
-        ("Accuracy on the evaluation data", "accuracy, %", accuracy, False, ".2f"),
-        ("Accuracy on the training batches, mean of each window", "accuracy, %", training, False, ".2f"),
+        *(
+            (f"{_title(kind)} on {where}", kind.label, _shown(names, kind, curves), False, f".{kind.digits}f")
+            for kind in kinds.values()
+            for where, curves in (
+                ("the evaluation data", "metrics"),
+                ("the training batches, mean of each window", "train_metrics"),
+            )
+        ),
         ("ρ: quantization variance over mini-batch variance", "ρ", rho, True, ".2g"),
         ("Width of grad_input, mean by multiplications", "bits", width, False, ".3g"),
     ]
@@ -106,8 +122,15 @@ def _panel(series: Mapping[str, Curve], unit: str, log: bool, form: str) -> Draw
     return lambda axes: lines(axes, series, "step", unit, log=log, form=form)
 
 
-def _percent(curve: Curve) -> Curve:
-    return [(step, 100 * value) for step, value in curve]
+def _shown(runs: Mapping[str, RunRecord], kind: Metric, which: str) -> dict[str, Curve]:
+    """A metric's curves in its unit, by run."""
+    curves = {name: getattr(run, which).get(kind.name, []) for name, run in runs.items()}
+    return {name: [(step, kind.times * value) for step, value in curve] for name, curve in curves.items()}
+
+
+def _title(kind: Metric) -> str:
+    """The metric's name at the head of a title."""
+    return kind.name[:1].upper() + kind.name[1:]
 
 
 def distinct(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
@@ -120,29 +143,37 @@ def _has_noise(rows: Sequence[Row]) -> bool:
     return any(row.ratio.mean > 0 for row in rows)
 
 
-def _accuracy(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row]) -> list[Point]:
+def _ends(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row], kind: Metric) -> list[Point]:
     points = []
     for i, row in enumerate(rows):
         runs = runs_of(record, row.recipe)
-        values = [100 * run["accuracy"] for run in runs]
+        values = [kind.times * value_of(run, kind.name) for run in runs]
         axes.plot([i] * len(values), values, "o", color=colour(i), alpha=0.4, markersize=5)
-        spread = 0.0 if math.isnan(row.accuracy.std) else 100 * row.accuracy.std
-        axes.errorbar(i, 100 * row.accuracy.mean, spread, fmt="_", color=colour(i), markersize=18, capsize=4)
+        mean, std = row.metrics[kind.name].mean, row.metrics[kind.name].std
+        spread = 0.0 if math.isnan(std) else kind.times * std
+        axes.errorbar(i, kind.times * mean, spread, fmt="_", color=colour(i), markersize=18, capsize=4)
         for run, value in zip(runs, values, strict=True):
-            points.append(Point(i, value, (row.recipe, str(run["seed"]), f"{value:.2f}")))
+            points.append(Point(i, value, (row.recipe, str(run["seed"]), format(value, f".{kind.digits}f"))))
     _name_recipes(axes, rows)
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(kind.label)
     return points
 
 
-def _mean_curve(
-    record: Mapping[str, Any], recipe: str, which: str, factor: float = 1.0
-) -> tuple[Curve, Curve, Curve]:
+def _shown_curve(kind: Metric) -> CurveOf:
+    """A run's curve of a metric, in its unit."""
+    return lambda run: [(s, kind.times * number(v)) for s, v in run["metric_curves"].get(kind.name, [])]
+
+
+def _loss_curve(run: Mapping[str, Any]) -> Curve:
+    return [(step, number(value)) for step, value in run["loss_curve"]]
+
+
+def _mean_curve(record: Mapping[str, Any], recipe: str, curve_of: CurveOf) -> tuple[Curve, Curve, Curve]:
     """Mean, lowest and highest over a recipe's seeds, as far as all of them go."""
-    curves = [run[which] for run in runs_of(record, recipe)]
+    curves = [curve_of(run) for run in runs_of(record, recipe)]
     shared = min(len(curve) for curve in curves)
     steps = [step for step, _ in curves[0][:shared]]
-    columns = [[factor * number(curve[k][1]) for curve in curves] for k in range(shared)]
+    columns = [[curve[k][1] for curve in curves] for k in range(shared)]
     mean = [math.fsum(column) / len(column) for column in columns]
     return (
         list(zip(steps, mean, strict=True)),
@@ -154,7 +185,7 @@ def _mean_curve(
 def _losses(axes: Axes, record: Mapping[str, Any], rows: Sequence[Row]) -> list[Point]:
     series = {}
     for i, row in enumerate(rows):
-        series[row.recipe], low, high = _mean_curve(record, row.recipe, "loss_curve")
+        series[row.recipe], low, high = _mean_curve(record, row.recipe, _loss_curve)
         if len(runs_of(record, row.recipe)) > 1:
             steps, lows, highs = [x for x, _ in low], [y for _, y in low], [y for _, y in high]
             axes.fill_between(steps, lows, highs, color=colour(i), alpha=0.12, linewidth=0)

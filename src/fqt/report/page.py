@@ -24,6 +24,8 @@ from fqt.report.other import other_section
 from fqt.report.runs import RunRecord
 from fqt.report.section import Builder, Facts, Section, Table, facts, show
 from fqt.report.tables import caption, cells, header, provenance, title
+from fqt.train.results import kinds_of
+from fqt.train.task import Metric
 
 __all__ = ["render", "write_page"]
 
@@ -120,8 +122,8 @@ def _overview(found: Collection) -> Table | None:
             show(run.config.get("recipe")),
             show(run.config.get("seed")),
             _progress(run),
-            _last(run.accuracy, 100, ".2f"),
-            _last(run.loss, 1, ".4f"),
+            _judged(run.kinds, {name: curve[-1][1] for name, curve in run.metrics.items() if curve}),
+            _number(run.loss[-1][1] if run.loss else None),
             run.state,
         )
         for run in found.runs
@@ -137,12 +139,12 @@ def _overview(found: Collection) -> Table | None:
                     show(entry["recipe"]),
                     show(entry["seed"]),
                     show(entry.get("steps")),
-                    _number(entry["accuracy"], 100, ".2f"),
-                    _number(entry["train_loss"], 1, ".4f"),
+                    _judged(kinds_of(comparison.record["metrics"]), entry["metrics"]),
+                    _number(entry["train_loss"]),
                     "diverged" if entry["diverged"] else "finished",
                 )
             )
-    columns = ("run", "task", "model", "recipe", "seed", "steps", "accuracy %", "training loss", "state")
+    columns = ("run", "task", "model", "recipe", "seed", "steps", "result", "training loss", "state")
     return Table("What ran", columns, rows, text_columns=4) if rows else None
 
 
@@ -151,12 +153,13 @@ def _progress(run: RunRecord) -> str:
     return f"{run.steps}/{planned}" if run.state == "incomplete" and planned else str(run.steps)
 
 
-def _last(curve: Sequence[tuple[float, float]], factor: float, form: str) -> str:
-    return _number(curve[-1][1] if curve else None, factor, form)
+def _judged(kinds: Sequence[Metric], values: Mapping[str, Any]) -> str:
+    """What a run is judged by, with its unit; tasks differ in it."""
+    return kinds[0].say(values.get(kinds[0].name)) if kinds else "–"
 
 
-def _number(value: Any, factor: float, form: str) -> str:
-    return "–" if value is None or not math.isfinite(value) else format(factor * value, form)
+def _number(value: Any) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, ".4f")
 
 
 def _curves(task: str, model: str, runs: Sequence[RunRecord]) -> Section:
@@ -170,7 +173,7 @@ def _comparison(comparison: ComparisonRecord) -> Section:
     return Section(
         title=f"Comparison: {title(record)}",
         note=caption(record),
-        tables=[Table("", header(record), [tuple(cells(row)) for row in rows])],
+        tables=[Table("", header(record), [tuple(cells(record, row)) for row in rows])],
         charts=comparison_charts(record, rows) if rows else [],
         details=[
             facts("Configuration", record["config"]),
@@ -183,8 +186,9 @@ def _comparison(comparison: ComparisonRecord) -> Section:
 
 def _run(run: RunRecord, name: str) -> Section:
     end = {"incomplete": f"incomplete, {_progress(run)} steps", "finished": "finished", "diverged": "diverged"}
-    evaluations = [(format(step, "g"), _number(value, 100, ".2f")) for step, value in run.accuracy]
-    tables = [Table("Evaluations", ("step", "accuracy %"), evaluations)] if evaluations else []
+    evaluations = _evaluations(run)
+    columns = ("step", *(kind.heading for kind in run.kinds))
+    tables = [Table("Evaluations", columns, evaluations)] if evaluations else []
     details = [facts("Configuration", run.config), facts("Recipe in full", run.recipe)]
     details += [_environment(stamp) for stamp in run.stamps]
     return Section(
@@ -194,6 +198,12 @@ def _run(run: RunRecord, name: str) -> Section:
         tables=tables,
         details=[detail for detail in details if detail.rows],
     )
+
+
+def _evaluations(run: RunRecord) -> list[tuple[str, ...]]:
+    curves = {kind.name: dict(run.metrics[kind.name]) for kind in run.kinds}
+    steps = sorted({step for curve in curves.values() for step in curve})
+    return [(format(step, "g"), *(kind.show(curves[kind.name].get(step)) for kind in run.kinds)) for step in steps]
 
 
 def _environment(stamp: Mapping[str, Any]) -> Facts:

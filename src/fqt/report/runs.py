@@ -14,7 +14,8 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.records import read_json, read_records, read_toml
-from fqt.train.results import check_line
+from fqt.train.results import check_line, metric_kinds
+from fqt.train.task import Metric
 
 __all__ = ["RunRecord", "is_run", "read_run"]
 
@@ -32,8 +33,9 @@ class RunRecord:
         recipe: the recipe in full, as the configuration holds it.
         stamps: where and with what it was started, then each time it was continued.
         loss: (step, mean training loss of the window that ends there); NaN where it was not finite.
-        train_accuracy: (step, share of the window's samples classified right).
-        accuracy: (step, accuracy on the evaluation data).
+        kinds: what the metrics are.
+        train_metrics: (step, metric over the window's samples), by name.
+        metrics: (step, metric on the evaluation data), by name.
         rho: (step, quantization variance over sampling variance of the gradient) by layer, "" for the whole.
         width: (step, mean width of grad_input by multiplications), where `--adapt` changes it.
         state: "finished", "diverged" or "incomplete".
@@ -45,8 +47,9 @@ class RunRecord:
     recipe: dict[str, Any]
     stamps: list[dict[str, Any]]
     loss: Curve
-    train_accuracy: Curve
-    accuracy: Curve
+    kinds: tuple[Metric, ...]
+    train_metrics: dict[str, Curve]
+    metrics: dict[str, Curve]
     rho: dict[str, Curve]
     width: Curve
     state: str
@@ -55,7 +58,7 @@ class RunRecord:
     @property
     def steps(self) -> int:
         """The last step that the metrics tell of."""
-        curves = (self.loss, self.accuracy, self.width, *self.rho.values())
+        curves = (self.loss, self.width, *self.metrics.values(), *self.rho.values())
         return int(max((curve[-1][0] for curve in curves if curve), default=0))
 
     @property
@@ -99,6 +102,7 @@ def read_run(folder: Path) -> RunRecord:
     records = _sound(lines, folder / "metrics.jsonl", problems)
     end = next((record for record in records if record.get("kind") == "end"), None)
     state = "incomplete" if end is None else "diverged" if end.get("diverged") else "finished"
+    kinds = metric_kinds(records)
     recipe = config.pop("resolved_recipe", {})
     return RunRecord(
         name=str(folder),
@@ -106,8 +110,9 @@ def read_run(folder: Path) -> RunRecord:
         recipe=recipe if isinstance(recipe, dict) else {},
         stamps=_stamps(stamp),
         loss=_curve(records, "train", "loss"),
-        train_accuracy=_curve(records, "train", "accuracy"),
-        accuracy=_curve(records, "eval", "accuracy"),
+        kinds=kinds,
+        train_metrics={kind.name: _metric(records, "train", kind.name) for kind in kinds},
+        metrics={kind.name: _metric(records, "eval", kind.name) for kind in kinds},
         rho=_ratios(records),
         width=_widths(records),
         state=state,
@@ -149,6 +154,11 @@ def _value(value: Any) -> float:
 
 def _curve(records: list[dict[str, Any]], kind: str, name: str) -> Curve:
     return [(_step(r) or 0.0, _value(r.get(name))) for r in records if r.get("kind") == kind and name in r]
+
+
+def _metric(records: list[dict[str, Any]], kind: str, name: str) -> Curve:
+    lines = [record for record in records if record["kind"] == kind and name in record["metrics"]]
+    return [(_step(record) or 0.0, _value(record["metrics"][name])) for record in lines]
 
 
 def _ratios(records: list[dict[str, Any]]) -> dict[str, Curve]:

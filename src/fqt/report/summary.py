@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fqt.errors import FqtError
-from fqt.records import check_shape, read_json
-from fqt.train.compare import FORMAT, SHAPE
+from fqt.records import read_json
+from fqt.train.compare import check_comparison
+from fqt.train.results import kinds_of
 
-__all__ = ["MeanStd", "Row", "read_comparison", "summarize"]
+__all__ = ["MeanStd", "Row", "read_comparison", "runs_of", "summarize", "value_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,16 @@ class Row:
 
     Attributes:
         recipe: its name.
-        accuracy: final accuracy on the evaluation data, a share.
-        difference: accuracy minus the baseline's of the same seed; ``None`` without the baseline's runs, and for
-            the baseline itself.
+        metrics: by name, on the evaluation data at the end; as records have them.
+        difference: the first metric minus the baseline's of the same seed; ``None`` without the baseline's runs,
+            and for the baseline itself.
         loss: mean training loss over the last epoch.
         ratio: variance of the gradient due to quantization over that due to the mini-batch.
         diverged: runs whose loss ceased to be finite.
     """
 
     recipe: str
-    accuracy: MeanStd
+    metrics: dict[str, MeanStd]
     difference: MeanStd | None
     loss: MeanStd
     ratio: MeanStd
@@ -67,26 +67,24 @@ def read_comparison(path: Path) -> dict[str, Any]:
         FqtError: the file is missing or is no record of a comparison.
     """
     file = path / "compare.json" if path.is_dir() else path
-    record = read_json(file)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise FqtError(f"{file} is no record of a comparison")
-    check_shape(record, SHAPE, str(file))
-    return record
+    return check_comparison(read_json(file), str(file))
 
 
 def summarize(record: Mapping[str, Any]) -> list[Row]:
     """One row per recipe that has runs, in the order they were asked for."""
-    baseline = {run["seed"]: run["accuracy"] for run in runs_of(record, record["baseline"])}
+    kinds = kinds_of(record["metrics"])
+    first = kinds[0].name
+    baseline = {run["seed"]: value_of(run, first) for run in runs_of(record, record["baseline"])}
     rows = []
     for recipe in record["recipes"]:
         runs = runs_of(record, recipe)
         if not runs:
             continue
-        pairs = [run["accuracy"] - baseline[run["seed"]] for run in runs if run["seed"] in baseline]
+        pairs = [value_of(run, first) - baseline[run["seed"]] for run in runs if run["seed"] in baseline]
         rows.append(
             Row(
                 recipe=recipe,
-                accuracy=MeanStd.of([run["accuracy"] for run in runs]),
+                metrics={k.name: MeanStd.of([value_of(run, k.name) for run in runs]) for k in kinds},
                 difference=MeanStd.of(pairs) if pairs and recipe != record["baseline"] else None,
                 loss=MeanStd.of([number(run["train_loss"]) for run in runs]),
                 ratio=MeanStd.of(ratios_of(record, recipe)),
@@ -99,6 +97,11 @@ def summarize(record: Mapping[str, Any]) -> list[Row]:
 def runs_of(record: Mapping[str, Any], recipe: str) -> list[dict[str, Any]]:
     """The runs of one recipe."""
     return [run for run in record["runs"] if run["recipe"] == recipe]
+
+
+def value_of(run: Mapping[str, Any], metric: str) -> float:
+    """A run's metric at the end; NaN where it has none."""
+    return number(run["metrics"].get(metric))
 
 
 def ratios_of(record: Mapping[str, Any], recipe: str) -> list[float]:

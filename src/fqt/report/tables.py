@@ -12,6 +12,8 @@ from rich.text import Text
 
 from fqt.report.section import Table
 from fqt.report.summary import MeanStd, Row
+from fqt.train.results import kinds_of
+from fqt.train.task import Metric
 
 __all__ = [
     "caption",
@@ -32,7 +34,7 @@ def terminal_table(record: Mapping[str, Any], rows: Sequence[Row]) -> RichTable:
     for i, name in enumerate(header(record)):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*cells(record, row))
     return table
 
 
@@ -61,7 +63,7 @@ def markdown(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "",
         "| " + " | ".join(names) + " |",
         "|---" + "|---:" * (len(names) - 1) + "|",
-        *("| " + " | ".join(cells(row)) + " |" for row in rows),
+        *("| " + " | ".join(cells(record, row)) + " |" for row in rows),
         "",
         caption(record),
         "",
@@ -95,22 +97,29 @@ def title(record: Mapping[str, Any]) -> str:
 
 def header(record: Mapping[str, Any]) -> list[str]:
     """Names of the columns."""
-    return ["recipe", "accuracy %", f"against {record['baseline']}", "final loss", "noise ρ"]
+    first, *others = [kind.heading for kind in kinds_of(record["metrics"])]
+    return ["recipe", first, f"against {record['baseline']}", *others, "final loss", "noise ρ"]
 
 
-def cells(row: Row) -> list[str]:
+def cells(record: Mapping[str, Any], row: Row) -> list[str]:
     """One recipe under these columns."""
+    first, *others = kinds_of(record["metrics"])
     name = row.recipe + (f" ({row.diverged} diverged)" if row.diverged else "")
     difference = "–"
     if row.difference is not None:
-        difference = _plus_minus(100 * row.difference.mean, 100 * row.difference.error, "+.2f")
+        difference = _spread(first, row.difference.mean, row.difference.error, "+")
     return [
         name,
-        _plus_minus(100 * row.accuracy.mean, 100 * row.accuracy.std, ".2f"),
+        _spread(first, row.metrics[first.name].mean, row.metrics[first.name].std),
         difference,
+        *(_spread(kind, row.metrics[kind.name].mean, row.metrics[kind.name].std) for kind in others),
         _plus_minus(row.loss.mean, row.loss.std, ".4f"),
         _significant(row.ratio),
     ]
+
+
+def _spread(kind: Metric, value: float, spread: float, sign: str = "") -> str:
+    return _plus_minus(kind.times * value, kind.times * spread, f"{sign}.{kind.digits}f")
 
 
 def _plus_minus(value: float, spread: float, form: str) -> str:

@@ -5,9 +5,10 @@ Recipes are names passed through to `fqt.nn`; nothing here knows a quantizer.
 
 from fqt.train.compare import Comparison, compare
 from fqt.train.config import TrainConfig, preset_names, resolve
-from fqt.train.models import MODELS, build_model
+from fqt.train.models.images import MODELS, build_model
 from fqt.train.results import RunResult, read_result
 from fqt.train.run import Interrupted, train
+from fqt.train.task import Metric, Task
 from fqt.train.tasks import TASKS
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "TASKS",
     "Comparison",
     "Interrupted",
+    "Metric",
     "RunResult",
+    "Task",
     "TrainConfig",
     "build_model",
     "compare",

@@ -38,13 +38,18 @@ def _is_adapter(value: Any) -> bool:
     return True
 
 
+def _is_window(value: Any) -> bool:
+    return value is None or (isinstance(value, Tensor) and value.ndim == 1 and value.dtype == torch.float64)
+
+
 SHAPES = {
     "config": {},
     "recipe": {},
     "step": lambda step: type(step) is int and step >= 0,
     "model": _is_state,
     "optimizer": {"state": {...: {}}, "param_groups": [{}]},
-    "window": lambda window: isinstance(window, Tensor) and window.shape == (3,) and window.dtype == torch.float64,
+    "window": _is_window,
+    "average": lambda average: average is None or _is_state(average),
     "adapter": _is_adapter,
     "rng": {"torch": (Tensor,), "cuda": (list,), "numpy": (tuple,), "python": (tuple,)},
     "metrics_bytes": lambda size: type(size) is int and size >= 0,

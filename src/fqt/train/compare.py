@@ -31,19 +31,21 @@ from typing import Any
 from fqt.errors import FqtError
 from fqt.files import check_path, locked
 from fqt.nn import load_recipe
-from fqt.records import MAYBE, NUMBER, TEXT, check_shape, environment, read_json, write_json
+from fqt.records import MAYBE, TEXT, check_shape, environment, read_json, write_json
 from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.spread import ratio
 from fqt.train.config import TrainConfig, differing
-from fqt.train.results import RunResult, is_share
+from fqt.train.results import METRICS, RunResult, is_share
 from fqt.train.run import Observer, Silent, discard, train
 from fqt.train.snapshot import Snapshot
+from fqt.train.task import ACCURACY, Metric
 from fqt.train.tasks import load_task
 from fqt.train.trainer import make_model, pick_device
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "check_comparison", "compare"]
 
-FORMAT = "fqt compare 1"
+FORMAT = "fqt compare 2"
+FIRST = "fqt compare 1"  # of versions that knew no metric but accuracy
 _ESTIMATE = {"value": MAYBE, "error": MAYBE}
 # What everyone who reads a record of a comparison may rely on.
 SHAPE: dict[str, Any] = {
@@ -53,10 +55,11 @@ SHAPE: dict[str, Any] = {
     "recipes": [TEXT],
     "seeds": [(int,)],
     "measurement": {"reference": TEXT, "batches": (int,), "draws": (int,)},
+    "metrics": METRICS,
     "runs": [
         {
-            "recipe": TEXT, "seed": (int,), "accuracy": is_share, "train_loss": MAYBE, "diverged": (bool,),
-            "loss_curve": [[MAYBE]], "accuracy_curve": [[NUMBER]],
+            "recipe": TEXT, "seed": (int,), "metrics": {...: MAYBE}, "train_loss": MAYBE, "diverged": (bool,),
+            "loss_curve": [[MAYBE]], "metric_curves": {...: [[MAYBE]]},
         }
     ],
     "gradient": [{"recipe": TEXT, "seed": (int,), "ratio": _ESTIMATE}],
@@ -146,13 +149,37 @@ def compare(
         Interrupted: the user stopped it; calling again continues.
     """
     check_path(folder)
-    _check_recipes(comparison)
+    metrics = _check_recipes(comparison)
     with locked(folder):
-        return _compare(comparison, folder, force, command, observer or Silent())
+        return _compare(comparison, metrics, folder, force, command, observer or Silent())
+
+
+def check_comparison(record: Any, where: str) -> dict[str, Any]:
+    """A record of a comparison, checked; one of the first version in today's form.
+
+    Raises:
+        FqtError: it is none, or damaged.
+    """
+    if not isinstance(record, dict) or record.get("format") not in (FORMAT, FIRST):
+        raise FqtError(f"{where} is no record of a comparison")
+    if record["format"] == FIRST:
+        check_shape(record, {"runs": [{"accuracy": is_share, "accuracy_curve": [[MAYBE]]}]}, where)
+        record = {**record, "format": FORMAT, "metrics": [ACCURACY.to_dict()]}
+        record["runs"] = [
+            {**run, "metrics": {"accuracy": run["accuracy"]}, "metric_curves": {"accuracy": run["accuracy_curve"]}}
+            for run in record["runs"]
+        ]
+    check_shape(record, SHAPE, where)
+    return record
 
 
 def _compare(
-    comparison: Comparison, folder: Path, force: bool, command: Sequence[str], observer: Observer
+    comparison: Comparison,
+    metrics: Sequence[Metric],
+    folder: Path,
+    force: bool,
+    command: Sequence[str],
+    observer: Observer,
 ) -> dict[str, Any]:
     path = folder / "compare.json"
     shared = _shared(comparison.base)
@@ -167,6 +194,7 @@ def _compare(
         "recipes": [recipe_label(recipe) for recipe in comparison.recipes],
         "seeds": list(comparison.seeds),
         "measurement": comparison.settings(),
+        "metrics": [metric.to_dict() for metric in metrics],
         "runs": [],
         "gradient": old["gradient"] if old and old["measurement"] == comparison.settings() else [],
     }
@@ -186,11 +214,14 @@ def _compare(
     return record
 
 
-def _check_recipes(comparison: Comparison) -> None:
-    """Converts the model to every recipe, so that the last one's misfit shows before hours of training."""
-    data = load_task(comparison.base, pick_device(comparison.base.device))
+def _check_recipes(comparison: Comparison) -> Sequence[Metric]:
+    """Converts the model to every recipe, so that the last one's misfit shows before hours of training; what the
+    runs will be judged by.
+    """
+    task = load_task(comparison.base, pick_device(comparison.base.device))
     for recipe in (*comparison.recipes, comparison.baseline):
-        make_model(comparison.base, data, recipe)
+        make_model(comparison.base, task, recipe)
+    return task.metrics
 
 
 def _discard(comparison: Comparison, folder: Path) -> None:
@@ -211,9 +242,9 @@ def _old(path: Path, shared: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     old = read_json(path)
-    if not isinstance(old, dict) or old.get("format") != FORMAT:
+    if not isinstance(old, dict) or old.get("format") not in (FORMAT, FIRST):
         raise FqtError(f"{path} is no record of a comparison; name another --out, or discard it with --force")
-    check_shape(old, SHAPE, str(path))
+    old = check_comparison(old, str(path))
     changed = differing(old["config"], shared)
     if changed:
         raise FqtError(
@@ -232,7 +263,9 @@ def _home(folder: Path, recipe: str, seed: int) -> Path:
 
 
 def _run_record(recipe: str, seed: int, result: RunResult) -> dict[str, Any]:
-    return {"recipe": recipe_label(recipe), "seed": seed, **dataclasses.asdict(result)}
+    values = dataclasses.asdict(result)
+    del values["kinds"]  # the comparison says it once
+    return {"recipe": recipe_label(recipe), "seed": seed, **values}
 
 
 def _measurements(

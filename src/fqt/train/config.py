@@ -27,9 +27,13 @@ else:  # the same parser under its earlier name
 
 __all__ = ["MACHINE_FIELDS", "TrainConfig", "differing", "preset_names", "resolve"]
 
-SCHEDULES = ("cosine", "onecycle", "constant")
+SCHEDULES = ("cosine", "onecycle", "constant", "linear", "inverse-sqrt")
 UNITS = ("step", "epoch")
 MACHINE_FIELDS = ("data", "device", "workers")
+NOT_NEGATIVE = (
+    "seed", "warmup_epochs", "warmup_steps", "workers", "weight_decay", "norm_weight_decay", "min_lr", "clip_norm",
+    "eval_every",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,31 +41,45 @@ class TrainConfig:
     """One training run. Raises `FqtError` on construction when a value makes no sense.
 
     Attributes:
-        task: name of the data and what is asked of it, e.g. ``digits``.
+        task: name of the data and what is asked of it, e.g. ``digits``, or ``package.module:function``.
         model: a model's name, or ``package.module:ClassOrFactory``.
         recipe: a quantization recipe: a name, or the path of a TOML file.
         seed: the only source of randomness: weights, data order, crops and quantization noise derive from it.
         epochs: passes over the training data.
         steps: if set, the run ends after this many optimizer steps; the schedule spans the shorter run.
-        batch_size: samples per step; evaluation uses the same.
-        lr: peak learning rate of SGD.
+        batch_size: samples per step, tokens per step for translation; evaluation uses the same.
+        accumulate: parts that a batch is cut into, one after the other, to save memory.
+        optimizer: ``sgd``, ``adam``, ``adamw``, or ``package.module:Class``.
+        lr: peak learning rate.
+        min_lr: where ``cosine`` and ``linear`` end.
         momentum: of SGD.
         nesterov: whether the momentum is Nesterov's.
-        weight_decay: L2 coefficient of everything but normalization layers.
-        norm_weight_decay: L2 coefficient of normalization layers' weights and biases.
-        schedule: ``cosine`` to zero, ``onecycle`` (cosine up from lr/25 over 30 %, then down to lr/250,000), or
-            ``constant``.
+        beta1: of Adam.
+        beta2: of Adam.
+        weight_decay: coefficient of everything but normalization layers; L2, but for ``adamw``.
+        norm_weight_decay: coefficient of normalization layers' weights and biases.
+        decay_biases: whether ``weight_decay`` is for biases, too; else they have ``norm_weight_decay``.
+        clip_norm: the gradient is scaled down to this norm where it is longer; 0 never.
+        average: share that averaged weights, which are then evaluated, keep per step; 0 for no averaging.
+        schedule: ``cosine`` or ``linear`` to ``min_lr``, ``onecycle`` (cosine up from lr/25 over 30 %, then down
+            to lr/250,000), ``inverse-sqrt`` (of the step, from the end of warm-up on), or ``constant``.
         schedule_unit: whether the rate changes every ``step`` or every ``epoch``.
-        warmup_epochs: linear warm-up before ``cosine`` or ``constant``: lr·(i+1)/w in unit i of w.
+        warmup_epochs: linear warm-up before all but ``onecycle``: lr·(i+1)/w in unit i of w.
+        warmup_steps: the same in steps.
         label_smoothing: of the cross entropy in training.
         drop_last: leave out the last, smaller batch of an epoch.
         augment: random crops and flips as the task defines them.
         image_size: side of a training crop, for tasks that resize.
+        context: tokens of a sequence at most, for tasks on text.
+        dropout: of transformers.
         data: folder of the task's files; empty for tasks that need none.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` …
         workers: processes that read images, for tasks that read them from disk.
         amp: run the model under bfloat16 autocast.
+        compile: train with ``torch.compile``.
+        checkpointing: compute the insides of a transformer's blocks again in backward instead of keeping them.
         window: steps per line of training metrics.
+        eval_every: steps between evaluations; 0 evaluates after every epoch. The last step is always evaluated.
         adapt: change the widths of ``grad_input`` so that quantization noise stays at ``rho``.
         rho: target of ``adapt``: variance of the gradient due to quantization over that due to the mini-batch.
         adapt_every: steps between two measurements of it.
@@ -74,23 +92,37 @@ class TrainConfig:
     epochs: int = 10
     steps: int | None = None
     batch_size: int = 128
+    accumulate: int = 1
+    optimizer: str = "sgd"
     lr: float = 0.1
+    min_lr: float = 0.0
     momentum: float = 0.9
     nesterov: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
     weight_decay: float = 1e-4
     norm_weight_decay: float = 0.0
+    decay_biases: bool = True
+    clip_norm: float = 0.0
+    average: float = 0.0
     schedule: str = "cosine"
     schedule_unit: str = "step"
     warmup_epochs: int = 0
+    warmup_steps: int = 0
     label_smoothing: float = 0.0
     drop_last: bool = True
     augment: bool = True
     image_size: int = 224
+    context: int = 64
+    dropout: float = 0.0
     data: str = ""
     device: str = "auto"
     workers: int = 2
     amp: bool = False
+    compile: bool = False
+    checkpointing: bool = False
     window: int = 50
+    eval_every: int = 0
     adapt: bool = False
     rho: float = 0.1
     adapt_every: int = 50
@@ -99,9 +131,9 @@ class TrainConfig:
         """Validates every value; integers given for floats become floats."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
-        for name in ("epochs", "batch_size", "window", "image_size", "adapt_every"):
+        for name in ("epochs", "batch_size", "accumulate", "window", "image_size", "context", "adapt_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "warmup_epochs", "workers", "weight_decay", "norm_weight_decay"):
+        for name in NOT_NEGATIVE:
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
@@ -109,13 +141,25 @@ class TrainConfig:
         _require(
             self.batch_size > 1 or not self.adapt, "adapt compares halves of a batch: batch_size must be over 1"
         )
-        _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
+        _require(not (self.adapt and self.compile), "adapt changes the model while it trains: leave compile out")
+        _require(self.accumulate <= self.batch_size, "accumulate cuts a batch into more parts than it has samples")
+        _require(self.min_lr <= self.lr, f"min_lr must not be above lr ({self.lr}), got {self.min_lr}")
+        for name in ("momentum", "beta1", "beta2", "average", "dropout", "label_smoothing"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
         _require(self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0")
-        _require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        _require(
+            not (self.warmup_epochs and self.warmup_steps),
+            "warm up by warmup_epochs or by warmup_steps, not by both",
+        )
+        _require(
+            not self.warmup_steps or self.schedule_unit == "step",
+            "warmup_steps needs a rate that changes every step: leave schedule_unit at step",
+        )
         for name, allowed in (("schedule", SCHEDULES), ("schedule_unit", UNITS)):
             value = getattr(self, name)
             _require(value in allowed, f"unknown {name} {value!r}; known: {', '.join(allowed)}")
-        for name in ("task", "model", "recipe", "device"):
+        for name in ("task", "model", "recipe", "device", "optimizer"):
             _require(getattr(self, name) != "", f"{name} must not be empty")
 
     def replace(self, **changes: Any) -> TrainConfig:

@@ -5,12 +5,17 @@ A schedule without state has nothing to save and cannot come out of step with th
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
+from fqt.errors import FqtError
 from fqt.train.config import TrainConfig
+from fqt.train.named import imported
 
 __all__ = ["learning_rate", "make_optimizer"]
 
@@ -22,37 +27,73 @@ NORMS = (
 )
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with two groups: normalization layers, told by their type, and everything else."""
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer with two groups: normalization layers, told by their type, and everything else.
+
+    Biases are with the norms if the configuration does not decay them. One of the user's own, by import path, is
+    called with the groups and those of the keywords lr, momentum, nesterov and betas that its signature names.
+
+    Raises:
+        FqtError: an unknown optimizer, or one that cannot be called so.
+    """
     norms: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     seen: set[nn.Parameter] = set()
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             if parameter in seen or not parameter.requires_grad:
                 continue
             seen.add(parameter)
-            (norms if isinstance(module, NORMS) else others).append(parameter)
+            spared = isinstance(module, NORMS) or (name.endswith("bias") and not config.decay_biases)
+            (norms if spared else others).append(parameter)
     groups = [
         {"params": others, "weight_decay": config.weight_decay},
         {"params": norms, "weight_decay": config.norm_weight_decay},
     ]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+    return _optimizer(config, [group for group in groups if group["params"]])
+
+
+def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    name = config.optimizer
+    if name not in OPTIMIZERS and ":" not in name:
+        raise FqtError(
+            f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}, or an import path such as "
+            "package.module:Class"
+        )
+    make = OPTIMIZERS[name] if name in OPTIMIZERS else imported("optimizer", name)
+    offered = {
+        "lr": config.lr,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "betas": (config.beta1, config.beta2),
+    }
+    wanted = inspect.signature(make).parameters
+    try:
+        optimizer = make(groups, **{key: value for key, value in offered.items() if key in wanted})
+    except (TypeError, ValueError) as error:
+        raise FqtError(f"optimizer {name}: cannot be made ({error})") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise FqtError(f"optimizer {name}: returned {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    return optimizer
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (from 0) in a run of ``total_steps``.
 
-    In units i of n (steps, or epochs) with w of warm-up: lr·(i+1)/w while i < w, then for the cosine
-    lr/2·(1 + cos(π·(i − w)/(n − w))). One cycle rises by a cosine from lr/25 to lr over the first 30 % of the run
-    and falls by another to lr/250,000 at its last unit (PyTorch's ``OneCycleLR``).
+    In units i of n (steps, or epochs) with w of warm-up: lr·(i+1)/w while i < w, then with s = (i − w)/(n − w) for
+    the cosine min + (lr − min)/2·(1 + cos πs), linearly min + (lr − min)·(1 − s), and as inverse square root
+    lr·√(w/(i+1)), w at least 1 (Vaswani et al. 2017, with lr as its peak). One cycle rises by a cosine from lr/25
+    to lr over the first 30 % of the run and falls by another to lr/250,000 at its last unit (PyTorch's
+    ``OneCycleLR``).
     """
-    i, n, w = step, total_steps, config.warmup_epochs * steps_per_epoch
+    i, n, w = step, total_steps, config.warmup_epochs * steps_per_epoch + config.warmup_steps
     if config.schedule_unit == "epoch":
         i, n, w = step // steps_per_epoch, -(-total_steps // steps_per_epoch), config.warmup_epochs
     if config.schedule == "onecycle":
@@ -64,7 +105,12 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_st
         return config.lr * (i + 1) / w
     if config.schedule == "constant":
         return config.lr
-    return _cosine(config.lr, 0.0, (i - w) / (n - w))
+    if config.schedule == "inverse-sqrt":
+        return config.lr * math.sqrt(max(w, 1) / (i + 1))
+    share = (i - w) / (n - w)
+    if config.schedule == "linear":
+        return config.lr + (config.min_lr - config.lr) * share
+    return _cosine(config.lr, config.min_lr, share)
 
 
 def _cosine(start: float, end: float, share: float) -> float:

@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fqt.train.results import kinds_of
+from fqt.train.task import Metric
+
 __all__ = ["ConsoleObserver"]
 
 QUIET_SECONDS = 20.0
@@ -29,13 +32,14 @@ class ConsoleObserver:
         self._title = ""
         self._total = 0
         self._loss = "loss –"
-        self._accuracy = self._width = ""
+        self._kinds: tuple[Metric, ...] = ()
+        self._metrics = self._width = ""
         self._said, self._spoke = "", 0.0
 
     def begin(self, title: str, total: int, done: int) -> None:
         """A run of ``total`` steps starts with ``done`` of them behind it."""
         self._title, self._total = title, total
-        self._loss, self._accuracy, self._width = "loss –", "", ""
+        self._loss, self._metrics, self._width = "loss –", "", ""
         if not self._console.is_terminal:
             self._say(f"{total} steps" + (f", continuing after {done}" if done else ""))
             return
@@ -57,18 +61,22 @@ class ConsoleObserver:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """A line was added to the metrics."""
+        if record["kind"] == "task":
+            self._kinds = kinds_of(record["metrics"])
+            return
         if record["kind"] == "train":
             self._loss = f"loss {record['loss']:.4f}"
         elif record["kind"] == "eval":
-            self._accuracy = f", accuracy {100 * record['accuracy']:.2f} %"
+            known = [kind for kind in self._kinds if kind.name in record["metrics"]]
+            self._metrics = "".join(f", {kind.say(record['metrics'][kind.name])}" for kind in known)
         elif record["kind"] == "adapt":
             self._width = f", {record['mean_width']:.2f} bits"
         elif record["kind"] == "end" and record["diverged"]:
             self._say(f"diverged at step {record['step']}, the loss is not finite")
         if self._bars:
-            self._bars.update(self._task, note=self._loss + self._accuracy + self._width)
+            self._bars.update(self._task, note=self._loss + self._metrics + self._width)
         elif record["kind"] == "end" or time.monotonic() - self._spoke > QUIET_SECONDS:
-            self._say(f"step {record['step']}/{self._total}, {self._loss}{self._accuracy}{self._width}")
+            self._say(f"step {record['step']}/{self._total}, {self._loss}{self._metrics}{self._width}")
 
     def end(self) -> None:
         """The run is over, finished or not."""

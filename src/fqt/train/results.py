@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError
 from fqt.records import MAYBE, NUMBER, TEXT, check_shape, read_records
+from fqt.train.task import ACCURACY, Metric
 
-__all__ = ["RunResult", "check_line", "is_finished", "is_share", "read_metrics", "read_result"]
+__all__ = [
+    "METRICS",
+    "RunResult",
+    "check_line",
+    "is_finished",
+    "is_share",
+    "kinds_of",
+    "metric_kinds",
+    "read_metrics",
+    "read_result",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,26 +29,40 @@ class RunResult:
     """What came out of a run.
 
     Attributes:
-        accuracy: share of the evaluation images classified right, at the end.
-        best_accuracy: the best of all evaluations.
-        eval_loss: mean cross entropy on the evaluation images, at the end; NaN after divergence.
+        metrics: by name, on the evaluation data at the end.
+        best: the best of all evaluations, by name.
+        eval_loss: mean loss on the evaluation data, at the end; NaN after divergence.
         train_loss: mean training loss over the last epoch; NaN after divergence.
         steps: optimizer steps made.
         seconds: wall time in training steps and evaluations.
         diverged: whether the run was ended because its loss was no longer finite.
         loss_curve: (step, mean training loss of the window that ends there).
-        accuracy_curve: (step, accuracy on the evaluation images).
+        metric_curves: (step, metric on the evaluation data), by name.
+        kinds: what the metrics are; the first is what a run is judged by.
     """
 
-    accuracy: float
-    best_accuracy: float
+    metrics: dict[str, float]
+    best: dict[str, float]
     eval_loss: float
     train_loss: float
     steps: int
     seconds: float
     diverged: bool
     loss_curve: list[tuple[int, float]]
-    accuracy_curve: list[tuple[int, float]]
+    metric_curves: dict[str, list[tuple[int, float]]]
+    kinds: tuple[Metric, ...]
+
+    def __str__(self) -> str:
+        """The metrics with their units, and the best where the last is not."""
+        said = []
+        for kind in self.kinds:
+            if kind.name not in self.metrics:
+                continue
+            last, best = self.metrics[kind.name], self.best[kind.name]
+            said.append(
+                kind.say(last) + (f" (best {kind.show(best)})" if kind.show(best) != kind.show(last) else "")
+            )
+        return ", ".join(said)
 
 
 def is_share(value: Any) -> bool:
@@ -44,13 +70,37 @@ def is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
+METRICS = [
+    {
+        "name": TEXT, "unit": TEXT, "times": NUMBER, "higher": (bool,),
+        "digits": lambda digits: type(digits) is int and 0 <= digits <= 15,
+    }
+]  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
-    "train": {"epoch": (int,), "step": (int,), "samples": (int,), "loss": MAYBE, "seconds": NUMBER},
-    "eval": {"step": (int,), "loss": MAYBE, "accuracy": is_share, "seconds": NUMBER},
+    "task": {"metrics": METRICS, "samples": TEXT},
+    "train": {
+        "epoch": (int,), "step": (int,), "samples": (int,), "loss": MAYBE, "metrics": {...: MAYBE},
+        "seconds": NUMBER,
+    },
+    "eval": {"step": (int,), "loss": MAYBE, "metrics": {...: MAYBE}, "seconds": NUMBER},
     "monitor": {"step": (int,), "layers": {...: MAYBE}},
     "adapt": {"step": (int,), "mean_width": NUMBER},
     "end": {"step": (int,), "diverged": (bool,)},
-}
+}  # fmt: skip
+
+
+def metric_kinds(records: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
+    """What the metrics of a run are; accuracy in records of versions that knew no other."""
+    for record in records:
+        if record.get("kind") == "task":
+            return kinds_of(record["metrics"])
+    return (ACCURACY,)
+
+
+def kinds_of(described: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
+    """Metrics as records describe them."""
+    names = [field.name for field in fields(Metric)]
+    return tuple(Metric(**{name: kind[name] for name in names}) for kind in described)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -67,12 +117,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_line(record: dict[str, Any], where: str) -> None:
-    """Checks the form of one line.
+    """Checks the form of one line, and gives one of an earlier version today's.
 
     Raises:
         FqtError: it is damaged.
     """
     check_shape(record, {"kind": TEXT}, where)
+    if record["kind"] in ("train", "eval") and "metrics" not in record and is_share(record.get("accuracy")):
+        record["metrics"] = {"accuracy": record.pop("accuracy")}  # of versions that knew no other metric
     check_shape(record, SHAPES.get(record["kind"], {}), where)
 
 
@@ -101,17 +153,27 @@ def read_result(folder: Path) -> RunResult:
     samples = sum(record["samples"] for record in last)
     if not evals or samples < 1:
         raise FqtError(f"{folder / 'metrics.jsonl'} is damaged: it has an end, but no training or no evaluation")
+    kinds = metric_kinds(records)
+    curves = {kind.name: _metric_curve(evals, kind.name) for kind in kinds}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        raise FqtError(f"{folder / 'metrics.jsonl'} is damaged: no evaluation has one of the task's metrics")
     return RunResult(
-        accuracy=evals[-1]["accuracy"],
-        best_accuracy=max(record["accuracy"] for record in evals),
+        metrics={name: curve[-1][1] for name, curve in curves.items()},
+        best={k.name: k.best([value for _, value in curves[k.name]]) for k in kinds if k.name in curves},
         eval_loss=_number(evals[-1]["loss"]),
         train_loss=sum(_number(record["loss"]) * record["samples"] for record in last) / samples,
         steps=records[-1]["step"],
         seconds=sum(record["seconds"] for record in windows + evals),
         diverged=records[-1]["diverged"],
         loss_curve=[(record["step"], _number(record["loss"])) for record in windows],
-        accuracy_curve=[(record["step"], record["accuracy"]) for record in evals],
+        metric_curves=curves,
+        kinds=kinds,
     )
+
+
+def _metric_curve(evals: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(r["step"], _number(r["metrics"][name])) for r in evals if name in r["metrics"]]
 
 
 def _number(value: Any) -> float:

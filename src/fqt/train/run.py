@@ -5,7 +5,8 @@ The folder holds
 =====================  ===========================================================================================
 ``config.toml``        the whole configuration, and the recipe in full under ``[resolved_recipe]``
 ``environment.json``   where and with what the run was started, and each time it was continued
-``metrics.jsonl``      one line per window of steps (``kind = "train"``) and per evaluation (``"eval"``), with
+``metrics.jsonl``      a line that says what the metrics are (``kind = "task"``), then one
+                       per window of steps (``"train"``) and per evaluation (``"eval"``), with
                        ``--adapt`` one per reading of ρ (``"monitor"``) and per change of widths (``"adapt"``); a
                        last line of kind ``"end"`` marks a finished run
 ``metrics.sums``       how long that file was after each line, and the digest of it
@@ -14,9 +15,9 @@ The folder holds
 ``.lock``              while a process is at work there: which one
 =====================  ===========================================================================================
 
-A checkpoint is written after every epoch, every ten minutes within one, and when the user ends the run (Ctrl-C,
-SIGTERM, a terminal that is closed). It remembers how long ``metrics.jsonl`` was, so that a continued run cuts off
-lines from steps that will be done again. All files are sealed (`fqt.files`): a damaged one is refused.
+A checkpoint is written after every evaluation, every ten minutes between two, and when the user ends the run
+(Ctrl-C, SIGTERM, a terminal that is closed). It remembers how long ``metrics.jsonl`` was, so that a continued run
+cuts off lines from steps that will be done again. All files are sealed (`fqt.files`): a damaged one is refused.
 
 The process may be killed between any two writes. ``config.toml`` is therefore the first file to be there and the
 last to go, and is replaced, never removed, where a run starts again; the checkpoint goes before all that it
@@ -139,6 +140,7 @@ def train(
         log = _take_up(trainer, state, folder, command) if state else _open_folder(trainer, folder, command)
         watcher: Observer = observer or Silent()
         watcher.begin(f"{config.recipe} seed {config.seed}", trainer.total_steps, trainer.step)
+        watcher.record(trainer.description())
         try:
             with _StopRequest() as stop:
                 _Loop(trainer, folder, log, watcher, stop).run()
@@ -244,10 +246,13 @@ class _Loop:
                     self._report(trainer.evaluate())
                     self._end(diverged=True)
                     return
-                self._maybe_save()
-            self._report(trainer.evaluate())
-            self._save()
-            self._maybe_stop()
+                if trainer.at_evaluation:
+                    self._report(trainer.evaluate())
+                    self._save()
+                    self._maybe_stop()
+                elif self.stop.requested or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+                    self._save()
+                    self._maybe_stop()
         self._end(diverged=False)
 
     def _step(self, batch: Any) -> None:
@@ -267,14 +272,6 @@ class _Loop:
         self.log.append(record)
         self.observer.record(record)
         return math.isfinite(record["loss"])
-
-    def _maybe_save(self) -> None:
-        """Within an epoch: saves when it is time or the user asks; at its end the evaluation comes first."""
-        if self.trainer.at_epoch_end:
-            return
-        if self.stop.requested or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
-            self._save()
-            self._maybe_stop()
 
     def _save(self) -> None:
         size = self.log.sync()  # the lines must not be younger on the disk than the state
@@ -298,7 +295,9 @@ def _open_folder(trainer: Trainer, folder: Path, command: Sequence[str]) -> Reco
     _remove(folder, FILES[:-1])
     write_toml(folder / "config.toml", {**trainer.config.to_dict(), "resolved_recipe": trainer.recipe})
     write_json(folder / "environment.json", {"started": environment(command), "continued": []})
-    return RecordLog(folder / "metrics.jsonl")
+    log = RecordLog(folder / "metrics.jsonl")
+    log.append(trainer.description())
+    return log
 
 
 def _saved_state(config: TrainConfig, folder: Path) -> dict[str, Any] | None:

@@ -15,9 +15,9 @@ from fqt.errors import FqtError
 from fqt.nn import Recipe, load_recipe
 from fqt.train.checkpoint import load_checkpoint
 from fqt.train.config import TrainConfig
-from fqt.train.loaders import Batch, Loader
 from fqt.train.results import is_finished, read_result
 from fqt.train.run import continue_config
+from fqt.train.task import Task
 from fqt.train.tasks import load_task
 from fqt.train.trainer import load_weights, make_model, pick_device, training_loss
 
@@ -42,14 +42,14 @@ class Snapshot:
 
     Attributes:
         config: of the run.
-        data: its loader.
+        task: its data and loss.
         weights: its state dict at that step.
         step: optimizer steps made until then.
         recipe: the run's, or what `--adapt` had made of it where the checkpoint says so; a name or a mapping.
     """
 
     config: TrainConfig
-    data: Loader
+    task: Task
     weights: dict[str, Tensor]
     step: int
     recipe: Any
@@ -63,8 +63,8 @@ class Snapshot:
         """
         saved = load_checkpoint(checkpoint, ("model", "step"))
         adapted = (saved.get("adapter") or {}).get("recipe")
-        data = load_task(config, pick_device(config.device))
-        return Snapshot(config, data, saved["model"], saved["step"], adapted or config.recipe)
+        task = load_task(config, pick_device(config.device))
+        return Snapshot(config, task, saved["model"], saved["step"], adapted or config.recipe)
 
     @staticmethod
     def of_run(folder: Path, *, at: str = "halfway", **machine: Any) -> Snapshot:
@@ -95,7 +95,7 @@ class Snapshot:
     def model(self, recipe: str | Path | Recipe | None = None) -> nn.Module:
         """The network under a recipe [default: its own], in training mode but for dropout, whose noise is not
         quantization's."""
-        model = make_model(self.config, self.data, load_recipe(self.recipe if recipe is None else recipe))
+        model = make_model(self.config, self.task, load_recipe(self.recipe if recipe is None else recipe))
         load_weights(model, self.weights)
         model = model.to(pick_device(self.config.device)).train()
         for module in model.modules():
@@ -103,11 +103,11 @@ class Snapshot:
                 module.eval()
         return model
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss that training minimizes; a scalar."""
-        return training_loss(self.config)(model, batch)
+        return training_loss(self.config, self.task)(model, batch)
 
-    def batches(self, number: int, start: int = 0) -> list[Batch]:
+    def batches(self, number: int, start: int = 0) -> list[Any]:
         """Training batches in an order that training did not use, from the epochs after its last.
 
         Args:
@@ -116,9 +116,9 @@ class Snapshot:
         """
         return list(islice(self._fresh(), start, start + number))
 
-    def _fresh(self) -> Iterator[Batch]:
+    def _fresh(self) -> Iterator[Any]:
         for epoch in count(self.config.epochs):
-            yield from self.data.train(epoch)
+            yield from self.task.train(epoch)
 
     def identity(self) -> dict[str, Any]:
         """What tells this network from another in a record."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
@@ -17,9 +17,8 @@ from fqt.stats.passes import LossFn
 from fqt.train.adapt import Adapter
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
-from fqt.train.loaders import Batch, Loader
-from fqt.train.models import build_model
 from fqt.train.optim import learning_rate, make_optimizer
+from fqt.train.task import Task
 from fqt.train.tasks import load_task
 
 __all__ = ["Trainer", "forward", "load_weights", "make_model", "pick_device", "training_loss"]
@@ -43,57 +42,85 @@ class Trainer:
         self.config = config
         self.device = pick_device(config.device)
         self.recipe: dict[str, Any] = dump_recipe(load_recipe(config.recipe))
-        self.data: Loader = load_task(config, self.device)
-        self.model = make_model(config, self.data, config.recipe).to(self.device)
+        self.task: Task = load_task(config, self.device)
+        self.model = make_model(config, self.task, config.recipe).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.steps_per_epoch = self.data.steps_per_epoch
+        self.averaged = _averaged(self.model, config.average) if config.average else None
+        self.steps_per_epoch = self.task.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.steps is not None:
             self.total_steps = min(self.total_steps, config.steps)
         self.step = 0
-        self._window = self._empty_window()
+        self._forward: Any = torch.compile(self.model) if config.compile else self.model
+        self._window: Tensor | None = None
         self.adapter = self._adapter() if config.adapt else None
         self._events: list[dict[str, Any]] = []
         seed_all(derive_seed(config.seed, "noise"))
 
     @property
-    def at_epoch_end(self) -> bool:
-        """Whether the last step closed an epoch or the run."""
-        return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+    def epoch(self) -> int:
+        """The epoch that the last step was in."""
+        return (self.step - 1) // self.steps_per_epoch
+
+    @property
+    def at_evaluation(self) -> bool:
+        """Whether the last step is followed by an evaluation."""
+        every = self.config.eval_every or self.steps_per_epoch
+        return self.step % every == 0 or self.step == self.total_steps
 
     @property
     def at_window_end(self) -> bool:
-        """Whether the last step closed a window of metrics; windows do not straddle epochs."""
-        return self.at_epoch_end or (self.step % self.steps_per_epoch) % self.config.window == 0
+        """Whether the last step closed a window of metrics; windows straddle neither epochs nor evaluations."""
+        position = self.step % self.steps_per_epoch
+        return self.at_evaluation or position % self.config.window == 0
 
-    def batches(self) -> Iterator[Batch]:
+    def description(self) -> dict[str, Any]:
+        """The record that says how to read the others."""
+        metrics = [metric.to_dict() for metric in self.task.metrics]
+        return {"kind": "task", "step": 0, "metrics": metrics, "samples": self.task.samples}
+
+    def batches(self) -> Iterator[Any]:
         """The batches from here to the end of the epoch or of the run."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
         left = self.total_steps - self.step
-        for count, batch in enumerate(self.data.train(epoch, position), start=1):
+        for count, batch in enumerate(self.task.train(epoch, position), start=1):
             yield batch
             if count == left:
                 return
 
-    def train_step(self, batch: Batch) -> None:
-        """One step of SGD on one batch; loss and hits are added to the window without waiting for the device."""
-        images, labels = batch
+    def train_step(self, batch: Any) -> None:
+        """One step of the optimizer on one batch; what is counted is added up without waiting for the device."""
         rate = learning_rate(self.config, self.step, self.steps_per_epoch, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        logits = forward(self.model, images, amp=self.config.amp)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.adapter is not None and torch.isfinite(loss):
-            whole = len(labels) == self.config.batch_size or self.steps_per_epoch == 1
+        finite = self._backward(batch)
+        if self.adapter is not None and finite:
+            whole = self.task.is_whole(batch)
             self._events += self.adapter.step(batch, self.step + 1, whole)
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         self.step += 1
-        hits = (logits.detach().argmax(1) == labels).sum()
-        count = torch.full_like(hits, len(labels))
-        self._window += torch.stack([loss.detach().double() * len(labels), hits, count])
+
+    def _backward(self, batch: Any) -> Tensor:
+        """The gradient of a batch, or of its parts one after the other; whether its loss was finite."""
+        parts = self.task.split(batch, self.config.accumulate)
+        counts = [self.task.count(part) for part in parts] if len(parts) > 1 else []
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for i, part in enumerate(parts):
+            logits, targets = forward(self.task, self._forward, part, amp=self.config.amp)
+            loss = self.task.loss(logits, targets, self.config.label_smoothing)
+            (loss * counts[i] / sum(counts) if counts else loss).backward()
+            with torch.no_grad():
+                sums = self.task.sums(logits, targets)
+                sums[0] = loss.double() * sums[-1]
+                self._window = sums if self._window is None else self._window + sums
+            finite = finite & torch.isfinite(loss.detach())
+        return finite
 
     def take_events(self) -> list[dict[str, Any]]:
         """Records of what was measured and changed since the last call."""
@@ -101,37 +128,43 @@ class Trainer:
         return events
 
     def take_window(self) -> dict[str, Any]:
-        """The metrics since the last call: mean loss, accuracy, samples; starts a new window."""
-        loss, hits, count = self._window.tolist()
-        self._window = self._empty_window()
+        """The mean loss and the metrics over all targets since the last call; starts a new window."""
+        assert self._window is not None
+        sums = self._window.tolist()
+        self._window = None
         return {
             "kind": "train",
-            "epoch": (self.step - 1) // self.steps_per_epoch,
+            "epoch": self.epoch,
             "step": self.step,
-            "samples": int(count),
-            "loss": loss / count,
-            "accuracy": hits / count,
+            "samples": int(sums[-1]),
+            "loss": sums[0] / sums[-1],
+            "metrics": self.task.values(sums),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Mean cross entropy (without smoothing) and accuracy on the evaluation data, in eval mode."""
-        self.model.eval()
-        totals = self._empty_window()
-        for images, labels in self.data.eval():
-            logits = forward(self.model, images, amp=self.config.amp)
-            loss = F.cross_entropy(logits, labels, reduction="sum").double()
-            hits = (logits.argmax(1) == labels).sum()
-            totals += torch.stack([loss, hits, torch.full_like(hits, len(labels))])
-        loss, hits, count = totals.tolist()
+        """Mean loss (without smoothing) and metrics on the evaluation data, in eval mode, by averaged weights if
+        there are; after the last step also what the task scores otherwise.
+        """
+        model = self.model if self.averaged is None else self.averaged.module
+        model.eval()
+        totals: Tensor | None = None
+        for batch in self.task.eval():
+            sums = self.task.sums(*forward(self.task, model, batch, amp=self.config.amp))
+            totals = sums if totals is None else totals + sums
+        assert totals is not None, "a task has evaluation data"
+        values = totals.tolist()
+        metrics = self.task.values(values)
+        if self.step == self.total_steps:
+            metrics |= self.task.score(model, self.config.amp)
         return {
             "kind": "eval",
-            "epoch": (self.step - 1) // self.steps_per_epoch,
+            "epoch": self.epoch,
             "step": self.step,
-            "samples": int(count),
-            "loss": loss / count,
-            "accuracy": hits / count,
+            "samples": int(values[-1]),
+            "loss": values[0] / values[-1],
+            "metrics": metrics,
         }
 
     def state(self) -> dict[str, Any]:
@@ -142,9 +175,10 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "window": self._window.cpu(),
+            "window": None if self._window is None else self._window.cpu(),
             "rng": rng_state(),
             "adapter": None if self.adapter is None else self.adapter.state(),
+            "average": None if self.averaged is None else self.averaged.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -164,23 +198,40 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise FqtError(f"the checkpoint's optimizer does not fit this model ({error})") from error
-        shapes = [(b.shape, p.shape) for p, s in self.optimizer.state.items() for b in s.values() if b is not None]
-        if _differ(built, self.optimizer.param_groups) or any(buffer != parameter for buffer, parameter in shapes):
+        if _differ(built, self.optimizer.param_groups) or not _fits(self.optimizer):
             raise FqtError("the checkpoint's optimizer is another than this run's")
         self.step = state["step"]
-        self._window = state["window"].to(self.device)
+        window = state["window"]
+        self._window = window.to(self.device) if window is not None and window[-1] else None
+        if self.averaged is not None:
+            if state.get("average") is None:
+                raise FqtError("the checkpoint has no averaged weights, which this run evaluates")
+            self.averaged.load_state_dict(state["average"])
         if self.adapter is not None:
             self.adapter.restore(state["adapter"])
         restore_rng(state["rng"])
 
     def _adapter(self) -> Adapter:
         """What changes the recipe; its loss is the training loss."""
-        loss_fn = training_loss(self.config)
+        loss_fn = training_loss(self.config, self.task)
         every = self.config.adapt_every
         return Adapter(self.model, loss_fn, target=self.config.rho, every=every, seed=self.config.seed)
 
-    def _empty_window(self) -> Tensor:
-        return torch.zeros(3, dtype=torch.float64, device=self.device)  # loss · samples, hits, samples
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """Weights and buffers averaged exponentially over steps; a copy of the model, which gets them."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _fits(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether what the known optimizers keep per entry has the parameters' shapes."""
+    per_entry = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    return all(
+        state[name].shape == parameter.shape
+        for parameter, state in optimizer.state.items()
+        for name in per_entry
+        if state.get(name) is not None
+    )
 
 
 def _differ(built: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> bool:
@@ -192,33 +243,40 @@ def _differ(built: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> bool:
     return any(a[name] != b[name] for a, b in pairs for name in {*a} & {*b} - {"params", "lr"})
 
 
-def make_model(config: TrainConfig, data: Loader, recipe: str | Recipe) -> nn.Module:
-    """The configuration's model for this data with its initial weights, converted to ``recipe``; on the CPU.
+def make_model(config: TrainConfig, task: Task, recipe: str | Recipe) -> nn.Module:
+    """The configuration's model for this task with its initial weights, converted to ``recipe``; on the CPU.
 
     Channels-last, the layout in which convolutions are fastest, on integers and in float. Seeds the global
     generators: the weights depend on ``config.seed`` only.
 
     Raises:
-        FqtError: an unknown model or recipe, or a recipe that does not fit the model.
+        FqtError: an unknown model or recipe, a recipe that does not fit the model, or checkpointing of a model
+            that has none.
     """
     seed_all(derive_seed(config.seed, "weights"))
-    model = build_model(config.model, in_channels=data.in_channels, num_classes=data.num_classes)
+    model = task.build(config.model)
+    if config.checkpointing:
+        if not hasattr(model, "checkpointing"):
+            raise FqtError(f"model {config.model}: has no attribute `checkpointing`; leave --checkpointing out")
+        model.checkpointing = True  # type: ignore[assignment]
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return quantize_(model, load_recipe(recipe))
 
 
-def forward(model: nn.Module, images: Tensor, *, amp: bool) -> Tensor:
-    """The logits in float32, computed under bfloat16 autocast if ``amp``."""
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
-        return model(images).float()
+def forward(task: Task, model: nn.Module, batch: Any, *, amp: bool) -> tuple[Tensor, Tensor]:
+    """The logits in float32, computed under bfloat16 autocast if ``amp``, and the targets."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=amp):
+        logits, targets = task.predict(model, batch)
+        return logits.float(), targets
 
 
-def training_loss(config: TrainConfig) -> LossFn:
-    """``loss_fn(model, batch)``: the cross entropy that a run minimises."""
+def training_loss(config: TrainConfig, task: Task) -> LossFn:
+    """``loss_fn(model, batch)``: what a run minimises."""
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-        logits = forward(model, batch[0], amp=config.amp)
-        return F.cross_entropy(logits, batch[1], label_smoothing=config.label_smoothing)
+        logits, targets = forward(task, model, batch, amp=config.amp)
+        return task.loss(logits, targets, config.label_smoothing)
 
     return loss_fn
 

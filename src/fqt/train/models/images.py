@@ -1,4 +1,4 @@
-"""The models of the experiments, by name, and any other by its import path.
+"""The nets for images, by name, and any other by its import path.
 
 A factory takes ``in_channels`` and ``num_classes``. Convolutions start from a normal distribution of variance
 2/fan_in (He et al. 2015), as in the paper's runs; batch norms start as the identity.
@@ -6,15 +6,13 @@ A factory takes ``in_channels`` and ``num_classes``. Convolutions start from a n
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fqt.errors import FqtError
+from fqt.train.named import construct
 
 __all__ = ["MODELS", "build_model"]
 
@@ -31,35 +29,7 @@ def build_model(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
     Raises:
         FqtError: an unknown name, or an import path that leads to no module.
     """
-    if name in MODELS:
-        return MODELS[name](in_channels, num_classes)
-    if ":" not in name:
-        raise FqtError(
-            f"unknown model {name!r}; known: {', '.join(MODELS)}, or an import path such as package.module:Factory"
-        )
-    factory = _import(name)
-    offered = {"in_channels": in_channels, "num_classes": num_classes}
-    wanted = inspect.signature(factory).parameters
-    try:
-        model = factory(**{key: value for key, value in offered.items() if key in wanted})
-    except TypeError as error:
-        raise FqtError(f"model {name}: cannot be called ({error})") from error
-    if not isinstance(model, nn.Module):
-        raise FqtError(f"model {name}: returned {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _import(path: str) -> Callable[..., Any]:
-    module_name, _, attribute = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: a module named ".."
-        raise FqtError(f"model {path}: cannot be imported ({error})") from error
-    if not callable(found):
-        raise FqtError(f"model {path}: is not a class or a function")
-    return found
+    return construct(name, MODELS, in_channels=in_channels, num_classes=num_classes)
 
 
 class ConvNet(nn.Module):
@@ -198,11 +168,11 @@ def _initialize(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
-    "preact-resnet20": lambda c, n: PreActResNet(3, c, n),
-    "preact-resnet56": lambda c, n: PreActResNet(9, c, n),
-    "resnet18": lambda c, n: ResNet((2, 2, 2, 2), c, n),
-    "resnet50": lambda c, n: ResNet((3, 4, 6, 3), c, n, bottleneck=True),
-    "resnet18-cifar": lambda c, n: ResNet((2, 2, 2, 2), c, n, small_images=True),
+    "preact-resnet20": partial(PreActResNet, 3),
+    "preact-resnet56": partial(PreActResNet, 9),
+    "resnet18": partial(ResNet, (2, 2, 2, 2)),
+    "resnet50": partial(ResNet, (3, 4, 6, 3), bottleneck=True),
+    "resnet18-cifar": partial(ResNet, (2, 2, 2, 2), small_images=True),
 }

@@ -1,0 +1,1 @@
+"""The models of the experiments, by task: nets for images, transformers for text."""
