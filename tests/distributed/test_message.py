@@ -8,8 +8,7 @@ import torch
 from fqt.distributed import bits, message
 from fqt.quant import METHODS, QuantizedTensor, Quantizer, quantizer
 
-SENT = [name for method in METHODS.values() for name in method.names]
-SENT += ["psq4d", "psq4x", "bhq4d", "shq4d", "shq4x", "thq4d", "psq4n"]
+SENT = [name for method in METHODS.values() for name in method.shown] + ["psq3", "psq4x", "shq4x", "psq4n"]
 FULL_STEPS = {"eden4": 1.5, "shift": 0.75, "fallback8": 6.5}
 """Bits an entry beyond `bits_stored`: steps sent as float32 (columns' here: of 40 rows), and all second codes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -110,6 +111,14 @@ def test_a_monitor_counts_messages(ranks: list[dict[str, Any]]) -> None:
     assert with_messages["messages"] > 0
     together = plain["quantization"] + with_messages["messages"]
     assert with_messages["quantization"] == pytest.approx(together, rel=0.5)
+
+
+def test_the_documentation(ranks: list[dict[str, Any]]) -> None:
+    """Both processes print the same, and have the same weights after it; a seventh of the bytes or less."""
+    assert ranks[0]["documented"] == ranks[1]["documented"]
+    share = re.search(r"(0\.\d+) of the bytes", ranks[0]["documented"][0])
+    assert share is not None
+    assert float(share[1]) < 1 / 7
 
 
 @pytest.mark.parametrize(

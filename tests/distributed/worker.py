@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ def main(rank: int, folder: str) -> None:
             "hook": hook(),
             "monitor": monitor(),
             "fsdp": fsdp(),
+            "documented": documented(),
         }
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
@@ -171,6 +175,17 @@ def monitor() -> dict[str, Any]:
         except fqt.FqtError as error:
             found[name, "refused"] = str(error)
     return found
+
+
+def documented() -> tuple[str, float]:
+    """What the page of the documentation prints, and a sum of the weights that it trains."""
+    page = Path(__file__).parents[2] / "docs" / "processes.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(block, namespace)
+    return printed.getvalue(), sum(float(p.detach().sum()) for p in namespace["model"].parameters())
 
 
 def fsdp() -> dict[str, Any]:
