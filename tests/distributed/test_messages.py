@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import fqt
 from fqt import FqtError
-from fqt.distributed import Messages
+from fqt.distributed import Messages, quantized_messages
 
 from .worker import AVERAGED, DRAWS
 
@@ -73,6 +74,12 @@ def test_what_is_not_finite_comes_back_everywhere(ranks: list[dict[str, Any]]) -
         assert all(rank["nan"][name].isnan().all() for name in ("ptq8", "shq8"))
 
 
+def test_processes_must_agree(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert len(rank["differ"]) == 2
+        assert all("same quantizer, block and exchange" in error for error in rank["differ"])
+
+
 def test_short_tensors(ranks: list[dict[str, Any]]) -> None:
     few, one, none, bfloat = ranks[1]["short"]
     torch.testing.assert_close(few, torch.arange(7.0), atol=2 * 6 / 255, rtol=0)
@@ -119,6 +126,14 @@ def test_the_documentation(ranks: list[dict[str, Any]]) -> None:
     share = re.search(r"(0\.\d+) of the bytes", ranks[0]["documented"][0])
     assert share is not None
     assert float(share[1]) < 1 / 7
+
+
+def test_another_state_is_refused() -> None:
+    with pytest.raises(FqtError, match="not 'psq8'"):
+        quantized_messages("psq8", None)  # type: ignore[arg-type]
+    model = fqt.quantize_(torch.nn.Linear(3, 2), "psq8")
+    with pytest.raises(FqtError, match="not 'psq8'"):
+        fqt.Monitor(model, lambda m, x: m(x).mean(), messages="psq8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def main(rank: int, folder: str) -> None:
             "nan": not_finite(),
             "short": short(),
             "resumed": resumed(),
+            "differ": differ(),
             "hook": hook(),
             "monitor": monitor(),
             "fsdp": fsdp(),
@@ -91,6 +92,20 @@ def resumed() -> list[Tensor]:
     draws = [first.average(x).wait() for _ in range(2)]
     second.load_state_dict(first.state_dict())
     return [*draws, first.average(x).wait(), second.average(x).wait()]
+
+
+def differ() -> list[str]:
+    """What is said where codes of one length would mean different things."""
+    odd, errors = dist.get_rank() == 1, []
+    for messages in (
+        Messages("psq4d" if odd else "psq4", seed=0),
+        Messages("psq4", seed=0, exchange="gather" if odd else "scatter"),
+    ):
+        try:
+            messages.average(torch.ones(8))
+        except fqt.FqtError as error:
+            errors.append(str(error))
+    return errors
 
 
 def net() -> nn.Sequential:

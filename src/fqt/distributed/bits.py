@@ -16,9 +16,10 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(-1)
     if bits == 8:
         return flat.to(torch.uint8)
-    eights = torch.nn.functional.pad(flat.to(torch.int64), (0, -flat.numel() % 8)).view(-1, 8)
-    words = (eights << _places(bits, codes.device)).sum(1, keepdim=True)
-    return words.view(torch.uint8)[:, :bits].reshape(-1)
+    kind, each = _words(bits)
+    grouped = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).to(kind).view(-1, each)
+    words = (grouped << _places(grouped, bits)).sum(1, dtype=kind, keepdim=True)
+    return words.view(torch.uint8)[:, : each * bits // 8].reshape(-1)
 
 
 def unpacked(data: Tensor, bits: int, count: int) -> Tensor:
@@ -28,8 +29,10 @@ def unpacked(data: Tensor, bits: int, count: int) -> Tensor:
         return low.to(torch.int32) | high.to(torch.int32) << 8
     if bits == 8:
         return data
-    words = torch.nn.functional.pad(data.view(-1, bits), (0, 8 - bits)).view(torch.int64)
-    return (words >> _places(bits, data.device) & (1 << bits) - 1).to(torch.uint8).view(-1)[:count]
+    kind, each = _words(bits)
+    taken = data.view(-1, each * bits // 8)
+    words = torch.nn.functional.pad(taken, (0, kind.itemsize - taken.shape[1])).view(kind).expand(-1, each)
+    return (words >> _places(words, bits) & (1 << bits) - 1).to(torch.uint8).view(-1)[:count]
 
 
 def length(count: int, bits: int) -> int:
@@ -37,5 +40,11 @@ def length(count: int, bits: int) -> int:
     return count + length(count, bits - 8) if bits > 8 else count if bits == 8 else -(-count // 8) * bits
 
 
-def _places(bits: int, device: torch.device) -> Tensor:
-    return torch.arange(8, device=device) * bits
+def _words(bits: int) -> tuple[torch.dtype, int]:
+    """The integers that codes are shifted into, and how many share one: a whole number of bytes."""
+    return (torch.uint8, 8 // bits) if 8 % bits == 0 else (torch.int64, 8)
+
+
+def _places(words: Tensor, bits: int) -> Tensor:
+    """Where the codes of a word begin, from its lowest bit."""
+    return (torch.arange(words.shape[1], device=words.device) * bits).to(words.dtype)

@@ -84,7 +84,7 @@ class Messages:
             raise FqtError(f"block is a number of entries, at least 1, not {block!r}")
         self.quantizer, self.seed, self.block = _checked(quantizer, biased), seed, block
         self.exchange, self.group = exchange, group
-        self.measuring = False
+        self.measuring, self._agreed = False, False
         self.bytes_sent = self.bytes_float = self._count = 0
         self._variances: list[Tensor] = []
 
@@ -121,6 +121,9 @@ class Messages:
 
         Args:
             x: any shape, any real floating dtype; not changed.
+
+        Raises:
+            FqtError: the processes' messages differ in quantizer, block or exchange; all of them raise.
         """
         count = dist.get_world_size(self.group)
         self._count += 1
@@ -129,9 +132,21 @@ class Messages:
             found: Future[Tensor] = Future(devices=[x.device] if x.is_cuda else None)
             found.set_result(x)
             return found
+        self._check_agreement(x.device)
         flat, stages = x.detach().reshape(-1).float(), self.exchange or ("gather" if count == 2 else "scatter")
         mean = self._gathered(flat, count) if stages == "gather" else self._scattered(flat, count)
         return mean.then(lambda future: future.value().view(x.shape).to(x.dtype))
+
+    def _check_agreement(self, device: torch.device) -> None:
+        """Asks the other processes, once: codes of equal length would be read as another quantizer's."""
+        if self._agreed:
+            return
+        mine = torch.tensor([derive_seed(repr(self.quantizer), self.block, str(self.exchange))], device=device)
+        each = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(each, mine, group=self.group)
+        if any(other != mine for other in each):
+            raise FqtError("every process must make its Messages with the same quantizer, block and exchange")
+        self._agreed = True
 
     def _gathered(self, flat: Tensor, count: int) -> Future[Tensor]:
         mine, like = self._write(_rows(flat, self.block), "gather")
@@ -196,7 +211,12 @@ def quantized_messages(state: Messages, bucket: dist.GradBucket) -> Future[Tenso
     """Averages a bucket of gradients in quantized messages; for `DistributedDataParallel.register_comm_hook`.
 
     The average is unbiased, and has the variance that `Messages` says on top of the gradients' own.
+
+    Raises:
+        FqtError: the state that was registered is no `Messages`.
     """
+    if not isinstance(state, Messages):
+        raise FqtError(f"register_comm_hook(Messages('psq8', seed=0), quantized_messages), not {state!r}")
     return state.average(bucket.buffer())
 
 

@@ -117,6 +117,7 @@ class Monitor:
             raise FqtError(f"every must be at least 1 step, got {every}")
         if not 0 <= memory < 1:
             raise FqtError(f"memory must lie in [0, 1), got {memory}")
+        _check_messages(messages)
         check_model(model, awake=False)
         self.model, self.loss_fn, self.every, self.memory = alone(model, averaged=True), loss_fn, every, memory
         self.half, self.messages, self._processes = half or first_half, messages, Processes.of(model)
@@ -394,6 +395,15 @@ class _Comparison:
     def last_bits(self) -> float:
         """What another order of summation may make of ‖a − b‖² where a is b."""
         return (16 * self.precision) ** 2 * self.reference
+
+
+def _check_messages(messages: object) -> None:
+    if messages is None:
+        return
+    from fqt.distributed import Messages
+
+    if not isinstance(messages, Messages):
+        raise FqtError(f"messages is the communication hook's state, fqt.distributed.Messages(…), not {messages!r}")
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
