@@ -40,7 +40,7 @@ def test_averages_are_unbiased(ranks: list[dict[str, Any]], case: tuple[str, str
 
 @pytest.mark.parametrize("case", UNBIASED, ids="-".join)
 def test_the_variance_is_what_is_said(ranks: list[dict[str, Any]], case: tuple[str, str]) -> None:
-    """Within 6 %: with d entries that matter the mean of 48 draws has deviation √(2/48d), 0.01 for d = 400.
+    """Within 6 %: with d entries that matter the mean of 32 draws has deviation √(2/32d), 0.012 for d = 400.
 
     So noise is independent over processes (it would be up to twice that if it were shared), and over stages.
     """

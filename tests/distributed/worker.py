@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fqt
 from fqt.distributed import Messages, quantized_messages
 
-DRAWS = 48
+DRAWS = 32
 AVERAGED = (
     *((name, "gather") for name in ("psq4", "bhq4", "shq4d", "mxfp4", "luq4", "psq4x", "psq4n")),
     *((name, "scatter") for name in ("psq4", "shq4d")),
@@ -142,11 +142,11 @@ def averaged(grads: dict[str, Tensor]) -> dict[str, Tensor]:
 def hook() -> dict[str, Any]:
     """Steps under DDP with the hook, in several buckets: gradients, the variance said and weights in the end."""
     plain = averaged(gradients(fqt.quantize_(net(), "psq4")))
-    model = DistributedDataParallel(fqt.quantize_(net(), "psq4"), bucket_cap_mb=0.001, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(fqt.quantize_(net(), "psq4"), bucket_cap_mb=0.002, gradient_as_bucket_view=True)
     messages = Messages("psq8", seed=0, block=64)
     model.register_comm_hook(messages, quantized_messages)
     optimizer, draws, said = torch.optim.SGD(model.parameters(), lr=0.0), [], []
-    for _ in range(24):
+    for _ in range(16):
         messages.measure()
         draws.append(gradients(model))
         said.append(messages.variance)

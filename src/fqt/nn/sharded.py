@@ -80,11 +80,11 @@ def products(run: Run, input: Any, weight: Any, bias: Any, map: LinearMap, exact
     replicas, local_bias = math.prod(mesh.size(i) for i, a in enumerate(along) if a.averaged), None
     if bias is not None:
         local_bias = _shared(bias.to_local(grad_placements=[a.grad_bias for a in along]), along, mesh)
-    local = run(
-        _Share.apply(input.to_local(grad_placements=[a.grad_input for a in along]), replicas),
-        _Share.apply(weight.to_local(grad_placements=[a.grad_weight for a in along]), replicas),
-        local_bias,
-    )
+    x = input.to_local(grad_placements=[a.grad_input for a in along])
+    w = weight.to_local(grad_placements=[a.grad_weight for a in along])
+    if replicas > 1:
+        x, w = _Share.apply(x, replicas), _Share.apply(w, replicas)
+    local = run(x, w, local_bias)
     dense = isinstance(map, DenseMap)
     shape = torch.Size((*input.shape[:-1], weight.shape[0]) if dense else (input.shape[0], *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
