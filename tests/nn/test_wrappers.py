@@ -156,14 +156,13 @@ def test_variances_of_the_gradient(name: str) -> None:
     assert all(torch.equal(p.grad, before[n]) for n, p in named_parameters(model))
 
 
-@pytest.mark.parametrize("name", ["distributed", "compiled distributed"])
-def test_averages_over_processes_are_no_ones_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A monitor compares `.grad`, and refuses; a diagnosis makes this process's own gradients."""
-    model = WRAPPERS[name](fqt.quantize_(net(), "psq4"))
+def test_a_monitor_cannot_reach_through_a_compiled_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would make passes of one process; a diagnosis goes inside."""
+    model = WRAPPERS["compiled distributed"](fqt.quantize_(net(), "psq4"))
     wanted = figures(fqt.diagnose(fqt.quantize_(net(), "psq4"), loss_of, BATCHES))
     fqt.Monitor(model, loss_of).close()  # one process: `.grad` is its own
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(FqtError, match="DistributedDataParallel averages gradients over 2 processes"):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    with pytest.raises(FqtError, match="put that outermost"):
         fqt.Monitor(model, loss_of)
     assert str(figures(fqt.diagnose(model, loss_of, BATCHES))) == str(wanted)
 

@@ -41,7 +41,6 @@ def _run() -> dict[str, object]:
     found["weights"] = _train()
     found["sharded"] = _tensor_parallel()
     found["ranges"] = _ranges()
-    found["refused"] = _refused(DistributedDataParallel(fqt.quantize_(small_net(), "psq4")))
     return found
 
 
@@ -67,21 +66,23 @@ def _tensor_parallel() -> dict[str, object]:
         leaf = x.clone().requires_grad_()
         output = model(leaf)
         output.square().sum().backward()
-        grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
-        return {"output": output.detach(), "input": leaf.grad} | {n: g.flatten() for n, g in grads.items()}
+        grads = {"output": output.detach(), "input": leaf.grad} | {n: p.grad for n, p in model.named_parameters()}
+        grads = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
+        return {n: g if n in ("output", "input") else g.flatten() for n, g in grads.items()}
 
     for recipe in ("none", "qat", "psq4"):
         model = wide_net() if recipe == "none" else fqt.quantize_(wide_net(), recipe)
         parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
         torch.manual_seed(5)
         found[recipe] = [gradients(model, wide_batch()) for _ in range(96 if recipe == "psq4" else 1)]
+    replicas = distribute(fqt.quantize_(wide_net(), "psq4"), mesh)
     whole = DTensor.from_local(wide_batch(), mesh, [Replicate()])
+    found["replicas"] = [gradients(replicas, whole) for _ in range(96)]
     apart = DTensor.from_local(wide_batch()[:1], mesh, [Shard(0)])
     convolution = fqt.quantize_(nn.Conv1d(9, 4, 1), "psq4")
     for name, layer, x in (
         ("plain", model[0], wide_batch()),
         ("apart", model[0], apart),
-        ("whole", distribute(fqt.quantize_(wide_net(), "psq4"), mesh), whole),
         ("data", distribute(fqt.quantize_(wide_net(), "psq4"), mesh), apart),
         ("images", distribute(convolution, mesh), apart),
         ("remembers", distribute(fqt.quantize_(wide_net(), "hind8"), mesh), apart),
@@ -99,19 +100,6 @@ def distribute(model: nn.Module, mesh: object) -> nn.Module:
     from torch.distributed.tensor import distribute_module
 
     return distribute_module(model, mesh)
-
-
-def _refused(model: DistributedDataParallel) -> str:
-    """What a monitor says of gradients that are averages over ranks; a diagnosis is this rank's own."""
-    torch.manual_seed(3)
-    batches = [small_batch(), small_batch()]
-    alone, wrapped = (fqt.diagnose(m, loss_of, batches, table=0).total for m in (model.module, model))
-    assert alone.quantization == wrapped.quantization
-    try:
-        fqt.Monitor(model, loss_of)
-    except fqt.FqtError as error:
-        return str(error)
-    return ""
 
 
 def _ranges() -> list[dict[tuple[str, str], torch.Tensor]]:

@@ -43,6 +43,18 @@ class Store:
         """The steps of blocks with these largest magnitudes, any one shape, for levels up to `highest`."""
         raise NotImplementedError
 
+    def packed(self, step: Tensor) -> Tensor:
+        """float32 steps of any shape as bytes, uint8: `bytes_packed` of them."""
+        return step.reshape(-1).view(torch.uint8)
+
+    def unpacked(self, data: Tensor, shape: torch.Size) -> Tensor:
+        """The steps that `packed` has made bytes of."""
+        return data.view(torch.float32).view(shape)
+
+    def bytes_packed(self, count: int) -> int:
+        """How many bytes `packed` makes of so many steps."""
+        return 4 * count
+
     def code_share(self, blocks: int) -> float:
         """Of the bits that a code can take, how many the codes of so many blocks do take."""
         return 1.0
@@ -67,22 +79,36 @@ class Power(Store):
         mantissa, exponent = torch.frexp(divided(magnitude, highest).clamp(min=LEAST_STEP))
         return torch.ldexp(torch.ones_like(magnitude), exponent - (mantissa == 0.5).int())
 
+    def packed(self, step: Tensor) -> Tensor:
+        """The exponent, as E8M0 has it, with 0 for a step of 0 and 255 for NaN."""
+        return (step.reshape(-1).view(torch.int32) >> 23 & 255).to(torch.uint8)
+
+    def unpacked(self, data: Tensor, shape: torch.Size) -> Tensor:
+        """The powers of two."""
+        step = (data.to(torch.int32) << 23).view(torch.float32)
+        return torch.where(data == 255, torch.nan, step).view(shape)
+
+    def bytes_packed(self, count: int) -> int:
+        """One each."""
+        return count
+
 
 @dataclass(frozen=True)
 class SmallFloat(Store):
-    """s·g: one float32 g = M/(448·highest·16/17) for the tensor, M its largest value, and the E4M3 number s nearest
-    to max|x|/(highest·16/17·g) for each block (NVFP4).
+    """s·g: one float32 g = M/(largest·highest·room) for the tensor, M its largest value, and the E4M3 number s
+    nearest to max|x|/(highest·room·g) for each block.
 
-    The head-room 16/17 is what that rounding may take away (Quartet II). Below the least normal number of E4M3 it
-    may take more: there s is rounded up where it would clip.
+    Attributes:
+        largest: what s is for the block that holds M.
+        room: below 1, the part of the range of codes that the largest values take before s is rounded.
+        clips: whether a rounded s may clip; else it is rounded up where it would.
     """
 
-    name: ClassVar[str] = "e4m3"
     bits: ClassVar[int] = 8
     common: ClassVar[int] = 32
-    largest: ClassVar[int] = 448
-    room: ClassVar[float] = 16 / 17
-    clips: ClassVar[bool] = False
+    largest: ClassVar[int]
+    room: ClassVar[float]
+    clips: ClassVar[bool]
 
     def unit(self, magnitude: Tensor, highest: int) -> Tensor:
         """The step that E4M3's least number stands for: a scalar."""
@@ -104,9 +130,41 @@ class SmallFloat(Store):
 
 
 @dataclass(frozen=True)
+class HeadRoom(SmallFloat):
+    """With head-room 16/17, which is what rounding s may take away (NVFP4 as Quartet II has it).
+
+    Below the least normal number of E4M3 rounding may take more: there s is rounded up where it would clip.
+    """
+
+    name: ClassVar[str] = "e4m3"
+    largest: ClassVar[int] = 448
+    room: ClassVar[float] = 16 / 17
+    clips: ClassVar[bool] = False
+
+    def packed(self, step: Tensor) -> Tensor:
+        """The largest step as float32, then each as an E4M3 number: to two roundings of float32."""
+        largest = step.amax() if step.numel() else step.new_zeros(())
+        small = (step.reshape(-1) / self._whole(largest)).to(torch.float8_e4m3fn)
+        return torch.cat([largest.view(1).view(torch.uint8), small.view(torch.uint8)])
+
+    def unpacked(self, data: Tensor, shape: torch.Size) -> Tensor:
+        """The numbers times what 1 stands for."""
+        whole = self._whole(data[:4].clone().view(torch.float32)[0])
+        return (data[4:].view(torch.float8_e4m3fn).float() * whole).view(shape)
+
+    def bytes_packed(self, count: int) -> int:
+        """One each, and 4 of the tensor."""
+        return count + 4
+
+    def _whole(self, largest: Tensor) -> Tensor:
+        """The step that E4M3's 1 stands for: the largest step is its largest number, or all are about the least."""
+        return divided(largest, self.largest).clamp(min=LEAST_STEP)
+
+
+@dataclass(frozen=True)
 class Correctable(SmallFloat):
-    """As "e4m3", for rounding that corrects steps afterwards (MS-EDEN): 7 % smaller, so that the largest values of
-    a block may be clipped, and at most 256 in E4M3, so that a correction may raise them."""
+    """For rounding that corrects steps afterwards (MS-EDEN): 7 % smaller, so that the largest values of a block may
+    be clipped, and at most 256 in E4M3, so that a correction may raise them."""
 
     name: ClassVar[str] = "correctable"
     largest: ClassVar[int] = 256
@@ -160,7 +218,7 @@ class Fallback(Store):
 
 
 STORES: dict[str, Store] = {
-    store.name: store for store in (Float32(), Power(), SmallFloat(), Correctable(), Shift(), Fallback())
+    store.name: store for store in (Float32(), Power(), HeadRoom(), Correctable(), Shift(), Fallback())
 }
 
 

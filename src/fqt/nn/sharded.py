@@ -7,16 +7,19 @@ noise of its own. Along one axis of the mesh:
     whole                 output channels    output channels       to be summed, as the weight    ColwiseParallel
     input channels        input channels     to be summed          as the input, as the weight    RowwiseParallel
     any axis but those    whole              as the input          as the input, to be summed     data, sequence
-    whole                 whole              whole                 whole
+    whole                 whole              whole                 to be averaged (without noise: whole)
 
-Sums are of independent unbiased estimates, so they are unbiased too. In the last row all processes hold the same
-and each would draw other noise: refused where there is noise. A layer of plain tensors that a tensor parallel
-program runs on every process alike is such a layer too, and nothing shows it: leave it float by a rule, or average
-its gradients.
+Sums are of independent unbiased estimates, so they are unbiased too. In the last row all processes compute the
+same, but each draws its own noise: their gradients are averaged, which makes them equal again, of as many times
+less variance. Equal noise instead was rejected: it needs seeds that agree, which no process knows of the others
+unless it asks them in every forward pass. A layer of plain tensors that a tensor parallel program runs on every
+process alike is such a layer too, and nothing shows it: distribute it, leave it float by a rule, or average its
+gradients.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,12 +42,13 @@ def is_sharded(x: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class _Placements:
-    """Along one axis of the mesh, in torch's words."""
+    """Along one axis of the mesh, in torch's words; whether processes' gradients are estimates of the same."""
 
     output: Any
     grad_input: Any
     grad_weight: Any
     grad_bias: Any
+    averaged: bool = False
 
 
 def products(run: Run, input: Any, weight: Any, bias: Any, map: LinearMap, exact: bool) -> Tensor:
@@ -73,14 +77,14 @@ def products(run: Run, input: Any, weight: Any, bias: Any, map: LinearMap, exact
         _placements(x, w, input.ndim, isinstance(map, DenseMap), exact)
         for x, w in zip(input.placements, weight.placements, strict=True)
     ]
-    local_bias = None
+    replicas, local_bias = math.prod(mesh.size(i) for i, a in enumerate(along) if a.averaged), None
     if bias is not None:
         local_bias = _shared(bias.to_local(grad_placements=[a.grad_bias for a in along]), along, mesh)
-    local = run(
-        input.to_local(grad_placements=[a.grad_input for a in along]),
-        weight.to_local(grad_placements=[a.grad_weight for a in along]),
-        local_bias,
-    )
+    x = input.to_local(grad_placements=[a.grad_input for a in along])
+    w = weight.to_local(grad_placements=[a.grad_weight for a in along])
+    if replicas > 1:
+        x, w = _Share.apply(x, replicas), _Share.apply(w, replicas)
+    local = run(x, w, local_bias)
     dense = isinstance(map, DenseMap)
     shape = torch.Size((*input.shape[:-1], weight.shape[0]) if dense else (input.shape[0], *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
@@ -101,14 +105,24 @@ def _placements(x: Any, w: Any, ndim: int, dense: bool, exact: bool) -> _Placeme
     if x == w == whole:
         if exact:
             return _Placements(whole, whole, whole, whole)
-        raise FqtError(
-            "input and weight of a converted layer are both replicated, and every process would draw other noise "
-            "for the same gradient: shard one of them, or fqt.restore_ the layer"
-        )
+        return _Placements(whole, Partial(), Partial(), whole, averaged=True)
     raise FqtError(
         f"a converted layer cannot multiply an input placed {x} by a weight placed {w}: "
         "use ColwiseParallel or RowwiseParallel, or fqt.restore_ the layer"
     )
+
+
+class _Share(torch.autograd.Function):
+    """x itself, whose gradient is divided by a number: what one of so many processes adds to their mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.count, None
 
 
 def _shared(bias: Tensor, along: list[_Placements], mesh: Any) -> Tensor:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,18 @@ from fqt.stats.passes import (
     undisturbed,
     without,
 )
+from fqt.stats.processes import Processes
 from fqt.stats.replay import Passes
+
+if TYPE_CHECKING:  # torch may have been built without what messages need
+    from fqt.distributed import Messages
 
 __all__ = ["Monitor", "first_half"]
 
 JUMP = 2.0
 SUSPECT = 0.25
 _UNLIKE = 0.05  # of ‖ĝ − g‖² that may come from something else than the rounding of this batch's gradient
+_MESSAGES = 10.0
 _SAME_LINE = 1e-3  # 1 − cos² below which two gradients differ by a factor
 
 
@@ -90,10 +95,12 @@ class Monitor:
         memory: weight of the past at each reading, in [0, 1).
         half: gives ``(first part, share)`` of a batch: a batch of the first samples, and the share of all samples
             that it holds. By default every tensor with as many rows as the first one is cut there.
+        messages: the state of the communication hook, if gradients are averaged in quantized messages
+            (`fqt.distributed`): their noise is part of ``quantization``, and a reading says their exact variance.
 
     Raises:
         FqtError: no layer that quantizes its gradient, no trainable parameter, values that make no sense, or a
-            model whose gradients are sharded or averaged over processes.
+            model whose gradients are sharded over processes.
     """
 
     def __init__(
@@ -104,18 +111,21 @@ class Monitor:
         every: int = 100,
         memory: float = 0.7,
         half: Callable[[Any], tuple[Any, float]] | None = None,
+        messages: Messages | None = None,
     ) -> None:
         if every < 1:
             raise FqtError(f"every must be at least 1 step, got {every}")
         if not 0 <= memory < 1:
             raise FqtError(f"memory must lie in [0, 1), got {memory}")
+        _check_messages(messages)
         check_model(model, awake=False)
         self.model, self.loss_fn, self.every, self.memory = alone(model, averaged=True), loss_fn, every, memory
-        self.half = half or first_half
+        self.half, self.messages, self._processes = half or first_half, messages, Processes.of(model)
         self.names = list(dict.fromkeys(map(owner, trainable(model))))
         self.count = 0
         self._quantization = _Average(len(self.names) + 1)
         self._sampling = _Average(len(self.names) + 1)
+        self._sent = _Average(1)
         self._passes = Passes(self.model)
         self._await_next()
 
@@ -133,7 +143,9 @@ class Monitor:
         """Call it once per optimizer step, after ``backward()`` and before anything changes gradients or weights.
 
         Parameters, buffers, gradients and the random state are left as they were. A gradient accumulated over
-        several batches is read as such: its variances are those of the accumulated gradient.
+        several batches is read as such: its variances are those of the accumulated gradient. In
+        `DistributedDataParallel` every process calls it with its own batch, and all get the same reading, of the
+        averaged gradient.
 
             for batch in batches: (loss_fn(model, batch) / len(batches)).backward()
             monitor.step(*batches)
@@ -159,7 +171,8 @@ class Monitor:
         Returns:
             None between readings, and where the gradient is not finite, which has no variance (a `GradScaler` skips
             that step, too); else ``rho``, ``quantization``, ``sampling`` of the whole gradient and ``layers``,
-            ρ by layer (NaN where its sampling variance is zero), averaged over readings.
+            ρ by layer (NaN where its sampling variance is zero), averaged over readings; ``messages``, the exact
+            variance that messages between processes are of ``quantization``, if they are quantized.
 
         Raises:
             FqtError: the gradients are not those of the batches; a single batch of one sample, no gradients, a loss
@@ -175,7 +188,7 @@ class Monitor:
             self._await_next()
         if found is None:
             return None
-        for average, value in zip((self._quantization, self._sampling), found, strict=True):
+        for average, value in zip((self._quantization, self._sampling, self._sent), found, strict=True):
             average.update(value, self.memory)
         return self.reading()
 
@@ -187,11 +200,13 @@ class Monitor:
         """The averages as they are; NaN before the first reading."""
         quantization, sampling = self._quantization.value(), self._sampling.value()
         rho = torch.where(sampling > 0, quantization / sampling, torch.nan).tolist()
+        sent = {} if self.messages is None else {"messages": float(self._sent.value()[0])}
         return {
             "rho": rho[-1],
             "quantization": float(quantization[-1]),
             "sampling": float(sampling[-1]),
             "layers": dict(zip(self.names, rho[:-1], strict=True)),
+            **sent,
         }
 
     def forget_quantization(self) -> None:
@@ -204,6 +219,7 @@ class Monitor:
             "count": self.count,
             "quantization": self._quantization.state(),
             "sampling": self._sampling.state(),
+            "messages": self._sent.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,15 +234,20 @@ class Monitor:
         self.count = state["count"]
         self._quantization = _Average.of(state["quantization"])
         self._sampling = _Average.of(state["sampling"])
+        self._sent = _Average.of(state["messages"]) if "messages" in state else _Average(1)
         self._await_next()
 
     def _await_next(self) -> None:
         """Forgets the passes that were seen; the next step's are recorded if it is due for a reading."""
         self._passes.clear()
-        self._passes.recording = (self.count + 1) % self.every == 0
+        due = (self.count + 1) % self.every == 0
+        self._passes.recording = due
+        if self.messages is not None:
+            self.messages.measure(due)
 
-    def _measure(self, batches: Sequence[Any], unit: float, factor: float) -> tuple[Tensor, Tensor] | None:
-        """Quantization and sampling variance by layer and in all; None where the gradient is not finite.
+    def _measure(self, batches: Sequence[Any], unit: float, factor: float) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Quantization and sampling variance by layer and in all, and the messages' variance; None where the
+        gradient is not finite.
 
         Args:
             batches: that `.grad` was accumulated over.
@@ -246,28 +267,31 @@ class Monitor:
         apart = _Comparison()
         quantization = torch.zeros(len(self.names) + 1, dtype=torch.float64)
         sampling = torch.zeros_like(quantization)
+        rest_over_first = self._processes.mean_of((1 - share) / share)
+        sent = 0.0 if self.messages is None else self.messages.variance
 
         def against_training(name: str, gradient: Tensor) -> None:
             exact[name] = gradient
             quantization[self._where(name)] += apart.add(noisy[name], gradient)
 
         def against_whole(name: str, gradient: Tensor) -> None:
-            sampling[self._where(name)] += energy(gradient - exact.pop(name)) * (share / (1 - share))
+            sampling[self._where(name)] += energy(gradient - exact.pop(name)) / rest_over_first
 
         with undisturbed(self.model):
             with without(layers), self._passes.again() as seen:
                 self._gradients(batches, factor, noisy, against_training)
-            if seen.unknown:
+            if self._processes.total(seen.unknown):  # wherever it is: no process may be left waiting for the others
                 raise FqtError(
                     "Monitor.step got another batch than the model in this step: give it the one that .grad "
                     "belongs to, and a loss_fn that prepares it as training does"
                 )
             usual = JUMP * float(self._quantization.value()[-1]) * unit**2  # NaN before the first reading
-            if seen.left or not (apart.square <= usual and apart.along < SUSPECT):
-                self._check(batches, factor, noisy, apart, seen.left)
+            left = self._processes.total(seen.left)
+            if left or not (apart.square <= usual and apart.along < SUSPECT):
+                self._check(batches, factor, noisy, apart, left, sent)
             with without(layers), self._passes.again():
                 self._gradients(first, factor * weight, noisy, against_whole)
-        return quantization / unit**2, sampling / unit**2
+        return quantization / unit**2, sampling / unit**2, torch.tensor([sent], dtype=torch.float64) / unit**2
 
     def _first_part(self, batches: Sequence[Any]) -> tuple[Sequence[Any], float, float]:
         """A first part of the samples, its share of them, and what makes its sum one for the whole."""
@@ -280,7 +304,10 @@ class Monitor:
         return [part], share, 1.0
 
     def _gradients(self, batches: Sequence[Any], factor: float, names: Mapping[str, Any], sink: Sink) -> None:
-        """The summed gradient of `factor` times each batch's loss, parameter by parameter; held only if several."""
+        """The summed gradient of `factor` times each batch's loss, parameter by parameter, over all processes.
+
+        It is held as a whole if there are several batches, or processes, which must agree on the order.
+        """
         parameters = {name: p for name, p in trainable(self.model).items() if name in names}
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
@@ -288,7 +315,7 @@ class Monitor:
             return loss if factor == 1 else loss * factor
 
         backward = Backward(self.model, loss_fn, parameters)
-        if len(batches) == 1:
+        if len(batches) == 1 and self._processes.count == 1:
             backward(batches[0], sink)
             return
         total: dict[str, Tensor] = {}
@@ -299,15 +326,22 @@ class Monitor:
         for batch in batches:
             backward(batch, accumulate)
         for name in parameters:
-            sink(name, total.pop(name))
+            sink(name, self._processes.mean(total.pop(name)))
 
     def _check(
-        self, batches: Sequence[Any], factor: float, noisy: Mapping[str, Tensor], apart: _Comparison, left: int
+        self,
+        batches: Sequence[Any],
+        factor: float,
+        noisy: Mapping[str, Tensor],
+        apart: _Comparison,
+        left: int,
+        sent: float,
     ) -> None:
         """Makes the passes again, noise included, and compares what they give with the gradients.
 
         Raises:
-            FqtError: they differ, by more than `_UNLIKE` of what sets them apart from the exact gradient.
+            FqtError: they differ, by more than `_UNLIKE` of what sets them apart from the exact gradient and
+                `_MESSAGES` times the variance of messages, whose noise is not made again.
         """
         repeated = _Comparison()
 
@@ -316,7 +350,7 @@ class Monitor:
 
         with self._passes.again():
             self._gradients(batches, factor, noisy, against_training)
-        if not repeated.square <= max(_UNLIKE * apart.square, repeated.last_bits):
+        if not repeated.square <= max(_UNLIKE * apart.square, repeated.last_bits) + _MESSAGES * sent:
             raise FqtError(_looks_like(repeated, len(batches), left))
 
     def _where(self, name: str) -> list[int]:
@@ -361,6 +395,15 @@ class _Comparison:
     def last_bits(self) -> float:
         """What another order of summation may make of ‖a − b‖² where a is b."""
         return (16 * self.precision) ** 2 * self.reference
+
+
+def _check_messages(messages: object) -> None:
+    if messages is None:
+        return
+    from fqt.distributed import Messages
+
+    if not isinstance(messages, Messages):
+        raise FqtError(f"messages is the communication hook's state, fqt.distributed.Messages(…), not {messages!r}")
 
 
 def _inner(a: Tensor, b: Tensor) -> float:

@@ -83,10 +83,10 @@ def alone(model: nn.Module, averaged: bool = False) -> nn.Module:
 
     Args:
         model: wrapped or not.
-        averaged: whether `.grad`, which is such an average if there are several processes, will be compared.
+        averaged: whether `.grad`, which may be such an average, will be compared.
 
     Raises:
-        FqtError: no process has the whole model, since its parameters are sharded; or `.grad` will not be its own.
+        FqtError: no process has the whole model, since its parameters are sharded.
     """
     kinds = {kind.__name__ for p in model.parameters() for kind in type(p).__mro__}
     kinds |= {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
@@ -96,22 +96,18 @@ def alone(model: nn.Module, averaged: bool = False) -> nn.Module:
             f"the model's parameters are sharded over processes ({', '.join(sorted(sharded))}), and a gradient's "
             "statistics need all of it: measure the model before it is sharded"
         )
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     outer, name = model, inside(model)
     while name is not None:  # others, torch.compile's for one, may lie around the one that averages
         within = outer.get_submodule(name)
-        if any(kind.__name__ in ("DistributedDataParallel", "DataParallel") for kind in type(outer).__mro__):
-            if averaged and ranks > 1:
-                raise FqtError(
-                    f"{type(outer).__name__} averages gradients over {ranks} processes, so that .grad belongs to "
-                    "more than this process's batch: use diagnose, which measures one process"
-                )
-            if (
-                outer is model or not averaged
-            ):  # what made .grad stays as it is: a compiled model's hooks are outside
-                model = within
+        # What made .grad stays as it is: a compiled model's hooks are outside.
+        if _averages(outer) and (outer is model or not averaged):
+            model = within
         outer, name = within, inside(within)
     return model
+
+
+def _averages(module: nn.Module) -> bool:
+    return any(kind.__name__ in ("DistributedDataParallel", "DataParallel") for kind in type(module).__mro__)
 
 
 def check_model(model: nn.Module, awake: bool = True) -> dict[str, nn.Module]:
