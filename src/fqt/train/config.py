@@ -158,7 +158,8 @@ class TrainConfig:
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _require(self.shift is None or self.shift >= 0, f"shift must not be negative, got {self.shift}")
         _require(
-            self.average > 0 or not (self.lookahead or self.average_power), "lookahead needs an average above 0"
+            self.average > 0 or not (self.lookahead or self.average_power),
+            "lookahead and average_power need an average above 0",
         )
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(self.rho > 0, f"rho must be positive, got {self.rho}")

@@ -63,8 +63,8 @@ class Whitening(nn.Module):
     """The principal components of 2×2 patches, each of variance one, their negatives, and a bias that is learned.
 
     The filters are frozen. They have length one, and the components' scales stand beside them: scales differ by a
-    factor of about a hundred, and one quantization step for filters that contain them would round those of the
-    largest components to nothing.
+    factor of about a hundred, and one quantization step for filters that contain them would be about as large as
+    the entries of those for the largest components.
 
     Args:
         channels: of an image.
@@ -82,13 +82,14 @@ class Whitening(nn.Module):
             scales = (variances + 5e-4).rsqrt()
         self.filters.weight.requires_grad_(False).copy_(torch.cat([basis, -basis]).view_as(self.filters.weight))
         self.scale: Tensor
-        self.register_buffer("scale", scales.repeat(2).view(-1, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(2 * self.components, 1, 1))
+        self.register_buffer("scale", scales.repeat(2))
+        self.bias = nn.Parameter(torch.zeros(2 * self.components))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, 8·C, H − 1, W − 1)
         """Scaled components, their negatives, plus the bias."""
         y = self.filters(x)
-        return torch.addcmul(self.bias.to(y.dtype), y, self.scale.to(y.dtype))
+        scale, bias = (v.to(y.dtype).view(-1, 1, 1) for v in (self.scale, self.bias))
+        return torch.addcmul(bias, y, scale)
 
 
 def principal_components(images: Tensor) -> tuple[Tensor, Tensor]:
