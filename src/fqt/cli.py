@@ -46,7 +46,7 @@ from fqt.report.tables import screen
 from fqt.stats import catalog_record, certified, diagnosis_from, diagnosis_record, quantization_variance
 from fqt.train import MODELS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
-from fqt.train.config import SCHEDULES, UNITS
+from fqt.train.config import FLIPS, PADDINGS, SCHEDULES, UNITS
 from fqt.train.models.transformers import GPTS
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
@@ -121,15 +121,27 @@ def _training_options(command: Command) -> Command:
         click.option("--beta1", type=float, help="Of Adam."),
         click.option("--beta2", type=float, help="Of Adam."),
         click.option("--weight-decay", type=float, help="Of all but normalization layers."),
+        click.option(
+            "--norm-lr-factor", type=float, help="Learning rate of normalization layers over the others'."
+        ),
         click.option("--clip-norm", type=float, help="Longest gradient; 0: any."),
         click.option("--average", type=float, help="What averaged weights keep per step; 0: no averaging."),
+        click.option("--average-power", type=float, help="Exponent of the run's share that it grows with."),
+        click.option("--lookahead", type=int, help="Steps between averages that training goes on from; 0: never."),
         click.option("--schedule", help=_list(SCHEDULES)),
         click.option("--schedule-unit", help=f"When the rate changes: {_list(UNITS)}."),
         click.option("--warmup-epochs", type=int),
         click.option("--warmup-steps", type=int),
+        click.option("--warmup-start", type=float, help="Share of the rate that warm-up rises from."),
         click.option("--label-smoothing", type=float),
         click.option("--drop-last/--keep-last", default=None, help="The last, smaller batch of an epoch."),
         click.option("--augment/--no-augment", default=None, help="Random crops and flips."),
+        click.option("--flip", help=f"Which images are mirrored: {_list(FLIPS)}."),
+        click.option("--shift", type=int, help="Pixels by which images are shifted at most (in memory)."),
+        click.option("--padding", help=f"What a shifted image is filled up with: {_list(PADDINGS)}."),
+        click.option(
+            "--test-views/--no-test-views", default=None, help="At the end, evaluate the mean over copies, too."
+        ),
         click.option("--image-size", type=int, help="Side of a crop (imagefolder)."),
         click.option("--context", type=int, help="Tokens of a sequence at most (text)."),
         click.option("--dropout", type=float, help="Of transformers."),

@@ -15,8 +15,16 @@ PAPER_IMAGENET = {
     "weight_decay": 3.0517578125e-05, "norm_weight_decay": 0.0, "schedule": "cosine", "schedule_unit": "epoch",
     "warmup_epochs": 4, "label_smoothing": 0.1, "augment": True, "image_size": 224,
 }  # fmt: skip
+SPEEDRUN = {  # published: lr 11.5·(1 − 0.85)/(2 − 0.85), from 0.2 to 0.07 of it; decay 0.0153/11.5, norms' over 64
+    "batch_size": 1024, "steps": 475, "lr": 1.5, "min_lr": 0.105, "momentum": 0.85,
+    "nesterov": True, "norm_lr_factor": 64.0, "schedule": "linear", "warmup_start": 0.2, "label_smoothing": 0.2,
+    "average": 0.95, "average_power": 3.0, "lookahead": 5, "flip": "alternating", "shift": 2, "padding": "reflect",
+    "test_views": True, "weight_decay": 1.33e-3, "norm_weight_decay": 2.08e-5,
+}  # fmt: skip
 PAPER = {
     "cifar10-resnet56": PAPER_CIFAR,
+    "cifar10-speedrun": {**SPEEDRUN, "model": "speedrun"},
+    "cifar10-speedrun-small": {**SPEEDRUN, "model": "speedrun-small"},
     "imagenet-resnet18": {**PAPER_IMAGENET, "model": "resnet18"},
     "imagenet-resnet50": {**PAPER_IMAGENET, "model": "resnet50"},
 }
@@ -57,6 +65,11 @@ def test_flags_override_the_preset_and_the_preset_the_task(tmp_path):
         ({"label_smoothing": 1.0}, "label_smoothing must lie"),
         ({"schedule": "step"}, "unknown schedule 'step'; known: cosine, onecycle, constant"),
         ({"schedule_unit": "hour"}, "unknown schedule_unit"),
+        ({"flip": "always"}, "unknown flip 'always'; known: random, alternating"),
+        ({"padding": "wrap"}, "unknown padding 'wrap'; known: zeros, reflect"),
+        ({"shift": -1}, "shift must not be negative"),
+        ({"lookahead": 5}, "lookahead and average_power need an average above 0"),
+        ({"warmup_start": 1.0}, "warmup_start must lie"),
         ({"model": ""}, "model must not be empty"),
         ({"amp": 1}, "amp must be true or false"),
     ],

@@ -79,6 +79,38 @@ def test_crops_equal_a_loop():
     assert torch.equal(_crop(images, corners, 2), expected)
 
 
+def test_crops_of_reflected_images_equal_a_loop():
+    images = torch.arange(3 * 2 * 4 * 6, dtype=torch.uint8).view(3, 2, 4, 6)
+    corners = torch.tensor([[0, 0], [2, 1], [6, 6]])
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (3, 3), (3, 3)), mode="reflect")
+    expected = np.stack([padded[i, :, y : y + 4, x : x + 6] for i, (y, x) in enumerate(corners.tolist())])
+    assert np.array_equal(_crop(images, corners, 3, "reflect").numpy(), expected)
+
+
+def test_images_too_small_to_be_reflected():
+    with pytest.raises(FqtError, match="images of 5×5 cannot be mirrored at their edges to 5 pixels: shift less"):
+        _loader(pad=5, padding="reflect")
+
+
+def _mirrored(loader, epoch):
+    """Which of the ramps of `test_half_…`, in the set's order, fall from left to right; labels are their places."""
+    batches = list(loader.train(epoch))
+    falling = torch.cat([x[:, 0, 0, 0] > x[:, 0, 0, -1] for x, _ in batches])
+    return falling[torch.cat([y for _, y in batches]).argsort()]
+
+
+def test_alternating_flips_mirror_one_half_and_then_the_other():
+    ramp, places = np.broadcast_to(np.arange(8, dtype=np.uint8), (400, 2, 8, 8)).copy(), np.arange(400)
+    arrays = Arrays(train_images=ramp, train_labels=places, eval_images=ramp, eval_labels=places)
+    loader = _loader(arrays, pad=0, batch_size=100, alternating=True)
+    first, second, third = (_mirrored(loader, epoch) for epoch in range(3))
+    assert 150 < int(first.sum()) < 250  # 5 standard deviations
+    assert torch.equal(second, ~first)
+    assert torch.equal(third, first)
+    assert not torch.equal(_mirrored(_loader(arrays, pad=0, alternating=True, seed=1), 0), first)
+    assert not _mirrored(_loader(arrays, pad=0, alternating=True, flip=False), 1).any()
+
+
 def test_half_of_the_training_images_are_mirrored_and_no_others():
     ramp = np.broadcast_to(np.arange(8, dtype=np.uint8), (400, 2, 8, 8)).copy()
     labels = np.zeros(400, dtype=np.int64)

@@ -5,13 +5,14 @@ from torch import nn
 from fqt.errors import FqtError
 from fqt.train import MODELS, build_model
 
-# ImageNet's two are the published counts; preact: 6n + 2 layers of 16, 32, 64 channels, two 1×1 skips of
-# 16·32 and 32·64, a last norm, and no norm after the first convolution
+# ImageNet's two and the speedrun's are the published counts; preact: 6n + 2 layers of 16, 32, 64 channels, two 1×1
+# skips of 16·32 and 32·64, a last norm, and no norm after the first convolution
 COUNTS = {
     "resnet18": (1000, 11_689_512),
     "resnet50": (1000, 25_557_032),
     "resnet18-cifar": (10, 11_173_962),
     "preact-resnet20": (10, 272_282),
+    "speedrun": (10, 1_972_792),
     "preact-resnet56": (10, 855_578),
 }
 

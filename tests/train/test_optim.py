@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fqt.train import TrainConfig, resolve
-from fqt.train.optim import learning_rate, make_optimizer
+from fqt.train.optim import learning_rate, make_optimizer, set_rate
 
 
 def test_the_papers_imagenet_schedule():
@@ -46,6 +46,20 @@ def test_the_rate_ends_where_it_is_asked_to():
         assert learning_rate(config, 4, 5, 110) == pytest.approx(0.5)
         assert learning_rate(config, 60, 5, 110) == pytest.approx(at_half)
         assert learning_rate(config, 109, 5, 110) == pytest.approx(0.1, abs=0.02)
+
+
+def test_warm_up_rises_from_its_start():
+    config = TrainConfig(task="digits", lr=2.0, warmup_steps=10, warmup_start=0.2, schedule="linear")
+    rates = [learning_rate(config, step, 5, 110) for step in range(12)]
+    assert rates[:10] == pytest.approx([0.4 + 0.16 * (i + 1) for i in range(10)])
+    assert rates[10:] == pytest.approx([2.0, 1.98])
+
+
+def test_norms_have_a_rate_of_their_own():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    optimizer = make_optimizer(model, TrainConfig(task="digits", norm_lr_factor=64))
+    set_rate(optimizer, 0.5)
+    assert {group["lr"]: len(group["params"]) for group in optimizer.param_groups} == {0.5: 2, 32.0: 2}
 
 
 def test_the_inverse_square_root_is_vaswanis():

@@ -124,7 +124,7 @@ def test_averaged_weights_are_what_is_evaluated(config):
         trainer.train_step(batch)
         now = [p.detach().clone() for p in trainer.model.parameters()]
         means = now if step == 0 else [0.5 * m + 0.5 * p for m, p in zip(means, now, strict=True)]
-    for mean, parameter in zip(means, trainer.averaged.module.parameters(), strict=True):
+    for mean, parameter in zip(means, trainer.averaged.model.parameters(), strict=True):
         torch.testing.assert_close(mean, parameter, rtol=1e-5, atol=1e-7)
     plain = trainer.evaluate()["loss"]
     trainer.averaged = None

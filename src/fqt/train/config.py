@@ -29,10 +29,12 @@ __all__ = ["MACHINE_FIELDS", "TrainConfig", "differing", "preset_names", "resolv
 
 SCHEDULES = ("cosine", "onecycle", "constant", "linear", "inverse-sqrt")
 UNITS = ("step", "epoch")
+FLIPS = ("random", "alternating")
+PADDINGS = ("zeros", "reflect")
 MACHINE_FIELDS = ("data", "device", "workers")
 NOT_NEGATIVE = (
     "seed", "warmup_epochs", "warmup_steps", "workers", "weight_decay", "norm_weight_decay", "min_lr", "clip_norm",
-    "eval_every",
+    "eval_every", "norm_lr_factor", "average_power", "lookahead",
 )  # fmt: skip
 
 
@@ -58,17 +60,27 @@ class TrainConfig:
         beta2: of Adam.
         weight_decay: coefficient of everything but normalization layers; L2, but for ``adamw``.
         norm_weight_decay: coefficient of normalization layers' weights and biases.
+        norm_lr_factor: what the learning rate of normalization layers' parameters is multiplied by.
         decay_biases: whether ``weight_decay`` is for biases, too; else they have ``norm_weight_decay``.
         clip_norm: the gradient is scaled down to this norm where it is longer; 0 never.
         average: share that averaged weights, which are then evaluated, keep per step; 0 for no averaging.
+        average_power: p, where that share grows over the run as (step/steps)^p.
+        lookahead: steps between two times that weights are averaged and training goes on from the average; 0:
+            averaged every step, and training goes on from its own.
         schedule: ``cosine`` or ``linear`` to ``min_lr``, ``onecycle`` (cosine up from lr/25 over 30 %, then down
             to lr/250,000), ``inverse-sqrt`` (of the step, from the end of warm-up on), or ``constant``.
         schedule_unit: whether the rate changes every ``step`` or every ``epoch``.
         warmup_epochs: linear warm-up before all but ``onecycle``: lr·(i+1)/w in unit i of w.
         warmup_steps: the same in steps.
+        warmup_start: share of ``lr`` from which the warm-up rises.
         label_smoothing: of the cross entropy in training.
         drop_last: leave out the last, smaller batch of an epoch.
         augment: random crops and flips as the task defines them.
+        flip: which training images are mirrored, where the task mirrors any: each time a ``random`` half, or
+            ``alternating``: a half, drawn once, in even epochs, and the others in odd ones.
+        shift: pixels by which training images are shifted at most; unset: as the task has it. Images in memory.
+        padding: what comes in from outside then: ``zeros``, or the image mirrored at its edge (``reflect``).
+        test_views: at the end also evaluate the mean over each image's shifted and mirrored copies.
         image_size: side of a training crop, for tasks that resize.
         context: tokens of a sequence at most, for tasks on text.
         dropout: of transformers.
@@ -102,16 +114,24 @@ class TrainConfig:
     beta2: float = 0.999
     weight_decay: float = 1e-4
     norm_weight_decay: float = 0.0
+    norm_lr_factor: float = 1.0
     decay_biases: bool = True
     clip_norm: float = 0.0
     average: float = 0.0
+    average_power: float = 0.0
+    lookahead: int = 0
     schedule: str = "cosine"
     schedule_unit: str = "step"
     warmup_epochs: int = 0
     warmup_steps: int = 0
+    warmup_start: float = 0.0
     label_smoothing: float = 0.0
     drop_last: bool = True
     augment: bool = True
+    flip: str = "random"
+    shift: int | None = None
+    padding: str = "zeros"
+    test_views: bool = False
     image_size: int = 224
     context: int = 64
     dropout: float = 0.0
@@ -136,6 +156,11 @@ class TrainConfig:
         for name in NOT_NEGATIVE:
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        _require(self.shift is None or self.shift >= 0, f"shift must not be negative, got {self.shift}")
+        _require(
+            self.average > 0 or not (self.lookahead or self.average_power),
+            "lookahead and average_power need an average above 0",
+        )
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(self.rho > 0, f"rho must be positive, got {self.rho}")
         _require(
@@ -144,7 +169,7 @@ class TrainConfig:
         _require(not (self.adapt and self.compile), "adapt changes the model while it trains: leave compile out")
         _require(self.accumulate <= self.batch_size, "accumulate cuts a batch into more parts than it has samples")
         _require(self.min_lr <= self.lr, f"min_lr must not be above lr ({self.lr}), got {self.min_lr}")
-        for name in ("momentum", "beta1", "beta2", "average", "dropout", "label_smoothing"):
+        for name in ("momentum", "beta1", "beta2", "average", "dropout", "label_smoothing", "warmup_start"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
         _require(self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0")
@@ -156,7 +181,12 @@ class TrainConfig:
             not self.warmup_steps or self.schedule_unit == "step",
             "warmup_steps needs a rate that changes every step: leave schedule_unit at step",
         )
-        for name, allowed in (("schedule", SCHEDULES), ("schedule_unit", UNITS)):
+        for name, allowed in (
+            ("schedule", SCHEDULES),
+            ("schedule_unit", UNITS),
+            ("flip", FLIPS),
+            ("padding", PADDINGS),
+        ):
             value = getattr(self, name)
             _require(value in allowed, f"unknown {name} {value!r}; known: {', '.join(allowed)}")
         for name in ("task", "model", "recipe", "device", "optimizer"):

@@ -48,15 +48,17 @@ class ArrayLoader:
         peak: the largest pixel value; images are divided by it.
         mean: per channel, after the division.
         std: per channel, after the division.
-        pad: training crops are taken at random from images padded by this many zeros; 0 for no crops.
+        pad: training crops are taken at random from images padded by this many pixels; 0 for no crops.
         flip: mirror half of the training images.
+        alternating: not a new half in every epoch, but one half in even and the other in odd ones.
+        padding: ``zeros``, or ``reflect``: the image mirrored at its edge, which is not repeated.
         seed: determines order, crops and flips.
         batch_size: samples per batch.
         drop_last: leave out an epoch's last, smaller batch.
         device: where the batches go.
 
     Raises:
-        FqtError: fewer training images than a batch takes.
+        FqtError: fewer training images than a batch takes, or images too small to be mirrored at their edges.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class ArrayLoader:
         batch_size: int,
         drop_last: bool,
         device: torch.device,
+        alternating: bool = False,
+        padding: str = "zeros",
     ) -> None:
         self._train = (torch.from_numpy(arrays.train_images), torch.from_numpy(arrays.train_labels))
         self._eval = (torch.from_numpy(arrays.eval_images), torch.from_numpy(arrays.eval_labels))
@@ -80,8 +84,13 @@ class ArrayLoader:
         self._scale = (1 / (peak * torch.tensor(std))).view(shape)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(shape)
         self._pad, self._flip, self._seed = pad, flip, seed
+        self._alternating, self._padding = alternating, padding
         self._batch, self._device = batch_size, device
-        self.in_channels = self._train[0].shape[1]
+        self.in_channels, *sides = self._train[0].shape[1:]
+        if padding == "reflect" and pad >= min(sides):
+            raise FqtError(
+                f"images of {sides[0]}×{sides[1]} cannot be mirrored at their edges to {pad} pixels: shift less"
+            )
         self.num_classes = int(self._train[1].max()) + 1
         self.steps_per_epoch = count_steps(len(self._train[0]), batch_size, drop_last)
 
@@ -92,13 +101,15 @@ class ArrayLoader:
         order = epoch_order(self._seed, epoch, count)
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "augment", epoch))
         corners = torch.randint(0, 2 * self._pad + 1, (count, 2), generator=generator)
-        mirrored = torch.rand(count, generator=generator) < (0.5 if self._flip else 0.0)
+        mirrored = (
+            self._mirrored(epoch, order) if self._alternating else torch.rand(count, generator=generator) < 0.5
+        )
         for step in range(start, self.steps_per_epoch):
             where = slice(step * self._batch, (step + 1) * self._batch)
             picked = order[where]
             x = images[picked]
             if self._pad:
-                x = _crop(x, corners[where], self._pad)
+                x = _crop(x, corners[where], self._pad, self._padding)
             if self._flip:
                 x = torch.where(mirrored[where, None, None, None], x.flip(-1), x)
             yield self._ready(x, labels[picked])
@@ -108,6 +119,12 @@ class ArrayLoader:
         images, labels = self._eval
         for first in range(0, len(images), self._batch):
             yield self._ready(images[first : first + self._batch], labels[first : first + self._batch])
+
+    def _mirrored(self, epoch: int, order: Tensor) -> Tensor:
+        """Which images, in this order, are mirrored in an epoch: a half drawn once, then the other, in turn."""
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "mirror"))
+        half = torch.rand(len(order), generator=generator) < 0.5
+        return half[order] ^ (epoch % 2 == 1)
 
     def _ready(self, images: Tensor, labels: Tensor) -> Batch:
         x = torch.addcmul(self._shift, images.float(), self._scale)
@@ -130,8 +147,18 @@ def count_steps(samples: int, batch_size: int, drop_last: bool) -> int:
     return samples // batch_size if drop_last else -(-samples // batch_size)
 
 
-def _crop(images: Tensor, corners: Tensor, pad: int) -> Tensor:
-    """Crops each image (N, C, H, W), padded by zeros, at its own corner (N, 2)."""
+def _crop(images: Tensor, corners: Tensor, pad: int, padding: str = "zeros") -> Tensor:
+    """Crops each image (N, C, H, W), padded by ``pad`` pixels, at its own corner (N, 2)."""
     n, _, height, width = images.shape
-    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)  # a view, no copy
+    if padding == "reflect":  # by indices: torch's own knows no uint8
+        padded = images[:, :, _reflected(height, pad)[:, None], _reflected(width, pad)]
+    else:
+        padded = F.pad(images, (pad, pad, pad, pad))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view, no copy
     return windows[torch.arange(n), :, corners[:, 0], corners[:, 1]]
+
+
+def _reflected(side: int, pad: int) -> Tensor:
+    """Where the pixels of a padded side come from, int64 (side + 2·pad,)."""
+    last = side - 1
+    return last - (last - torch.arange(-pad, side + pad).abs()).abs()

@@ -17,7 +17,7 @@ from fqt.errors import FqtError
 from fqt.train.config import TrainConfig
 from fqt.train.named import imported
 
-__all__ = ["learning_rate", "make_optimizer"]
+__all__ = ["learning_rate", "make_optimizer", "set_rate"]
 
 NORMS = (
     nn.modules.batchnorm._NormBase,  # every batch and instance norm
@@ -54,8 +54,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             spared = isinstance(module, NORMS) or (name.endswith("bias") and not config.decay_biases)
             (norms if spared else others).append(parameter)
     groups = [
-        {"params": others, "weight_decay": config.weight_decay},
-        {"params": norms, "weight_decay": config.norm_weight_decay},
+        {"params": others, "weight_decay": config.weight_decay, "lr_factor": 1.0},
+        {"params": norms, "weight_decay": config.norm_weight_decay, "lr_factor": config.norm_lr_factor},
     ]
     return _optimizer(config, [group for group in groups if group["params"]])
 
@@ -84,14 +84,20 @@ def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim
     return optimizer
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of every group: ``rate`` times the group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)  # checkpoints of earlier versions have none
+
+
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (from 0) in a run of ``total_steps``.
 
-    In units i of n (steps, or epochs) with w of warm-up: lr·(i+1)/w while i < w, then with s = (i − w)/(n − w) for
-    the cosine min + (lr − min)/2·(1 + cos πs), linearly min + (lr − min)·(1 − s), and as inverse square root
-    lr·√(w/(i+1)), w at least 1 (Vaswani et al. 2017, with lr as its peak). One cycle rises by a cosine from lr/25
-    to lr over the first 30 % of the run and falls by another to lr/250,000 at its last unit (PyTorch's
-    ``OneCycleLR``).
+    In units i of n (steps, or epochs) with w of warm-up: lr·(f + (1 − f)·(i+1)/w) while i < w, where f is
+    ``warmup_start``, then with s = (i − w)/(n − w) for the cosine min + (lr − min)/2·(1 + cos πs), linearly
+    min + (lr − min)·(1 − s), and as inverse square root lr·√(w/(i+1)), w at least 1 (Vaswani et al. 2017, with lr
+    as its peak). One cycle rises by a cosine from lr/25 to lr over the first 30 % of the run and falls by another
+    to lr/250,000 at its last unit (PyTorch's ``OneCycleLR``).
     """
     i, n, w = step, total_steps, config.warmup_epochs * steps_per_epoch + config.warmup_steps
     if config.schedule_unit == "epoch":
@@ -102,7 +108,8 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_st
             return _cosine(config.lr / 25, config.lr, i / top if top else 1.0)
         return _cosine(config.lr, config.lr / 250_000, (i - top) / (n - 1 - top))
     if i < w:
-        return config.lr * (i + 1) / w
+        start = config.warmup_start
+        return config.lr * (start + (1 - start) * (i + 1) / w)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "inverse-sqrt":

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
@@ -15,9 +14,10 @@ from fqt.nn.stored import without_recipe
 from fqt.seeds import derive_seed
 from fqt.stats.passes import LossFn
 from fqt.train.adapt import Adapter
+from fqt.train.average import Average
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
-from fqt.train.optim import learning_rate, make_optimizer
+from fqt.train.optim import learning_rate, make_optimizer, set_rate
 from fqt.train.task import Task
 from fqt.train.tasks import load_task
 
@@ -45,11 +45,11 @@ class Trainer:
         self.task: Task = load_task(config, self.device)
         self.model = make_model(config, self.task, config.recipe).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.averaged = _averaged(self.model, config.average) if config.average else None
         self.steps_per_epoch = self.task.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.steps is not None:
             self.total_steps = min(self.total_steps, config.steps)
+        self.averaged = Average(self.model, config, self.total_steps) if config.average else None
         self.step = 0
         self._forward: Any = torch.compile(self.model) if config.compile else self.model
         self._window: Tensor | None = None
@@ -91,8 +91,7 @@ class Trainer:
     def train_step(self, batch: Any) -> None:
         """One step of the optimizer on one batch; what is counted is added up without waiting for the device."""
         rate = learning_rate(self.config, self.step, self.steps_per_epoch, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         finite = self._backward(batch)
@@ -102,9 +101,9 @@ class Trainer:
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
         self.step += 1
+        if self.averaged is not None:
+            self.averaged.update(self.model, self.step)
 
     def _backward(self, batch: Any) -> Tensor:
         """The gradient of a batch, or of its parts one after the other; whether its loss was finite."""
@@ -147,7 +146,7 @@ class Trainer:
         """Mean loss (without smoothing) and metrics on the evaluation data, in eval mode, by averaged weights if
         there are; after the last step also what the task scores otherwise.
         """
-        model = self.model if self.averaged is None else self.averaged.module
+        model = self.model if self.averaged is None else self.averaged.model
         model.eval()
         totals: Tensor | None = None
         for batch in self.task.eval():
@@ -178,7 +177,7 @@ class Trainer:
             "window": None if self._window is None else self._window.cpu(),
             "rng": rng_state(),
             "adapter": None if self.adapter is None else self.adapter.state(),
-            "average": None if self.averaged is None else self.averaged.state_dict(),
+            "average": None if self.averaged is None else self.averaged.model.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -206,7 +205,7 @@ class Trainer:
         if self.averaged is not None:
             if state.get("average") is None:
                 raise FqtError("the checkpoint has no averaged weights, which this run evaluates")
-            self.averaged.load_state_dict(state["average"])
+            load_weights(self.averaged.model, state["average"])
         if self.adapter is not None:
             self.adapter.restore(state["adapter"])
         restore_rng(state["rng"])
@@ -216,11 +215,6 @@ class Trainer:
         loss_fn = training_loss(self.config, self.task)
         every = self.config.adapt_every
         return Adapter(self.model, loss_fn, target=self.config.rho, every=every, seed=self.config.seed)
-
-
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Weights and buffers averaged exponentially over steps; a copy of the model, which gets them."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def _fits(optimizer: torch.optim.Optimizer) -> bool:

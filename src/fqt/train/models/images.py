@@ -1,7 +1,8 @@
 """The nets for images, by name, and any other by its import path.
 
-A factory takes ``in_channels`` and ``num_classes``. Convolutions start from a normal distribution of variance
-2/fan_in (He et al. 2015), as in the paper's runs; batch norms start as the identity.
+A factory takes ``in_channels`` and ``num_classes``, one that starts from data also ``images``. Convolutions here
+start from a normal distribution of variance 2/fan_in (He et al. 2015), as in the paper's runs; batch norms start as
+the identity.
 """
 
 from __future__ import annotations
@@ -12,24 +13,28 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fqt.train.models.speedrun import Speedrun
 from fqt.train.named import construct
 
 __all__ = ["MODELS", "build_model"]
 
 
-def build_model(name: str, *, in_channels: int, num_classes: int) -> nn.Module:
+def build_model(
+    name: str, *, in_channels: int, num_classes: int, images: Callable[[int], Tensor] | None = None
+) -> nn.Module:
     """Builds a model with fresh weights from torch's global generator.
 
     Args:
         name: one of `MODELS`, or ``package.module:ClassOrFactory``, which is called with those of the keywords
-            ``in_channels`` and ``num_classes`` that its signature names.
+            ``in_channels``, ``num_classes`` and ``images`` that its signature names.
         in_channels: channels of an image.
         num_classes: outputs of the model.
+        images: gives a number of training images (n, C, H, W), for models that start from them.
 
     Raises:
         FqtError: an unknown name, or an import path that leads to no module.
     """
-    return construct(name, MODELS, in_channels=in_channels, num_classes=num_classes)
+    return construct(name, MODELS, in_channels=in_channels, num_classes=num_classes, images=images)
 
 
 class ConvNet(nn.Module):
@@ -175,4 +180,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, (2, 2, 2, 2)),
     "resnet50": partial(ResNet, (3, 4, 6, 3), bottleneck=True),
     "resnet18-cifar": partial(ResNet, (2, 2, 2, 2), small_images=True),
+    "speedrun": Speedrun,
+    "speedrun-small": partial(Speedrun, width=32),
 }
