@@ -178,10 +178,26 @@ def test_the_gradient_is_unbiased(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("right", [SAVED, "ptq4"])
-def test_a_float_input_takes_the_rotation_of_tokens_that_are_kept_by_sequency(right: str) -> None:
-    """It is quantized again for these anyway: both operands of the integer product are turned, or none."""
+def test_a_float_input_under_a_rotation_and_tokens_that_are_kept_by_sequency(right: str) -> None:
+    """Quantized again both operands of the product are turned; left float, grad_output is turned back first."""
     product = Product("psq4", right, rotate=8, keep=Sequency(6, 8))
     assert largest_z(Recipe(input=None, weight=None, grad_weight=product), "linear") < 5
+
+
+@pytest.mark.parametrize("left", [None, "psq4"])
+@pytest.mark.parametrize("saved", [None, "psq8"])
+def test_an_operand_is_what_explain_says_whatever_rows_are_kept(left: str | None, saved: str | None) -> None:
+    """A float input stays float in the Walsh domain, and one that has codes does not: both to the last bit."""
+    layer, x, upstream = problem("linear")
+    low = LowSequency(4, 8)
+    recipe = Recipe(input=saved, weight=None, grad_weight=Product(left, keep=low))
+    row = fqt.explain(fqt.quantize_(layer, recipe)).products[2]
+    assert ("quantized again to 8 bits" in row.why) == (again("grad_weight", DenseMap(), recipe) is not None)
+    assert (again("grad_weight", DenseMap(), recipe) is not None) == (saved is not None)
+    assert (row.arithmetic == "float") == (None in (left, saved))
+    truth = low.turned(upstream).flatten(0, 1).T @ low.turned(x).flatten(0, 1)
+    found = gradients(layer, x, upstream)[1]
+    assert torch.equal(found, truth) == (left is None and saved is None)
 
 
 def test_blocks_of_neighbouring_tokens_do_not_cross_samples_under_a_rotation() -> None:
