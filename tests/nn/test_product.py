@@ -110,6 +110,9 @@ def test_a_table_is_a_product() -> None:
         grad_weight=Product("psq4", "ptq4", rotate=16, fold="always"),
     )
     assert load_recipe(table) == wanted
+    over = load_recipe({"base": "ufp4", "output": {"left": "psq8", "right": "psq8"}})
+    assert (over.product("output").left, over.rotate) == (Recipe(input="psq8").input, None)
+    assert over.grad_input == load_recipe("ufp4").grad_input
 
 
 SAYS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
@@ -123,6 +126,25 @@ SAYS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "right axis": (lambda: Recipe(grad_input=Product("psq4", "psq4@channel")), ("axis",)),
     "right float": (lambda: Recipe(grad_input=Product("psq4", None)), ("saved", "grad_input")),
     "output saved": (lambda: Recipe(output=Product("psq4")), ("output", "Product(left, right, rotate)")),
+    "output and input": (
+        lambda: Recipe(input="psq4", weight=None, output=Product("psq8", "psq8")),
+        ("output says what input and weight are", "say one"),
+    ),
+    "output and its rotation": (lambda: Recipe(rotate=8, output=Product("psq8", "psq8")), ("rotate is", "say one")),
+    "the default, said": (lambda: Recipe(input="ptq8", output=Product("psq8", "psq8")), ("input is", "say one")),
+    "output and input in a table": (
+        lambda: load_recipe({"base": "luq", "input": "psq4", "output": {"left": "psq8", "right": "psq8"}}),
+        ("output says what input is", "say one"),
+    ),
+    "table without left": (
+        lambda: load_recipe({"grad_input": {"right": "ptq4", "rotate": 16}}),
+        ("grad_input", "lacks left", "grad_output", "'none'"),
+    ),
+    "fold without left": (lambda: load_recipe({"grad_weight": {"bits": 4, "fold": "always"}}), ("lacks left",)),
+    "output without right": (
+        lambda: load_recipe({"output": {"left": "psq8"}}),
+        ("output", "lacks right", "weight"),
+    ),
     "product of an input": (lambda: Recipe(input=Product("psq4")), ("input", "Quantizer")),
     "word": (lambda: load_recipe({"grad_input": {"left": "psq4", "keeps": 1}}), ("keeps", "rotate")),
 }

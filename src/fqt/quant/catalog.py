@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fqt.errors import FqtError
+from fqt.quant.best import Best
 from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.keep import ByRange
-from fqt.quant.quantizer import Best, Quantizer
+from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import AXES, Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
 

@@ -13,29 +13,33 @@ of integers.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from fqt.errors import FqtError
 from fqt.kernels.codes import Levels
+from fqt.quant.abstract import Abstract
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Abstract):
     """A set of integers; `bits` says how many a code takes."""
 
+    instead: ClassVar[str] = "Integers(8), Floats(2, 1), Pairs(4) or Logarithmic(8)"
+
     @property
+    @abstractmethod
     def bits(self) -> int:
         """How many bits tell the levels apart."""
-        raise NotImplementedError
 
+    @abstractmethod
     def levels(self, mode: str) -> Levels:
         """The levels on a scale of that mode ("affine", "zero", "symmetric")."""
-        raise NotImplementedError
 
     def with_bits(self, bits: int) -> Grid:
         """The grid of the same kind with as many bits."""
