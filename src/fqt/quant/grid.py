@@ -41,11 +41,16 @@ class Grid(Abstract):
     def levels(self, mode: str) -> Levels:
         """The levels on a scale of that mode ("affine", "zero", "symmetric")."""
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that `with_bits` takes: its own, where the kind has one width."""
+        return (self.bits,)
+
     def with_bits(self, bits: int) -> Grid:
         """The grid of the same kind with as many bits."""
         if bits == self.bits:
             return self
-        raise FqtError(f"{self} comes in one width only")
+        raise FqtError(f"{self} comes in one width, {self.bits} bits, not {bits!r}: see grid.widths")
 
     @property
     def words(self) -> dict[str, Any]:
@@ -68,6 +73,11 @@ class Integers(Grid):
         if mode == "symmetric":
             return Levels(-self.symmetric_steps, self.symmetric_steps)
         return Levels(0, self.affine_steps)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """2 to 8."""
+        return tuple(range(2, 9))
 
     def with_bits(self, bits: int) -> Integers:
         """The integers of another width."""
