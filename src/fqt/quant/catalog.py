@@ -213,7 +213,10 @@ _ROWS = (
         title="Hadamard low-rank quantizer, its grad_input",
         paper=Paper("Kim et al., HLQ", 2024, "2406.15102"),
         what="features rotated in blocks of 16, integers, an affine step per row; not its biased grad_weight",
-        left_out="grad_weight from 8 of 16 low-sequency rows: biased, and no quantizer of an operand",
+        left_out=(
+            "grad_weight from 8 of 16 low-sequency rows, which is no quantizer of an operand: the recipes hlq "
+            "(biased) and hlq_sampled have it"
+        ),
         transform=Rotated(Identity(), block=16),
     ),
     Method(
@@ -318,7 +321,9 @@ _ROWS = (
         paper=Paper("Xi et al., INT4 training", 2023, "2306.11987"),
         what="two integers, coarse to nearest and fine stochastic, one step for the tensor",
         left_out=(
-            "sampling of rows by leverage scores; published ranges and codes (±6 of 98 steps) clip, these do not"
+            "sampling by leverage scores, of the coarse and the fine half of each row apart: the recipe int4 "
+            "samples whole rows, before they are split; published ranges and codes (±6 of 98 steps) clip, these do "
+            "not"
         ),
         widths=(2, 3, 4),
         grid=Pairs,
