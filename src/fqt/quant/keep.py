@@ -181,8 +181,8 @@ class LowSequency(Keep):
     Of HLQ (arXiv 2406.15102); and of LBP-WHT (2309.15275) with tokens in a line, where that has 8 × 8 patches of an
     image, whose sides a layer does not know, and their sequency in two dimensions. Deterministic, and biased by
     design: what changes fast between neighbours is dropped, (H_⊥g)ᵀ(H_⊥x) of the gradient. Of a Linear only, whose
-    tokens are neighbours along the last axis but one. Blocks do not cross samples; the last of a sample is filled up
-    with zeros.
+    tokens are neighbours along the last axis but one. Blocks do not cross samples; the last of a sample is filled
+    up with zeros.
 
     Attributes:
         rows: how many of a block are kept.
