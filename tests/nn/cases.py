@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import Quantizer, Recipe
-from fqt.nn import function
+from fqt.nn.call import Call
 from fqt.quant import Identity, Integers, Scale
 
 
@@ -131,7 +131,7 @@ def gradients(module: nn.Module, *inputs: Tensor, upstream: Tensor | None = None
 
 def simulate(patch: pytest.MonkeyPatch) -> None:
     """All products in float, on the values of codes."""
-    patch.setattr(function.Call, "on_integers", lambda self, product, values: False)
+    patch.setattr(Call, "on_integers", lambda self, product, values: False)
 
 
 def both(module: nn.Module, x: Tensor, patch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, Tensor]]:

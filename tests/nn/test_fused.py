@@ -16,6 +16,7 @@ from fqt.kernels.codes import Findings
 from fqt.kernels.cpu import fused, library
 from fqt.kernels.linear_map import ConvMap, DenseMap
 from fqt.nn import function, layers
+from fqt.nn.call import Call
 from fqt.quant import Scale
 
 from .cases import FORWARD, LAYERS, Case, converted, equal, gradients
@@ -148,7 +149,7 @@ def test_a_bias_that_does_not_fit(layer: nn.Module) -> None:
     fqt.quantize_(layer, "psq8")
     with pytest.raises(RuntimeError, match=r"bias of shape|expanded size"):
         layer(x)
-    call = function.Call(layers.linear_map(layer), layer.fqt_recipe, None, x.dtype)
+    call = Call(layers.linear_map(layer), layer.fqt_recipe, None, x.dtype)
     with pytest.raises(ValueError, match="bias has shape"):
         layers.linear_products(x, layer.weight, layer.bias, call)
 

@@ -110,6 +110,9 @@ def test_a_table_is_a_product() -> None:
         grad_weight=Product("psq4", "ptq4", rotate=16, fold="always"),
     )
     assert load_recipe(table) == wanted
+    over = load_recipe({"base": "ufp4", "output": {"left": "psq8", "right": "psq8"}})
+    assert (over.product("output").left, over.rotate) == (Recipe(input="psq8").input, None)
+    assert over.grad_input == load_recipe("ufp4").grad_input
 
 
 SAYS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
@@ -123,6 +126,25 @@ SAYS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "right axis": (lambda: Recipe(grad_input=Product("psq4", "psq4@channel")), ("axis",)),
     "right float": (lambda: Recipe(grad_input=Product("psq4", None)), ("saved", "grad_input")),
     "output saved": (lambda: Recipe(output=Product("psq4")), ("output", "Product(left, right, rotate)")),
+    "output and input": (
+        lambda: Recipe(input="psq4", weight=None, output=Product("psq8", "psq8")),
+        ("output says what input and weight are", "say one"),
+    ),
+    "output and its rotation": (lambda: Recipe(rotate=8, output=Product("psq8", "psq8")), ("rotate is", "say one")),
+    "the default, said": (lambda: Recipe(input="ptq8", output=Product("psq8", "psq8")), ("input is", "say one")),
+    "output and input in a table": (
+        lambda: load_recipe({"base": "luq", "input": "psq4", "output": {"left": "psq8", "right": "psq8"}}),
+        ("output says what input is", "say one"),
+    ),
+    "table without left": (
+        lambda: load_recipe({"grad_input": {"right": "ptq4", "rotate": 16}}),
+        ("grad_input", "lacks left", "grad_output", "'none'"),
+    ),
+    "fold without left": (lambda: load_recipe({"grad_weight": {"bits": 4, "fold": "always"}}), ("lacks left",)),
+    "output without right": (
+        lambda: load_recipe({"output": {"left": "psq8"}}),
+        ("output", "lacks right", "weight"),
+    ),
     "product of an input": (lambda: Recipe(input=Product("psq4")), ("input", "Quantizer")),
     "word": (lambda: load_recipe({"grad_input": {"left": "psq4", "keeps": 1}}), ("keeps", "rotate")),
 }
@@ -178,10 +200,26 @@ def test_the_gradient_is_unbiased(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("right", [SAVED, "ptq4"])
-def test_a_float_input_takes_the_rotation_of_tokens_that_are_kept_by_sequency(right: str) -> None:
-    """It is quantized again for these anyway: both operands of the integer product are turned, or none."""
+def test_a_float_input_under_a_rotation_and_tokens_that_are_kept_by_sequency(right: str) -> None:
+    """Quantized again both operands of the product are turned; left float, grad_output is turned back first."""
     product = Product("psq4", right, rotate=8, keep=Sequency(6, 8))
     assert largest_z(Recipe(input=None, weight=None, grad_weight=product), "linear") < 5
+
+
+@pytest.mark.parametrize("left", [None, "psq4"])
+@pytest.mark.parametrize("saved", [None, "psq8"])
+def test_an_operand_is_what_explain_says_whatever_rows_are_kept(left: str | None, saved: str | None) -> None:
+    """A float input stays float in the Walsh domain, and one that has codes does not: both to the last bit."""
+    layer, x, upstream = problem("linear")
+    low = LowSequency(4, 8)
+    recipe = Recipe(input=saved, weight=None, grad_weight=Product(left, keep=low))
+    row = fqt.explain(fqt.quantize_(layer, recipe)).products[2]
+    assert ("quantized again to 8 bits" in row.why) == (again("grad_weight", DenseMap(), recipe) is not None)
+    assert (again("grad_weight", DenseMap(), recipe) is not None) == (saved is not None)
+    assert (row.arithmetic == "float") == (None in (left, saved))
+    truth = low.turned(upstream).flatten(0, 1).T @ low.turned(x).flatten(0, 1)
+    found = gradients(layer, x, upstream)[1]
+    assert torch.equal(found, truth) == (left is None and saved is None)
 
 
 def test_blocks_of_neighbouring_tokens_do_not_cross_samples_under_a_rotation() -> None:

@@ -102,7 +102,7 @@ def test_on_integers_as_simulated(case: Case, monkeypatch: pytest.MonkeyPatch) -
         layer = converted(case, FOLDED, torch.float32)
         with monkeypatch.context() as patch:
             if not integers:
-                patch.setattr("fqt.nn.function.Call.on_integers", lambda self, product, values: False)
+                patch.setattr("fqt.nn.call.Call.on_integers", lambda self, product, values: False)
             for scale in (1.0, 2.0):
                 torch.manual_seed(3)
                 found.append(

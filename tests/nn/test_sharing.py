@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import Recipe
-from fqt.nn import function, sharing
+from fqt.nn import operand, sharing
 
 from .test_memory import kept_bytes
 
@@ -41,7 +41,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     def counting(x, quantizer, axis, kind, quantize):  # type: ignore[no-untyped-def]
         return real(x, quantizer, axis, kind, lambda: (seen.append(x), quantize())[1])
 
-    monkeypatch.setattr(function, "shared", counting)
+    monkeypatch.setattr(operand, "shared", counting)
     return seen
 
 

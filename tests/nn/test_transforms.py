@@ -15,7 +15,8 @@ import fqt
 from fqt import FqtError
 from fqt.kernels.linear_map import DenseMap
 from fqt.nn.autograd import _Values
-from fqt.nn.function import Call, multiplied
+from fqt.nn.call import Call
+from fqt.nn.function import multiplied
 
 # torch's own, as it loads its forward-mode formulas.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from fqt import Quantizer
+from fqt import FqtError, Quantizer
+from fqt.kernels.rounding import Rounding
+from fqt.quant import Grid, Rotated
+from fqt.quant.transform import Transform
 
 from .cases import BITS, METHODS, NAMES_4BIT, PLAIN, SHAPES, build, gaussian, plain_id
 
@@ -122,11 +127,27 @@ def test_codes_follow_the_values_not_the_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Quantizer(transform="hadamard"), "transform is a Transform of fqt.quant, not 'hadamard'"),
+        (lambda: Quantizer(scale="row"), "scale is a Scale of fqt.quant, not 'row'"),
+        (lambda: Quantizer(grid=4), "grid is a Grid of fqt.quant, not 4"),
+        (lambda: Quantizer(grid=Grid()), r"Grid\(\) leaves bits, levels to a subclass: give Integers"),
+        (lambda: Quantizer(transform=Transform()), r"Transform\(\) leaves apply to a subclass: give Identity"),
+        (lambda: Quantizer(rounding=Rounding()), r"unknown rounding Rounding\(\)"),
+        (lambda: Rotated("hadamard"), "not 'hadamard'"),
+    ],
+)
+def test_choices_that_are_none_are_refused_where_they_are_made(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(FqtError, match=words) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "x", [torch.ones(3, 3, dtype=torch.int32), torch.ones(2, dtype=torch.bool), torch.tensor(1.0), [1.0, 2.0], None]
 )
 def test_what_cannot_be_quantized_is_said_in_one_line(x: object) -> None:
-    from fqt.errors import FqtError
-
     for call in (lambda: build("psq4").quantize(x, 0), lambda: build("psq4").variance(x, 0)):  # type: ignore[arg-type]
         with pytest.raises(FqtError, match="cannot quantize") as error:
             call()

@@ -254,6 +254,26 @@ def test_a_state_is_a_value_and_survives_packing() -> None:
     assert copy.bounds.tolist() == state.bounds.tolist()
 
 
+@each
+def test_a_tensor_of_zeros_is_exact(q: Quantizer) -> None:
+    """Whether zero is among the codes of what is remembered or not."""
+    zeros = torch.zeros(6, 16)
+    range = RangeState(torch.tensor([-0.7, 0.9], dtype=torch.float64), torch.tensor([1, 96, 0]))
+    assert not q.quantize(zeros, 3, range=range).dequantize().any()
+    assert float(q.variance(zeros, 3, range=range)) == float(q.variance_bound(zeros, 3, range=range)) == 0
+    assert not q.mean_error(zeros, 3, range=range).any()
+
+
+@each
+def test_bounds_that_float64_taught_are_cut_at_the_largest_float_of_the_tensor(q: Quantizer) -> None:
+    large = gaussian(6, 16).double() * 1e60
+    state = q.learned(RangeState.empty(), q.quantize_measuring(large, RangeState.empty(), 1)[1])
+    x = gaussian(6, 16)
+    assert bool(q.quantize(x, 3, range=state).dequantize().isfinite().all())
+    assert math.isfinite(float(q.variance(x, 3, range=state)))
+    assert bool(q.quantize(large, 3, range=state).dequantize().isfinite().all())
+
+
 def test_dtypes_axes_and_factors() -> None:
     for name in ("hind8", "kim4"):
         q, x = quantizer(name), gaussian(12, 20)
@@ -302,6 +322,10 @@ def test_a_certificate_is_exact_where_the_range_covers_and_biased_where_it_clips
         (lambda: quantizer("kim4d"), "no dithered rounding"),
         (lambda: quantizer("ptq8").quantize(gaussian(2, 2), 1, range=RangeState.empty()), "takes no other"),
         (lambda: quantizer("ptq8").variance(gaussian(2, 2), 1, range=RangeState.empty()), "takes no other"),
+        (lambda: quantizer("hind8").quantize(gaussian(2, 2), 0, range=5), "is a RangeState.*not 5"),
+        (lambda: quantizer("hind8").variance(gaussian(2, 2), 0, range=(-1, 1)), "is a RangeState"),
+        (lambda: quantizer("hind8").quantize_measuring(gaussian(2, 2), None, 0), "is a RangeState"),
+        (lambda: quantizer("hind8").learned(RangeState.empty(), gaussian(2, 2)), "second result"),
         (lambda: quantizer("eden4").mean_error(gaussian(2, 2)), "no closed form"),
         (lambda: quantizer("ptq4x").mean_error(gaussian(2, 2)), "no closed form"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -14,9 +15,12 @@ from torch import nn
 import fqt
 from fqt.errors import FqtError
 from fqt.nn import GradientOperand, observe
+from fqt.quant import METHODS, Leverage
+from fqt.report.diagnosis import diagnosis_section, diagnosis_tables
 from fqt.seeds import derive_seed
 from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.operands import WIDTHS, multiplications, nuclear_norm
+from fqt.stats.record import diagnosis_from, diagnosis_record
 
 from .nets import Attention, InARow, Twice, batches, loss, make, mlp
 
@@ -41,6 +45,72 @@ def test_quantization_variance_agrees_with_the_slow_estimator() -> None:
     assert abs(ours.value - slow.value) < 5 * math.hypot(ours.error, slow.error)
     assert found.total.rho.value == pytest.approx(ours.value / found.total.sampling.value)
     assert 0 < found.total.rho.error < found.total.rho.value
+
+
+def test_the_two_estimators_of_quantization_variance_are_one() -> None:
+    """The same draws: they differ by what float32 rounds."""
+    for recipe in ("psq8d", "ufp4"):
+        model, data = make(recipe=recipe), batches(3)
+        ours = fqt.diagnose(model, loss, data, draws=3, table=0, seed=1).total.quantization
+        slow = quantization_variance(model, loss, data, draws=3, seed=1).total
+        assert ours.value == pytest.approx(slow.value, rel=1e-6)
+        assert ours.error == pytest.approx(slow.error, rel=1e-5)
+
+
+def test_right_operands_that_are_quantized_again_are_said() -> None:
+    found = fqt.diagnose(make(recipe="ufp4"), loss, batches(2), table=0)
+    products = [f"{layer} {role}" for layer in ("0", "3", "5") for role in ("grad_input", "grad_weight")]
+    assert list(found.again) == products
+    assert str(found).endswith(", ".join(products))
+    record = json.loads(json.dumps(diagnosis_record(found)))
+    assert diagnosis_from(record).again == found.again
+    assert "5 grad_weight" in diagnosis_tables(record)[1].note
+    nearest = fqt.Recipe(grad_input="psq4", grad_weight=fqt.Product("psq4", "ptq8n"))
+    for recipe in ("psq4", nearest):  # what draws nothing adds no noise
+        assert fqt.diagnose(make(recipe=recipe), loss, batches(2), table=0).again == ()
+
+
+@pytest.mark.parametrize("left", [None, "psq4"])
+@pytest.mark.parametrize("role", ["grad_input", "grad_weight"])
+def test_rows_that_are_kept_are_refused_whatever_is_quantized(role: str, left: str | None) -> None:
+    recipe = fqt.Recipe(**{"grad_input": "psq4", role: fqt.Product(left, keep=Leverage(0.5))})
+    with pytest.raises(FqtError, match=f"layer '0' keeps a part of grad_output's rows in {role}") as error:
+        fqt.diagnose(make(recipe=recipe), loss, batches(2))
+    assert "quantization_variance" in str(error.value)
+    assert quantization_variance(make(recipe=recipe), loss, batches(2), draws=2).total.value > 0
+
+
+ONE_WIDTH = [m.shown[0] for m in METHODS.values() if len(fqt.quantizer(m.shown[0]).grid.widths) == 1]
+
+
+@pytest.mark.parametrize("name", ONE_WIDTH)
+def test_grids_of_one_width_are_measured_at_it(name: str) -> None:
+    """The exact variance, the codes that there are, a record and its page; a plan says that there is none."""
+    found = fqt.diagnose(make(recipe=fqt.Recipe(grad_input=name, grad_weight="psq4")), loss, batches(2))
+    q = fqt.quantizer(name)
+    for operand in found.operands:
+        widths = [q.bits] if operand.role == "grad_input" else [*WIDTHS]
+        assert list(operand.variance) == list(operand.bound) == widths
+        assert sum(operand.histogram) == math.prod(operand.shape)
+        codes = len(operand.quantizer.grid.levels(operand.quantizer.scale.mode).numbers)
+        assert len(operand.histogram) == (codes if codes <= 256 else -(-codes // -(-codes // 256)))
+    assert found.table is not None
+    assert list(found.table.operands["3"]["grad_input"]) == [q.bits]
+    record = json.loads(json.dumps(diagnosis_record(found)))
+    assert diagnosis_from(record).operands == found.operands
+    assert diagnosis_section("it", record).charts
+    with pytest.raises(FqtError, match="a grid of one width"):
+        fqt.plan(found)
+
+
+def test_a_plan_leaves_layers_of_one_width_as_they_are() -> None:
+    rules = (fqt.Rule("3", fqt.Recipe(grad_input="mxfp4")),)
+    found = fqt.diagnose(make(recipe=fqt.Recipe(grad_input="psq4", rules=rules)), loss, batches(3))
+    made = fqt.plan(found, mean_width=5)
+    assert made.widths["3"] == 4
+    assert made.mean_width <= 5
+    assert made.widths["5"] > 5
+    assert set(made.uniform) == {*WIDTHS}
 
 
 @pytest.mark.parametrize("name", ["psq4", "ptq3d", "bhq4", "shq4d", "psq4x"])

@@ -156,6 +156,22 @@ class Levels:
             return torch.uint8
         return torch.int8 if self.low >= -128 and self.high <= 127 else torch.float32
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """All of them, the least first."""
+        if self.uniform:
+            return tuple(range(self.low, self.high + 1))
+        above = self.table or self._magnitudes()
+        return (*(-number for number in reversed(above[1:])), *above)
+
+    def _magnitudes(self) -> tuple[float, ...]:
+        """Of a float's numbers, from 0 up."""
+        assert self.mantissa is not None
+        found = [0]
+        while found[-1] < self.high:
+            found.append(found[-1] + (1 << max(found[-1].bit_length() - 1 - self.mantissa, 0)))
+        return tuple(found)
+
     def gap(self, t: Tensor) -> Tensor | float:
         """How far apart the neighbours of a position are, t between them; at a level those further from zero.
 

@@ -140,7 +140,8 @@ class Own(RangeSource):
 class Hindsight(RangeSource):
     """That of the tensors before, the older the less.
 
-    A range of no width, as of a gradient that was zero, counts as none: everything would be clipped to it.
+    A range of no width, as of a gradient that was zero, counts as none: everything would be clipped to it. A
+    tensor of zeros has its own, in which it is exact: zero need not be among the codes of a remembered range.
     """
 
     name: ClassVar[str] = "hindsight"
@@ -151,9 +152,10 @@ class Hindsight(RangeSource):
         return (state.tensors > 0) & (state.bounds[0] < state.bounds[1])
 
     def used(self, lo: Tensor, hi: Tensor, state: RangeState) -> tuple[Tensor, Tensor]:
-        """The bounds."""
-        known = self.knows(state) & self.teaches(lo, hi)
-        least, most = state.bounds.to(lo.dtype)
+        """The bounds, as far as the dtype goes; a tensor of zeros' own."""
+        known = self.knows(state) & self.teaches(lo, hi) & ((lo != 0) | (hi != 0))
+        largest = torch.finfo(lo.dtype).max  # float64 tensors may have taught more
+        least, most = state.bounds.clamp(-largest, largest).to(lo.dtype)
         return torch.where(known, least, lo), torch.where(known, most, hi)
 
     def seen(self, x: Entries, lo: Tensor, hi: Tensor, levels: Levels, state: RangeState) -> Tensor:

@@ -43,6 +43,17 @@ def capped(score: Tensor, share: float) -> Tensor:
     return torch.where(torch.isfinite(rest[:1]), p, torch.nan)
 
 
+def finite(p: Tensor, least: Tensor) -> Tensor:
+    """Probabilities (N,) raised where a row over its own would be beyond the largest float; 0 stays 0.
+
+    Args:
+        p: multiples of 2⁻²⁴.
+        least: (N,) float64, each row's largest magnitude in parts of that float.
+    """
+    enough = (least * (_FINEST + 2)).ceil() / _FINEST  # 2 for what the division rounds
+    return torch.where(p == 0, p, torch.maximum(p, enough.clamp(max=1.0)))
+
+
 def weights(p: Tensor, seed: Tensor) -> Tensor:
     """(N,) float64: m/p, m = 1 with probability p (N,), independently; 0 where p is."""
     kept = ops.random_u24(seed, STREAM_KEEP, p.numel()).double() < p * _FINEST

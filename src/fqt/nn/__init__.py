@@ -1,10 +1,10 @@
 """Layers on quantized operands: recipes, conversion, explanation."""
 
+from fqt.nn.call import GradientOperand as GradientOperand
 from fqt.nn.convert import quantize_ as quantize_
 from fqt.nn.convert import restore_ as restore_
 from fqt.nn.explain import explain as explain
 from fqt.nn.forms import register as register
-from fqt.nn.function import GradientOperand as GradientOperand
 from fqt.nn.layers import convolution as convolution
 from fqt.nn.layers import linear as linear
 from fqt.nn.masks import inductor_options as inductor_options

@@ -50,13 +50,10 @@ def again(product: str, map: LinearMap, recipe: Recipe) -> Quantizer | None:
     if unit.right != SAVED:
         assert isinstance(unit.right, Quantizer)
         return unit.right
-    return AGAIN if _keeps_turned(product, recipe) or rotates(product, map, recipe) else None
-
-
-def _keeps_turned(product: str, recipe: Recipe) -> bool:
-    """Whether what a product keeps is rows of a transform of tokens, which its right operand takes too."""
-    keep = recipe.product(product).keep
-    return product == "grad_weight" and keep is not None and keep.turns
+    if recipe.operand(PRODUCTS[product][1]) is None:
+        return None  # a float operand is turned as it is
+    keep = unit.keep if product == "grad_weight" else None
+    return AGAIN if (keep is not None and keep.turns) or rotates(product, map, recipe) else None
 
 
 def misfit(map: LinearMap, recipe: Recipe) -> str:
@@ -80,11 +77,7 @@ def rotates(product: str, map: LinearMap, recipe: Recipe) -> bool:
     """Whether what a backward product contracts is rotated in both operands, the other quantized again."""
     unit = recipe.product(product)
     quantized = unit.right != SAVED or recipe.operand(PRODUCTS[product][1]) is not None
-    return (
-        unit.rotate is not None
-        and (quantized or _keeps_turned(product, recipe))
-        and not _rotation(product, map, recipe)
-    )
+    return unit.rotate is not None and quantized and not _rotation(product, map, recipe)
 
 
 @lru_cache(maxsize=512)

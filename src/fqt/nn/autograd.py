@@ -30,8 +30,9 @@ from fqt.errors import FqtError
 from fqt.kernels.codes import compute_dtype
 from fqt.kernels.tensor import Seen
 from fqt.nn import compiled
+from fqt.nn.call import Call
 from fqt.nn.eager import not_compiled
-from fqt.nn.function import Call, backward, forward, input_parts, input_seen, multiplied, no_autocast
+from fqt.nn.function import backward, forward, input_parts, input_seen, multiplied, no_autocast
 from fqt.nn.turning import turned_back
 
 _Saved = Sequence[Tensor | None]

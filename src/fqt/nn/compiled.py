@@ -21,7 +21,8 @@ from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, regist
 from fqt.errors import FqtError
 from fqt.kernels.codes import compute_dtype
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
-from fqt.nn.function import Call, backward, forward, input_parts, input_seen
+from fqt.nn.call import Call
+from fqt.nn.function import backward, forward, input_parts, input_seen
 from fqt.nn.recipe import Recipe
 
 _library = torch.library.Library("fqt", "FRAGMENT")

@@ -15,8 +15,7 @@ doubles the forward cost and keeps float activations.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,141 +27,25 @@ from fqt.errors import FqtError
 from fqt.kernels import integer, ops
 from fqt.kernels.codes import Findings, compute_dtype
 from fqt.kernels.fold import Folded, Split
-from fqt.kernels.linear_map import DenseMap, LinearMap, rows
-from fqt.kernels.philox import fork_seed
+from fqt.kernels.linear_map import DenseMap, rows
 from fqt.kernels.ranges import RangeState
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
-from fqt.nn.arithmetic import again, folds, on_integers, operands, rotates
-from fqt.nn.ranges import Ranges
-from fqt.nn.recipe import Recipe
-from fqt.nn.sharing import shared
-from fqt.nn.turning import turned_back, turned_input, turned_weight
-from fqt.nn.witness import Witness
+from fqt.nn.arithmetic import again, folds, rotates
+from fqt.nn.call import Call, GradientOperand
+from fqt.nn.operand import ForwardOperand, Requantized
+from fqt.nn.turning import turned_back
 from fqt.quant.keep import Keep
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Rotated
 
-_ROLES = {"grad_input": 0, "grad_weight": 1}
-_RIGHT, _KEEP = 0, 1
-"""Who draws from a product's seed beside the quantizer of grad_output: that of the right operand, the sampler."""
-
-
-@dataclass(frozen=True)
-class GradientOperand:
-    """grad_output as it is about to be quantized for one product.
-
-    Attributes:
-        role: "grad_input" or "grad_weight": the product it is for.
-        gradient: float, grad_output with its channels as last axis; what `quantizer` gets: folded steps are
-            multiplied in already.
-        folded: what was multiplied in, broadcasting against `gradient`; None if nothing was.
-        quantizer: the recipe's for this role.
-        rows: the axes of `gradient` that are its rows.
-        seed: of the noise: `quantizer.quantize(gradient, seed, axis=rows, range=range)` gives the very codes of the
-            product.
-        weight: shape of the weight that the layer multiplied by in this call; None if the layer did not say.
-        range: what the layer remembers, if the quantizer's range is not the tensor's own.
-        kept: whether `gradient` is a sample of grad_output's rows, or a part of their spectrum (`Product.keep`).
-    """
-
-    role: str
-    gradient: Tensor
-    folded: Tensor | None
-    quantizer: Quantizer
-    rows: tuple[int, ...]
-    seed: Tensor
-    weight: torch.Size | None = None
-    range: RangeState | None = None
-    kept: bool = False
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one call of a layer adds to its operands.
-
-    Attributes:
-        map: the layer's linear map.
-        recipe: its quantizers.
-        seed: int64 scalar on the CPU: the source of this call's gradient noise; None in eval mode, whose
-            gradient is exact.
-        dtype: of the output.
-        channels_last: whether the output and the input's gradient are laid out so, and the weight's in a compiled
-            graph; else they are contiguous.
-        observer: told of every gradient operand before it is quantized.
-        witness: told of every product that has run.
-        ranges: what the layer remembers; None where its recipe remembers nothing, or the gradient is exact.
-    """
-
-    map: LinearMap
-    recipe: Recipe
-    seed: Tensor | None
-    dtype: torch.dtype
-    channels_last: bool = False
-    observer: Callable[[GradientOperand], None] | None = None
-    witness: Witness | None = None
-    ranges: Ranges | None = None
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the gradient is that of the forward-quantized network, without noise."""
-        return self.seed is None or not (self.recipe.grad_input or self.recipe.grad_weight)
-
-    def on_integers(self, product: str, values: Tensor) -> bool:
-        """Whether a product of these values runs on integer codes."""
-        found = on_integers(product, self.map, self.recipe, values)
-        if self.witness is not None and None not in operands(product, self.map, self.recipe):
-            self.witness.decided(found and not integer.machine_obstacle(values.device.type))
-        return found
-
-    def at_work(self) -> AbstractContextManager:
-        """Lasts while the layer computes."""
-        return nullcontext() if self.witness is None else self.witness
-
-    def ran(self, product: str, output: torch.Size, input: torch.Size, weight: torch.Size) -> None:
-        """A product has run, in a layer of these shapes; all three have as many multiplications."""
-        if self.witness is not None:
-            self.witness.ran(product, math.prod(input if self.map.transposed else output) * math.prod(weight[1:]))
-
-    def as_laid_out(self, x: Tensor) -> Tensor:
-        """x in the memory format of this call's results."""
-        if not self.channels_last:
-            return x.contiguous()
-        return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-
-    def noise(self, role: str, device: torch.device) -> Tensor:
-        """The seed of one operand's quantizer.
-
-        The distributed rank is mixed in, so that equal seeds on all ranks stay independent: the rank that draws,
-        not the one where a graph was made.
-        """
-        return self._noise(role).to(device)
-
-    def right_noise(self, role: str, device: torch.device) -> Tensor:
-        """The seed of the quantizer of a product's right operand, where that is quantized again."""
-        return fork_seed(self._noise(role), _RIGHT).to(device)
-
-    def keep_noise(self, role: str, device: torch.device) -> Tensor:
-        """The seed of a product's sampler of rows."""
-        return fork_seed(self._noise(role), _KEEP).to(device)
-
-    def _noise(self, role: str) -> Tensor:
-        assert self.seed is not None
-        return fork_seed(self.seed, 2 * _rank() + _ROLES[role])
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
-
 
 def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, share: bool = False
-) -> tuple[Tensor, _Operand]:
+) -> tuple[Tensor, ForwardOperand]:
     """The output, and the input as it was multiplied; with `share`, in the codes of a layer that read it before."""
     with no_autocast(input.device.type), call.at_work():
-        x, w = _Operand.input(input, call, share), _Operand.weight(weight, call)
+        x, w = ForwardOperand.input(input, call, share), ForwardOperand.weight(weight, call)
         output = _output(x, w, bias, call)
         call.ran("output", output.shape, input.shape, weight.shape)
     return call.as_laid_out(output.to(call.dtype)), x
@@ -183,8 +66,8 @@ def backward(
     Args:
         grad_output: of the output's shape.
         weight: needed for the input's gradient only.
-        saved: of the input, `_Operand.tensors`, with `seen` None if they are floats; for the weight's gradient
-            only.
+        saved: of the input, `ForwardOperand.tensors`, with `seen` None if they are floats; for the weight's
+            gradient only.
         shapes, dtypes: of input and weight; of input, weight and bias.
         needs: which gradients.
         call: of the forward pass.
@@ -201,7 +84,7 @@ def backward(
         known = Findings(channels=shapes[1][0] if needs[2] and not call.map.transposed else 0)
         if needs[0]:
             assert weight is not None
-            w = _Operand.weight(weight, call)
+            w = ForwardOperand.weight(weight, call)
             dtype = input_dtype if call.recipe.rotate is None else compute_dtype(input_dtype)
             grad_input, found = _grad_input(grad_output, w, call, shapes[0], dtype, known)
             known = known if call.recipe.product("grad_input").keep is not None else found
@@ -210,7 +93,7 @@ def backward(
             )
             call.ran("grad_input", grad_output.shape, *shapes)
         if needs[1]:
-            x = _Operand.unpacked(saved, seen)
+            x = ForwardOperand.unpacked(saved, seen)
             grad_weight, found = _grad_weight(grad_output, x, call, shapes[1], known)
             known = known if call.recipe.product("grad_weight").keep is not None else found
             grad_weight = turned_back(grad_weight, call.map, call.recipe.rotate, is_input=False).to(weight_dtype)
@@ -229,13 +112,13 @@ def no_autocast(device: str) -> AbstractContextManager:
 
 def input_parts(input: Tensor, call: Call) -> tuple[tuple[Tensor, ...], Seen | None]:
     """What `backward` is given of an input, as `saved` and `seen`."""
-    x = _Operand.input(input, call, share=False)
+    x = ForwardOperand.input(input, call, share=False)
     return x.tensors, x.seen
 
 
 def multiplied(x: Tensor, call: Call, is_input: bool) -> Tensor:
     """The values that the layer multiplies in place of an input or a weight: those that its codes stand for."""
-    operand = _Operand.input(x, call, share=False) if is_input else _Operand.weight(x, call)
+    operand = ForwardOperand.input(x, call, share=False) if is_input else ForwardOperand.weight(x, call)
     return turned_back(operand.value(compute_dtype(x.dtype), call), call.map, call.recipe.rotate, is_input)
 
 
@@ -249,80 +132,7 @@ def input_seen(shape: torch.Size, dtype: torch.dtype, call: Call) -> Seen | None
     return Seen(view, dtype, q.scale.blocks(view.transposed))
 
 
-@dataclass(frozen=True)
-class _Operand:
-    """A forward operand: float, or codes of the operand laid out."""
-
-    tensor: Tensor | None
-    codes: QuantizedTensor | None
-    is_input: bool
-
-    @staticmethod
-    def input(x: Tensor, call: Call, share: bool) -> _Operand:
-        q = call.recipe.operand("input")
-        if q is None:
-            return _Operand(x, None, True)
-        axis = rows(call.map, q.scale.row_axis, x.ndim)
-
-        def quantize() -> QuantizedTensor:
-            return q.quantize(
-                turned_input(call.map.lay(x), call.map, call.recipe.rotate), axis=axis, nonfinite="propagate"
-            )
-
-        kind = (type(call.map), call.recipe.rotate, call.recipe.rotate and call.map.groups)
-        return _Operand(None, shared(x, q, axis, kind, quantize) if share else quantize(), True)
-
-    @staticmethod
-    def weight(w: Tensor, call: Call) -> _Operand:
-        q = call.recipe.operand("weight")
-        if q is None:
-            return _Operand(w, None, False)
-        by_channel, axis = call.map.weight_by_channel(w)
-        turned = turned_weight(by_channel, call.map, call.recipe.rotate)
-        return _Operand(None, q.quantize(turned, axis=axis, nonfinite="propagate"), False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what was given."""
-        given = self.tensor if self.codes is None else self.codes
-        assert given is not None
-        return given.dtype
-
-    def value(self, dtype: torch.dtype, call: Call) -> Tensor:
-        """The operand as floats."""
-        if self.codes is None:
-            assert self.tensor is not None
-            return self.tensor.to(dtype)
-        value = self.codes.dequantize(dtype)
-        return call.map.unlay(value) if self.is_input else call.map.weight_restored(value)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What must be kept: the floats, or codes, step and offset."""
-        if self.codes is None:
-            assert self.tensor is not None
-            return (self.tensor,)
-        return self.codes.matrix_codes, self.codes.matrix_step, self.codes.group_offset
-
-    @property
-    def seen(self) -> Seen | None:
-        """What must be kept beside these; None of floats."""
-        q = self.codes
-        return None if q is None else Seen(q.view, q.dtype, q.scales.blocks)
-
-    @staticmethod
-    def unpacked(saved: Sequence[Tensor | None], seen: Seen | None) -> _Operand:
-        """The input again, from its tensors."""
-        if seen is None:
-            return _Operand(saved[0], None, True)
-        codes, step, offset = saved
-        assert codes is not None
-        assert step is not None
-        assert offset is not None
-        return _Operand(None, seen.quantized(codes, step, offset), True)
-
-
-def _output(x: _Operand, w: _Operand, bias: Tensor | None, call: Call) -> Tensor:
+def _output(x: ForwardOperand, w: ForwardOperand, bias: Tensor | None, call: Call) -> Tensor:
     if x.codes is not None and w.codes is not None and call.on_integers("output", x.codes.matrix_step):
         return integer.output(call.map, x.codes, w.codes, bias, _result_dtype(call.dtype))
     compute = compute_dtype(torch.promote_types(x.dtype, w.dtype))
@@ -372,7 +182,7 @@ class _Gradient:
         """What is kept of the rows; None for all of them."""
         return self.call.recipe.product(self.role).keep if self.call.seed is not None else None
 
-    def kept(self, operand: _Operand) -> _Gradient:
+    def kept(self, operand: ForwardOperand) -> _Gradient:
         """The same with what the product keeps of its rows, of which nothing is known yet."""
         if self.keep is None:
             return self
@@ -454,7 +264,7 @@ class _Gradient:
 
 
 def _grad_input(
-    grad: Tensor, weight: _Operand, call: Call, shape: torch.Size, dtype: torch.dtype, known: Findings
+    grad: Tensor, weight: ForwardOperand, call: Call, shape: torch.Size, dtype: torch.dtype, known: Findings
 ) -> tuple[Tensor, Findings]:
     gradient = _Gradient.of(grad, "grad_input", call, known).kept(weight)
     if gradient.keep is not None and gradient.keep.turns:
@@ -466,11 +276,11 @@ def _grad_input(
 
 
 def _from_gradient(
-    gradient: _Gradient, weight: _Operand, shape: torch.Size, dtype: torch.dtype
+    gradient: _Gradient, weight: ForwardOperand, shape: torch.Size, dtype: torch.dtype
 ) -> tuple[Tensor, Findings]:
     """The input's gradient, of `shape`, from what is quantized of grad_output."""
     call, known = gradient.call, gradient.known
-    split, right = _split(gradient, weight), _quantized_again(gradient, weight)
+    split, right = _split(gradient, weight), _requantized(gradient, weight)
     if gradient.on_integers():
         codes, known = gradient.codes(None if split is None else split.step)
         w = _multiplied(weight, split, right)
@@ -494,10 +304,10 @@ def _from_gradient(
 
 
 def _grad_weight(
-    grad: Tensor, input: _Operand, call: Call, shape: torch.Size, known: Findings
+    grad: Tensor, input: ForwardOperand, call: Call, shape: torch.Size, known: Findings
 ) -> tuple[Tensor, Findings]:
     gradient = _Gradient.of(grad, "grad_weight", call, known).kept(input).in_one_run()
-    split, right = _split(gradient, input), _quantized_again(gradient, input)
+    split, right = _split(gradient, input), _requantized(gradient, input)
     if gradient.on_integers():
         x = _multiplied(input, split, right)
         if split is None:
@@ -509,11 +319,10 @@ def _grad_weight(
     if right is not None:
         estimate, known = gradient.value(None)
         return call.map.grad_weight(estimate, call.map.unlay(right.value()), shape), known
-    value = input.value(gradient.compute, call)
+    laid, _ = input.laid(gradient.compute, call, gradient.keep)
     if split is None:
         estimate, known = gradient.value(None)
-        return call.map.grad_weight(estimate, value, shape), known
-    laid = call.map.lay(value)
+        return call.map.grad_weight(estimate, call.map.unlay(laid), shape), known
     moved, rest, offset = _moved(gradient, split, split.along_rows(split.step), laid)
     estimate, known = gradient.value(moved)
     result = call.map.grad_weight(estimate, call.map.unlay(rest), shape)
@@ -523,56 +332,17 @@ def _grad_weight(
     return result, known
 
 
-@dataclass(frozen=True)
-class _Again:
-    """A forward operand quantized again for one backward product, laid out; turned as its grad_output is.
-
-    Attributes:
-        codes: of the operand, rotated along its first axis if there is a `rotation`.
-    """
-
-    codes: QuantizedTensor
-    rotation: Rotation | None
-    dtype: torch.dtype
-
-    def value(self) -> Tensor:
-        """What the codes stand for, turned back."""
-        value = self.codes.dequantize(self.dtype)
-        if self.rotation is None:
-            return value
-        return self.rotation.undo_rows(value.reshape(value.shape[0], math.prod(value.shape[1:]))).view(value.shape)
-
-
-def _quantized_again(gradient: _Gradient, operand: _Operand) -> _Again | None:
-    """The right operand where this product does not take the codes of the forward pass.
-
-    Quantized again from the values of these codes, which an unbiased quantizer estimates: the product remains an
-    unbiased estimate of the QAT gradient's.
-    """
+def _requantized(gradient: _Gradient, operand: ForwardOperand) -> Requantized | None:
+    """The right operand where this product does not take the codes of the forward pass."""
     call, role = gradient.call, gradient.role
     q = again(role, call.map, call.recipe) if call.seed is not None else None
     if q is None:
         return None
-    value = operand.value(gradient.compute, call)
-    if operand.is_input:
-        laid = call.map.lay(value)
-        contracted: tuple[int, ...] = tuple(range(laid.ndim - 1))
-    else:
-        laid, contracted = call.map.weight_by_channel(value)
-    rotation = gradient.rotation()
-    if gradient.keep is not None and operand.is_input:
-        laid = gradient.keep.turned(laid)
-    if rotation is not None and operand.is_input:  # of a Linear, as its gradient
-        laid, contracted = laid.flatten(0, -2), (0,)
-    if rotation is not None:  # along tokens, or the first axis of a weight that is neither grouped nor transposed
-        laid = rotation.rows(laid.reshape(laid.shape[0], math.prod(laid.shape[1:]))).view(laid.shape)
-    others = tuple(d for d in range(laid.ndim) if d not in contracted)
-    axis = contracted if q.scale.group == "tensor" else others
-    seed = call.right_noise(role, laid.device)
-    return _Again(q.quantize(laid, seed, axis=axis, nonfinite="propagate"), rotation, gradient.compute)
+    seed = call.right_noise(role, gradient.values.device)
+    return Requantized.of(operand, q, seed, call, gradient.rotation(), gradient.keep, gradient.compute)
 
 
-def _multiplied(operand: _Operand, split: Split | None, again: _Again | None) -> QuantizedTensor:
+def _multiplied(operand: ForwardOperand, split: Split | None, again: Requantized | None) -> QuantizedTensor:
     """The codes of a product's right operand."""
     if again is not None:
         return again.codes
@@ -581,7 +351,7 @@ def _multiplied(operand: _Operand, split: Split | None, again: _Again | None) ->
     return codes
 
 
-def _split(gradient: _Gradient, operand: _Operand) -> Split | None:
+def _split(gradient: _Gradient, operand: ForwardOperand) -> Split | None:
     """The forward operand taken apart, if its steps may move into this gradient."""
     call = gradient.call
     if operand.codes is None or gradient.quantizer is None or not folds(gradient.role, call.map, call.recipe):

@@ -21,8 +21,8 @@ from fqt.errors import FqtError
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.nn import compiled, sharded
 from fqt.nn.autograd import is_transformed, linear_products
+from fqt.nn.call import Call, GradientOperand
 from fqt.nn.eager import not_compiled
-from fqt.nn.function import Call, GradientOperand
 from fqt.nn.ranges import Memory, Ranges, check_call
 from fqt.nn.recipe import Recipe
 

@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # LUQ (2112.10769).
     "luq": {"input": "ptq4", "weight": "ptq4", "grad_input": "luq4", "grad_weight": "luq4"},
-    # INT4 training (2306.11987).
+    # INT4 training (2306.11987); whole rows are kept, where the paper keeps the two halves of a row apart.
     "int4": {
         "output": Product("ptq4", "ptq4", rotate=32),
         "grad_input": Product("split4", keep=Leverage(0.5)),
@@ -64,10 +64,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     # HLQ (2406.15102), and its grad_weight sampled without bias.
     "hlq": _hlq(LowSequency(8, 16)),
     "hlq_sampled": _hlq(Sequency(8, 16)),
-    # LBP-WHT (2309.15275), 21 of 64 tokens, and sampled without bias.
+    # LBP-WHT (2309.15275), 21 of 64 tokens, which lie in a line here and in 8 × 8 patches there; and sampled
+    # without bias.
     "lbp": _lbp(LowSequency(21, 64)),
     "lbp_sampled": _lbp(Sequency(21, 64)),
-    # 1-bit FQT (2408.14267): a quarter of the rows in four bits.
+    # 1-bit FQT (2408.14267): a quarter of the rows in four bits. The forward pass has two bits, where the paper has
+    # signs and one scale: a grid of two levels without a zero is none of ours.
     "onebit": {
         "input": "psq2",
         "weight": "psq2@channel",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fqt.nn.call import GradientOperand
 from fqt.nn.convert import is_converted
-from fqt.nn.function import GradientOperand
 from fqt.nn.wrappers import named_modules
 
 

@@ -28,10 +28,11 @@ from fqt.kernels.rounding import NEAREST, STOCHASTIC
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
 from fqt.nn.product import SAVED, Product, check_block, check_fold
+from fqt.quant.best import Best
 from fqt.quant.catalog import METHODS, quantizer, quantizer_name, rounded
 from fqt.quant.grid import Integers, grid_from
 from fqt.quant.keep import WORDS, Sampled, keep_from
-from fqt.quant.quantizer import Best, Quantizer
+from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
 from fqt.records import read_toml
@@ -43,6 +44,13 @@ PRODUCTS = {
     "grad_weight": ("grad_weight", "input"),
 }
 """What each product multiplies, by field of `Recipe`."""
+
+
+class _Unsaid(str):
+    """An operand's name that stands where none was given."""
+
+
+_FORWARD = _Unsaid("ptq8")
 
 WEIGHT_AGAIN = "the right operand of grad_input"
 INPUT_AGAIN = "the right operand of grad_weight"
@@ -92,14 +100,14 @@ class Recipe:
             the product's variance does not rise. Unbiased either way; only "always" lets such a product run on
             integers.
         rules: exceptions by layer name, first match wins.
-        output: instead of `input`, `weight` and `rotate`: the first product written out, `Product(left, right,
-            rotate)`. It is taken apart, and reads None.
+        output: instead of `input`, `weight` and `rotate`, not beside them: the first product written out,
+            `Product(left, right, rotate)`. It is taken apart, and reads None.
         text: the same without rules, as one line of JSON; `Recipe.of_text` gives an equal recipe back in any
             process. Compiled graphs and exported programs hold it. Empty if a transform has no words for it.
     """
 
-    input: Quantizer | str | None = "ptq8"
-    weight: Quantizer | str | None = "ptq8"
+    input: Quantizer | str | None = _FORWARD
+    weight: Quantizer | str | None = _FORWARD
     grad_input: Quantizer | Product | str | None = None
     grad_weight: Quantizer | Product | str | None = None
     rotate: int | None = None
@@ -133,6 +141,10 @@ class Recipe:
         unfit = not isinstance(output, Product) or output.right == SAVED
         if unfit or output.fold is not None or output.keep is not None:
             raise FqtError(f"output must be Product(left, right, rotate), of input and of weight, not {output!r}")
+        twice = [name for name in ("input", "weight") if not isinstance(getattr(self, name), _Unsaid)]
+        twice += ["rotate"] if self.rotate is not None else []
+        if twice:
+            raise FqtError(f"output says what {' and '.join(twice)} {'is' if len(twice) == 1 else 'are'}: say one")
         for name, value in (("input", output.left), ("weight", output.right), ("rotate", output.rotate)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "output", None)
@@ -342,13 +354,10 @@ def _from_file(path: Path) -> Recipe:
 def _from_mapping(table: Mapping[str, Any]) -> Recipe:
     known = {f.name for f in fields(Recipe) if f.init} | {"base"}
     _only(table, known, "recipe")
-    twice = [key for key in ("input", "weight", "rotate") if key in table and table.get("output") is not None]
-    if twice:
-        raise FqtError(f"output says what {' and '.join(twice)} is: say one")
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, Mapping) and (key == "output" or (key in OPERANDS and "left" in value)):
-            values[key] = _product_from(value)
+        if isinstance(value, Mapping) and (key == "output" or (key in OPERANDS and _is_product(value))):
+            values[key] = _product_from(key, value)
         elif key in OPERANDS and isinstance(value, Mapping):
             values[key] = _quantizer_from(value)
         elif key == "rules":
@@ -358,6 +367,10 @@ def _from_mapping(table: Mapping[str, Any]) -> Recipe:
     base = table.get("base", "qat")
     if not isinstance(base, str):
         raise FqtError(f"base must be a recipe's name, not {base!r}")
+    if values.get("output") is not None:  # what the base says of these is not beside it
+        said = {key: values.pop(key) for key in ("input", "weight", "rotate", "output") if key in values}
+        written = Recipe(**said)
+        values |= {"input": written.input, "weight": written.weight, "rotate": written.rotate}
     return replace(_named(base), **values)
 
 
@@ -375,7 +388,16 @@ def _rule_from(table: Mapping[str, Any]) -> Rule:
     return Rule(table["pattern"], _from_mapping(recipe) if isinstance(recipe, Mapping) else recipe)
 
 
-def _product_from(table: Mapping[str, Any]) -> Product:
+def _is_product(table: Mapping[str, Any]) -> bool:
+    """Whether an operand's table says more than its quantizer."""
+    return not {"left", "right", "fold"}.isdisjoint(table)
+
+
+def _product_from(key: str, table: Mapping[str, Any]) -> Product:
+    wanted = {"left": "grad_output"} if key != "output" else {"left": "input", "right": "weight"}
+    lacking = [f"{name} (the quantizer of {what}, or 'none')" for name, what in wanted.items() if name not in table]
+    if lacking:
+        raise FqtError(f"{key} is a product's table, and lacks {' and '.join(lacking)}")
     _only(table, {f.name for f in fields(Product)}, "product")
     values = dict(table)
     for name in ("left", "right"):

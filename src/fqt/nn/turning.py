@@ -2,6 +2,11 @@
 
 Gradients of the turned operands are turned back. The signs of R are always the same: the forward pass is
 deterministic. Each group of a convolution's channels is turned by itself, at every position alike.
+
+The signs are drawn at every call, one for every feature, from the seed that is theirs for ever: as many numbers as
+one row has, where each row of the operand costs as many and log₂(block) times that to turn. To keep them was
+rejected: they would be tensors of every device and dtype in a table beside the layers, which graphs that are being
+traced must not see.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from fqt.kernels.rounding import Dithered as Dithered
 from fqt.kernels.rounding import Nearest as Nearest
 from fqt.kernels.rounding import Stochastic as Stochastic
 from fqt.kernels.tensor import QuantizedTensor as QuantizedTensor
+from fqt.quant.best import Best as Best
 from fqt.quant.catalog import METHODS as METHODS
 from fqt.quant.catalog import Method as Method
 from fqt.quant.catalog import quantizer as quantizer
@@ -20,7 +21,6 @@ from fqt.quant.keep import Keep as Keep
 from fqt.quant.keep import Leverage as Leverage
 from fqt.quant.keep import LowSequency as LowSequency
 from fqt.quant.keep import Sequency as Sequency
-from fqt.quant.quantizer import Best as Best
 from fqt.quant.quantizer import Quantizer as Quantizer
 from fqt.quant.scale import Scale as Scale
 from fqt.quant.transform import BlockHouseholder as BlockHouseholder

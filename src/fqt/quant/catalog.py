@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fqt.errors import FqtError
+from fqt.quant.best import Best
 from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.keep import ByRange
-from fqt.quant.quantizer import Best, Quantizer
+from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import AXES, Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
 
@@ -212,7 +213,10 @@ _ROWS = (
         title="Hadamard low-rank quantizer, its grad_input",
         paper=Paper("Kim et al., HLQ", 2024, "2406.15102"),
         what="features rotated in blocks of 16, integers, an affine step per row; not its biased grad_weight",
-        left_out="grad_weight from 8 of 16 low-sequency rows: biased, and no quantizer of an operand",
+        left_out=(
+            "grad_weight from 8 of 16 low-sequency rows, which is no quantizer of an operand: the recipes hlq "
+            "(biased) and hlq_sampled have it"
+        ),
         transform=Rotated(Identity(), block=16),
     ),
     Method(
@@ -317,7 +321,9 @@ _ROWS = (
         paper=Paper("Xi et al., INT4 training", 2023, "2306.11987"),
         what="two integers, coarse to nearest and fine stochastic, one step for the tensor",
         left_out=(
-            "sampling of rows by leverage scores; published ranges and codes (±6 of 98 steps) clip, these do not"
+            "sampling by leverage scores, of the coarse and the fine half of each row apart: the recipe int4 "
+            "samples whole rows, before they are split; published ranges and codes (±6 of 98 steps) clip, these do "
+            "not"
         ),
         widths=(2, 3, 4),
         grid=Pairs,

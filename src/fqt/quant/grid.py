@@ -13,35 +13,44 @@ of integers.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from fqt.errors import FqtError
 from fqt.kernels.codes import Levels
+from fqt.quant.abstract import Abstract
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Abstract):
     """A set of integers; `bits` says how many a code takes."""
 
+    instead: ClassVar[str] = "Integers(8), Floats(2, 1), Pairs(4) or Logarithmic(8)"
+
     @property
+    @abstractmethod
     def bits(self) -> int:
         """How many bits tell the levels apart."""
-        raise NotImplementedError
 
+    @abstractmethod
     def levels(self, mode: str) -> Levels:
         """The levels on a scale of that mode ("affine", "zero", "symmetric")."""
-        raise NotImplementedError
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that `with_bits` takes: its own, where the kind has one width."""
+        return (self.bits,)
 
     def with_bits(self, bits: int) -> Grid:
         """The grid of the same kind with as many bits."""
         if bits == self.bits:
             return self
-        raise FqtError(f"{self} comes in one width only")
+        raise FqtError(f"{self} comes in one width, {self.bits} bits, not {bits!r}: see grid.widths")
 
     @property
     def words(self) -> dict[str, Any]:
@@ -64,6 +73,11 @@ class Integers(Grid):
         if mode == "symmetric":
             return Levels(-self.symmetric_steps, self.symmetric_steps)
         return Levels(0, self.affine_steps)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """2 to 8."""
+        return tuple(range(2, 9))
 
     def with_bits(self, bits: int) -> Integers:
         """The integers of another width."""

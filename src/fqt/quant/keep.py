@@ -9,24 +9,28 @@ top.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
 from fqt.kernels import sampling
-from fqt.kernels.codes import is_power_of_two
+from fqt.kernels.codes import compute_dtype, is_power_of_two
+from fqt.quant.abstract import Abstract
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Abstract):
     """What is kept of grad_output for one product.
 
     Attributes:
         bias: "exact" (none), or "biased: " and by what.
     """
+
+    instead: ClassVar[str] = "Leverage(0.5), ByRange(0.25), Sequency(8, 16) or LowSequency(8, 16)"
 
     @property
     def bias(self) -> str:
@@ -51,6 +55,7 @@ class Keep:
         """A gradient of the input (…, N', I), from the domain where rows are kept to N = `length` tokens."""
         return y
 
+    @abstractmethod
     def apply(self, g: Tensor, x: Tensor | None, seed: Tensor, axes: int) -> Tensor:
         """What is quantized in place of grad_output.
 
@@ -60,17 +65,19 @@ class Keep:
             seed: int64 scalar.
             axes: how many.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def variance(self, g: Tensor, x: Tensor | None = None) -> Tensor:
         """Exact variance that keeping rows adds to grad_weight = gᵀ·x; to g itself without x. float64 scalar.
 
         Over the sample alone; the square of a bias, where there is one, is no variance.
 
         Args:
-            g, x: (N, O) and (N, I).
+            g, x: (N, O) and (N, I), floats.
+
+        Raises:
+            FqtError: they are not.
         """
-        raise NotImplementedError
 
     def __str__(self) -> str:
         by, *values = self.words.items()
@@ -99,13 +106,25 @@ class Sampled(Keep):
         if not isinstance(self.share, int | float) or isinstance(self.share, bool) or not 0 < self.share <= 1:
             raise FqtError(f"keep takes a share of rows above 0 and up to 1, not {self.share!r}")
 
+    @abstractmethod
     def score(self, g: Tensor, x: Tensor | None) -> Tensor:
         """(N,) float64, what probabilities are in proportion to; above 0 but for rows of zeros. g: (N, D)."""
-        raise NotImplementedError
 
     def chances(self, g: Tensor, x: Tensor | None = None) -> Tensor:
-        """(N,) float64, the probability of each row. g: (N, D)."""
-        return sampling.capped(self.score(g, x), self.share)
+        """(N,) float64, the probability of each row: in proportion to its score, capped at 1.
+
+        Near the end of g's float range it is as large as it must be for the row over it to stay finite.
+
+        Args:
+            g, x: (N, D) and (N, I), floats.
+
+        Raises:
+            FqtError: they are not.
+        """
+        _check_rows(g, x)
+        largest = torch.linalg.vector_norm(g, torch.inf, dim=1) if g.numel() else g.new_zeros(g.shape[0])
+        p = sampling.capped(self.score(g, x), self.share)
+        return sampling.finite(p, largest.double() / torch.finfo(compute_dtype(g.dtype)).max)
 
     def apply(self, g: Tensor, x: Tensor | None, seed: Tensor, axes: int) -> Tensor:
         """Rows times m/p."""
@@ -159,9 +178,11 @@ class ByRange(Sampled):
 class LowSequency(Keep):
     """Of every block of neighbouring tokens the Walsh–Hadamard rows with the fewest changes of sign.
 
-    Of HLQ (arXiv 2406.15102) and LBP-WHT (2309.15275). Deterministic, and biased by design: what changes fast
-    between neighbours is dropped, (H_⊥g)ᵀ(H_⊥x) of the gradient. Of a Linear only, whose tokens are neighbours
-    along the last axis but one. Blocks do not cross samples; the last of a sample is filled up with zeros.
+    Of HLQ (arXiv 2406.15102); and of LBP-WHT (2309.15275) with tokens in a line, where that has 8 × 8 patches of an
+    image, whose sides a layer does not know, and their sequency in two dimensions. Deterministic, and biased by
+    design: what changes fast between neighbours is dropped, (H_⊥g)ᵀ(H_⊥x) of the gradient. Of a Linear only, whose
+    tokens are neighbours along the last axis but one. Blocks do not cross samples; the last of a sample is filled
+    up with zeros.
 
     Attributes:
         rows: how many of a block are kept.
@@ -241,7 +262,20 @@ class Sequency(LowSequency):
 
     def variance(self, g: Tensor, x: Tensor | None = None) -> Tensor:
         """That of the leverage-score sample of transformed rows."""
+        _check_rows(g, x)
         return self._sample.variance(self.turned(g), None if x is None else self.turned(x))
+
+
+def _check_rows(g: Tensor, x: Tensor | None) -> None:
+    """Raises FqtError for what are no rows of grad_output, and of the input beside them."""
+    for name, given in (("g", g), ("x", x)):
+        if given is None and name == "x":
+            continue
+        if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim != 2:
+            kind = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+            raise FqtError(f"{name} must be a matrix of floats whose rows are kept or not, not {kind}")
+    if x is not None and len(x) != len(g):
+        raise FqtError(f"g has {len(g)} rows and x has {len(x)}: give both the same tokens")
 
 
 def _matrix(x: Tensor, axes: int) -> Tensor:

@@ -17,20 +17,21 @@ from torch import Tensor
 
 from fqt.errors import FqtError
 from fqt.kernels import ops
-from fqt.kernels.choice import Choice, quantize_best
+from fqt.kernels.choice import Choice
 from fqt.kernels.codes import Blocks, Entries, Findings, Quantized, compute_dtype
 from fqt.kernels.mixing import Mixing
 from fqt.kernels.philox import as_seed
-from fqt.kernels.ranges import Measured, RangeState, quantize_within, reach
+from fqt.kernels.ranges import RangeState, reach
 from fqt.kernels.rounding import CORRECTED, DITHERED, ROUNDINGS, Coding, Rounding
 from fqt.kernels.tensor import QuantizedTensor, RowView
 from fqt.quant.grid import Grid, Integers, Pairs
+from fqt.quant.remembering import Remembering
 from fqt.quant.scale import Scale
 from fqt.quant.transform import Identity, Transform, Undo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantizer:
+class Quantizer(Remembering):
     """A point in transform × scale × grid × rounding.
 
     Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest" and "corrected", which is so
@@ -53,7 +54,10 @@ class Quantizer:
     rounding: Rounding | str = "stochastic"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rounding, Rounding):
+        for name, kind in (("transform", Transform), ("scale", Scale), ("grid", Grid)):
+            if not isinstance(getattr(self, name), kind):
+                raise FqtError(f"{name} is a {kind.__name__} of fqt.quant, not {getattr(self, name)!r}")
+        if not isinstance(self.rounding, Rounding) or type(self.rounding) is Rounding:
             if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
                 raise FqtError(f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}")
             object.__setattr__(self, "rounding", ROUNDINGS[self.rounding])
@@ -182,56 +186,6 @@ class Quantizer:
         quantized = self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo))
         return quantized, found.findings or known
 
-    def quantize_measuring(
-        self,
-        x: Tensor,
-        range: RangeState,
-        seed: int | Tensor | None = None,
-        *,
-        axis: int | tuple[int, ...] = 0,
-        nonfinite: str = "raise",
-        factor: Tensor | None = None,
-    ) -> tuple[QuantizedTensor, Measured]:
-        """`quantize` in a remembered range, and what x teaches for the next tensor's: `learned` takes it.
-
-        >>> import torch
-        >>> from fqt.quant import RangeState, quantizer
-        >>> hindsight, state = quantizer("hind8"), RangeState.empty()
-        >>> for step, size in enumerate([1.0, 2.0, 0.5]):
-        ...     x = torch.linspace(-size, size, 100)
-        ...     quantized, seen = hindsight.quantize_measuring(x, state, seed=step)
-        ...     state = hindsight.learned(state, seen)
-        >>> print(int(state.clipped), "of", int(state.entries), "clipped")
-        50 of 300 clipped
-        >>> state.bounds.tolist()
-        [-1.04, 1.04]
-
-        Args:
-            x, seed, axis, nonfinite, factor: as for `quantize`.
-            range: what is remembered, on x's device; `RangeState.empty()` before the first tensor. Not changed.
-
-        Returns:
-            The codes, and what x teaches: its own range, and how many entries were clipped.
-
-        Raises:
-            FqtError: as `quantize`; or the scale's range is its own.
-        """
-        self._check_range(range)
-        entries, view = self._entries(x, axis, factor)
-        key = self._key(seed, x.device)
-        y, undo = self.transform.apply(entries, self.coding, key)
-        found, seen = quantize_within(y, self.coding, key, self.scale.source, range)
-        return self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo)), seen
-
-    def learned(self, range: RangeState, seen: Measured) -> RangeState:
-        """What is remembered after a tensor from which `seen` was measured."""
-        self._check_range(range)
-        return self.scale.source.learned(range, seen, self.coding.levels)
-
-    def _check_range(self, range: RangeState | None) -> None:
-        if range is not None and not self.scale.remembers:
-            raise FqtError("this quantizer has the tensor's own range and takes no other: see Scale(range=…)")
-
     def rounded(
         self,
         x: Tensor,
@@ -329,7 +283,6 @@ class Quantizer:
         Raises:
             FqtError: no closed form is known: of corrected rounding, and of a choice between several quantizers.
         """
-        self._check_range(range)
         if len(self.codings) > 1 or self.coding.rounding.settles:
             raise FqtError(f"the mean error of {self.rounding_name} rounding has no closed form here")
         entries, view = self._entries(x, axis, None)
@@ -399,12 +352,6 @@ class Quantizer:
         """Whether what the transform does depends on the width."""
         return self.transform.sees_levels(self.scale.mode)
 
-    def _ranges(self, y: Entries, blocks: Blocks, range: RangeState | None) -> tuple[Tensor, Tensor]:
-        """The ranges that blocks of the transformed matrix are quantized in."""
-        self._check_range(range)
-        own = ops.value_range(y, blocks)
-        return own if range is None else self.scale.source.used(*own, range)
-
     def _variance(
         self,
         x: Tensor,
@@ -441,76 +388,6 @@ class Quantizer:
 
     def _blocks(self, view: RowView) -> Blocks:
         return self.scale.blocks(view.transposed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best(Quantizer):
-    """Of several quantizers the one that has the least exact variance on a tensor; the first where two are equal.
-
-    The choice looks at the data, not at the rounding noise: unbiased as each of them is.
-
-    Attributes:
-        candidates: quantizers of one transform, one group of entries that share a step and codes of one dtype; they
-            differ in where zero lies and in the rounding.
-        transform, scale, grid, rounding: the first candidate's.
-    """
-
-    candidates: tuple[Quantizer, ...]
-    transform: Transform = field(init=False, repr=False, compare=False)
-    scale: Scale = field(init=False, repr=False, compare=False)
-    grid: Grid = field(init=False, repr=False, compare=False)
-    rounding: Rounding | str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "candidates", tuple(self.candidates))
-        if len(self.candidates) < 2 or not all(type(q) is Quantizer for q in self.candidates):
-            raise FqtError(f"Best chooses between two quantizers or more, not {self.candidates!r}")
-        if any(q.scale.remembers for q in self.candidates):
-            raise FqtError("the quantizers that Best chooses between must have the tensor's own range")
-        first = self.candidates[0]
-        for name in ("transform", "scale", "grid", "rounding"):
-            object.__setattr__(self, name, getattr(first, name))
-        if any((q.transform, q.scale.group, q.scale.axis, q.grid) != self._common for q in self.candidates):
-            raise FqtError("the quantizers that Best chooses between must have one transform, group, axis and grid")
-        if self.transform.sees_levels("affine"):
-            # The guard decides block by block, the choice is of the whole: neither is exact without the other.
-            raise FqtError("guard='exact' compares one rounding's variances: choose 'stochastic' or 'dithered'")
-        if any(q.code_dtype != first.code_dtype for q in self.candidates):
-            raise FqtError("the quantizers that Best chooses between must have codes of one dtype")
-
-    @property
-    def _common(self) -> tuple:
-        return self.transform, self.scale.group, self.scale.axis, self.grid
-
-    @property
-    def codings(self) -> tuple[Coding, ...]:
-        """The candidates'."""
-        return tuple(q.coding for q in self.candidates)
-
-    @property
-    def rounding_name(self) -> str:
-        """ "best"."""
-        return "best"
-
-    def with_bits(self, bits: int) -> Best:
-        """The same choice at another width."""
-        return Best(candidates=tuple(q.with_bits(bits) for q in self.candidates))
-
-    def with_transform(self, transform: Transform) -> Best:
-        """The same choice after another transform."""
-        return Best(candidates=tuple(q.with_transform(transform) for q in self.candidates))
-
-    def _codes(
-        self, x: Entries, view: RowView, key: Tensor | None, known: Findings | None
-    ) -> tuple[Quantized, Undo]:
-        y, undo = self.transform.apply(x, self.coding, key)
-        return self._rounded(y, view, key, undo, known if undo == Undo() else None), undo
-
-    def _rounded(
-        self, y: Entries, view: RowView, key: Tensor | None, undo: Undo, known: Findings | None
-    ) -> Quantized:
-        cost = None if undo.mixing is None else undo.mixing.cost
-        return quantize_best(y, self._blocks(view), self.codings, key, cost, known)
 
 
 def _period(view: RowView) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from fqt.kernels.codes import Blocks, Entries, Findings, Quantized, is_power_of_
 from fqt.kernels.mixing import Guard, Mixing
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.rounding import Coding
+from fqt.quant.abstract import Abstract
 from fqt.quant.keep import Sampled
 
 
@@ -70,8 +72,10 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Transform:
+class Transform(Abstract):
     """What is done to a matrix before it is rounded, and undone after."""
+
+    instead: ClassVar[str] = "Identity(), BlockHouseholder(), ScaledHadamard(), Rotated() or Kept(ByRange())"
 
     @property
     def needs_rows(self) -> bool:
@@ -96,9 +100,9 @@ class Transform:
         """Of what undoing it needs for so many rows, beside the seed."""
         return 0
 
+    @abstractmethod
     def apply(self, x: Entries, coding: Coding, seed: Tensor | None) -> Mixed:
         """The matrix that is rounded, and how to undo the transform."""
-        raise NotImplementedError
 
     def measured(self, x: Entries, coding: Coding, seed: Tensor | None) -> Measured:
         """As `apply`, for exact variances; of a sample of rows, all of them."""
@@ -232,6 +236,8 @@ class Rotated(Transform):
     A large feature is spread over its block, as a large row is by a transform over rows; in a product contracting
     the features the other operand takes the same rotation, and it cancels. It does not pay everywhere: exact zeros,
     and rows with few features that matter, become dense. Constant rows come back to the rounding of float32 only.
+    Sums of √block of the largest entries must be floats themselves: beyond 3e37 in float32 some are not, and what
+    is made of them is NaN.
 
     Attributes:
         rows: the transform over rows.
@@ -244,6 +250,8 @@ class Rotated(Transform):
     def __post_init__(self) -> None:
         if not is_power_of_two(self.block):
             raise FqtError(f"a Hadamard block must be a power of two, not {self.block!r}")
+        if not isinstance(self.rows, Transform):
+            raise FqtError(f"the rows of Rotated are a transform such as ScaledHadamard(), not {self.rows!r}")
         if isinstance(self.rows, Rotated):
             raise FqtError("features are rotated once: the transform over rows cannot rotate them again")
 
@@ -308,6 +316,10 @@ class Kept(Transform):
     """
 
     rows: Sampled
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, Sampled):
+            raise FqtError(f"Kept takes a sample of rows such as ByRange(0.25), not {self.rows!r}")
 
     @property
     def needs_rows(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fqt.report.diagnosis_charts import diagnosis_panels
@@ -63,11 +63,12 @@ def _noise(record: Mapping[str, Any]) -> Table:
 
 
 def _operands(record: Mapping[str, Any]) -> Table:
-    widths = list(record["operands"][0]["variance"]) if record["operands"] else []
+    widths = sorted({b for o in record["operands"] for b in o["variance"]}, key=int)
     rows = []
     for o in record["operands"]:
         energy, at = o["energy"]["value"], str(o["bits"])
-        shares = [short(o["variance"][b]["value"] / energy if energy else math.nan) for b in widths]
+        there = [o["variance"].get(b, {"value": math.nan})["value"] for b in widths]
+        shares = [short(v / energy if energy else math.nan) for v in there]
         exact, bound = o["variance"][at]["value"], o["bound"][at]
         limit = None if not o["limit"] or not bound else o["limit"][at] / bound
         rows.append(
@@ -90,7 +91,15 @@ def _operands(record: Mapping[str, Any]) -> Table:
         note=(
             "At the layer's bits: bound: the closed form over the exact variance; limit: what no left transform's "
             "bound falls below, over the bound. Ranges: largest row over mean; empty: share of codes never used."
+            + _again(record.get("again"))
         ),
+    )
+
+
+def _again(products: Sequence[str] | None) -> str:
+    """What the variances of grad_output lack."""
+    return (
+        f" Not in these: the right operands that are quantized again, of {', '.join(products)}." if products else ""
     )
 
 

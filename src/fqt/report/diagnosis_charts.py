@@ -121,7 +121,7 @@ def _profile(axes: Axes, by_role: Mapping[str, Operands]) -> list[Point]:
 
 
 def _by_bits(axes: Axes, operands: Operands) -> list[Point]:
-    widths = [int(b) for b in operands[0]["variance"]]
+    widths = sorted({int(b) for o in operands for b in o["variance"]})
     limited = [o for o in operands if o["limit"]]
     curves: dict[str, tuple[Operands, Callable[[Any, str], Any], str]] = {
         "exact": (operands, lambda o, b: o["variance"][b]["value"], "-o"),
@@ -132,7 +132,8 @@ def _by_bits(axes: Axes, operands: Operands) -> list[Point]:
     for i, (name, (chosen, value, line)) in enumerate(curves.items()):
         if not chosen:
             continue
-        shares = [[_share(o, value(o, str(b))) for o in chosen] for b in widths]
+        shares = [[_share(o, value(o, str(b))) for o in chosen if str(b) in o["variance"]] for b in widths]
+        shares = [at or [math.nan] for at in shares]
         middle = [statistics.median(at) for at in shares]
         of = "" if len(chosen) == len(operands) else f" ({len(chosen)} of {len(operands)} layers)"
         axes.plot(widths, middle, line, color=colour(i + 1), label=name + of, markersize=3.5, linewidth=1.2)

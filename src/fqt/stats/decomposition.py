@@ -170,7 +170,9 @@ class _Chain:
                 both = [(name, ROLES)] if self._is_plain(name) else [(name, (role,)) for role in ROLES]
                 self.steps += both
         found = self.operands.variances()
-        self.variances.update([torch.tensor([list(v.values()) for v in found.values()], dtype=torch.float64)])
+        self.variances.update(
+            [torch.tensor([v for of in found.values() for v in of.values()], dtype=torch.float64)]
+        )
 
     def _is_plain(self, name: str) -> bool:
         """Whether a layer's noise in its own parameters is all its grad_weight quantizer's."""
@@ -210,9 +212,9 @@ class _Chain:
         if gaps.count > 1:
             reach = float(distributions.t.ppf(1 - (1 - CONFIDENCE) / 2 / len(names), gaps.count - 1))
         operands: dict[str, dict[str, dict[int, float]]] = {}
-        keys = self.operands.variances()
-        for (layer, role), values in zip(keys, self.variances.mean[0].tolist(), strict=True):
-            operands.setdefault(layer, {})[role] = dict(zip(self.operands.widths, values, strict=True))
+        means = iter(self.variances.mean[0].tolist())
+        for (layer, role), by_width in self.operands.variances().items():
+            operands.setdefault(layer, {})[role] = {bits: next(means) for bits in by_width}
         return Decomposition(
             sources=tuple(self.sources),
             targets=tuple(self.targets),

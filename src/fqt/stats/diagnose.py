@@ -13,7 +13,7 @@ noisy as the choice of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,23 @@ from torch import nn
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe
+from fqt.nn.arithmetic import again
+from fqt.nn.layers import linear_map
 from fqt.seeds import derive_seed
 from fqt.stats.decomposition import Decomposition, decompose
 from fqt.stats.moments import Moments
 from fqt.stats.operands import Operand, Operands
-from fqt.stats.passes import Backward, LossFn, check_batches, check_model, converted, measuring, owner, without
+from fqt.stats.passes import (
+    ROLES,
+    Backward,
+    LossFn,
+    check_batches,
+    check_model,
+    converted,
+    measuring,
+    owner,
+    without,
+)
 from fqt.stats.spread import Estimate, Spread, estimates, ratio
 
 __all__ = ["Diagnosis", "Noise", "diagnose"]
@@ -68,6 +80,9 @@ class Diagnosis:
         operands: every quantized gradient operand, in the order of the backward pass.
         table: Theorem 2's layer × layer table; None if it was left out.
         recipes: each converted layer's recipe.
+        again: the products whose right operand is quantized again ("0 grad_input"). That noise is in `total`,
+            `layers` and `table`, which are measured on gradients; `operands` are exact variances of grad_output
+            alone, which do not have it: multiplied by what grad_output is, it is no figure of one operand.
         batches, draws: what sampling and quantization variance were measured on, draws per batch.
     """
 
@@ -78,12 +93,15 @@ class Diagnosis:
     recipes: dict[str, Recipe]
     batches: int
     draws: int
+    again: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{'layer':24} {'sampling':>10} {'quantization':>12} {'ρ':>10}"]
         for name, noise in (*self.layers.items(), ("(whole gradient)", self.total)):
             figures = f"{noise.sampling.value:10.3g} {noise.quantization.value:12.3g} {noise.rho.value:10.3g}"
             lines.append(f"{name or '(model)':24} {figures}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
+        if self.again:
+            lines.append(f"right operands quantized again, which no operand figure has: {', '.join(self.again)}")
         return "\n".join(lines)
 
     @property
@@ -104,7 +122,8 @@ def diagnose(
     """Measures where the noise of a converted model's gradient comes from, at its present weights.
 
     Each batch costs 1 exact and `draws` quantized backward passes, and (L + 2)·`table` more for the table of L
-    layers. Parameters, buffers, `.grad` and the random state are left as they were.
+    layers. Parameters, buffers, `.grad` and the random state are left as they were. `quantization_variance` has the
+    same estimate of the total from the same draws, in float64; here it is good to the rounding of float32.
 
     Defined cases: a frozen parameter has no gradient and no column, its layer's `grad_input` still counts; a layer
     used several times reports sums over its uses, but has no place in the table if other layers come between;
@@ -123,7 +142,8 @@ def diagnose(
         The diagnosis; every estimator in it is unbiased.
 
     Raises:
-        FqtError: no converted layer, none that quantizes its gradient, one in eval mode, no trainable parameter,
+        FqtError: no converted layer, none that quantizes its gradient, one in eval mode, one that keeps a part of
+            grad_output's rows, no trainable parameter,
             parameters sharded over processes, too few batches or draws, batches of unequal size, a loss that is not
             a finite scalar, active dropout.
     """
@@ -158,7 +178,18 @@ def diagnose(
         recipes={name: module.fqt_recipe for name, module in converted(model).items()},  # type: ignore[misc]
         batches=len(batches),
         draws=draws,
+        again=tuple(_again(converted(model))),
     )
+
+
+def _again(layers: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The backward products whose right operand is quantized again by a rounding that draws."""
+    for name, layer in layers.items():
+        for role in ROLES:
+            recipe: Recipe = layer.fqt_recipe  # type: ignore[assignment]
+            right = again(role, linear_map(layer), recipe)
+            if right is not None and right.draws:
+                yield f"{name} {role}".strip()
 
 
 def _sampling(

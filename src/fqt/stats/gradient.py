@@ -55,9 +55,13 @@ def quantization_variance(
 
     For each batch b, ``draws`` backward passes differ only in torch's random state; V_b is the unbiased variance
     (M − 1 in the denominator) summed over entries, and the estimate is the mean of V_b over the B batches.
-    Unbiased for the batches' own distribution. The standard error is sd(V_b)/√B, which covers both the finite
-    number of draws and the choice of batches; with few batches it is itself rough (B − 1 degrees of freedom).
-    A deterministic gradient gives exactly 0.
+    Unbiased for the batches' own distribution. All that a backward pass draws is in it: the quantizers of
+    grad_output, those of right operands that are quantized again, the rows that are kept. The standard error is
+    sd(V_b)/√B, which covers both the finite number of draws and the choice of batches; with few batches it is
+    itself rough (B − 1 degrees of freedom).
+    A deterministic gradient gives exactly 0. From the same seed `diagnose` makes the same draws and has the same
+    estimate up to the rounding of float32 (measured: 1e-7 of it), since it keeps one copy of the gradient in the
+    gradient's own precision; here are two in float64, which see noise of any size.
 
     The model must be in training mode where noise is drawn: quantized layers are deterministic in eval mode.
     Parameters, buffers (running statistics of batch norm), ``.grad`` and the random state are left as they were.

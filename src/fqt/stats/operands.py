@@ -7,8 +7,8 @@ being quantized, given the noise that reached it from the layers above, which is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,16 +19,17 @@ from fqt.errors import FqtError
 from fqt.kernels import ops
 from fqt.kernels.codes import COLUMN, ROW, Entries
 from fqt.kernels.tensor import RowView
-from fqt.nn import GradientOperand
+from fqt.nn import GradientOperand, Recipe
 from fqt.quant.quantizer import Quantizer
 from fqt.stats.moments import Moments
-from fqt.stats.passes import converted, energy
+from fqt.stats.passes import ROLES, converted, energy
 from fqt.stats.spread import Estimate, estimates
 
 __all__ = ["WIDTHS", "Operand", "Operands", "multiplications", "nuclear_norm"]
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 LARGEST_GRAM = 1024
+MOST_BINS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,9 @@ class Operand:
         shape: (N, D) of the matrix that is quantized, in the first use.
         multiplications: of the product, per batch.
         energy: ‖grad_output‖².
-        variance: exact variance of the quantized operand by width, 2 to 8 bits; its error is that of the mean over
-            batches.
+        variance: exact variance of the quantized operand by width, 2 to 8 bits or the one that its grid has; its
+            error is that of the mean over batches. Of grad_output alone: what the product's right operand adds
+            where it is quantized again is no part of it (`Diagnosis.again`).
         bound: the closed form by width: ¼ of a squared step per entry (1/12 when dithered), on measured ranges.
         limit: by width, what the bound of no left transform with a common range falls below,
             ‖X‖_*²/(N·B²) with rows centred (dithered: a third of that, with B − 1). It limits bounds, not the
@@ -53,8 +55,9 @@ class Operand:
             half a training step. None where a step was folded in, or the matrix has more than 1,024 rows and
             columns.
         range_ratio: largest range of a row over the mean one: 1 for equal rows, N for a single large row.
-        histogram: how often each code occurred in the first batch, at the recipe's width.
-        empty: share of codes that never did.
+        histogram: how often each code occurred in the first batch, at the recipe's width, the lowest first; of
+            more than 256 codes (`Pairs`) runs of as many.
+        empty: share of codes, or runs, that never did.
     """
 
     layer: str
@@ -81,12 +84,16 @@ class Operands:
 
     Args:
         model: whose layers are observed.
-        widths: bits at which variances are taken.
+        widths: bits at which variances are taken, of operands whose grid has them; of others their own.
         full: also bounds, limits, ranges and codes; without, only the variances.
+
+    Raises:
+        FqtError: a layer keeps a part of grad_output's rows for a product.
     """
 
     def __init__(self, model: nn.Module, widths: Sequence[int] = WIDTHS, full: bool = True) -> None:
         self.layers, self.widths, self.full = converted(model), tuple(widths), full
+        _refuse_kept(self.layers)
         self.order: list[str] = []
         """Layers in the order in which their gradients were quantized last, uses in a row counted once."""
         self.uses: dict[str, int] = {}
@@ -101,23 +108,14 @@ class Operands:
         self._seen: tuple[Any, Tensor, _Matrix] | None = None
 
     def __call__(self, name: str, operand: GradientOperand) -> None:
-        """Takes one operand of the pass under way.
-
-        Raises:
-            FqtError: it is a sample of grad_output's rows.
-        """
-        if operand.kept:
-            raise FqtError(
-                f"layer {name!r} keeps a part of grad_output's rows, whose variance is not its quantizers' alone: "
-                "measure the whole with quantization_variance, or give its products no keep"
-            )
+        """Takes one operand of the pass under way."""
         if self._fresh:
             self.order, self.uses, self._fresh = [], {}, False
         if not self.order or self.order[-1] != name:
             self.order.append(name)
         key = (name, operand.role)
         matrix = self._matrix(operand) if self.full else None
-        sums = _Sums.of(self.layers[name], operand, self.widths, matrix)
+        sums = _Sums.of(self.layers[name], operand, self._widths(operand.quantizer), matrix)
         self._now[key] = sums if key not in self._now else self._now[key].plus(sums)
         self.uses[name] = max(self.uses.get(name, 0), self._now[key].uses)
         if matrix is not None and key not in self._concentration:
@@ -126,6 +124,11 @@ class Operands:
         if self.full and key not in self._moments:
             seen, codes = self._histograms.get(key), _histogram(operand)
             self._histograms[key] = codes if seen is None else seen + codes
+
+    def _widths(self, quantizer: Quantizer) -> tuple[int, ...]:
+        """Those asked for that the quantizer's grid has; of one that has none of them, its own."""
+        of_grid = quantizer.grid.widths
+        return tuple(b for b in self.widths if b in of_grid) or (of_grid if self.widths else ())
 
     def _matrix(self, operand: GradientOperand) -> _Matrix:
         """The gradient as a matrix; one object where both products quantize one tensor by the same rows."""
@@ -148,9 +151,8 @@ class Operands:
 
     def variances(self) -> dict[tuple[str, str], dict[int, float]]:
         """The exact variances by width in the last pass, by (layer, role)."""
-        n = len(self.widths)
         return {
-            key: dict(zip(self.widths, sums.figures[1 : 1 + n].tolist(), strict=True))
+            key: dict(zip(sums.widths, sums.figures[1 : 1 + len(sums.widths)].tolist(), strict=True))
             for key, sums in self._last.items()
         }
 
@@ -170,7 +172,8 @@ class Operands:
         return tuple(self._operand(key) for key in self._last)
 
     def _operand(self, key: tuple[str, str]) -> Operand:
-        last, found, n = self._last[key], estimates(self._moments[key]), len(self.widths)
+        last, found = self._last[key], estimates(self._moments[key])
+        widths, n = last.widths, len(last.widths)
         histogram = tuple(self._histograms[key].tolist())
         bounds = [e.value for e in found[1 + n : 1 + 2 * n]]
         square = self._concentration.get(key, 0.0) * found[0].value  # 0: no batch had a gradient here
@@ -181,9 +184,9 @@ class Operands:
             shape=last.shape,
             multiplications=last.multiplications,
             energy=found[0],
-            variance=dict(zip(self.widths, found[1 : 1 + n], strict=True)),
-            bound=dict(zip(self.widths, bounds, strict=True)),
-            limit=None if math.isnan(square) else {b: _limit(square, last.quantizer, b) for b in self.widths},
+            variance=dict(zip(widths, found[1 : 1 + n], strict=True)),
+            bound=dict(zip(widths, bounds, strict=True)),
+            limit=None if math.isnan(square) else {b: _limit(square, last.quantizer, b) for b in widths},
             range_ratio=found[-1].value,
             histogram=histogram,
             empty=sum(count == 0 for count in histogram) / len(histogram),
@@ -225,6 +228,7 @@ class _Sums:
     """
 
     quantizer: Quantizer
+    widths: tuple[int, ...]
     shape: tuple[int, int]
     multiplications: int
     figures: Tensor
@@ -251,7 +255,7 @@ class _Sums:
         if matrix is not None:
             figures += [bounds.cpu(), matrix.range_ratio]
         count = multiplications(module, x, operand.weight)
-        return _Sums(q, shape, count, torch.cat(figures), matrix is not None, folded is not None)
+        return _Sums(q, widths, shape, count, torch.cat(figures), matrix is not None, folded is not None)
 
     def plus(self, other: _Sums) -> _Sums:
         """Two uses of one layer: sums of all but the range ratio, of which the larger."""
@@ -260,7 +264,20 @@ class _Sums:
             figures[-1] = torch.maximum(self.figures[-1], other.figures[-1])
         count = self.multiplications + other.multiplications
         folded = self.folded or other.folded
-        return _Sums(self.quantizer, self.shape, count, figures, self.full, folded, self.uses + other.uses)
+        return replace(self, multiplications=count, figures=figures, folded=folded, uses=self.uses + other.uses)
+
+
+def _refuse_kept(layers: Mapping[str, nn.Module]) -> None:
+    """Raises FqtError where a product has rows sampled or dropped, whatever its left operand is quantized by."""
+    for name, layer in layers.items():
+        recipe: Recipe = layer.fqt_recipe  # type: ignore[assignment]
+        kept = [role for role in ROLES if recipe.product(role).keep is not None]
+        if kept:
+            raise FqtError(
+                f"layer {name or '(model)'!r} keeps a part of grad_output's rows in {' and '.join(kept)}, whose "
+                "variance is not its quantizers' alone: measure the whole with quantization_variance, or give its "
+                "products no keep"
+            )
 
 
 def _limit(square: float, q: Quantizer, bits: int) -> float:
@@ -294,13 +311,18 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _histogram(operand: GradientOperand) -> Tensor:
-    """How often each code occurs; int64 of as many entries as there are codes."""
+    """How often each code occurs, the lowest first; int64 of as many entries as there are codes or runs of them."""
     q = operand.quantizer
     how: dict[str, Any] = {"axis": operand.rows, "nonfinite": "propagate", "range": operand.range}
-    quantized = q.quantize(operand.gradient, operand.seed, **how)
-    codes = quantized.matrix_codes
+    codes = q.quantize(operand.gradient, operand.seed, **how).matrix_codes.flatten()
     levels = q.grid.levels(q.scale.mode)
-    return torch.bincount(codes.flatten().int() - levels.low, minlength=levels.high - levels.low + 1).cpu()
+    if levels.uniform:
+        places, count = codes.int() - levels.low, levels.high - levels.low + 1
+    else:
+        numbers = torch.tensor(levels.numbers, dtype=torch.float64, device=codes.device)
+        places, count = torch.searchsorted(numbers, codes.double()), len(numbers)
+    run = -(-count // MOST_BINS)
+    return torch.bincount(places // run, minlength=-(-count // run)).cpu()
 
 
 def multiplications(module: nn.Module, grad_output: Tensor, shape: torch.Size | None = None) -> int:

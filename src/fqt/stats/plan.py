@@ -25,7 +25,7 @@ uniform allocation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,15 @@ class Costs:
     variance: dict[str, dict[int, float]]
     weight: dict[str, int]
     fixed: float
+
+    def choices(self, layer: str, ladder: Sequence[int]) -> tuple[int, ...]:
+        """The widths of `ladder` that a layer's grid has; the one that it has, if it has no choice."""
+        by_width = self.variance[layer]
+        return tuple(bits for bits in ladder if bits in by_width) if len(by_width) > 1 else tuple(by_width)
+
+    def uniform(self, bits: int) -> dict[str, int]:
+        """The same width in all layers that have it; those without a choice keep theirs."""
+        return {layer: self.choices(layer, (bits,))[0] for layer in self.variance}
 
     def total(self, widths: Mapping[str, int]) -> float:
         """V at these widths."""
@@ -145,7 +154,8 @@ def plan(
     """Bits per layer: the fewest with ρ at most `rho`, or the least variance at a mean width.
 
     Only widths of `grad_input` change; methods, and everything else of each layer's recipe, stay. Layers without a
-    grad_input product (the first) keep their recipe. The allocation rule is derived at the top of this module.
+    grad_input product (the first) keep their recipe; those whose grid has one width keep that, and it counts in the
+    mean. The allocation rule is derived at the top of this module.
 
     Args:
         diagnosis: with a table.
@@ -157,7 +167,7 @@ def plan(
         The plan with its prediction, whose error is that of the table and the two approximations above.
 
     Raises:
-        FqtError: no table, two targets, a target that no allocation reaches, or no grad_input to plan for.
+        FqtError: no table, two targets, a target that no allocation reaches, or no grad_input of several widths.
     """
     if not isinstance(diagnosis, Diagnosis):
         raise FqtError(f"plan wants what fqt.diagnose returns, not {type(diagnosis).__name__}")
@@ -184,7 +194,7 @@ def plan(
         mean_width=costs.mean_width(chosen),
         variance=variance,
         rho=variance / sampling if sampling > 0 else math.nan,
-        uniform={bits: costs.total(dict.fromkeys(chosen, bits)) for bits in widths},
+        uniform={bits: costs.total(costs.uniform(bits)) for bits in widths},
         costs=costs,
     )
 
@@ -203,10 +213,15 @@ def allocate(
     """
     if not costs.variance:
         raise FqtError("no layer quantizes grad_input, so there are no widths to plan")
+    if all(len(by_width) == 1 for by_width in costs.variance.values()):
+        raise FqtError(
+            "every grad_input has a grid of one width, so there is nothing to plan: diagnose a recipe of integers, "
+            "such as 'shq4'"
+        )
     if not widths or set(widths) - set(range(2, 9)):
         raise FqtError(f"widths are bits from 2 to 8, not {widths!r}")
     ladder = tuple(sorted(set(widths)))
-    uniform = [dict.fromkeys(costs.variance, bits) for bits in ladder]
+    uniform = [costs.uniform(bits) for bits in ladder]
     width, variance, history = _frontier(costs, ladder)
     if mean_width is not None:
         where = np.flatnonzero(width <= mean_width * sum(costs.weight.values()) * (1 + 1e-12))[-1:]
@@ -236,18 +251,19 @@ History = list[tuple[np.ndarray, np.ndarray]]
 def _frontier(costs: Costs, ladder: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, History]:
     """Widths Σ w_l b_l and variances Σ c_l of what no other allocation beats in both, up to thinning; narrow first.
 
-    With them each layer's (parent, choice): which point of the frontier before, and which of `ladder`.
+    With them each layer's (parent, choice): which point of the frontier before, and which of its choices.
     """
     width, variance = np.zeros(1), np.zeros(1)
     history: History = []
     span = sum(costs.weight.values()) * (ladder[-1] - ladder[0]) / POINTS
     for layer, by_width in costs.variance.items():
-        bits = np.array(ladder, dtype=float)
+        choices = costs.choices(layer, ladder)
+        bits = np.array(choices, dtype=float)
         all_width = (width[:, None] + costs.weight[layer] * bits).ravel()
-        all_variance = (variance[:, None] + np.array([by_width[b] for b in ladder])).ravel()
+        all_variance = (variance[:, None] + np.array([by_width[b] for b in choices])).ravel()
         kept = _undominated(all_width, all_variance, span)
         width, variance = all_width[kept], all_variance[kept]
-        history.append((kept // len(ladder), kept % len(ladder)))
+        history.append((kept // len(choices), kept % len(choices)))
     return width, variance, history
 
 
@@ -255,7 +271,7 @@ def _allocation(point: int, costs: Costs, ladder: tuple[int, ...], history: Hist
     """The widths by layer of a point of the last frontier."""
     chosen = {}
     for layer, (parent, choice) in zip(reversed(costs.variance), reversed(history), strict=True):
-        chosen[layer] = ladder[choice[point]]
+        chosen[layer] = costs.choices(layer, ladder)[choice[point]]
         point = parent[point]
     return {layer: chosen[layer] for layer in costs.variance}
 

@@ -13,7 +13,7 @@ from fqt.quant.quantizer import Quantizer
 from fqt.records import MAYBE, TEXT, check_shape, is_width
 from fqt.stats.decomposition import Decomposition
 from fqt.stats.diagnose import Diagnosis, Noise
-from fqt.stats.operands import WIDTHS, Operand
+from fqt.stats.operands import Operand
 from fqt.stats.spread import Estimate
 
 __all__ = ["FORMAT", "diagnosis_from", "diagnosis_record", "table_record"]
@@ -53,6 +53,7 @@ def diagnosis_record(diagnosis: Diagnosis) -> dict[str, Any]:
         "recipes": {name: dump_recipe(recipe) for name, recipe in diagnosis.recipes.items()},
         "batches": diagnosis.batches,
         "draws": diagnosis.draws,
+        "again": list(diagnosis.again),
     }
 
 
@@ -84,6 +85,7 @@ def diagnosis_from(record: Any) -> Diagnosis:
             recipes={name: load_recipe(recipe) for name, recipe in record["recipes"].items()},
             batches=record["batches"],
             draws=record["draws"],
+            again=tuple(record.get("again", ())),  # older records have none
         )
         if found.table is not None:
             _check_names(found.table, found.recipes)
@@ -99,7 +101,7 @@ def _check_names(table: Decomposition, recipes: Mapping[str, Recipe]) -> None:
         table.effect[layer]
         widths = table.operands[layer].get("grad_input")
         quantizer = recipes[layer].operand("grad_input")
-        if widths is not None and (quantizer is None or not {*WIDTHS, quantizer.grid.bits} <= {*widths}):
+        if widths is not None and (quantizer is None or {*quantizer.grid.widths} != {*widths}):
             raise ValueError(f"{layer} has not all widths of grad_input")
         if widths is not None:
             table.weight[layer]

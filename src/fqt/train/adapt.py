@@ -45,14 +45,15 @@ class Adapter:
         seed: of the measurements' noise.
 
     Raises:
-        FqtError: no layer quantizes grad_input.
+        FqtError: no layer quantizes grad_input on a grid of several widths.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, *, target: float, every: int, seed: int) -> None:
         self.model, self.loss_fn, self.target, self.seed = model, loss_fn, target, seed
-        if not any(recipe.operand("grad_input") for recipe in self._recipes().values()):
+        if not self._widths(movable=True):
             raise FqtError(
-                "--adapt changes the widths of grad_input: give a recipe that quantizes it, such as shq8"
+                "--adapt changes the widths of grad_input: give a recipe that quantizes it, such as shq8 "
+                "(a grid of floats has one width)"
             )
         self.monitor = Monitor(model, loss_fn, every=every)
         self.weight: dict[str, int] = {}
@@ -89,7 +90,7 @@ class Adapter:
         """Whether ρ has left its band on a side where widths can still follow."""
         if not math.isfinite(rho):
             return False
-        widths = self._widths().values()
+        widths = self._widths(movable=True).values()
         fewer, more = any(bits > WIDTHS[0] for bits in widths), any(bits < WIDTHS[-1] for bits in widths)
         return (rho < BAND[0] * self.target and fewer) or (rho > BAND[1] * self.target and more)
 
@@ -101,7 +102,7 @@ class Adapter:
         if not measured > 0:
             return []
         costs = costs.scaled(reading["quantization"] / measured)
-        limit = max(self.target * reading["sampling"], costs.total(dict.fromkeys(costs.variance, WIDTHS[-1])))
+        limit = max(self.target * reading["sampling"], costs.total(costs.uniform(WIDTHS[-1])))
         chosen = allocate(costs, limit=limit)
         if all(before[layer] == bits for layer, bits in chosen.items()):
             return []
@@ -130,9 +131,12 @@ class Adapter:
     def _recipes(self) -> dict[str, Recipe]:
         return {name: module.fqt_recipe for name, module in converted(self.model).items()}  # type: ignore[misc]
 
-    def _widths(self) -> dict[str, int]:
+    def _widths(self, movable: bool = False) -> dict[str, int]:
+        """Bits of grad_input by layer; only of those that can change, if `movable`."""
         quantizers = {name: recipe.operand("grad_input") for name, recipe in self._recipes().items()}
-        return {name: q.bits for name, q in quantizers.items() if q is not None}
+        return {
+            name: q.bits for name, q in quantizers.items() if q is not None and len(q.grid.widths) > int(movable)
+        }
 
     def _mean_width(self) -> float:
         widths = self._widths()
