@@ -28,7 +28,8 @@ def takes_seed(seed: Tensor | None) -> bool:
 
 @triton.jit
 def philox(seed, stream: tl.constexpr, block):
-    """The four words, uint32, of int64 blocks of a stream."""
+    """The four words, uint32, of blocks of a stream."""
+    block = block.to(tl.int64)  # where it is int32, a shift by 32 is undefined
     low, high = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     return tl.philox(seed, low, high, tl.zeros_like(low) + stream, tl.zeros_like(low))
 
@@ -41,7 +42,7 @@ def _pick(place, a, b, c, d):
 
 @triton.jit
 def u24(seed, stream: tl.constexpr, index):
-    """int32: the 24-bit integers of a stream at these int64 indices."""
+    """int32: the 24-bit integers of a stream at these indices."""
     a, b, c, d = philox(seed, stream, index >> 2)
     return (_pick(index & 3, a, b, c, d) >> 8).to(tl.int32)
 
