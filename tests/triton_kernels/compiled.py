@@ -85,6 +85,7 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     yield "reflections undone", transform.reflect, (x, order, column, column, None, after), True
     yield "rows replaced", transform.replace_rows_, (x.float(), column > 0, x), True
     yield "random numbers", noise.random_u24, (seed, 1, n), False
+    yield "forked seeds", noise.fork_seed, (seed, 3), False
 
 
 def main(name: str, pattern: str = ".") -> None:

@@ -29,7 +29,6 @@ from fqt.kernels import integer, ops
 from fqt.kernels.codes import Findings, compute_dtype
 from fqt.kernels.fold import Folded, Split
 from fqt.kernels.linear_map import DenseMap, LinearMap, rows
-from fqt.kernels.philox import fork_seed
 from fqt.kernels.ranges import RangeState
 from fqt.kernels.rotation import Rotation
 from fqt.kernels.tensor import QuantizedTensor, RowView, Seen
@@ -84,8 +83,8 @@ class Call:
     Attributes:
         map: the layer's linear map.
         recipe: its quantizers.
-        seed: int64 scalar on the CPU: the source of this call's gradient noise; None in eval mode, whose
-            gradient is exact.
+        seed: int64 scalar, on the CPU or on the GPU of the input: the source of this call's gradient noise; None
+            in eval mode, whose gradient is exact.
         dtype: of the output.
         channels_last: whether the output and the input's gradient are laid out so, and the weight's in a compiled
             graph; else they are contiguous.
@@ -140,15 +139,15 @@ class Call:
 
     def right_noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of the quantizer of a product's right operand, where that is quantized again."""
-        return fork_seed(self._noise(role), _RIGHT).to(device)
+        return ops.fork_seed(self._noise(role), _RIGHT).to(device)
 
     def keep_noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of a product's sampler of rows."""
-        return fork_seed(self._noise(role), _KEEP).to(device)
+        return ops.fork_seed(self._noise(role), _KEEP).to(device)
 
     def _noise(self, role: str) -> Tensor:
         assert self.seed is not None
-        return fork_seed(self.seed, 2 * _rank() + _ROLES[role])
+        return ops.fork_seed(self.seed, 2 * _rank() + _ROLES[role])
 
 
 def _rank() -> int:

@@ -99,6 +99,29 @@ def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
     return out
 
 
+@triton.jit(do_not_specialize=["index"])
+def _fork(out, seed, index, GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    z = (tl.zeros((1,), tl.int64) + index + 1).to(tl.uint64, bitcast=True) * GOLDEN
+    z += tl.load(seed).to(tl.uint64, bitcast=True)
+    z = (z ^ (z >> 30)) * FIRST
+    z = (z ^ (z >> 27)) * SECOND
+    z = z ^ (z >> 31)
+    tl.store(out + tl.arange(0, 1), z.to(tl.int64, bitcast=True))
+
+
+def takes_fork_seed(seed: Tensor, index: int) -> bool:
+    """Whether the kernel can read the seed, and the index is an int64."""
+    return takes_seed(seed) and 0 <= index < 2**63 - 1
+
+
+def fork_seed(seed: Tensor, index: int) -> Tensor:
+    """As the reference, in one launch."""
+    out = torch.empty((), dtype=torch.int64, device=seed.device)
+    golden, first, second = words.SPLITMIX
+    launch(_fork, 1, out, seed, index, on=out, GOLDEN=golden, FIRST=first, SECOND=second, warps=1)
+    return out
+
+
 @triton.jit
 def _dither(out, seed, n, rows, ROW: tl.constexpr, COLUMN: tl.constexpr, SIZE: tl.constexpr):
     """The dither of all rows, then that of all columns: both streams are made, and one is kept."""
