@@ -3,9 +3,9 @@
     python -m tests.triton_kernels.compiled sm_90 [PATTERN]
 
 The interpreter takes what the compiler refuses, and rounds where a compiler may contract. Fails where a kernel does
-not compile or warns, where a multiplication and an addition became one rounding or a division an approximation (NVIDIA; on
-AMD's, exact division itself is made of such instructions), or where a kernel of whole tiles reads or writes single
-bytes.
+not compile or warns, where a multiplication and an addition became one rounding or a division an approximation
+(NVIDIA; on AMD's, exact division itself is made of such instructions), or where a kernel of whole tiles reads or
+writes single bytes.
 """
 
 from __future__ import annotations

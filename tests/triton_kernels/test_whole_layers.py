@@ -45,9 +45,7 @@ def on_kernels() -> Iterator[None]:
     with reference_only():
         for module, op in OFFERED:
             held, name = import_module(f"fqt.kernels.triton.{module}"), op.reference.__name__
-            # `blocked.matmul` is defined as `matmul`, and offered under the name of its kernel's function.
-            names = [n for n in (name, f"blocked_{name}") if hasattr(held, f"takes_{n}")]
-            op.implementations = [Implementation("cuda", getattr(held, n), getattr(held, f"takes_{n}")) for n in names]
+            op.implementations = [Implementation("cuda", getattr(held, name), getattr(held, f"takes_{name}"))]
         yield
 
 

@@ -188,6 +188,7 @@ class Levels:
 
     def _looked_up(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The level of the table at or below t, and the gap as `gap` has it."""
+        assert self.table is not None
         # Not torch.tensor: a GPU would make the host wait for the copy.
         levels = torch.stack([torch.full((), level, dtype=t.dtype, device=t.device) for level in self.table])
         size = t.abs()

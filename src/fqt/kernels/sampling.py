@@ -54,8 +54,8 @@ def variance(p: Tensor, square: Tensor) -> Tensor:
 def walsh(block: int, rows: int, like: Tensor) -> Tensor:
     """(rows, block): the rows of the orthonormal Walsh–Hadamard matrix with the fewest changes of sign.
 
-    The entry (i, j) of the matrix in its natural order is (−1)^popcount(i & j); the row of sequency k is i, the bits
-    of k ^ k ÷ 2 from the last to the first. Made where it is used: a GPU would make the host wait for a copy.
+    The entry (i, j) of the matrix in its natural order is (−1)^popcount(i & j); the row of sequency k is i, the
+    bits of k ^ k ÷ 2 from the last to the first. Made where it is used: for a copy to a GPU the host would wait.
     """
     bits = block.bit_length() - 1
     k, j = torch.arange(rows, device=like.device)[:, None], torch.arange(block, device=like.device)
