@@ -10,7 +10,6 @@ import sys
 import torch
 
 import fqt
-
 from fqt.kernels import blocked, products
 from fqt.kernels.blocked import Stepped
 from fqt.kernels.codes import Blocks
