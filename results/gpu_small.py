@@ -15,7 +15,7 @@ from fqt.kernels.blocked import Stepped
 from fqt.kernels.codes import Blocks
 from fqt.kernels.products import Epilogue, Geometry
 
-# Each of another transform, scale, grid or rounding; reflections, whose sums are rounded otherwise, are not among them.
+# Each of another transform, scale, grid or rounding; not reflections, whose sums are rounded otherwise.
 QUANTIZERS = ("ptq8", "psq8", "psq8d", "psq4x", "shq8d", "thq4", "mxfp4", "luq4", "nvfp4")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -37,7 +38,11 @@ class IntegerProduct:
 
     def __init__(self, shape: Shape, transposed: bool, device: torch.device = CPU) -> None:
         m, n, k = shape
-        drawn = {"dtype": torch.int8, "generator": torch.Generator(device).manual_seed(0), "device": device}
+        drawn: dict[str, Any] = {
+            "dtype": torch.int8,
+            "generator": torch.Generator(device).manual_seed(0),
+            "device": device,
+        }
         self.shape, self.transposed = shape, transposed
         self.left = torch.randint(-127, 128, (m, k), **drawn)
         stored = torch.randint(-127, 128, (n, k) if transposed else (k, n), **drawn)
