@@ -57,3 +57,12 @@ def test_what_else_is_missing(gpu, monkeypatch) -> None:
     monkeypatch.setenv("FQT_KERNELS", "reference")
     assert integer.machine_obstacle("cuda") == "no integer kernels: FQT_KERNELS=reference"
     assert not device.usable(OnGpu())
+
+
+def test_what_products_write() -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert integer.written(dtype, "cuda") == integer.written(dtype, "cpu") == torch.float32
+    assert integer.written(torch.bfloat16, "cpu") == torch.bfloat16
+    assert integer.written(torch.float16, "cpu") == torch.float32
+    assert integer.written(torch.float16, "cuda") == torch.float16
+    assert integer.written(torch.float16, "xpu") == torch.float32

@@ -67,6 +67,7 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     yield "variances", encode.code_variance, (whole, row_scales, byte), True
     for blocks in (COLUMN, Blocks(1, 16)):
         yield "ranges", ranges.value_range, (whole, blocks), True
+    yield "steps", ranges.steps_of, (Entries(torch.zeros(8192, 8192)), Blocks(0, 0), "zero", 254), False
     yield "parameters", ranges.parameters, (column, column, "affine", 255), False
     stochastic, dithered = (
         Coding("symmetric", Levels(-127, 127), STOCHASTIC),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fqt.kernels import blocked, integer, products
 from fqt.kernels.triton.device import BACKEND, obstacle, offer
 
@@ -17,4 +19,4 @@ def _obstacle() -> str:
     return f"no integer kernels: {found}" if found else ""
 
 
-integer.serve(BACKEND, _obstacle)
+integer.serve(BACKEND, _obstacle, (torch.bfloat16, torch.float16))

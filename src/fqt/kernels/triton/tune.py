@@ -113,7 +113,7 @@ def filter_tiles(capability: tuple[int, int], channels: int) -> list[Tiles]:
     if capability == (0, 0):
         return [TINY]
     narrow = [Tiles(64, 64, 128, 4, 3), Tiles(64, 128, 64, 8, 3)]
-    terms = 32 if capability >= (12, 0) else 64  # where 64 spill registers
+    terms = 32 if capability >= (10, 0) else 64  # where 64 spill registers
     return narrow if channels <= 64 else [Tiles(128, 128, terms, 8, 3), *narrow]
 
 
