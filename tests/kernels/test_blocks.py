@@ -55,7 +55,7 @@ def test_ranges_codes_values_and_variances(shape: tuple[int, int], blocks: Block
     values = ops.decode(torch.from_numpy(either), scales, None).numpy()
     unit = ops.code_variance(Entries(x), scales, levels).numpy()
     sums = ops.variance_sums(Entries(x), scales, levels).flatten().tolist()
-    sizes = torch.broadcast_to(blocks.sizes(shape), blocks.count(shape)).flatten().tolist()
+    sizes = torch.broadcast_to(blocks.sizes(shape, x.device), blocks.count(shape)).flatten().tolist()
     entries = block_of(blocks, shape)
     assert len(entries) == len(lo) == math.prod(blocks.count(shape))
     for k, block in enumerate(entries):

@@ -30,7 +30,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Op:
     module.takes_double = lambda x, n: n % 2 == 0
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(device, "_installed", lambda: True)
-    monkeypatch.setattr(device, "_new_enough", lambda index: True)
+    monkeypatch.setattr(device, "_too_old", lambda index: "")
 
     def double(x: object, n: int) -> tuple[str, int]:
         return "definition", 2 * n
@@ -66,7 +66,8 @@ def test_where_kernels_cannot_run(double: Op, why: str, monkeypatch: pytest.Monk
     if why == "turned off":
         monkeypatch.setenv("FQT_KERNELS", "reference")
     else:
-        monkeypatch.setattr(device, "_installed" if why == "no Triton" else "_new_enough", lambda *_: False)
+        name, answer = ("_installed", False) if why == "no Triton" else ("_too_old", "too old")
+        monkeypatch.setattr(device, name, lambda *_: answer)
     assert double(OnGpu(), 4) == ("definition", 8)
 
 
@@ -77,11 +78,19 @@ def test_the_operations_have_an_offer() -> None:
 
 
 def test_importing_fqt_and_quantizing_on_the_cpu_imports_no_kernels() -> None:
-    """Triton itself comes with torch's FLOP counter, where it is installed."""
-    code = (
-        "import sys, torch, fqt; from fqt.quant import quantizer; "
-        "quantizer('psq8d').quantize(torch.ones(3, 4), seed=1); "
-        "print(sorted(name for name in sys.modules if 'fqt.kernels.triton.' in name))"
-    )
+    """Nor Triton, where it is installed. torch's FLOP counter brings it: its formulas wait for a conversion."""
+    code = """
+import sys, torch, fqt
+from fqt.quant import quantizer
+quantizer("psq8d").quantize(torch.ones(3, 4), seed=1)
+print(sorted(n for n in sys.modules if "fqt.kernels.triton." in n or n.partition(".")[0] == "triton"))
+layer = fqt.quantize_(torch.nn.Linear(3, 5), "default")
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counted:
+    layer(torch.ones(7, 3)).sum().backward()
+print(counted.get_total_flops())
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "['fqt.kernels.triton.device', 'fqt.kernels.triton.serving']\n"  # these import no Triton
+    imported, flops = done.stdout.splitlines()
+    assert imported == "['fqt.kernels.triton.device', 'fqt.kernels.triton.serving']"  # these import no Triton
+    assert int(flops) == 2 * 2 * 7 * 3 * 5  # of output and weight gradient

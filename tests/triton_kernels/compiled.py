@@ -3,21 +3,23 @@
     python -m tests.triton_kernels.compiled sm_90 [PATTERN]
 
 The interpreter takes what the compiler refuses, and rounds where a compiler may contract. Fails where a kernel does
-not compile, where a multiplication and an addition became one rounding or a division an approximation (NVIDIA; on
-AMD's, exact division itself is made of such instructions), or where a kernel of whole tiles reads or writes single
-bytes.
+not compile or warns, where a multiplication and an addition became one rounding or a division an approximation
+(NVIDIA; on AMD's, exact division itself is made of such instructions), or where a kernel of whole tiles reads or
+writes single bytes.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -65,6 +67,7 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     yield "variances", encode.code_variance, (whole, row_scales, byte), True
     for blocks in (COLUMN, Blocks(1, 16)):
         yield "ranges", ranges.value_range, (whole, blocks), True
+    yield "steps", ranges.steps_of, (Entries(torch.zeros(8192, 8192)), Blocks(0, 0), "zero", 254), False
     yield "parameters", ranges.parameters, (column, column, "affine", 255), False
     stochastic, dithered = (
         Coding("symmetric", Levels(-127, 127), STOCHASTIC),
@@ -83,6 +86,7 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     yield "reflections undone", transform.reflect, (x, order, column, column, None, after), True
     yield "rows replaced", transform.replace_rows_, (x.float(), column > 0, x), True
     yield "random numbers", noise.random_u24, (seed, 1, n), False
+    yield "forked seeds", noise.fork_seed, (seed, 3), False
 
 
 def main(name: str, pattern: str = ".") -> None:
@@ -91,6 +95,7 @@ def main(name: str, pattern: str = ".") -> None:
     language = "ptx" if nvidia else "amdgcn"
     target = GPUTarget("cuda", int(name[3:]), 32) if nvidia else GPUTarget("hip", name, 64)
     driver.set_active(Absent(target))
+    warnings.simplefilter("error")  # of a shift beyond an integer's bits, whose result is undefined
     made: list[Any] = []
     compile_and_run = JITFunction.run
 
@@ -101,7 +106,11 @@ def main(name: str, pattern: str = ".") -> None:
     wrong = []
     for label, function, arguments, wide in filter(lambda call: re.search(pattern, call[0]), calls()):
         made.clear()
-        function(*arguments)
+        try:
+            function(*arguments)
+        except (CompilationError, UserWarning) as error:
+            wrong.append(f"{label}: {error}")
+            continue
         for kernel in made:
             assembly = kernel.asm[language]
             inexact = INEXACT.search(assembly) if nvidia else None

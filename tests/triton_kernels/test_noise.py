@@ -20,6 +20,12 @@ def test_a_stream(n: int) -> None:
         check(noise, ops.random_u24, SEED, stream, n)
 
 
+@pytest.mark.parametrize("index", [0, 1, 7, 2**31, 2**40 + 3])
+def test_forked_seeds(index: int) -> None:
+    for seed in (SEED, torch.tensor(1234567), torch.tensor(-(2**63)), torch.tensor(2**63 - 1)):
+        check(noise, ops.fork_seed, seed, index)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_dither_of_rows_and_columns(transposed: bool) -> None:
     for shape in [(5, 3), (300, 7), (0, 4), (4, 0)]:

@@ -9,7 +9,8 @@ from fqt.kernels import ops, reference
 from fqt.kernels.codes import COLUMN, ROW, TENSOR, Blocks, Entries
 from fqt.kernels.triton import ranges
 from fqt.kernels.triton.tiling import Tiling
-from tests.triton_kernels.cases import BLOCKS, KINDS, check, matrix
+from tests.backends import same
+from tests.triton_kernels.cases import BLOCKS, DEVICE, KINDS, check, matrix
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,7 +27,10 @@ def test_ranges_of_parts_that_several_programs_share() -> None:
         x = matrix(shape)
         for place, value in enumerate((10.0, -11.0, torch.nan)):
             x[place * (shape[0] - 1) // 2, place * (shape[1] - 1) // 2] = value
-            check(ranges, ops.value_range, Entries(x), blocks)
+            lo, hi = check(ranges, ops.value_range, Entries(x), blocks)
+            found = ranges.steps_of(Entries(x.to(DEVICE)), blocks, "zero", 254)
+            wanted = reference.parameters(lo, hi, "zero", 254)
+            assert all(same(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_ranges_of_dtypes_strides_and_factors() -> None:

@@ -170,13 +170,13 @@ class Runner:
     ) -> None:
         self.contestant, self.workload, self.device = contestant, workload, torch.device(device)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        plain = build(workload).to(memory_format=self.format)  # type: ignore[call-overload]
+        plain = build(workload, self.device).to(memory_format=self.format)  # type: ignore[call-overload]
         dtype = torch.bfloat16 if contestant.short else torch.float32
         self.plain = contestant.convert(plain.to(self.device, dtype))
         self.model: Any = self._compiled() if contestant.compiled else self.plain
         layer = isinstance(workload, Layer)
         seen = torch.bfloat16 if contestant.autocast and layer else dtype
-        self.input = self._formed(draw(workload.input, 1).to(self.device, seen)).requires_grad_(layer)
+        self.input = self._formed(draw(workload.input, 1, self.device).to(seen)).requires_grad_(layer)
         self.above: Tensor | None = None
         if isinstance(workload, Step):
             drawn = workload.target(self.input, torch.Generator().manual_seed(SEED + 2))
@@ -212,7 +212,7 @@ class Runner:
             output.backward()
             return output.detach()
         if self.above is None:
-            self.above = self._formed(draw(tuple(output.shape), 3).to(output))
+            self.above = self._formed(draw(tuple(output.shape), 3, self.device).to(output))
         output.backward(self.above)
         return output.detach()
 

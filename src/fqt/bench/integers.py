@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from fqt.bench.device import clock
+from fqt.errors import FqtError
 
 Shape = tuple[int, int, int]
 CPU = torch.device("cpu")
@@ -36,11 +38,14 @@ class IntegerProduct:
 
     def __init__(self, shape: Shape, transposed: bool, device: torch.device = CPU) -> None:
         m, n, k = shape
-        generator = torch.Generator().manual_seed(0)
+        drawn: dict[str, Any] = {
+            "dtype": torch.int8,
+            "generator": torch.Generator(device).manual_seed(0),
+            "device": device,
+        }
         self.shape, self.transposed = shape, transposed
-        self.left = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator).to(device)
-        stored = torch.randint(-127, 128, (n, k) if transposed else (k, n), dtype=torch.int8, generator=generator)
-        stored = stored.to(device)
+        self.left = torch.randint(-127, 128, (m, k), **drawn)
+        stored = torch.randint(-127, 128, (n, k) if transposed else (k, n), **drawn)
         self.right = stored.T if transposed else stored
 
     @property
@@ -65,10 +70,14 @@ def best_product(shapes: Sequence[Shape] = SHAPES, device: torch.device = CPU) -
     for shape in shapes:
         for transposed in (True, False):
             product = IntegerProduct(shape, transposed, device)
-            product()
+            try:
+                product()
+            except RuntimeError:
+                continue  # a layout that the device's library does not take
             rate = product.macs / min(clock(device)(product) for _ in range(READINGS))
             tried.append({"shape": list(shape), "transposed": transposed, "macs_per_second": rate})
             if rate > most:
                 best, most = product, rate
-    assert best is not None
+    if best is None:
+        raise FqtError("torch._int_mm takes no product on this device: there is no limit to measure against")
     return best, tried

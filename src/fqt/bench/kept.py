@@ -59,7 +59,7 @@ def _count(runner: Runner, samples: int) -> tuple[int, int]:
     handles = [m.register_forward_pre_hook(enter) for m in layers]
     handles += [m.register_forward_hook(leave, always_call=True) for m in layers]
     shape = (samples, *runner.input.shape[1:])
-    x = draw(shape, 1).to(runner.input).contiguous(memory_format=_format(runner))
+    x = draw(shape, 1, runner.device).to(runner.input).contiguous(memory_format=_format(runner))
     x = x.requires_grad_(runner.input.requires_grad)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), runner.setting():

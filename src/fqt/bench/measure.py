@@ -85,7 +85,7 @@ class Request:
 def run(request: Request, out: Path | None, observer: Observer) -> dict[str, Any]:
     """Measures; the record is written after every case, and once more at the end.
 
-    Torch's thread count and generator are afterwards what they were.
+    Torch's thread count and generators are afterwards what they were.
 
     Args:
         request: what.
@@ -116,7 +116,8 @@ def run(request: Request, out: Path | None, observer: Observer) -> dict[str, Any
         if out is not None:
             _keep(out, record)  # what cannot be written is said before hours of work
         compiler = _compiler() if request.compile else contextlib.nullcontext()
-        with torch.random.fork_rng(devices=[]), compiler, _settings(request.at):
+        drawing = [request.at] if request.at.type == "cuda" else []
+        with torch.random.fork_rng(devices=drawing), compiler, _settings(request.at):
             _measure(request, out, record, observer)
     except KeyboardInterrupt:
         record["interrupted"] = True

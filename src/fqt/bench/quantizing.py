@@ -20,7 +20,7 @@ _ROUNDING = 2.0**-20  # float32 arithmetic on values of a few units, relative to
 
 def draw_all(workload: Quantize, device: torch.device | str = "cpu") -> list[Tensor]:
     """The workload's matrices."""
-    return [draw(workload.input, 1 + number).to(device) for number in range(workload.matrices)]
+    return [draw(workload.input, 1 + number, device) for number in range(workload.matrices)]
 
 
 class Copy:

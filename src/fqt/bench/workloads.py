@@ -82,14 +82,17 @@ class Product:
 Workload = Layer | Step | Quantize | Product
 
 
-def draw(shape: tuple[int, ...], number: int) -> Tensor:
-    """The `number`-th standard normal tensor of a workload; float32."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED + number))
+def draw(shape: tuple[int, ...], number: int, device: torch.device | str = "cpu") -> Tensor:
+    """The `number`-th standard normal tensor of a workload; float32, of the device's own random numbers."""
+    generator = torch.Generator(device).manual_seed(SEED + number)
+    return torch.randn(shape, generator=generator, device=device)
 
 
-def build(workload: Layer | Step) -> nn.Module:
-    """The workload's model in training mode, the same weights every time; torch's generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+def build(workload: Layer | Step, device: torch.device | str = "cpu") -> nn.Module:
+    """The workload's model in training mode, the same weights every time on one kind of device; torch's generators
+    are left as they were."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(SEED)
         return workload.model().train()
 

@@ -117,6 +117,7 @@ def quantize_best(
         )
     each = [ops.encoded(x, error.scales, error.coding, seed) for error in choice.errors]
     step, offset = (choice.pick([getattr(q.scales, name) for q in each]) for name in ("step", "offset"))
-    dithered = choice.pick([torch.tensor(c.rounding == DITHERED, device=step.device) for c in codings])
+    flag = lambda coding: torch.full((), coding.rounding == DITHERED, device=step.device)  # no copy to wait for
+    dithered = choice.pick([flag(coding) for coding in codings])
     noise = ops.dither(seed, x, step.dtype).where(dithered)
     return Quantized(choice.pick([q.codes for q in each]), Scales(step, offset, blocks), noise, known)

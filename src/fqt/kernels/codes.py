@@ -94,13 +94,13 @@ class Blocks:
                 parameter = parameter.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
         return parameter
 
-    def sizes(self, shape: tuple[int, int]) -> Tensor:
+    def sizes(self, shape: tuple[int, int], device: torch.device) -> Tensor:
         """How many entries each block has, float64, of a parameter's shape or broadcasting to it."""
         each = []
         for length, size, count in zip(shape, (self.rows, self.columns), self.count(shape), strict=True):
-            part = torch.full((count,), float(size or length), dtype=torch.float64, device="cpu")
+            part = torch.full((count,), float(size or length), dtype=torch.float64, device=device)
             if size and count:
-                part[-1] = length - size * (count - 1)
+                part[-1:].fill_(length - size * (count - 1))
             each.append(part)
         return each[0][:, None] * each[1]
 
@@ -204,7 +204,9 @@ class Levels:
 
     def _looked_up(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The level of the table at or below t, and the gap as `gap` has it."""
-        levels = torch.tensor(self.table, dtype=t.dtype, device=t.device)
+        assert self.table is not None
+        # Not torch.tensor: a GPU would make the host wait for the copy.
+        levels = torch.stack([torch.full((), level, dtype=t.dtype, device=t.device) for level in self.table])
         size = t.abs()
         place = (torch.searchsorted(levels, size.contiguous(), right=True) - 1).clamp(0, levels.numel() - 2)
         inner, outer = levels[place], levels[place + 1]

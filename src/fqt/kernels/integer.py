@@ -41,17 +41,18 @@ from fqt.kernels.op import Op
 from fqt.kernels.products import Epilogue
 from fqt.kernels.tensor import QuantizedTensor
 
-_MACHINES: dict[str, Callable[[], str]] = {}
+_MACHINES: dict[str, tuple[Callable[[], str], tuple[torch.dtype, ...]]] = {}
 
 
-def serve(device: str, obstacle: Callable[[], str]) -> None:
+def serve(device: str, obstacle: Callable[[], str], short: tuple[torch.dtype, ...]) -> None:
     """Tells that a backend multiplies codes on devices of this type.
 
     Args:
         device: "cpu" or "cuda".
         obstacle: says why the one at hand has no integer units for it; empty if it has.
+        short: the dtypes beside float32 that its products write.
     """
-    _MACHINES[device] = obstacle
+    _MACHINES[device] = obstacle, short
 
 
 def serves(device: str) -> bool:
@@ -61,7 +62,12 @@ def serves(device: str) -> bool:
 
 def machine_obstacle(device: str) -> str:
     """Why products on devices of this type do not run on integer units here; empty if they do."""
-    return _MACHINES[device]() if device in _MACHINES else f"no integer kernels for {device}"
+    return _MACHINES[device][0]() if device in _MACHINES else f"no integer kernels for {device}"
+
+
+def written(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What products on devices of this type are to write for a result of `dtype`: that, or float32 on the way."""
+    return dtype if device in _MACHINES and dtype in _MACHINES[device][1] else torch.float32
 
 
 @Op
@@ -75,7 +81,7 @@ def output(
         x: the input, laid out; one group, or one per row; or by blocks.
         w: the weight, symmetric; one group, or one per output channel; or by blocks.
         bias: (O,) or None.
-        dtype: of the result, float32 or bfloat16.
+        dtype: of the result, float32, bfloat16 or float16.
 
     Returns:
         Of the float layer's output's shape; channels-last for a convolution.
@@ -112,7 +118,7 @@ def grad_input(
         w: the weight, symmetric.
         folded: whether the weight's steps are in `g` already.
         shape: the input's.
-        dtype: of the result, float32 or bfloat16.
+        dtype: of the result, float32, bfloat16 or float16.
     """
     if by_blocks(g) or (by_blocks(w) and not folded):
         return blocked.matmul(_stepped(g), _stepped(w, folded), None, dtype).view(shape)

@@ -52,6 +52,7 @@ def _check_rotate(x: Tensor, before: Tensor, after: Tensor | None, blocks: tuple
 
 
 random_u24 = Op(philox.random_u24)
+fork_seed = Op(philox.fork_seed)
 value_range = Op(reference.value_range)
 parameters = Op(reference.parameters)
 encode = Op(reference.encode, _check_encode)

@@ -34,6 +34,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _WORD = 2**64 - 1
+SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""The step and the two factors of SplitMix64."""
 _CHUNK = 1 << 15  # blocks per chunk: four int64 planes of this length stay in a 2 MiB cache
 
 
@@ -138,7 +140,7 @@ def fork_seed(seed: Tensor, index: int) -> Tensor:
     Returns:
         int64 scalar tensor on the same device.
     """
-    golden, mix1, mix2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+    golden, mix1, mix2 = SPLITMIX
     step = golden * (index + 1) & _WORD
     if at_hand(seed):
         # The same in Python's integers: a dozen small tensor operations between large kernels cost far more.

@@ -54,7 +54,7 @@ class RoundingError:
         """float64, of step's shape: Σ over the block of its entries' variances, to 2⁻²⁵ of a squared step each."""
         square, levels = self.scales.step.double().square(), self.coding.levels
         if not self._varies:
-            sizes = self.scales.blocks.sizes(x.shape).to(square.device)
+            sizes = self.scales.blocks.sizes(x.shape, square.device)
             return square * (sizes * self.coding.rounding.unit_bound)
         if levels.dtype == torch.float32 or self.coding.rounding.settles:  # sums may leave an integer
             return self.scales.blocks.sums(self._unit(x).double()) * square

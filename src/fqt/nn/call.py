@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fqt.kernels import integer
+from fqt.kernels import integer, ops
 from fqt.kernels.linear_map import LinearMap
-from fqt.kernels.philox import fork_seed
 from fqt.kernels.ranges import RangeState
 from fqt.nn.arithmetic import on_integers, operands
 from fqt.nn.ranges import Ranges
@@ -61,8 +60,8 @@ class Call:
     Attributes:
         map: the layer's linear map.
         recipe: its quantizers.
-        seed: int64 scalar on the CPU: the source of this call's gradient noise; None in eval mode, whose
-            gradient is exact.
+        seed: int64 scalar, on the CPU or on the GPU of the input: the source of this call's gradient noise; None
+            in eval mode, whose gradient is exact.
         dtype: of the output.
         channels_last: whether the output and the input's gradient are laid out so, and the weight's in a compiled
             graph; else they are contiguous.
@@ -117,15 +116,15 @@ class Call:
 
     def right_noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of the quantizer of a product's right operand, where that is quantized again."""
-        return fork_seed(self._noise(role), _RIGHT).to(device)
+        return ops.fork_seed(self._noise(role), _RIGHT).to(device)
 
     def keep_noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of a product's sampler of rows."""
-        return fork_seed(self._noise(role), _KEEP).to(device)
+        return ops.fork_seed(self._noise(role), _KEEP).to(device)
 
     def _noise(self, role: str) -> Tensor:
         assert self.seed is not None
-        return fork_seed(self.seed, 2 * _rank() + _ROLES[role])
+        return ops.fork_seed(self.seed, 2 * _rank() + _ROLES[role])
 
 
 def _rank() -> int:

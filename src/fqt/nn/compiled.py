@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
 
 from fqt.errors import FqtError
 from fqt.kernels.codes import compute_dtype
@@ -207,20 +207,31 @@ torch.library.register_autograd("fqt::layer", _backward, setup_context=_setup, l
 torch.library.register_autograd("fqt::layer_backward", _no_second, lib=_library)
 
 
-@register_flop_formula(torch.ops.fqt.layer)
-def _flops(input: Any, weight: Any, bias: Any, keep: bool, *rest: Any, out_shape: Any, **_: Any) -> int:
-    """What torch counts for the float layer."""
-    map = _map(rest[2])
-    if isinstance(map, DenseMap):
-        return 2 * math.prod(input) * weight[0]
-    return conv_flop_count(input, weight, out_shape[0], transposed=map.transposed)
+@cache
+def count_flops() -> None:
+    """Tells torch's FLOP counter what a converted layer's ops count: what the float layer's do.
+
+    Called when a model is converted, not when this is imported: torch's counter imports Triton where it is
+    installed. A process that only loads an exported or pickled model imports `torch.utils.flop_counter` before fqt.
+    """
+    from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
+
+    @register_flop_formula(torch.ops.fqt.layer)
+    def forward_flops(input: Any, weight: Any, bias: Any, keep: bool, *rest: Any, out_shape: Any, **_: Any) -> int:
+        map = _map(rest[2])
+        if isinstance(map, DenseMap):
+            return 2 * math.prod(input) * weight[0]
+        return conv_flop_count(input, weight, out_shape[0], transposed=map.transposed)
+
+    @register_flop_formula(torch.ops.fqt.layer_backward)
+    def backward_flops(grad: Any, *rest: Any, **_: Any) -> int:
+        input, weight, needs, map = rest[5], rest[6], rest[10:12], _map(rest[15])
+        if isinstance(map, DenseMap):
+            return sum(needs) * 2 * math.prod(grad) * weight[1]
+        unused = (None,) * 4  # bias and geometry: shapes say it all
+        given: Any = (grad, input, weight, *unused, map.transposed, None, None, needs)
+        return conv_backward_flop(*given, out_val=(input, weight))
 
 
-@register_flop_formula(torch.ops.fqt.layer_backward)
-def _backward_flops(grad: Any, *rest: Any, **_: Any) -> int:
-    input, weight, needs, map = rest[5], rest[6], rest[10:12], _map(rest[15])
-    if isinstance(map, DenseMap):
-        return sum(needs) * 2 * math.prod(grad) * weight[1]
-    unused = (None,) * 4  # bias and geometry: shapes say it all
-    given: Any = (grad, input, weight, *unused, map.transposed, None, None, needs)
-    return conv_backward_flop(*given, out_val=(input, weight))
+if "torch.utils.flop_counter" in sys.modules:
+    count_flops()

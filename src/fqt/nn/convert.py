@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fqt.errors import ConversionError, FqtError
-from fqt.nn import coverage, layers, patched, ranges, stored
+from fqt.nn import compiled, coverage, layers, patched, ranges, stored
 from fqt.nn.arithmetic import misfit
 from fqt.nn.forms import float_form, is_quantized, known, quantized_form, replaced
 from fqt.nn.layers import linear_map
@@ -108,6 +108,7 @@ def quantize_(
         ]
     if problems:
         raise ConversionError("cannot convert the model; nothing was changed:\n  " + "\n  ".join(problems))
+    compiled.count_flops()
     if not any(is_converted(selection.module) for selection in selections):
         stored.compare_configuration(model, resolved)
     _switch(model, {s.module: s.recipe for s in selections if s.recipe is not None})

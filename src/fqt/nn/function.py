@@ -134,15 +134,12 @@ def input_seen(shape: torch.Size, dtype: torch.dtype, call: Call) -> Seen | None
 
 def _output(x: ForwardOperand, w: ForwardOperand, bias: Tensor | None, call: Call) -> Tensor:
     if x.codes is not None and w.codes is not None and call.on_integers("output", x.codes.matrix_step):
-        return integer.output(call.map, x.codes, w.codes, bias, _result_dtype(call.dtype))
+        return integer.output(
+            call.map, x.codes, w.codes, bias, integer.written(call.dtype, x.codes.matrix_codes.device.type)
+        )
     compute = compute_dtype(torch.promote_types(x.dtype, w.dtype))
     output = call.map.output(x.value(compute, call), w.value(compute, call))
     return output if bias is None else output + call.map.per_channel(bias.to(compute), output.ndim)
-
-
-def _result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What an integer product writes for a result of `dtype`: bfloat16 at once, all others by way of float32."""
-    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -285,7 +282,8 @@ def _from_gradient(
         codes, known = gradient.codes(None if split is None else split.step)
         w = _multiplied(weight, split, right)
         folded = split is not None
-        return integer.grad_input(call.map, codes, w, folded, shape, _result_dtype(dtype)).to(dtype), known
+        write = integer.written(dtype, codes.matrix_codes.device.type)
+        return integer.grad_input(call.map, codes, w, folded, shape, write).to(dtype), known
     if right is not None:
         estimate, known = gradient.value(None)
         return call.map.grad_input(estimate, call.map.weight_restored(right.value()), shape).to(dtype), known

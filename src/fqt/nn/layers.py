@@ -60,9 +60,15 @@ def foreign(weight: Tensor) -> str:
     return f"its weight is a {kind.__name__} of {kind.__module__.split('.')[0]}, which holds no plain floats"
 
 
-def _drawn_seed() -> Tensor:
+def _drawn_seed(input: Tensor) -> Tensor:
+    """An int64 from the generator of the GPU that the input lies on, else from the CPU's.
+
+    Drawn on the CPU, it would have to be copied to the GPU: that makes the host wait, and the replays of a captured
+    graph would all have one seed. The price: a layer's noise differs between the two kinds of device.
+    """
+    device = input.device if input.is_cuda else "cpu"
     try:
-        return torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
+        return torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device=device)
     except RuntimeError as error:
         if "randomness error mode" not in str(error):
             raise
@@ -101,7 +107,8 @@ def is_restored(layer: nn.Module) -> bool:
 
 
 def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: LinearMap) -> Tensor:
-    """One linear map of a converted layer. Draws its seed from torch's generator, in training mode only.
+    """One linear map of a converted layer. Draws its seed from torch's generator of the input's device, in training
+    mode only.
 
     The seed is drawn whether or not a gradient will be asked for, so that an activation checkpoint's two
     forward passes draw the same one.
@@ -116,7 +123,7 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
             return sharded.products(lambda x, w, b: products(layer, x, w, b, map), input, weight, bias, map, exact)
         if why := foreign(weight):
             raise FqtError(f"{type(layer).__name__}: {why}: fqt.restore_(model) first")
-    seed = _drawn_seed() if layer.training else None
+    seed = _drawn_seed(input) if layer.training else None
     compiling = torch.compiler.is_compiling()
     # A compiler guards what getattr finds or misses, which costs an eager layer more than a look into its dict.
     look = (lambda name: getattr(layer, name, None)) if compiling else layer.__dict__.get
@@ -324,7 +331,7 @@ def convolution(
         padded = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     if _is_empty(padded, weight, map):
         if layer.training:
-            _drawn_seed()  # what is drawn does not depend on the input
+            _drawn_seed(input)  # what is drawn does not depend on the input's size
         return _float_convolution(layer, input, weight, bias, output_size)
     return _convolve(layer, padded, weight, bias, map)
 

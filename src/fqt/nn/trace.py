@@ -27,7 +27,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fqt.errors import FqtError
 from fqt.nn.convert import is_converted
@@ -235,8 +234,11 @@ class _Watch(TorchDispatchMode):
         return False  # nothing is compiled meanwhile, and keeping Dynamo out would import it: seconds
 
     def __init__(self, model: nn.Module, seen: Trace, at_work: list[Witness]) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports Triton where it is installed
+
         super().__init__()
         self.seen, self.at_work = seen, at_work
+        self.formulas: Mapping[Any, Any] = flop_registry
         self.names = {module: name for name, module in named_modules(model)}
         self.weights = _Weights(model)
         # The modules whose forward is running, each with whether it was entered in the backward pass.
@@ -279,7 +281,7 @@ class _Watch(TorchDispatchMode):
         if isinstance(func, torch._ops.HigherOrderOperator):
             return NotImplemented
         packet = func._overloadpacket
-        counted = packet in _FORMULAS or packet in flop_registry
+        counted = packet in _FORMULAS or packet in self.formulas
         if not counted and not types and torch.is_inference_mode_enabled() and not self.at_work:
             with self:  # where autograd does not run, a composite op arrives whole
                 parts = func.decompose(*args, **kwargs)
@@ -289,6 +291,16 @@ class _Watch(TorchDispatchMode):
         if not self.at_work:
             self._note(packet, args, kwargs, out, counted)
         return out
+
+    def _multiplications(self, packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
+        """Of two numbers each; half the floating-point operations that `FlopCounterMode` counts."""
+        sparse = next((a for a in args if isinstance(a, Tensor) and a.layout in _SPARSE), None)
+        if sparse is not None:
+            return sparse._nnz() * int(out.shape[-1])
+        own = _FORMULAS.get(packet)
+        if own is not None:
+            return own(args)
+        return int(self.formulas[packet](*args, **kwargs, out_val=out)) // 2
 
     def _note(self, packet: Any, args: tuple, kwargs: dict, out: Any, counted: bool) -> None:
         node = torch._C._current_autograd_node()
@@ -307,7 +319,7 @@ class _Watch(TorchDispatchMode):
             self.weights.cast(args[0], out)
         if counted:
             counts = self.seen.floats.setdefault(site, (Count(), Count()))
-            counts[backward].add(_multiplications(packet, args, kwargs, out))
+            counts[backward].add(self._multiplications(packet, args, kwargs, out))
 
 
 class _Weights:
@@ -373,17 +385,6 @@ _OPERATIONS = {
     "_trilinear": "bilinear",
 }
 """What users call the ops that torch makes of their calls; the others go by their own name."""
-
-
-def _multiplications(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
-    """Of two numbers each; half the floating-point operations that `FlopCounterMode` counts."""
-    sparse = next((a for a in args if isinstance(a, Tensor) and a.layout in _SPARSE), None)
-    if sparse is not None:
-        return sparse._nnz() * int(out.shape[-1])
-    own = _FORMULAS.get(packet)
-    if own is not None:
-        return own(args)
-    return int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
 
 
 def _rnn(args: tuple) -> int:

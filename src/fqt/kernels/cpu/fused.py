@@ -201,4 +201,4 @@ def _obstacle() -> str:
     return f"no integer kernels: {found.reason}" if found.level == "reference" else ""
 
 
-integer.serve("cpu", _obstacle)
+integer.serve(BACKEND, _obstacle, (torch.bfloat16,))

@@ -13,7 +13,7 @@ _OFFERED: dict[str, tuple[Op, ...]] = {
     "encode": (ops.encode, ops.decode, ops.code_variance),
     "sums": (ops.column_sums, ops.row_sums, ops.value_sums, ops.scaled_rows, ops.variance_sums),
     "transform": (ops.hadamard, ops.rotate, ops.reflect, ops.replace_rows_),
-    "noise": (ops.random_u24,),
+    "noise": (ops.random_u24, ops.fork_seed),
     "quantize": (ops.quantize,),
 }
 for _module, _operations in _OFFERED.items():

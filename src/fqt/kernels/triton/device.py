@@ -55,14 +55,29 @@ def _first(*args: Any, **kwargs: Any) -> Tensor:
     return first.matrix if isinstance(first, Entries) else first
 
 
-def usable(x: Tensor) -> bool:
-    """Whether Triton is there and compiles for the device that x lies on; under its interpreter, the CPU.
+def obstacle(index: int | None = None) -> str:
+    """Why these kernels do not run on a CUDA device, by default the current one; empty if they do.
 
-    `FQT_KERNELS=reference` turns these kernels off too.
+    `FQT_KERNELS=reference` turns them off, as it does the CPU's.
     """
-    if os.environ.get("FQT_KERNELS") == "reference" or not _installed():
-        return False
-    return _new_enough(x.device.index) if x.is_cuda else interpreted() and x.is_cpu
+    if missing := _missing():
+        return missing
+    if index is None:
+        if not torch.cuda.is_available():
+            return "no CUDA device is there"
+        index = torch.cuda.current_device()
+    return _too_old(index)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether these kernels run where x lies; under Triton's interpreter that is the CPU."""
+    return not obstacle(x.device.index) if x.is_cuda else x.is_cpu and interpreted() and not _missing()
+
+
+def _missing() -> str:
+    if os.environ.get("FQT_KERNELS") == "reference":
+        return "FQT_KERNELS=reference"
+    return "" if _installed() else "Triton is not installed"
 
 
 @cache
@@ -71,9 +86,16 @@ def _installed() -> bool:
 
 
 @cache
-def _new_enough(index: int) -> bool:
-    """Triton compiles for NVIDIA's GPUs from compute capability 8.0 (Ampere), and for AMD's that ROCm runs on."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+def _too_old(index: int) -> str:
+    """Triton compiles for NVIDIA's GPUs from compute capability 8.0 (Ampere), and for AMD's that ROCm runs on.
+
+    (Tensor cores multiply integers from 7.5 on, but Triton has no such products for 7.5.)
+    """
+    found = torch.cuda.get_device_capability(index)
+    if torch.version.hip is not None or found >= (8, 0):
+        return ""
+    name = torch.cuda.get_device_name(index)
+    return f"{name} has compute capability {found[0]}.{found[1]}, and Triton's kernels begin with 8.0"
 
 
 @cache

@@ -108,7 +108,7 @@ def _decode(out, source, step, offset, dither, N, D, R: tl.constexpr, C: tl.cons
     step = parameter(step, rows, columns, rows < N, columns < D)
     offset = parameter(offset, rows, columns, rows < N, columns < D)
     half = narrowing(step)
-    if dither is not None:
+    if dither[0] is not None:
         value = value - parameter(dither, rows, columns, rows < N, columns < D)
     value = (value * (step * half) + offset * half) * tl.where(half == 1.0, 1.0, 16.0)
     value = tl.where(value > _LARGEST, _LARGEST, value)
@@ -126,7 +126,8 @@ def decode(codes: Tensor, scales: Scales, dither: Tensor | None) -> Tensor:
     shape = (codes.shape[0], codes.shape[1])
     out = torch.empty(shape, dtype=torch.float32, device=codes.device)
     step, offset = (parameter_of(p, scales.blocks, shape) for p in (scales.step, scales.offset))
-    noise = None if dither is None else parameter_of(dither, scales.blocks, shape)
+    # Triton 3.6 cannot ask of a tuple that holds None whether it is None itself.
+    noise = (None,) if dither is None else parameter_of(dither, scales.blocks, shape)
     arguments = (out, source_of(Entries(codes)), step, offset, noise, *shape)
     launch(_decode, programs_of(shape), *arguments, on=out, **TILE)
     return out

@@ -28,7 +28,8 @@ def takes_seed(seed: Tensor | None) -> bool:
 
 @triton.jit
 def philox(seed, stream: tl.constexpr, block):
-    """The four words, uint32, of int64 blocks of a stream."""
+    """The four words, uint32, of blocks of a stream."""
+    block = block.to(tl.int64)  # where it is int32, a shift by 32 is undefined
     low, high = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     return tl.philox(seed, low, high, tl.zeros_like(low) + stream, tl.zeros_like(low))
 
@@ -41,7 +42,7 @@ def _pick(place, a, b, c, d):
 
 @triton.jit
 def u24(seed, stream: tl.constexpr, index):
-    """int32: the 24-bit integers of a stream at these int64 indices."""
+    """int32: the 24-bit integers of a stream at these indices."""
     a, b, c, d = philox(seed, stream, index >> 2)
     return (_pick(index & 3, a, b, c, d) >> 8).to(tl.int32)
 
@@ -95,6 +96,29 @@ def random_u24(seed: Tensor, stream: int, n: int) -> Tensor:
     """As the reference."""
     out = torch.empty(n, dtype=torch.int32, device=seed.device)
     launch(_random_u24, triton.cdiv(n, 4 * _BLOCKS), out, seed, n, on=out, STREAM=stream, BLOCKS=_BLOCKS)
+    return out
+
+
+@triton.jit(do_not_specialize=["index"])
+def _fork(out, seed, index, GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    z = (tl.zeros((1,), tl.int64) + index + 1).to(tl.uint64, bitcast=True) * GOLDEN
+    z += tl.load(seed).to(tl.uint64, bitcast=True)
+    z = (z ^ (z >> 30)) * FIRST
+    z = (z ^ (z >> 27)) * SECOND
+    z = z ^ (z >> 31)
+    tl.store(out + tl.arange(0, 1), z.to(tl.int64, bitcast=True))
+
+
+def takes_fork_seed(seed: Tensor, index: int) -> bool:
+    """Whether the kernel can read the seed, and the index is an int64."""
+    return takes_seed(seed) and 0 <= index < 2**63 - 1
+
+
+def fork_seed(seed: Tensor, index: int) -> Tensor:
+    """As the reference, in one launch."""
+    out = torch.empty((), dtype=torch.int64, device=seed.device)
+    golden, first, second = words.SPLITMIX
+    launch(_fork, 1, out, seed, index, on=out, GOLDEN=golden, FIRST=first, SECOND=second, warps=1)
     return out
 
 

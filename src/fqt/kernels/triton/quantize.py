@@ -22,7 +22,7 @@ from fqt.kernels.triton.device import launch
 from fqt.kernels.triton.encode import encoded
 from fqt.kernels.triton.levels import ROUNDINGS, how_of, position, rounded, takes_levels
 from fqt.kernels.triton.noise import dither_of, takes_seed
-from fqt.kernels.triton.ranges import MODES, high, low, step_and_offset, value_range
+from fqt.kernels.triton.ranges import MODES, high, low, step_and_offset, steps_of, value_range
 from fqt.kernels.triton.source import source_of, takes_entries, values
 
 # Rows and columns of a band's tile, without and with transposed codes, which are written in runs of 32 bytes.
@@ -68,7 +68,10 @@ def _quantized(
     if blocks == ROW and coding.store == "float32" and _worth_bands(x.shape, turn):
         codes, turned, scales = _by_bands(x, coding, seed, turn)
     else:
-        scales = ops.scales_of(*value_range(x, blocks), coding, blocks)
+        if coding.store == "float32":
+            scales = Scales(*steps_of(x, blocks, coding.mode, coding.levels.high), blocks)
+        else:
+            scales = ops.scales_of(*value_range(x, blocks), coding, blocks)
         codes, turned = encoded(x, scales, coding.levels, coding.rounding, seed, turn)
     scales = coding.rounding.settled(x, codes, scales, coding.levels.high, seed)
     dither = None

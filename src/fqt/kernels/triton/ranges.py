@@ -71,10 +71,18 @@ def takes_value_range(x: Entries, blocks: Blocks) -> bool:
 
 def value_range(x: Entries, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    lo, hi, tiling = _partial_ranges(x, blocks)
+    if tiling.splits == (1, 1):
+        return lo.view(tiling.count), hi.view(tiling.count)
+    return lo.amin((1, 3)), hi.amax((1, 3))
+
+
+def _partial_ranges(x: Entries, blocks: Blocks) -> tuple[Tensor, Tensor, Tiling]:
+    """(blocks down, splits, blocks across, splits): what each program found."""
     tiling = Tiling.of(blocks, x.shape)
     lo, hi = torch.empty((2, *tiling.partial), dtype=torch.float32, device=x.matrix.device)
     launch(_range, tiling.programs, lo, hi, source_of(x), *tiling.arguments, on=lo, **tiling.constants)
-    return lo.amin((1, 3)), hi.amax((1, 3))
+    return lo, hi, tiling
 
 
 @triton.jit
@@ -131,6 +139,39 @@ def _parameters(step, offset, lo, hi, n, STEPS: tl.constexpr, MODE: tl.constexpr
     found_step, found_offset = step_and_offset(lo, hi, STEPS, MODE)
     tl.store(step + place, found_step, mask=inside)
     tl.store(offset + place, found_offset, mask=inside)
+
+
+@triton.jit
+def _merged(
+    step, offset, lo, hi, count, splits,
+    STEPS: tl.constexpr, MODE: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The parameters of SIZE blocks, from the ranges that SPLITS or fewer programs found in each."""
+    block = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)[:, None]
+    split = tl.arange(0, SPLITS)[None, :]
+    inside = block < count[0] * count[1]
+    from_rows, from_columns = split // splits[1], split % splits[1]
+    where = ((block // count[1] * splits[0] + from_rows) * count[1] + block % count[1]) * splits[1] + from_columns
+    there = inside & (from_rows < splits[0])
+    least = tl.load(lo + where, mask=there, other=float("inf"))
+    most = tl.load(hi + where, mask=there, other=float("-inf"))
+    bad = tl.max((least != least).to(tl.int32), 1) > 0
+    lo, hi = tl.where(bad, float("nan"), tl.min(least, 1)), tl.where(bad, float("nan"), tl.max(most, 1))
+    found_step, found_offset = step_and_offset(lo, hi, STEPS, MODE)
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    tl.store(step + place, found_step, mask=place < count[0] * count[1])
+    tl.store(offset + place, found_offset, mask=place < count[0] * count[1])
+
+
+def steps_of(x: Entries, blocks: Blocks, mode: str, steps: int) -> tuple[Tensor, Tensor]:
+    """`parameters` of `value_range`, in two launches."""
+    lo, hi, tiling = _partial_ranges(x, blocks)
+    step, offset = torch.empty((2, *tiling.count), dtype=torch.float32, device=lo.device)
+    splits = triton.next_power_of_2(tiling.splits[0] * tiling.splits[1])
+    how = {"STEPS": steps, "MODE": MODES[mode], "SIZE": max(1, 1024 // splits), "SPLITS": splits}
+    arguments = (step, offset, lo, hi, tiling.count, tiling.splits)
+    launch(_merged, triton.cdiv(step.numel(), how["SIZE"]), *arguments, on=lo, **how)
+    return step, offset
 
 
 def takes_parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> bool:

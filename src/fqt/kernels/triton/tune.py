@@ -66,6 +66,7 @@ TINY = Tiles(64, 64, 64, 4, 1)
 _WIDE_MEMORY = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 128, 8, 3))  # 160 KiB of shared memory and more
 _NARROW_MEMORY = (Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3))  # 99 KiB
 _HOPPER = (Tiles(128, 256, 128, 8, 4), Tiles(128, 128, 128, 8, 4))
+_OF_PARTS = Tiles(64, 128, 64, 8, 3)  # with tails, any strides and sums in int64; what is larger spills registers
 _DATACENTER = (90, 100, 103)
 
 
@@ -91,7 +92,7 @@ def plans(capability: tuple[int, int], rows: int, columns: int) -> list[Plan]:
 
 def in_parts(capability: tuple[int, int]) -> Plan:
     """For long contractions with few tiles: what int32 does not hold, and what would leave processors idle."""
-    return Plan("parts", TINY if capability == (0, 0) else _NARROW_MEMORY[-1])
+    return Plan("parts", TINY if capability == (0, 0) else _OF_PARTS)
 
 
 def tiles_for(number: int) -> Sequence[Tiles]:
@@ -111,8 +112,9 @@ def filter_tiles(capability: tuple[int, int], channels: int) -> list[Tiles]:
     """For a convolution's grad_weight; its tiles are of output channels by entries of a filter."""
     if capability == (0, 0):
         return [TINY]
-    narrow = [Tiles(64, 64, 128, 4, 3), Tiles(64, 128, 64, 4, 3)]
-    return narrow if channels <= 64 else [Tiles(128, 128, 64, 8, 3), *narrow]
+    narrow = [Tiles(64, 64, 128, 4, 3), Tiles(64, 128, 64, 8, 3)]
+    terms = 32 if capability >= (10, 0) else 64  # where 64 spill registers
+    return narrow if channels <= 64 else [Tiles(128, 128, terms, 8, 3), *narrow]
 
 
 def capability(x: Tensor) -> tuple[int, int]:
