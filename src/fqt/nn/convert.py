@@ -62,10 +62,10 @@ def quantize_(
     """Train this model fully quantized from now on, in place.
 
     Parameters, their names and the training loop stay what they are. Besides torch's own layers, what is converted
-    are subclasses that keep their forward, layers that torch has parametrized or sharded, the `Conv1D` and
-    the fused experts of transformers, and classes that `fqt.register` was told of. Modules of other kinds that own a matrix stay
-    float and are listed by `explain`; so does a layer whose forward was replaced on the instance by something that
-    cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
+    are subclasses that keep their forward, layers that torch has parametrized or sharded, the `Conv1D` and fused
+    experts of transformers, and classes that `fqt.register` was told of. Modules of other kinds that own a matrix
+    stay float and are listed by `explain`; so does a layer whose forward was replaced on the instance by something
+    that cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
     hundredth of the weights that are multiplied and no rule asked for it. Names are those of the model inside
     `torch.compile`, `DistributedDataParallel` and the like. State dicts hold each layer's recipe beside the weights
     (`recipe_of`), and so does a Hugging Face model's configuration. Convert a `nn.TransformerEncoder` as a whole:

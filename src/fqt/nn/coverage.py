@@ -40,7 +40,7 @@ def multiplied_weights(layer: nn.Module) -> int | None:
 
 
 def fused(module: nn.Module) -> dict[str, Tensor]:
-    """The weights that hold a matrix for each of several experts, by name: of three axes, in no layer of torch's."""
+    """The weights that hold a matrix per expert, by name: of three axes, in no layer of torch's."""
     if isinstance(module, _LAYERS):
         return {}
     own = {n: p for n, p in module.named_parameters(recurse=False) if not isinstance(p, UninitializedParameter)}

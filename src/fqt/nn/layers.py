@@ -115,8 +115,8 @@ def products(
 ) -> Tensor:
     """One linear map of a converted layer. Draws its seed from torch's generator, in training mode only.
 
-    (A caller may have `drawn` it already.) The seed is drawn whether or not a gradient will be asked for, so that an activation checkpoint's two
-    forward passes draw the same one.
+    A caller may have `drawn` it already. The seed is drawn whether or not a gradient will be asked for, so that an
+    activation checkpoint's two forward passes draw the same one.
     """
     _check_operands(layer, input, weight, bias, map)
     recipe: Recipe = layer.fqt_recipe  # type: ignore[assignment]
