@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -168,17 +169,32 @@ class _Step:
         batches, squares = self._batches, self._squares
         self._batches, self._squares = [], {}
         scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.get_scale()
-        if batches:
-            now = sum(float(energy(p.grad)) for p in self._parameters.values() if p.grad is not None)
-            before = sum(float(square) for square in squares.values())
-            shrunk = math.sqrt(now / before) if before else 1.0
-            scale *= shrunk if math.isfinite(shrunk) and shrunk > 0 else 1.0
         summed = any(batch.get("num_items_in_batch") is not None for batch in batches)
         self._reading = True
         try:
-            return self.readings.step(number, batches, reduction="sum" if summed else "mean", scale=scale)
+            with self._unclipped(squares):
+                return self.readings.step(number, batches, reduction="sum" if summed else "mean", scale=scale)
         finally:
             self._reading = False
+
+    @contextmanager
+    def _unclipped(self, squares: Mapping[str, Tensor]) -> Iterator[None]:
+        """While it lasts, gradients are as large as backward passes left them; then the very tensors they were.
+
+        A loss multiplied by what clipping multiplied gradients by would do as well but for rounding: under a recipe
+        with `x`, another last bit can be another choice of quantizer.
+        """
+        clipped = {name: p.grad for name, p in self._parameters.items() if name in squares and p.grad is not None}
+        now = sum(float(energy(g)) for g in clipped.values())
+        grown = math.sqrt(sum(map(float, squares.values())) / now) if now else 1.0
+        grown = grown if math.isfinite(grown) else 1.0  # of what a scaler divided out, too
+        for name, gradient in clipped.items():
+            self._parameters[name].grad = gradient if grown == 1.0 else gradient * grown
+        try:
+            yield
+        finally:
+            for name, gradient in clipped.items():
+                self._parameters[name].grad = gradient
 
     def close(self) -> None:
         """Takes all hooks off the model."""
