@@ -91,6 +91,14 @@ def test_rho_is_logged(name: str, tmp_path: Path) -> None:
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+@pytest.mark.parametrize("recipe", ["default", "shq8"])
+def test_clipping_under_recipes_that_choose(recipe: str, tmp_path: Path) -> None:
+    """Another last bit may choose another quantizer: no loss may be rescaled to make up for clipping."""
+    found = trainer(tmp_path, llama(recipe), HuggingFaceCallback(every=1), max_grad_norm=1e-3, max_steps=2)
+    found.train()
+    assert list(readings(found)) == [2]
+
+
 def test_rho_is_the_monitors(tmp_path: Path) -> None:
     """The numbers of fqt.Monitor called by hand before clipping; and training is not disturbed."""
     losses = []
