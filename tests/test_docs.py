@@ -41,3 +41,25 @@ def test_the_example_of_remembered_ranges(capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert "2 grad_input" in printed
     assert "remembered ranges have clipped" in printed.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*persistent_workers")
+def test_the_examples_of_other_trainers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    for library in ("transformers", "accelerate", "peft", "lightning"):
+        pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "hugging-face.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    namespace: dict = {"__name__": "documentation"}
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(block, namespace)
+    printed = capsys.readouterr().out.splitlines()
+    numbers = [line for line in printed if re.fullmatch(r"[\d.e-]+ [\d.e-]+", line)]
+    assert numbers
+    assert "'integer'" in next(line for line in printed if "'float'" in line)
+    assert printed[-1].startswith("tensor(")

@@ -71,7 +71,7 @@ def step(case: str, device: str, seed: int = 5) -> tuple[nn.Module, Callable[[],
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_s_bits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one seed; on a GPU layers draw another than on the CPU. A bias's gradient is a sum of floats."""
-    monkeypatch.setattr(layers, "_drawn_seed", lambda input: torch.tensor(-77, device=input.device))
+    monkeypatch.setattr(layers, "drawn_seeds", lambda input: torch.tensor(-77, device=input.device))
     with reference_only():
         wanted = step(case, "cpu")[1]()
     with on_kernels():

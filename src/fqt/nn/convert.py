@@ -62,10 +62,10 @@ def quantize_(
     """Train this model fully quantized from now on, in place.
 
     Parameters, their names and the training loop stay what they are. Besides torch's own layers, what is converted
-    are subclasses that keep their forward, layers that torch has parametrized or sharded, the `Conv1D` of
-    transformers (GPT-2), and classes that `fqt.register` was told of. Modules of other kinds that own a matrix stay
-    float and are listed by `explain`; so does a layer whose forward was replaced on the instance by something that
-    cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
+    are subclasses that keep their forward, layers that torch has parametrized or sharded, the `Conv1D` and fused
+    experts of transformers, and classes that `fqt.register` was told of. Modules of other kinds that own a matrix
+    stay float and are listed by `explain`; so does a layer whose forward was replaced on the instance by something
+    that cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
     hundredth of the weights that are multiplied and no rule asked for it. Names are those of the model inside
     `torch.compile`, `DistributedDataParallel` and the like. State dicts hold each layer's recipe beside the weights
     (`recipe_of`), and so does a Hugging Face model's configuration. Convert a `nn.TransformerEncoder` as a whole:
@@ -91,10 +91,10 @@ def quantize_(
         raise FqtError(f"quantize_ takes a torch.nn.Module, not {type(model).__name__}")
     selections, problems = select(model, resolved, filter_fn)
     problems += [
-        f"{s.name or '(model)'!r} is an attention, whose projections cannot share one remembered range: give it "
-        "another recipe by a rule"
+        f"{s.name or '(model)'!r} is {several}, which cannot share one remembered range: give it another recipe "
+        "by a rule"
         for s in selections
-        if s.recipe is not None and isinstance(s.module, nn.MultiheadAttention) and ranges.remembering(s.recipe)
+        if s.recipe is not None and (several := _several(s.module)) and ranges.remembering(s.recipe)
     ]
     problems += [
         f"{s.name or '(model)'!r}: {why}"
@@ -179,6 +179,13 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
     return selections, problems
 
 
+def _several(module: nn.Module) -> str:
+    """What products of different weights a converted layer has; empty if it has one weight."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "an attention of several projections"
+    return "made of experts" if coverage.fused(module) else ""
+
+
 _NO_PRODUCT = "it has no product with a weight"
 _FILTERED = "filter_fn left it out"
 
@@ -247,10 +254,11 @@ def _no_form(module: nn.Module) -> str:
         return _NO_PRODUCT
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module: convert before scripting or tracing"
-    if "expert" in kind.lower() or hasattr(module, "num_experts"):
-        fused = [f"{n} {tuple(p.shape)}" for n, p in own.items() if p.ndim == 3]
-        if fused:
-            return f"{kind} multiplies by fused expert weights, one matrix per expert: {', '.join(fused)}"
+    if stacks := coverage.fused(module):
+        shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in stacks.items())
+        return f"{kind} multiplies by fused expert weights, one matrix per expert: {shapes}"
+    if "router" in kind.lower():
+        return f"{kind} chooses experts by the products of its {', '.join(own)}, which rounding would change"
     return f"{kind} has parameters of its own ({', '.join(own)}) that fqt cannot see the use of"
 
 

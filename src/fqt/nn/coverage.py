@@ -26,7 +26,7 @@ def multiplied_weights(layer: nn.Module) -> int | None:
 
     A parametrized weight counts once, by its largest part.
     """
-    own: list[Tensor] = [
+    own: list[Tensor] = list(fused(layer).values()) or [
         p for p in layer.parameters(recurse=False) if p.ndim > 1 or isinstance(p, UninitializedParameter)
     ]
     if isinstance(layer, nn.MultiheadAttention):
@@ -37,6 +37,15 @@ def multiplied_weights(layer: nn.Module) -> int | None:
     if parametrize.is_parametrized(layer):
         total += sum(max(p.numel() for p in parts.parameters()) for parts in layer.parametrizations.values())  # type: ignore[operator]
     return total
+
+
+def fused(module: nn.Module) -> dict[str, Tensor]:
+    """The weights that hold a matrix per expert, by name: of three axes, in no layer of torch's."""
+    if isinstance(module, _LAYERS):
+        return {}
+    own = {n: p for n, p in module.named_parameters(recurse=False) if not isinstance(p, UninitializedParameter)}
+    is_known = "expert" in type(module).__name__.lower() or hasattr(module, "num_experts")
+    return {name: p for name, p in own.items() if is_known and p.ndim == 3}
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 from fqt.errors import FqtError
 from fqt.nn import layers
 from fqt.nn.attention import QuantizedMultiheadAttention
+from fqt.nn.experts import experts, is_experts
 from fqt.nn.redirect import own_forward
 
 Kind = type[nn.Module]
@@ -29,6 +30,10 @@ _KNOWN_BY_NAME: dict[tuple[str, str], Callable[..., Any]] = {
     ("transformers.modeling_utils", "Conv1D"): layers.transposed_linear,
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"): layers.QuantizedLinear.forward,
     ("transformers.models.bit.modeling_bit", "WeightStandardizedConv2d"): own_forward,
+    ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts"): own_forward,
+    ("transformers.models.jetmoe.modeling_jetmoe", "JetMoeParallelExperts"): own_forward,
+    ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts"): own_forward,
+    ("transformers.models.step3p7.modeling_step3p7", "Step3p7Experts"): own_forward,
     ("timm.layers.std_conv", "StdConv2d"): own_forward,
     ("timm.layers.std_conv", "StdConv2dSame"): own_forward,
     ("timm.layers.std_conv", "ScaledStdConv2d"): own_forward,
@@ -111,7 +116,7 @@ def known(kind: Kind) -> Kind | None:
     for base in kind.__mro__:
         if base in QUANTIZED:
             return base
-        forward = _KNOWN_BY_NAME.get((base.__module__, base.__name__))
+        forward = experts if is_experts(base) else _KNOWN_BY_NAME.get((base.__module__, base.__name__))
         if forward is not None:
             register(base, forward)
             return base

@@ -60,15 +60,19 @@ def foreign(weight: Tensor) -> str:
     return f"its weight is a {kind.__name__} of {kind.__module__.split('.')[0]}, which holds no plain floats"
 
 
-def _drawn_seed(input: Tensor) -> Tensor:
-    """An int64 from the generator of the GPU that the input lies on, else from the CPU's.
+def drawn_seeds(input: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """Seeds of calls in training mode, int64, from the generator of the GPU that the input lies on, else from the
+    CPU's.
 
-    Drawn on the CPU, it would have to be copied to the GPU: that makes the host wait, and the replays of a captured
-    graph would all have one seed. The price: a layer's noise differs between the two kinds of device.
+    Drawn on the CPU, they would have to be copied to the GPU: that makes the host wait, and the replays of a
+    captured graph would all have one seed. The price: a layer's noise differs between the two kinds of device.
+
+    Raises:
+        FqtError: under `vmap`, which must be told how to draw.
     """
     device = input.device if input.is_cuda else "cpu"
     try:
-        return torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device=device)
+        return torch.randint(-_SEED_RANGE, _SEED_RANGE, shape, dtype=torch.int64, device=device)
     except RuntimeError as error:
         if "randomness error mode" not in str(error):
             raise
@@ -106,12 +110,19 @@ def is_restored(layer: nn.Module) -> bool:
     return "fqt_recipe" not in layer.__dict__
 
 
-def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, map: LinearMap) -> Tensor:
+def products(
+    layer: nn.Module,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    map: LinearMap,
+    drawn: Tensor | None = None,
+) -> Tensor:
     """One linear map of a converted layer. Draws its seed from torch's generator of the input's device, in training
     mode only.
 
-    The seed is drawn whether or not a gradient will be asked for, so that an activation checkpoint's two
-    forward passes draw the same one.
+    A caller may have `drawn` it already. The seed is drawn whether or not a gradient will be asked for, so that an
+    activation checkpoint's two forward passes draw the same one.
     """
     _check_operands(layer, input, weight, bias, map)
     recipe: Recipe = layer.fqt_recipe  # type: ignore[assignment]
@@ -120,10 +131,11 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
             if layer.training and "fqt_ranges" in layer.__dict__:
                 check_call("on sharded tensors")
             exact = not layer.training or not (recipe.grad_input or recipe.grad_weight)
-            return sharded.products(lambda x, w, b: products(layer, x, w, b, map), input, weight, bias, map, exact)
+            again = lambda x, w, b: products(layer, x, w, b, map, drawn)
+            return sharded.products(again, input, weight, bias, map, exact)
         if why := foreign(weight):
             raise FqtError(f"{type(layer).__name__}: {why}: fqt.restore_(model) first")
-    seed = _drawn_seed(input) if layer.training else None
+    seed = None if not layer.training else drawn_seeds(input) if drawn is None else drawn
     compiling = torch.compiler.is_compiling()
     # A compiler guards what getattr finds or misses, which costs an eager layer more than a look into its dict.
     look = (lambda name: getattr(layer, name, None)) if compiling else layer.__dict__.get
@@ -331,7 +343,7 @@ def convolution(
         padded = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     if _is_empty(padded, weight, map):
         if layer.training:
-            _drawn_seed(input)  # what is drawn does not depend on the input's size
+            drawn_seeds(input)  # what is drawn does not depend on the input's size
         return _float_convolution(layer, input, weight, bias, output_size)
     return _convolve(layer, padded, weight, bias, map)
 

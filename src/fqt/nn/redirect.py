@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -14,7 +15,8 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def own_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a layer's float class, with `F.linear` and `F.conv1d` to `F.conv3d` on quantized operands.
+    """The forward of a layer's float class, with `F.linear`, `F.conv1d` to `F.conv3d`, and `torch.bmm` by a
+    parameter, on quantized operands.
 
     For `fqt.register`, where a class computes its weight, or pads its input, and then calls one of them, itself or
     through torch's own layer:
@@ -42,6 +44,8 @@ class _Redirect(TorchFunctionMode):
             return linear(self.layer, *args, **words)
         if function in _CONVOLUTIONS:
             return _convolution(self.layer, *args, **words)
+        if function is torch.bmm and len(args) == 2 and isinstance(args[1], nn.Parameter):
+            return _batched(self.layer, *args)
         return function(*args, **words)
 
 
@@ -49,3 +53,8 @@ def _convolution(
     layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **words: Any
 ) -> Tensor:
     return convolve(layer, input, weight, bias, conv_map(weight, *rest, **words))
+
+
+def _batched(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:
+    """(E, T, O) from (E, T, I) and (E, I, O): a linear layer each."""
+    return torch.stack([linear(layer, x, w) for x, w in zip(input, weight.mT.unbind(), strict=True)])

@@ -404,6 +404,12 @@ def _attention_backward(args: tuple) -> int:
     return math.prod(query.shape[:-1]) * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
+def _grouped(args: tuple) -> int:
+    """Runs of rows (S, I) by matrices (G, I, O), or (O, S) by (S, I) run by run: each row is in one group."""
+    left, right = args[:2]
+    return left.numel() * right.shape[-1] // (len(left) if left.ndim > right.ndim else 1)
+
+
 def _trilinear(args: tuple) -> int:
     """Three factors that broadcast along axes of their own and are summed over some: two products at each place."""
     shapes = []
@@ -426,6 +432,7 @@ _FORMULAS: dict[Any, Callable[[tuple], int]] = {
     _aten.mv: lambda args: args[0].numel(),
     _aten.addmv: lambda args: args[1].numel(),
     _aten.dot: lambda args: args[0].numel(),
+    _aten._grouped_mm: _grouped,
     _aten.addbmm: lambda args: args[1].numel() * args[2].shape[-1],
     _aten.mkldnn_rnn_layer: _rnn,
     # Gradients of the gates for input, state and both weights.

@@ -17,6 +17,7 @@ _INSIDE = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
     ("torch.optim.swa_utils", "AveragedModel"): "module",
+    ("fqt.callbacks.lightning", "TrainingStep"): "module",
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): (
         "_checkpoint_wrapped_module"

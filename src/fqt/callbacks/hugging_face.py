@@ -1,0 +1,234 @@
+"""The callback for Hugging Face's `Trainer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from fqt.callbacks.readings import (
+    RECIPE,
+    Readings,
+    check_converted,
+    check_every,
+    refuse_several_processes,
+    restore_recipe,
+    saved_recipe,
+)
+from fqt.errors import FqtError
+from fqt.stats.monitor import first_half
+from fqt.stats.passes import energy, trainable
+
+_IGNORED = -100
+"""The label of tokens that do not count, throughout transformers."""
+
+
+class HuggingFaceCallback(TrainerCallback, ExportableState):
+    """ρ by layer in the logs of a `transformers.Trainer`, misuse refused, the recipe kept with the checkpoint.
+
+        model = fqt.quantize_(model, "shq8")
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[HuggingFaceCallback(every=100)])
+
+    Logs get "rho" and "rho/LAYER" at the first step and every `every` steps (`fqt.Monitor`, which has the variances
+    of both and what a reading costs). `Trainer` calls its writers (`report_to`) before callbacks that are passed to
+    it: `callback.put_first(trainer)` lets them see ρ, too.
+
+    A checkpoint holds the recipe and the averages. `trainer.train(resume_from_checkpoint=…)` converts a float model
+    as the checkpoint's was, and warns if the model is quantized otherwise.
+
+    The loss is taken to be the model's own (`outputs.loss`), of which a mean over samples is measured: the step is
+    made again from what the model was given. Clipping and a `GradScaler` are divided out.
+
+    Args:
+        every: optimizer steps between readings; None for none.
+
+    Raises:
+        FqtError: when training begins, or at its first step: the model has no converted layer, or none that
+            quantizes its gradient; several GPUs in one process; readings with several processes or label smoothing;
+            a loss that is computed outside the model; gradients that are not those of the batches.
+    """
+
+    def __init__(self, every: int | None = 100) -> None:
+        check_every(every)
+        self.every = every
+        self.saved: dict[str, Any] | None = None
+        """Of the checkpoint that training goes on from: its recipe, and the readings' averages."""
+        self._model: nn.Module | None = None
+        self._step: _Step | None = None
+        self._unlogged: dict[str, float] = {}
+
+    def put_first(self, trainer: Any) -> HuggingFaceCallback:
+        """Moves the callback before all others of a trainer, or adds it there. Returns itself."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(c for c in callbacks if c is not self)]
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """What `Trainer` writes into `trainer_state.json`."""
+        saved = self.saved
+        if self._model is not None:
+            saved = {RECIPE: saved_recipe(self._model)}
+            if self._step is not None:
+                saved["readings"] = self._step.readings.state_dict()
+        return {"args": {"every": self.every}, "attributes": {"saved": saved}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Refuses what would go wrong, goes on from a checkpoint, and begins to watch."""
+        model: nn.Module = more["model"]
+        self._close()
+        if args.n_gpu > 1:
+            raise FqtError(
+                f"Trainer would spread the model over {args.n_gpu} GPUs by DataParallel, whose copies draw noise "
+                "in no order: start it by torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES)"
+            )
+        self.saved = _of_checkpoint(state, type(self).__name__)
+        if self.saved is not None:
+            restore_recipe(model, self.saved[RECIPE])
+        check_converted(model)
+        self._model = model
+        if self.every is None:
+            return
+        refuse_several_processes()
+        if args.label_smoothing_factor:
+            raise FqtError(
+                "Trainer computes label smoothing outside the model, where no callback sees it: pass every=None "
+                "for no readings, or smooth in the model"
+            )
+        self._step = _Step(model, self.every)
+        if self.saved is not None and "readings" in self.saved:
+            self._step.readings.load_state_dict(self.saved["readings"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Takes a reading if one is due."""
+        if self._step is not None:
+            found = self._step.end(state.global_step + 1, getattr(more.get("optimizer"), "scaler", None))
+            self._unlogged = found or self._unlogged
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """Adds the last reading to what is logged next, and to the history that the state keeps."""
+        if logs is None or "loss" not in logs:
+            return  # of an evaluation, or the end's summary
+        for target in (logs, state.log_history[-1] if state.log_history else {}):
+            target.update(self._unlogged)
+        self._unlogged = {}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Leaves the model as it was."""
+        self._close()
+        self.saved = None
+
+    def _close(self) -> None:
+        if self._step is not None:
+            self._step.close()
+        self._step = self._model = None
+        self._unlogged = {}
+
+
+def _of_checkpoint(state: TrainerState, name: str) -> dict[str, Any] | None:
+    """What this callback wrote into the state that training goes on from; None if it is a new one."""
+    entry = (state.stateful_callbacks or {}).get(name)
+    entry = entry[0] if isinstance(entry, list) else entry
+    return None if entry is None else entry["attributes"]["saved"]
+
+
+class _Step:
+    """One optimizer step after the other: what the model is given, and how large gradients are before clipping."""
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        self.readings = Readings(model, _loss, every, _half)
+        self._batches: list[dict[str, Any]] = []
+        self._squares: dict[str, Tensor] = {}
+        self._reading = False  # while passes are made again
+        self._parameters = trainable(model)
+        self._hooks = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        for name, p in self._parameters.items():
+            hook = lambda p, name=name: self._after_backward(name, p)
+            self._hooks.append(p.register_post_accumulate_grad_hook(hook))
+
+    def end(self, number: int, scaler: Any) -> dict[str, float] | None:
+        """After the last backward pass of a step and clipping; a reading if one was due."""
+        batches, squares = self._batches, self._squares
+        self._batches, self._squares = [], {}
+        scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.get_scale()
+        summed = any(batch.get("num_items_in_batch") is not None for batch in batches)
+        self._reading = True
+        try:
+            with self._unclipped(squares):
+                return self.readings.step(number, batches, reduction="sum" if summed else "mean", scale=scale)
+        finally:
+            self._reading = False
+
+    @contextmanager
+    def _unclipped(self, squares: Mapping[str, Tensor]) -> Iterator[None]:
+        """While it lasts, gradients are as large as backward passes left them; then the very tensors they were.
+
+        A loss multiplied by what clipping multiplied gradients by would do as well but for rounding: under a recipe
+        with `x`, another last bit can be another choice of quantizer.
+        """
+        clipped = {name: p.grad for name, p in self._parameters.items() if name in squares and p.grad is not None}
+        now = sum(float(energy(g)) for g in clipped.values())
+        grown = math.sqrt(sum(map(float, squares.values())) / now) if now else 1.0
+        grown = grown if math.isfinite(grown) else 1.0  # of what a scaler divided out, too
+        for name, gradient in clipped.items():
+            self._parameters[name].grad = gradient if grown == 1.0 else gradient * grown
+        try:
+            yield
+        finally:
+            for name, gradient in clipped.items():
+                self._parameters[name].grad = gradient
+
+    def close(self) -> None:
+        """Takes all hooks off the model."""
+        self.readings.close()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._reading and model.training and torch.is_grad_enabled() and self.readings.is_due:
+            if args:
+                raise FqtError("Trainer gives a model its batch by keyword; this one got some by position")
+            self._batches.append(kwargs)
+
+    def _after_backward(self, name: str, parameter: Tensor) -> None:
+        if not self._reading and self.readings.is_due and parameter.grad is not None:
+            self._squares[name] = energy(parameter.grad)
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else output[0]
+    if not isinstance(loss, Tensor):
+        raise FqtError(
+            "the model returns no loss: where Trainer computes it (compute_loss, compute_loss_func), no callback "
+            "sees it: pass every=None for no readings, or measure with fqt.diagnose"
+        )
+    return loss
+
+
+def _half(batch: Any) -> tuple[Any, float]:
+    """The first half of a batch. The number of labels that a summed loss is divided by is cut in proportion."""
+    part, share = first_half(batch)
+    items, labels = batch.get("num_items_in_batch"), batch.get("labels")
+    if items is not None and labels is not None:
+        counts = [(t != _IGNORED).sum() for t in (part["labels"], labels)]
+        part["num_items_in_batch"] = items * counts[0] / counts[1]
+    return part, share
