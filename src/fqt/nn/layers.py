@@ -60,7 +60,8 @@ def foreign(weight: Tensor) -> str:
     return f"its weight is a {kind.__name__} of {kind.__module__.split('.')[0]}, which holds no plain floats"
 
 
-def _drawn_seed() -> Tensor:
+def drawn_seed() -> Tensor:
+    """An int64 from torch's generator, by which everything random in one call is drawn."""
     try:
         return torch.randint(-_SEED_RANGE, _SEED_RANGE, (), dtype=torch.int64, device="cpu")
     except RuntimeError as error:
@@ -116,7 +117,7 @@ def products(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
             return sharded.products(lambda x, w, b: products(layer, x, w, b, map), input, weight, bias, map, exact)
         if why := foreign(weight):
             raise FqtError(f"{type(layer).__name__}: {why}: fqt.restore_(model) first")
-    seed = _drawn_seed() if layer.training else None
+    seed = drawn_seed() if layer.training else None
     compiling = torch.compiler.is_compiling()
     # A compiler guards what getattr finds or misses, which costs an eager layer more than a look into its dict.
     look = (lambda name: getattr(layer, name, None)) if compiling else layer.__dict__.get
@@ -324,7 +325,7 @@ def convolution(
         padded = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     if _is_empty(padded, weight, map):
         if layer.training:
-            _drawn_seed()  # what is drawn does not depend on the input
+            drawn_seed()  # what is drawn does not depend on the input
         return _float_convolution(layer, input, weight, bias, output_size)
     return _convolve(layer, padded, weight, bias, map)
 
