@@ -9,10 +9,6 @@ from torch.nn import functional as F
 PACKED = (1, 2, 4, 8)
 """Widths that fill a byte without a rest."""
 
-# Eight flags in eight bytes, the first one lowest: the product's top byte has flag i as its bit i, and multiplying
-# a byte by ones puts a copy of it in each of the eight, of which each then shows its own bit.
-_GATHER, _SPREAD, _OWN_BIT = 0x0102040810204080, 0x0101010101010101, -0x7FBFDFEFF7FBFDFF
-
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """Numbers below 2^bits side by side in bytes, the first one lowest.

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fqt.errors import FqtError
-from fqt.kernels.packing import PACKED, pack, unpack
-from fqt.nn.between.codes import Flags, Layout, Numbers
+from fqt.kernels.codes import compute_dtype
+from fqt.kernels.packing import PACKED
+from fqt.nn.between.codes import Flags, Layout, Numbers, packed, unpacked
 
 _aten = torch.ops.aten
 _Gradients = tuple[Tensor | None, ...]
@@ -42,7 +43,7 @@ class Noise:
     def keep(self, ctx: Any, x: Tensor, *others: Tensor | None) -> None:
         """Saves x as codes, and other tensors as they are."""
         kept = Numbers.of(x.detach(), self.bits, self.seed)
-        ctx.kept = (kept.layout, kept.bits, kept.dtype)
+        ctx.kept = (kept.layout, self.bits)
         ctx.save_for_backward(*kept.tensors, *others)
 
 
@@ -54,14 +55,35 @@ def _read(ctx: Any) -> tuple[Numbers, Sequence[Any]]:
             "pass, or fqt.compress_(model, bits=None)"
         )
     codes, step, offset, seed, *others = ctx.saved_tensors
-    return Numbers(*ctx.kept, (codes, step, offset, seed)), others
+    return Numbers.again(*ctx.kept, codes, step, offset, seed), others
 
 
 # ---- decisions: exact ----------------------------------------------------------------------------------------
 
 
+class Rectified(torch.autograd.Function):
+    """ReLU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`function` is torch's own, in place or not."""
+        output = function(x)
+        if output is x:
+            ctx.mark_dirty(x)
+        flags = Flags.positive(output.detach())
+        ctx.layout = flags.layout
+        ctx.save_for_backward(flags.tensor)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> _Gradients:
+        """Differentiable again: the second derivative is zero where there is one."""
+        flags = Flags(ctx.layout, *ctx.saved_tensors)
+        return torch.where(flags.values(), grad, 0.0) if torch.is_grad_enabled() else flags.gate(grad), None
+
+
 class Gated(torch.autograd.Function):
-    """An elementwise function with two slopes, of which a bit says which: ReLU, ReLU6, leaky ReLU."""
+    """An elementwise function with two slopes, of which a bit says which: ReLU6, leaky ReLU."""
 
     @staticmethod
     def forward(
@@ -116,15 +138,14 @@ class Pooled(torch.autograd.Function):
         tap = (torch.div(places, x.shape[-1], rounding_mode="floor") - down) // dilation[0] * size[1]
         tap = tap + (places % x.shape[-1] - across) // dilation[1]
         ctx.bits = next(bits for bits in PACKED if size[0] * size[1] <= 2**bits)
-        ctx.save_for_backward(pack(ctx.layout.flat(tap).to(torch.uint8), ctx.bits))
+        ctx.save_for_backward(packed(ctx.layout.flat(tap).to(torch.uint8), ctx.bits))
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """To the greatest entry of each window, as torch's own."""
         size, _, _, dilation, _ = ctx.window
-        count = torch.Size(ctx.layout.shape).numel()
-        tap = ctx.layout.shaped(unpack(*ctx.saved_tensors, ctx.bits, count)).long()
+        tap = ctx.layout.shaped(unpacked(*ctx.saved_tensors, ctx.bits, ctx.layout.count)).long()
         down, across = _starts(tap, ctx.input.shape, ctx.window)
         row = torch.div(tap, size[1], rounding_mode="floor") * dilation[0] + down
         places = row * ctx.input.shape[-1] + tap % size[1] * dilation[1] + across
@@ -148,8 +169,7 @@ class Averaged(torch.autograd.Function):
 
 def _blank(ctx: Any, grad: Tensor) -> Tensor:
     """A tensor of the input's shape and layout whose values nobody reads: memory that is never touched."""
-    numel = torch.Size(ctx.input.shape).numel()
-    return ctx.input.shaped(torch.empty(numel, dtype=ctx.dtype, device=grad.device))
+    return ctx.input.shaped(torch.empty(ctx.input.count, dtype=ctx.dtype, device=grad.device))
 
 
 def _starts(places: Tensor, shape: Sequence[int], window: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -183,7 +203,7 @@ class Elementwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """Unbiased; the variance of an entry is grad² · step²/12."""
         kept, _ = _read(ctx)
-        return (grad * kept.values()).to(grad.dtype), None, None, None
+        return kept.times(grad), None, None, None
 
 
 # ---- normalizations ------------------------------------------------------------------------------------------
@@ -209,7 +229,7 @@ class BatchNormalized(torch.autograd.Function):
         output, batch_mean, rstd = _aten.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
         if not training:
             batch_mean, rstd = mean, torch.rsqrt(var + eps)  # type: ignore[assignment, operator]
-        ctx.how = (training, eps)
+        ctx.how, ctx.like = (training, eps), _like(weight, bias)
         noise.keep(ctx, x, weight, batch_mean, rstd)
         return output
 
@@ -219,14 +239,13 @@ class BatchNormalized(torch.autograd.Function):
         kept, (weight, mean, rstd) = _read(ctx)
         training, eps = ctx.how
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
-        x, around = kept.values(grad.dtype), (None, None) if training else (mean, rstd.square().reciprocal() - eps)
-        saved = (mean, rstd) if training else (None, None)
-        found = _aten.native_batch_norm_backward(grad, x, weight, *around, *saved, training, eps, list(needs))
-        d_x, d_weight, d_bias = _where(needs, found)
-        if training and d_x is not None:
-            by_channel = rstd.pow(3) if weight is None else rstd.pow(3) * weight
-            count = x.numel() // x.shape[1]
-            d_x = _off(d_x, grad, by_channel.view(-1, *(1,) * (x.ndim - 2)) / count, kept)
+        if training:
+            found = kept.batch_norm(grad, _wide(mean), _wide(rstd), weight)
+        else:
+            around = (mean, rstd.square().reciprocal() - eps, None, None)
+            x = kept.values(grad.dtype)
+            found = _aten.native_batch_norm_backward(grad, x, weight, *around, False, eps, list(needs))
+        d_x, d_weight, d_bias = _where(needs, found, ctx.like)
         return d_x, None, None, d_weight, d_bias, *(None,) * 4
 
 
@@ -244,23 +263,18 @@ class LayerNormalized(torch.autograd.Function):
         noise: Noise,
     ) -> Tensor:
         """As `F.layer_norm`."""
+        x = x.contiguous()
         output, mean, rstd = _aten.native_layer_norm(x, list(shape), weight, bias, eps)
-        ctx.shape = list(shape)
-        noise.keep(ctx, x, weight, bias, mean, rstd)
+        ctx.like = _like(weight, bias)
+        noise.keep(ctx, x, weight, mean, rstd)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """Unbiased, as batch normalization's, the sum being over the features."""
-        kept, (weight, bias, mean, rstd) = _read(ctx)
+        kept, (weight, mean, rstd) = _read(ctx)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
-        x = kept.values(grad.dtype)
-        found = _aten.native_layer_norm_backward(grad, x, ctx.shape, mean, rstd, weight, bias, list(needs))
-        d_x, d_weight, d_bias = _where(needs, found)
-        if d_x is not None:
-            count = torch.Size(ctx.shape).numel()
-            factor = rstd.pow(3) / count
-            d_x = _off(d_x, grad, factor if weight is None else factor * weight, kept)
+        d_x, d_weight, d_bias = _where(needs, kept.row_norm(grad, _wide(mean), _wide(rstd), weight), ctx.like)
         return d_x, None, d_weight, d_bias, None, None
 
 
@@ -272,26 +286,20 @@ class RootMeanSquareNormalized(torch.autograd.Function):
         ctx: Any, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None, noise: Noise
     ) -> Tensor:
         """As `F.rms_norm`."""
+        x = x.contiguous()
         output = F.rms_norm(x, list(shape), weight, eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        ctx.axes, ctx.dtype = tuple(range(-len(shape), 0)), x.dtype
-        least = torch.finfo(x.dtype).eps if eps is None else eps
-        noise.keep(ctx, x, weight, torch.rsqrt(wide.square().mean(ctx.axes, keepdim=True) + least))
+        axes, least = tuple(range(-len(shape), 0)), torch.finfo(x.dtype).eps if eps is None else eps
+        ctx.dtype, ctx.like = x.dtype, _like(weight)
+        noise.keep(ctx, x, weight, torch.rsqrt(_wide(x).square().mean(axes) + least))
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """Unbiased, as layer normalization's."""
         kept, (weight, rstd) = _read(ctx)
-        unit, g = kept.values() * rstd, grad.to(kept.dtype)
-        d_weight = None
-        if weight is not None:
-            d_weight = (g * unit).flatten(0, g.ndim - weight.ndim - 1).sum(0) if g.ndim > weight.ndim else g * unit
-            g, d_weight = g * weight, d_weight.to(weight.dtype)
-        count = torch.Size(unit.shape[ctx.axes[0] :]).numel()
-        along = (g * unit).mean(ctx.axes, keepdim=True)
-        d_x = rstd * (g - unit * along) + g * (rstd.pow(3) / count) * kept.variance()
-        return d_x.to(ctx.dtype), None, d_weight, None, None
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+        d_x, d_weight = _where(needs, kept.row_norm(grad, None, rstd, weight)[:2], ctx.like)
+        return None if d_x is None else d_x.to(ctx.dtype), None, d_weight, None, None
 
 
 class GroupNormalized(torch.autograd.Function):
@@ -304,7 +312,7 @@ class GroupNormalized(torch.autograd.Function):
         """As `F.group_norm`; (N, C, *)."""
         sizes = (x.shape[0], x.shape[1], x.numel() // (x.shape[0] * x.shape[1]), groups)
         output, mean, rstd = _aten.native_group_norm(x, weight, bias, *sizes, eps)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.like = sizes, _like(weight, bias)
         noise.keep(ctx, x, weight, mean, rstd)
         return output
 
@@ -316,7 +324,7 @@ class GroupNormalized(torch.autograd.Function):
         x = kept.values(grad.dtype)
         grad = grad.contiguous() if x.is_contiguous() else grad
         found = _aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.sizes, list(needs))
-        d_x, d_weight, d_bias = _where(needs, found)
+        d_x, d_weight, d_bias = _where(needs, found, ctx.like)
         if d_x is not None:
             samples, channels, pixels, groups = ctx.sizes
             by_channel = rstd.pow(3).repeat_interleave(channels // groups, 1) / (channels // groups * pixels)
@@ -330,8 +338,21 @@ def _off(d_x: Tensor, grad: Tensor, factor: Tensor, kept: Numbers) -> Tensor:
     return d_x + (grad * factor * kept.variance()).to(d_x.dtype)
 
 
-def _where(needs: Sequence[bool], found: Sequence[Tensor | None]) -> _Gradients:
-    return tuple(g if need else None for need, g in zip(needs, found, strict=True))
+def _wide(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype))
+
+
+def _like(*parameters: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of a normalization's parameters, which are alike; None without any."""
+    return next(((p.shape, p.dtype) for p in parameters if p is not None), None)
+
+
+def _where(needs: Sequence[bool], found: Sequence[Tensor | None], like: Any) -> _Gradients:
+    """The gradients that are asked for: of the input, and of parameters as `_like` has them."""
+    d_x, *rest = found
+    if like is not None:
+        rest = [None if g is None else g.view(like[0]).to(like[1]) for g in rest]
+    return tuple(g if need else None for need, g in zip(needs, (d_x, *rest), strict=True))
 
 
 # ---- probabilities -------------------------------------------------------------------------------------------
@@ -428,7 +449,7 @@ class Attention(torch.autograd.Function):
         )
         ctx.causal, ctx.scale = causal, scale
         out = Numbers.of(output, second.bits, second.seed)
-        ctx.out = (out.layout, out.bits, out.dtype)
+        ctx.out = (out.layout, second.bits)
         # Copies: a part of one projection's output would keep the whole of it.
         noise.keep(ctx, value, query.contiguous(), key.contiguous(), mask, logsumexp, *out.tensors)
         return output
@@ -437,7 +458,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """Unbiased."""
         kept, (query, key, mask, logsumexp, *codes) = _read(ctx)
-        output = Numbers(*ctx.out, tuple(codes)).values(query.dtype)  # type: ignore[arg-type]
+        output = Numbers.again(*ctx.out, *codes).values(query.dtype)
         found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, kept.values(query.dtype), output, logsumexp, 0.0, ctx.causal,
             attn_mask=mask, scale=ctx.scale,

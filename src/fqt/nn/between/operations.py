@@ -77,19 +77,16 @@ def _gated(x: Tensor, inplace: bool, function: Any, written: Any, gate: Any, slo
     return functions.Gated.apply(x, written if inplace else function, gate, slope)
 
 
-def _positive(x: Tensor) -> Tensor:
-    """Where ReLU lets the gradient through: a NaN does, as in torch."""
-    return ~(x <= 0)
-
-
 @_row(F.relu, torch.relu, Tensor.relu)
 def _relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
-    return _gated(input, inplace, torch.relu, torch.relu_, _positive)
+    if not _differentiable(input) or (inplace and input._is_view()):
+        return NotImplemented
+    return functions.Rectified.apply(input, torch.relu_ if inplace else torch.relu)
 
 
 @_row(torch.relu_, Tensor.relu_)
 def _relu_(call: Call, input: Tensor) -> Any:
-    return _gated(input, True, torch.relu, torch.relu_, _positive)
+    return _relu(call, input, True)
 
 
 def _between(x: Tensor) -> Tensor:
