@@ -460,3 +460,36 @@ def test_refusals() -> None:
     with pytest.raises(ConversionError, match="Above was put on top"):
         fqt.compress_(model, None)
     assert fqt.nn.between.is_compressed(model)
+
+
+def test_explain_says_what_is_kept_in_full() -> None:
+    model, x = net()
+    fqt.quantize_(model, "shq8")
+    before = fqt.explain(model, x)
+    fqt.compress_(model, 8)
+    assert any("numbers in 8 bits" in note for note in fqt.explain(model).notes)
+    after = fqt.explain(model, x)
+    full = {row.operation for row in before.kept if row.form == "in full"}
+    assert {"Relu", "NativeBatchNorm", "Gelu", "MaxPool"} <= {name.split("2D")[0] for name in full}
+    assert {"Rectified", "BatchNormalized", "Elementwise", "Pooled"} <= {r.operation for r in after.kept}
+    assert sum(r.bytes for r in after.kept) < 0.5 * sum(r.bytes for r in before.kept)
+    assert "kept for backward" in str(after)
+    assert {r.layer for r in before.kept if r.operation == "Relu"} == {""}
+
+
+def test_diagnose_tells_the_noise_of_what_is_kept() -> None:
+    """With exact products all of the variance is that of the codes: two estimates of it, within a factor of 4."""
+    model, _ = net()
+    fqt.quantize_(model, "shq8")
+    batches = [drawn(8, 3, 8, 8, seed=s) for s in range(3)]
+    loss = lambda model, x: model(x).square().sum()
+    plain = fqt.diagnose(model, loss, batches, draws=4, table=0)
+    fqt.compress_(model, 2)
+    found = fqt.diagnose(model, loss, batches, draws=4, table=1)
+    assert plain.total.kept.value == 0
+    assert found.total.sampling == plain.total.sampling
+    assert found.total.kept.value > 3 * plain.total.quantization.value
+    assert 0.25 < found.total.quantization.value / found.total.kept.value < 4
+    assert found.table is not None
+    assert "of it kept codes" in str(found)
+    assert {m.fqt_bits for m in model.modules() if fqt.nn.between.is_compressed(m)} == {2}

@@ -2,3 +2,4 @@
 
 from fqt.nn.between.scope import compress_ as compress_
 from fqt.nn.between.scope import is_compressed as is_compressed
+from fqt.nn.between.scope import uncompressed as uncompressed

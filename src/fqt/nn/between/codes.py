@@ -89,7 +89,7 @@ class Flags:
 
     def values(self) -> Tensor:
         """The boolean tensor."""
-        return self.layout.shaped(unpacked(self.tensor, 1, self.layout.count).view(torch.bool))
+        return self.layout.shaped(unpacked(self.tensor, 1, self.layout.count).bool())
 
     def gate(self, grad: Tensor) -> Tensor:
         """The gradient where a flag is set, zeros elsewhere."""
@@ -169,7 +169,9 @@ class _Traced(Codes):
 
 def packed(numbers: Tensor, bits: int) -> Tensor:
     """`fqt.kernels.packing.pack`; one op in a compiled graph, whose code for single bytes is slow where it is right."""
-    return (torch.ops.fqt.pack if torch.compiler.is_compiling() else kept.pack)(numbers.view(torch.uint8), bits)
+    if torch.compiler.is_compiling():
+        return torch.ops.fqt.pack(numbers.to(torch.uint8), bits)
+    return kept.pack(numbers.view(torch.uint8), bits)
 
 
 def unpacked(numbers: Tensor, bits: int, n: int) -> Tensor:

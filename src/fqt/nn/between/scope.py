@@ -14,6 +14,8 @@ checkpointed, somebody's `no_grad`) torch's own functions run: they would not be
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -47,8 +49,8 @@ class _Between(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         row = OPERATIONS.get(func)
-        if row is not None and _ambient() == self.ambient and not _foreign():
-            bits: int = self.module.fqt_bits  # type: ignore[assignment]
+        bits: Any = self.module.fqt_bits
+        if row is not None and bits is not None and _ambient() == self.ambient and not _foreign():
             output = row(Call(func, bits, self.module.training), *args, **(kwargs or {}))
             if output is not NotImplemented:
                 return output
@@ -137,6 +139,19 @@ def compress_(model: Model, bits: int | None = 8) -> Model:
                 module.__class__ = compressed_form(type(module))
                 module.fqt_bits = bits  # type: ignore[assignment]
     return model
+
+
+@contextmanager
+def uncompressed(model: nn.Module) -> Iterator[None]:
+    """While it lasts, everything is kept in full."""
+    before = [(module, module.fqt_bits) for module in model.modules() if is_compressed(module)]
+    try:
+        for module, _ in before:
+            module.fqt_bits = None  # type: ignore[assignment]
+        yield
+    finally:
+        for module, bits in before:
+            module.fqt_bits = bits  # type: ignore[assignment]
 
 
 def is_compressed(module: nn.Module) -> bool:
