@@ -41,3 +41,10 @@ def test_the_example_of_remembered_ranges(capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert "2 grad_input" in printed
     assert "remembered ranges have clipped" in printed.splitlines()[-1]
+
+
+def test_the_example_of_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "memory.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {"__name__": "documentation"})
+    assert "of it as codes and bits" in capsys.readouterr().out

@@ -231,7 +231,7 @@ UNBIASED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[Tensor, 
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("name", UNBIASED)
 def test_gradients_are_unbiased(name: str, bits: int) -> None:
-    """Means of 400 gradients against the exact one: |z| ≤ 6.5 by entry, false alarms under 1e-6 for 3,000 entries."""
+    """Means of 400 against the exact gradient: |z| ≤ 6.5 by entry, false alarms under 1e-6 for 3,000 entries."""
     function, shape, parameters = UNBIASED[name]
     x = drawn(*shape, seed=3)
     torch.manual_seed(5)

@@ -1,6 +1,6 @@
 """What is kept of a tensor for a backward pass, and the gradients that are made of it, on memory in one run.
 
-Flags are bits. Numbers are codes in groups of 256 neighbours that share a step and an offset (float32), rounded with
+Flags are bits. Numbers are codes in groups of 256 neighbours that share a step and an offset, rounded with
 subtractive dither: an entry's error is uniform on one step whatever the entry, so that its variance, step²/12, is
 known when the codes are read; the errors of any two entries are independent.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fqt.kernels import ops, packing
-from fqt.kernels.codes import ROW, Entries, Levels, Scales, compute_dtype
+from fqt.kernels.codes import ROW, Entries, Levels, Scales
 from fqt.kernels.op import Op
 from fqt.kernels.rounding import DITHERED, Coding
 from fqt.kernels.tensor import QuantizedTensor, RowView
@@ -51,7 +51,9 @@ class Codes:
             whole[x.numel() :] = x[-1]  # no zero that would widen the last group's range
         coding = Coding("affine", Levels(0, 2**bits - 2), DITHERED)  # a code may round up once more
         found = ops.quantize(Entries(whole.view(-1, GROUP)), ROW, coding, seed.to(x.device))
-        return Codes(pack(found.codes.view(-1), bits), found.scales.step, found.scales.offset, seed, bits, x.numel())
+        return Codes(
+            pack(found.codes.view(-1), bits), found.scales.step, found.scales.offset, seed, bits, x.numel()
+        )
 
     def read(self, codes: Tensor) -> QuantizedTensor:
         """What codes (⌈n / 256⌉, 256), one in a byte, stand for."""
@@ -95,7 +97,9 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 @Op
-def batch_norm(grad: Tensor, kept: Codes, mean: Tensor, rstd: Tensor, weight: Tensor | None, inner: int) -> Gradients:
+def batch_norm(
+    grad: Tensor, kept: Codes, mean: Tensor, rstd: Tensor, weight: Tensor | None, inner: int
+) -> Gradients:
     """The gradients of batch normalization, unbiased over the dither.
 
     With x̂ = (x − mean) · rstd and M entries of a channel, d_x = weight · rstd · (g − Σg/M − x̂ · Σ(g·x̂)/M). An entry

@@ -33,6 +33,9 @@ from fqt.stats.spread import Estimate, Spread, estimates, ratio
 __all__ = ["Diagnosis", "Noise", "diagnose"]
 
 
+_NONE = Estimate(value=0.0, error=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Noise:
     """The gradient of one layer's parameters, or of all.
@@ -51,7 +54,7 @@ class Noise:
     quantization: Estimate
     energy: Estimate
     rho: Estimate
-    kept: Estimate = Estimate(value=0.0, error=0.0)
+    kept: Estimate = _NONE
 
     @property
     def drowned(self) -> bool:
@@ -110,7 +113,9 @@ def diagnose(
 
     Each batch costs 1 exact and `draws` quantized backward passes, and (L + 2)·`table` more for the table of L
     layers, and `draws` more where `fqt.compress_` keeps codes: their noise is in the quantization variance, and by
-    itself in `Noise.kept`; the exact gradient and the table are without it. Parameters, buffers, `.grad` and the random state are left as they were.
+    itself in `Noise.kept`; the exact gradient and the table are without it.
+
+    Parameters, buffers, `.grad` and the random state are left as they were.
 
     Defined cases: a frozen parameter has no gradient and no column, its layer's `grad_input` still counts; a layer
     used several times reports sums over its uses, but has no place in the table if other layers come between;
@@ -191,7 +196,7 @@ def _sampling(
 def _quantization(
     backward: Backward, batches: Sequence[Any], draws: int, seed: int, operands: Operands | None = None
 ) -> dict[str | None, Estimate]:
-    """E_batch Var[ĝ | batch] by layer and in total; the first draw on each batch is observed, if anybody wants it."""
+    """E_batch Var[ĝ | batch] by layer and in total; the first draw on each batch may be observed."""
     per_batch = Moments()
     names: list[str | None] = []
     for b, batch in enumerate(batches):

@@ -149,7 +149,9 @@ class Numbers:
 
     def batch_norm(self, grad: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> kept.Gradients:
         """`fqt.kernels.kept.batch_norm` of an input (N, C, *)."""
-        inner = torch.Size(self.layout.shape[d] for d in self.layout.order[self.layout.order.index(1) + 1 :]).numel()
+        inner = torch.Size(
+            self.layout.shape[d] for d in self.layout.order[self.layout.order.index(1) + 1 :]
+        ).numel()
         d_x, *rest = _op(kept.batch_norm)(self.layout.flat(grad), self.codes, mean, rstd, weight, inner)
         return self.layout.shaped(d_x), *rest
 
@@ -168,7 +170,7 @@ class _Traced(Codes):
 
 
 def packed(numbers: Tensor, bits: int) -> Tensor:
-    """`fqt.kernels.packing.pack`; one op in a compiled graph, whose code for single bytes is slow where it is right."""
+    """`fqt.kernels.packing.pack`; one op in a compiled graph, whose code for bytes is slow."""
     if torch.compiler.is_compiling():
         return torch.ops.fqt.pack(numbers.to(torch.uint8), bits)
     return kept.pack(numbers.view(torch.uint8), bits)

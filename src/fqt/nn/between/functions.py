@@ -128,7 +128,9 @@ class Pooled(torch.autograd.Function):
     """Max pooling of images: which tap of a window was greatest, in as many bits as that needs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: tuple, stride: tuple, padding: tuple, dilation: tuple, ceil: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, size: tuple, stride: tuple, padding: tuple, dilation: tuple, ceil: bool
+    ) -> Tensor:
         """(N, C, H, W); sizes as pairs."""
         window = (list(size), list(stride), list(padding), list(dilation), ceil)
         output, places = _aten.max_pool2d_with_indices(x, *window)

@@ -1,7 +1,7 @@
 """Where functions keep less: inside the forward passes of a model that `compress_` was called on.
 
-Each module gets a class on top of its own whose call runs under a `TorchFunctionMode`, which sees every function of
-torch's that is called meanwhile, `F.relu` in somebody's forward as well as what `nn.ReLU` calls. Rejected: module
+Each module gets a class on top of its own whose call runs under a `TorchFunctionMode`, which sees every function
+of torch's that is called meanwhile, `F.relu` in somebody's forward as well as what `nn.ReLU` calls. Rejected: module
 replacement, which misses functional calls; saved-tensor hooks, which see tensors but not what they are kept for, and
 so cannot tell a mask from an input whose rounding would bias the gradient, and which there is one of at a time, so
 that checkpoints and offloading would take turns with them; a `TorchDispatchMode`, which is below autograd.
