@@ -63,3 +63,10 @@ def test_the_examples_of_other_trainers(
     assert numbers
     assert "'integer'" in next(line for line in printed if "'float'" in line)
     assert printed[-1].startswith("tensor(")
+
+
+def test_the_example_of_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "memory.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {"__name__": "documentation"})
+    assert "of it as codes and bits" in capsys.readouterr().out

@@ -6,6 +6,7 @@ from fqt.errors import RecipeWarning as RecipeWarning
 from fqt.nn import Product as Product
 from fqt.nn import Recipe as Recipe
 from fqt.nn import Rule as Rule
+from fqt.nn import compress_ as compress_
 from fqt.nn import convolution as convolution
 from fqt.nn import explain as explain
 from fqt.nn import inductor_options as inductor_options

@@ -30,6 +30,7 @@ MEASURES = {
     "plain": ">=",  # speed of a product in blocks against the plain one
     "kept/fp32": "<=",  # bytes the layers keep for backward, against fp32
     "kept/bf16": "<=",  # the same under autocast, against bf16 autocast
+    "all/bf16": "<=",  # bytes the whole model keeps for backward under autocast, against bf16 autocast
 }
 """What a floor can be about, and on which side of it a ratio is good."""
 
@@ -60,6 +61,7 @@ class Case:
         recipes: those measured when the user names none.
         floors: what must be reached.
         bound: the largest relative error against fp32 that verification lets pass (see `fqt.bench.verify`).
+        keep: in how many bits our models keep what lies between products (`fqt.compress_`); None for in full.
         default: whether it runs when the user names no case.
         device: the type of device that it is for: it is among the default cases there, and its floors hold there.
     """
@@ -70,6 +72,7 @@ class Case:
     recipes: tuple[str, ...]
     floors: tuple[Floor, ...] = ()
     bound: float = 0.04
+    keep: int | None = None
     default: bool = True
     device: str = "cpu"
 
@@ -162,6 +165,46 @@ CASES: tuple[Case, ...] = (
         # at these initial weights fp32 differs from fp32 in another memory format by 0.008, bf16 from fp32 by 0.46
         # and 8 bits by 0.75. What is left to find here is a gradient that is zero, doubled or unrelated.
         bound=0.95,
+    ),
+    Case(
+        name="resnet18-kept8",
+        title="the same, 8 bits kept between products",
+        workload=image_classifier("resnet18-cifar", samples=128, side=32),
+        recipes=(OWN,),
+        floors=(Floor("all/bf16", 0.55, (OWN,)),),  # of which the products' own codes are 0.24
+        bound=0.95,
+        keep=8,
+        default=False,
+    ),
+    Case(
+        name="resnet18-kept2",
+        title="the same, 2 bits kept between products",
+        workload=image_classifier("resnet18-cifar", samples=128, side=32),
+        recipes=(OWN,),
+        floors=(Floor("all/bf16", 0.35, (OWN,)),),
+        bound=1.5,  # as for resnet18, and the noise of two bits
+        keep=2,
+        default=False,
+    ),
+    Case(
+        name="resnet18-224-kept8",
+        title="ResNet-18, 224×224, batch 16, 8 bits kept between products, step",
+        workload=image_classifier("resnet18", samples=16, side=224),
+        recipes=(OWN,),
+        floors=(Floor("all/bf16", 0.5, (OWN,)),),
+        bound=0.95,
+        keep=8,
+        default=False,
+    ),
+    Case(
+        name="transformer-kept8",
+        title="four transformer blocks as above, 8 bits kept between products, step",
+        workload=transformer(blocks=4, width=768, heads=12, samples=8, tokens=256),
+        recipes=(OWN,),
+        floors=(Floor("all/bf16", 0.6, (OWN,)),),
+        bound=0.08,
+        keep=8,
+        default=False,
     ),
     Case(
         name="quantize",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.bench.workloads import SEED, Layer, Step, build, draw
-from fqt.nn import Recipe, Rule, inductor_options, load_recipe, quantize_
+from fqt.nn import Recipe, Rule, compress_, inductor_options, load_recipe, quantize_
 
 Outcome = dict[str, Tensor]
 
@@ -52,8 +52,8 @@ class Contestant:
     slack: float = 1.0
 
 
-def contestants(recipes: Sequence[str], device: str = "cpu") -> list[Contestant]:
-    """All that take part on devices of this type, the fp32 reference first."""
+def contestants(recipes: Sequence[str], device: str = "cpu", keep: int | None = None) -> list[Contestant]:
+    """All that take part on devices of this type, the fp32 reference first; `keep` as in `Case`."""
     found = [
         Contestant(name="fp32", group="fp32"),
         Contestant(name="bf16", group="bf16", autocast=True),
@@ -64,7 +64,7 @@ def contestants(recipes: Sequence[str], device: str = "cpu") -> list[Contestant]
         fp8 = Contestant(name="TransformerEngine fp8", group="fp8", short=True, slack=4.0)  # gradients in E5M2
         found.append(replace(fp8, convert=_transformer_engine, around=_engine_autocast))
     for recipe in recipes:
-        ours = Contestant(name=recipe, group="ours", convert=_ours(recipe), recipe=recipe)
+        ours = Contestant(name=recipe, group="ours", convert=_ours(recipe, keep), recipe=recipe)
         found += [
             ours,
             replace(ours, name=f"{recipe} bf16", autocast=True),
@@ -73,8 +73,10 @@ def contestants(recipes: Sequence[str], device: str = "cpu") -> list[Contestant]
     return found
 
 
-def _ours(recipe: str | Recipe) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: quantize_(model, recipe)
+def _ours(recipe: str | Recipe, keep: int | None = None) -> Callable[[nn.Module], nn.Module]:
+    if keep is None:
+        return lambda model: quantize_(model, recipe)
+    return lambda model: compress_(quantize_(model, recipe), keep)
 
 
 def noiseless(contestant: Contestant) -> Contestant:

@@ -244,7 +244,7 @@ def _prepare(
 ) -> Calls:
     """Builds and verifies the contestants of a layer or a step."""
     assert isinstance(case.workload, Layer | Step)
-    everyone, at = contestants(recipes, request.at.type), request.at
+    everyone, at = contestants(recipes, request.at.type, case.keep), request.at
     observer.case(case.title, len(everyone) + request.repeats)
     entry |= {"macs": count_macs(case.workload), "kept": {}}
     calls: Calls = {}

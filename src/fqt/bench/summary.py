@@ -110,8 +110,9 @@ def _floor(case: Entry, recipe: str, measure: str) -> float | None:
 
 def _ratio(case: Entry, recipe: str, measure: str) -> Quantiles | None:
     """One measure. Like is compared with like: ours under autocast with bf16, ours in float32 with fp32."""
-    if measure.startswith("kept/"):
-        return _kept(case, recipe, measure.removeprefix("kept/"))
+    if measure.startswith(("kept/", "all/")):
+        which, _, baseline = measure.partition("/")
+        return _kept(case, recipe, baseline, "layers" if which == "kept" else "total")
     ours = [row for row in case["contestants"] if row.get("recipe") == recipe]
     if measure == "copy":
         return _rates(_fastest(ours), _fastest(_group(case, "copy")))
@@ -158,10 +159,10 @@ def _rates(ours: Entry | None, copy: Entry | None) -> Quantiles | None:
     return Quantiles(ratio.median * factor, ratio.p10 * factor, ratio.p90 * factor)
 
 
-def _kept(case: Entry, recipe: str, baseline: str) -> Quantiles | None:
+def _kept(case: Entry, recipe: str, baseline: str, part: str) -> Quantiles | None:
     kept = case.get("kept", {})
     ours = kept.get(recipe if baseline == "fp32" else f"{recipe} bf16")
-    if ours is None or baseline not in kept or not kept[baseline]["layers"]:
+    if ours is None or baseline not in kept or not kept[baseline][part]:
         return None
-    ratio = ours["layers"] / kept[baseline]["layers"]
+    ratio = ours[part] / kept[baseline][part]
     return Quantiles(ratio, ratio, ratio)

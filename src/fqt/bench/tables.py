@@ -20,6 +20,7 @@ _HEADINGS = {
     "plain": "× plain product",
     "kept/fp32": "kept / fp32",
     "kept/bf16": "kept / bf16",
+    "all/bf16": "all kept / bf16",
 }
 _SIGN = {">=": "≥", "<=": "≤"}
 CAPTION = (

@@ -1,5 +1,6 @@
 """Layers on quantized operands: recipes, conversion, explanation."""
 
+from fqt.nn.between import compress_ as compress_
 from fqt.nn.call import GradientOperand as GradientOperand
 from fqt.nn.convert import quantize_ as quantize_
 from fqt.nn.convert import restore_ as restore_

@@ -273,7 +273,7 @@ def _switch(model: nn.Module, recipes: Mapping[nn.Module, Recipe]) -> None:
     Raises:
         ConversionError: a class cannot be made or given to a module.
     """
-    with _all_or_nothing(model):
+    with all_or_nothing(model):
         forms = {m: (float_form if r.is_float else quantized_form)(type(m)) for m, r in recipes.items()}
         swaps: patched.Swaps = {m: (type(m).forward, form.forward) for m, form in forms.items()}
         for module, recipe in recipes.items():
@@ -293,7 +293,7 @@ def _switch(model: nn.Module, recipes: Mapping[nn.Module, Recipe]) -> None:
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Puts every module's class and attributes back if what is inside fails."""
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:

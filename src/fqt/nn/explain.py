@@ -18,8 +18,10 @@ from fqt.kernels.linear_map import LinearMap
 from fqt.kernels.ranges import RangeState
 from fqt.nn import patched
 from fqt.nn.arithmetic import again, obstacle, operands, summed_in_blocks
+from fqt.nn.between import is_compressed
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
+from fqt.nn.keeping import Kept, summary
 from fqt.nn.layers import linear_map
 from fqt.nn.product import SAVED
 from fqt.nn.ranges import remembered
@@ -69,6 +71,8 @@ class Explanation:
         notes: a line each.
         never_ran: layers with a product, converted or not, that did not run on the batch.
         repeated: layers that were called more than once, with how often.
+        kept: what the forward pass keeps for backward, by module and operation, the largest first; empty without a
+            batch.
     """
 
     products: tuple[Row, ...]
@@ -76,6 +80,7 @@ class Explanation:
     notes: tuple[str, ...] = ()
     never_ran: tuple[str, ...] = ()
     repeated: tuple[tuple[str, int], ...] = ()
+    kept: tuple[Kept, ...] = ()
 
     @property
     def totals(self) -> dict[str, float]:
@@ -143,7 +148,7 @@ def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) 
     layers = [replace(s, name=_shown(s.name)) for s in select(model, load_recipe("none"))[0]]
     if batch is None and loss_fn is None:
         rows = tuple(product for layer in layers for product in _conversion(layer))
-        return Explanation(rows, notes=tuple(_hints(model, layers)))
+        return Explanation(rows, notes=(*_between(model), *_hints(model, layers)))
     return _Traced(model, layers, trace(model, batch, loss_fn)).explanation()
 
 
@@ -227,6 +232,17 @@ def _hints(model: nn.Module, layers: list[Selection]) -> Iterator[str]:
         )
 
 
+def _between(model: nn.Module) -> Iterator[str]:
+    """What is known of memory without a batch."""
+    widths = {module.fqt_bits for module in model.modules() if is_compressed(module)}
+    if widths:
+        words = ", ".join(map(str, sorted(widths)))  # type: ignore[type-var]
+        yield (
+            f"between products masks are kept as bits and numbers in {words} bits, unbiased; with a batch, explain "
+            "says what is kept in full"
+        )
+
+
 def _clipped(found: dict[tuple[str, str], RangeState]) -> str:
     """One line on what remembered ranges have cut off so far."""
     _, entries, clipped = torch.stack([state.counts.cpu() for state in found.values()]).sum(0).tolist()
@@ -270,7 +286,8 @@ class _Traced:
         ran = {p.layer for p in rows if p.calls}
         never = tuple(name for name in self.layers if name not in ran and not self._is_idle_matrix(name))
         repeated = tuple((name, n) for name, n in self.entered.items() if n > 1 and name in self.layers)
-        return Explanation(tuple(rows), True, tuple(self._notes(never, repeated)), never, repeated)
+        notes = tuple(self._notes(never, repeated))
+        return Explanation(tuple(rows), True, notes, never, repeated, self.seen.kept)
 
     def _layer(self, layer: Selection) -> Iterator[Row]:
         """A converted layer's products, or one row for a layer that did not run."""
@@ -340,6 +357,8 @@ class _Traced:
         ]
         if asleep:
             yield f"in eval mode, where gradients are exact: {_few(asleep)}; training runs after model.train()"
+        if self.seen.kept:
+            yield summary(self.seen.kept)
         yield from _hints(self.model, list(self.layers.values()))
 
 

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fqt.errors import FqtError
 from fqt.nn.convert import is_converted
+from fqt.nn.keeping import Keeping, Kept
 from fqt.nn.observe import eagerly
 from fqt.nn.witness import Count, Witness
 from fqt.nn.wrappers import named_modules, named_tensors
@@ -62,12 +63,14 @@ class Trace:
         floats: all other matrix products, by where they come from: in the forward pass, in the backward pass.
         entered: how often each module's forward was called.
         no_backward: why there was no backward pass; empty if there was one.
+        kept: what the forward pass keeps for backward.
     """
 
     layers: dict[str, Witness]
     floats: dict[Site, tuple[Count, Count]] = field(default_factory=dict)
     entered: Counter[str] = field(default_factory=Counter)
     no_backward: str = ""
+    kept: tuple[Kept, ...] = ()
 
 
 def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
@@ -102,13 +105,16 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(watch.modules())
         stack.enter_context(watch)
-        loss = _loss(_call(model, batch) if loss_fn is None else loss_fn(model, batch), loss_fn is not None)
+        keeping = Keeping(lambda: watch.here, dict(named_tensors(model)).values())
+        with keeping.seen():
+            loss = _loss(_call(model, batch) if loss_fn is None else loss_fn(model, batch), loss_fn is not None)
         leaves = [t for t in (*model.parameters(), *_tensors(batch)) if t.requires_grad]
         if loss is None or not loss.requires_grad:
             seen.no_backward = "nothing in the output asks for a gradient"
         elif not leaves:
             seen.no_backward = "no parameter requires a gradient"
         else:
+            seen.kept = keeping.rows(loss.grad_fn)
             _differentiate(loss, leaves)
     return seen
 

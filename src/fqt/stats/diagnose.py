@@ -23,6 +23,7 @@ from torch import nn
 from fqt.errors import FqtError
 from fqt.nn import Recipe
 from fqt.nn.arithmetic import again
+from fqt.nn.between import is_compressed, uncompressed
 from fqt.nn.layers import linear_map
 from fqt.seeds import derive_seed
 from fqt.stats.decomposition import Decomposition, decompose
@@ -44,6 +45,9 @@ from fqt.stats.spread import Estimate, Spread, estimates, ratio
 __all__ = ["Diagnosis", "Noise", "diagnose"]
 
 
+_NONE = Estimate(value=0.0, error=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Noise:
     """The gradient of one layer's parameters, or of all.
@@ -54,12 +58,15 @@ class Noise:
         quantization: E_batch Var[ĝ | batch], summed over entries; the standard error is that over batches.
         energy: mean of ‖exact gradient of a batch‖².
         rho: quantization over sampling, its error to first order.
+        kept: the part of the quantization variance that what `fqt.compress_` keeps as codes makes alone, all
+            gradients exact; 0 where nothing is.
     """
 
     sampling: Estimate
     quantization: Estimate
     energy: Estimate
     rho: Estimate
+    kept: Estimate = _NONE
 
     @property
     def drowned(self) -> bool:
@@ -99,7 +106,8 @@ class Diagnosis:
         lines = [f"{'layer':24} {'sampling':>10} {'quantization':>12} {'ρ':>10}"]
         for name, noise in (*self.layers.items(), ("(whole gradient)", self.total)):
             figures = f"{noise.sampling.value:10.3g} {noise.quantization.value:12.3g} {noise.rho.value:10.3g}"
-            lines.append(f"{name or '(model)':24} {figures}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
+            kept = f"  of it kept codes {noise.kept.value:.3g}" if noise.kept.value else ""
+            lines.append(f"{name or '(model)':24} {figures}{kept}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
         if self.again:
             lines.append(f"right operands quantized again, which no operand figure has: {', '.join(self.again)}")
         return "\n".join(lines)
@@ -122,8 +130,11 @@ def diagnose(
     """Measures where the noise of a converted model's gradient comes from, at its present weights.
 
     Each batch costs 1 exact and `draws` quantized backward passes, and (L + 2)·`table` more for the table of L
-    layers. Parameters, buffers, `.grad` and the random state are left as they were. `quantization_variance` has the
-    same estimate of the total from the same draws, in float64; here it is good to the rounding of float32.
+    layers, and `draws` more where `fqt.compress_` keeps codes: their noise is in the quantization variance, and by
+    itself in `Noise.kept`; the exact gradient and the table are without it. `quantization_variance` has the same
+    estimate of the total from the same draws, in float64; here it is good to the rounding of float32.
+
+    Parameters, buffers, `.grad` and the random state are left as they were.
 
     Defined cases: a frozen parameter has no gradient and no column, its layer's `grad_input` still counts; a layer
     used several times reports sums over its uses, but has no place in the table if other layers come between;
@@ -155,18 +166,25 @@ def diagnose(
     check_batches(batches, 2)
     layers = check_model(model)
     with measuring(model, loss_fn) as backward:
-        variance, energies = _sampling(backward, batches, layers, seed)
+        with uncompressed(model):
+            variance, energies = _sampling(backward, batches, layers, seed)
         operands = Operands(model)
         quantization = _quantization(backward, batches, draws, seed, operands)
         if not operands.order:
             raise FqtError("no converted layer that quantizes its gradient takes part in the loss")
-        decomposition = decompose(model, loss_fn, batches, table, seed) if table else None
+        kept = {}
+        if any(map(is_compressed, model.modules())):
+            with without(layers):
+                kept = _quantization(backward, batches, draws, derive_seed(seed, "kept"))
+        with uncompressed(model):
+            decomposition = decompose(model, loss_fn, batches, table, seed) if table else None
     noise = {
         name: Noise(
             sampling=variance[name],
             quantization=quantization[name],
             energy=energies[name],
             rho=ratio(quantization[name], variance[name]),
+            **({"kept": kept[name]} if kept else {}),
         )
         for name in variance
     }
@@ -207,9 +225,9 @@ def _sampling(
 
 
 def _quantization(
-    backward: Backward, batches: Sequence[Any], draws: int, seed: int, operands: Operands
+    backward: Backward, batches: Sequence[Any], draws: int, seed: int, operands: Operands | None = None
 ) -> dict[str | None, Estimate]:
-    """E_batch Var[ĝ | batch] by layer and in total; the first draw on each batch is observed."""
+    """E_batch Var[ĝ | batch] by layer and in total; the first draw on each batch may be observed."""
     per_batch = Moments()
     names: list[str | None] = []
     for b, batch in enumerate(batches):
@@ -217,7 +235,8 @@ def _quantization(
         for m in range(draws):
             backward(batch, spread.add, derive_seed(seed, b, m), operands if m == 0 else None)
             spread.end()
-        operands.end()
+        if operands is not None:
+            operands.end()
         names = spread.names
         per_batch.update([torch.tensor([e.value for e in spread.variance().values()], dtype=torch.float64)])
     return dict(zip(names, estimates(per_batch), strict=True))

@@ -25,7 +25,7 @@ from fqt.kernels.rounding import STOCHASTIC, Rounding
 
 BACKEND = "cpu"
 LEVELS = ("portable", "avx2", "avx512", "amx")
-_ABI = 14  # FQT_ABI of csrc/common/platform.h
+_ABI = 15  # FQT_ABI of csrc/common/platform.h
 
 _P, _I, _L, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -59,6 +59,12 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_replace_rows": (_P, _L, _L, _P, _P, _I),
     "fqt_hadamard_codes": (_P, _L, _L, _P, _P, _L, _P, _P, _I),
     "fqt_householder_codes": (_P, _L, _L, _I, _P, _P, _P, _P, _I),
+    "fqt_positive": (_P, _L, _P, _I),
+    "fqt_gate": (_P, _L, _P, _P, _I),
+    "fqt_pack": (_P, _L, _I, _P, _I),
+    "fqt_kept_times": (_P, _L, _P, _I, _P, _P, _P, _P, _I),
+    "fqt_kept_batch_norm": (_P, _L, _P, _I, _P, _P, _P, _L, _L, *[_P] * 6, _I),
+    "fqt_kept_row_norm": (_P, _L, _L, _P, _I, *[_P] * 9, _I),
 }
 
 
