@@ -147,7 +147,7 @@ class Pooled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """To the greatest entry of each window, as torch's own."""
         size, _, _, dilation, _ = ctx.window
-        tap = ctx.layout.shaped(unpacked(*ctx.saved_tensors, ctx.bits, ctx.layout.count)).long()
+        tap = ctx.layout.shaped(unpacked(ctx.saved_tensors[0], ctx.bits, ctx.layout.count)).long()
         down, across = _starts(tap, ctx.input.shape, ctx.window)
         row = torch.div(tap, size[1], rounding_mode="floor") * dilation[0] + down
         places = row * ctx.input.shape[-1] + tap % size[1] * dilation[1] + across
@@ -230,7 +230,8 @@ class BatchNormalized(torch.autograd.Function):
         """As `F.batch_norm`."""
         output, batch_mean, rstd = _aten.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
         if not training:
-            batch_mean, rstd = mean, torch.rsqrt(var + eps)  # type: ignore[assignment, operator]
+            assert var is not None
+            batch_mean, rstd = mean, torch.rsqrt(var + eps)
         ctx.how, ctx.like = (training, eps), _like(weight, bias)
         noise.keep(ctx, x, weight, batch_mean, rstd)
         return output

@@ -3,8 +3,8 @@
 Each module gets a class on top of its own whose call runs under a `TorchFunctionMode`, which sees every function of
 torch's that is called meanwhile, `F.relu` in somebody's forward as well as what `nn.ReLU` calls. Rejected: module
 replacement, which misses functional calls; saved-tensor hooks, which see tensors but not what they are kept for, and
-so cannot tell a mask from an input whose rounding would bias the gradient, and which there is one of at a time, so
-that checkpoints and offloading would take turns with them; a `TorchDispatchMode`, which is below autograd.
+so cannot tell a mask from an input whose rounding would bias the gradient, and of which one pair is in force at a
+time, so that checkpoints and offloading would take turns with them; a `TorchDispatchMode`, which is below autograd.
 
 Every module and not only the outermost: a checkpoint recomputes a part of the model in the backward pass, where
 nothing of the outer forward is under way. Inside a part that is recomputed from elsewhere (a function that is
@@ -133,7 +133,7 @@ def compress_(model: Model, bits: int | None = 8) -> Model:
     with all_or_nothing(model):
         for module in modules:
             if bits is None:
-                module.__class__ = type(module).fqt_plain  # type: ignore[assignment]
+                module.__class__ = vars(type(module))["fqt_plain"]
                 module.__dict__.pop("fqt_bits", None)
             else:
                 module.__class__ = compressed_form(type(module))
