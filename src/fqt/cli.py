@@ -47,6 +47,7 @@ from fqt.stats import catalog_record, certified, diagnosis_from, diagnosis_recor
 from fqt.train import MODELS, Comparison, Interrupted, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
 from fqt.train.config import FLIPS, PADDINGS, SCHEDULES, UNITS
+from fqt.train.models.encoders import ENCODERS
 from fqt.train.models.transformers import GPTS
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
@@ -107,7 +108,7 @@ def _training_options(command: Command) -> Command:
     """The options that `train` and `compare` share; an option that is not given leaves the preset's value."""
     options = [
         click.option("--preset", help=f"Values under the other options': {_list(preset_names())}, or a TOML file."),
-        click.option("--model", help=f"{_list([*MODELS, *GPTS])}, or package.module:ClassOrFactory."),
+        click.option("--model", help=f"{_list([*MODELS, *GPTS, *ENCODERS])}, or package.module:ClassOrFactory."),
         click.option("--data", help="Folder with the task's files."),
         click.option("--epochs", type=int, help="Passes over the training data."),
         click.option("--steps", type=int, help="End after this many steps."),
@@ -145,6 +146,7 @@ def _training_options(command: Command) -> Command:
         click.option("--image-size", type=int, help="Side of a crop (imagefolder)."),
         click.option("--context", type=int, help="Tokens of a sequence at most (text)."),
         click.option("--dropout", type=float, help="Of transformers."),
+        click.option("--vocabulary", type=int, help="Words that are known by themselves (classify)."),
         click.option("--device", help="auto, cpu, cuda, cuda:1 …"),
         click.option("--workers", type=int, help="Processes that read images (imagefolder)."),
         click.option("--amp/--no-amp", default=None, help="bfloat16 autocast."),
@@ -175,7 +177,10 @@ def _training_options(command: Command) -> Command:
 def train_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
 ) -> int:
-    """Train on TASK (digits, fashion-mnist, cifar10, imagefolder, shakespeare) and keep the record in a folder."""
+    """Train on TASK and keep the record in a folder.
+
+    Tasks: digits, fashion-mnist, cifar10, imagefolder, shakespeare, classify, or package.module:function.
+    """
     config = resolve(task, preset, given)
     if not resume and not config.adapt:
         for option in ("rho", "adapt_every"):

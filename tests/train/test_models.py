@@ -4,6 +4,7 @@ from torch import nn
 
 from fqt.errors import FqtError
 from fqt.train import MODELS, build_model
+from fqt.train.models.encoders import plane_positions
 
 # ImageNet's two and the speedrun's are the published counts; preact: 6n + 2 layers of 16, 32, 64 channels, two 1×1
 # skips of 16·32 and 32·64, a last norm, and no norm after the first convolution
@@ -64,6 +65,28 @@ def test_convolutions_start_with_variance_two_over_fan_in():
     torch.manual_seed(0)
     weight = build_model("resnet18-cifar", in_channels=3, num_classes=10).get_parameter("layer4.1.conv2.weight")
     assert weight.var().item() == pytest.approx(2 / (9 * 512), rel=0.01)
+
+
+def test_a_vision_transformer():
+    model = build_model("vit-tiny", in_channels=3, num_classes=7).eval()
+    assert (
+        sum(p.numel() for p in model.parameters()) == 6 * 12 * 192**2 + 6 * 13 * 192 + 2 * 192 + 49 * 192 + 7 * 193
+    )
+    x = torch.randn(2, 3, 32, 24, generator=torch.Generator().manual_seed(0))
+    assert model(x).shape == (2, 7)
+    assert not torch.allclose(model(x.roll(4, 3)), model(x), atol=1e-4)  # patches know their places
+    with pytest.raises(FqtError, match="images of 32×30 are not made of patches of 4×4: choose another --model"):
+        model(torch.zeros(1, 3, 32, 30))
+
+
+def test_positions_in_a_plane():
+    found = plane_positions(3, 5, 8)
+    assert found.shape == (8, 3, 5)
+    assert torch.equal(found[:4], found[:4, :, :1].expand(-1, -1, 5))
+    assert torch.equal(found[4:], found[4:, :1].expand(-1, 3, -1))
+    torch.testing.assert_close(found[0, :, 0], torch.arange(3.0).sin())
+    torch.testing.assert_close(found[7, 0], (torch.arange(5.0) / 10_000).cos())
+    assert len(found.flatten(1).T.unique(dim=0)) == 15
 
 
 def factory(num_classes):

@@ -84,6 +84,7 @@ class TrainConfig:
         image_size: side of a training crop, for tasks that resize.
         context: tokens of a sequence at most, for tasks on text.
         dropout: of transformers.
+        vocabulary: tokens that text is written in, for tasks that learn them from it.
         data: folder of the task's files; empty for tasks that need none.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` …
         workers: processes that read images, for tasks that read them from disk.
@@ -135,6 +136,7 @@ class TrainConfig:
     image_size: int = 224
     context: int = 64
     dropout: float = 0.0
+    vocabulary: int = 10_000
     data: str = ""
     device: str = "auto"
     workers: int = 2
@@ -151,7 +153,16 @@ class TrainConfig:
         """Validates every value; integers given for floats become floats."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
-        for name in ("epochs", "batch_size", "accumulate", "window", "image_size", "context", "adapt_every"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "window",
+            "image_size",
+            "context",
+            "vocabulary",
+            "adapt_every",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in NOT_NEGATIVE:
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")

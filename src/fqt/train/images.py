@@ -27,7 +27,7 @@ class ImageTask(Task):
 
     Args:
         loader: of the batches.
-        config: batch_size, test_views.
+        config: batch_size, test_views, dropout.
         mirror: whether a mirrored image is one of its class.
     """
 
@@ -35,7 +35,7 @@ class ImageTask(Task):
 
     def __init__(self, loader: Loader, config: TrainConfig, mirror: bool) -> None:
         self.loader, self.batch_size = loader, config.batch_size
-        self._test_views, self._mirror = config.test_views, mirror
+        self._test_views, self._mirror, self._dropout = config.test_views, mirror, config.dropout
         self.metrics = (ACCURACY, VIEWS) if config.test_views else (ACCURACY,)
         self.steps_per_epoch = loader.steps_per_epoch
 
@@ -46,6 +46,7 @@ class ImageTask(Task):
             in_channels=self.loader.in_channels,
             num_classes=self.loader.num_classes,
             images=self._images,
+            dropout=self._dropout,
         )
 
     def _images(self, count: int) -> Tensor:

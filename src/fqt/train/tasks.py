@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fqt.errors import FqtError
+from fqt.train.classify import open_lines
 from fqt.train.config import TrainConfig
 from fqt.train.images import ImageArrays, folders
 from fqt.train.named import imported
@@ -24,6 +25,7 @@ TASKS: dict[str, Callable[[TrainConfig, torch.device], Task]] = {
     ),
     "imagefolder": folders,
     "shakespeare": open_characters,
+    "classify": open_lines,
 }
 
 

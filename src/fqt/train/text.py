@@ -16,7 +16,7 @@ from fqt.train.config import TrainConfig
 from fqt.train.models.transformers import build_gpt
 from fqt.train.task import Metric, Task
 
-__all__ = ["CharacterTask", "open_characters", "read_text"]
+__all__ = ["CharacterTask", "open_characters", "read_text", "read_utf8"]
 
 TRAIN_SHARE = 0.9  # of the file, from its start, as nanoGPT splits it
 NATS = Metric(name="loss", unit="nats", higher=False, digits=4)
@@ -118,6 +118,15 @@ def read_text(data: str) -> str:
     file = next((p for p in looked if p.is_file()), None)
     if file is None:
         raise FqtError(f"there is no text {' or '.join(map(str, looked))}: give --data a UTF-8 file, or its folder")
+    return read_utf8(file)
+
+
+def read_utf8(file: Path) -> str:
+    """A file's text.
+
+    Raises:
+        FqtError: it cannot be read, or is not UTF-8.
+    """
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fqt.train.models.encoders import ViT
 from fqt.train.models.speedrun import Speedrun
 from fqt.train.named import construct
 
@@ -20,21 +21,27 @@ __all__ = ["MODELS", "build_model"]
 
 
 def build_model(
-    name: str, *, in_channels: int, num_classes: int, images: Callable[[int], Tensor] | None = None
+    name: str,
+    *,
+    in_channels: int,
+    num_classes: int,
+    images: Callable[[int], Tensor] | None = None,
+    dropout: float = 0.0,
 ) -> nn.Module:
     """Builds a model with fresh weights from torch's global generator.
 
     Args:
         name: one of `MODELS`, or ``package.module:ClassOrFactory``, which is called with those of the keywords
-            ``in_channels``, ``num_classes`` and ``images`` that its signature names.
+            ``in_channels``, ``num_classes``, ``images`` and ``dropout`` that its signature names.
         in_channels: channels of an image.
         num_classes: outputs of the model.
         images: gives a number of training images (n, C, H, W), for models that start from them.
+        dropout: of transformers.
 
     Raises:
         FqtError: an unknown name, or an import path that leads to no module.
     """
-    return construct(name, MODELS, in_channels=in_channels, num_classes=num_classes, images=images)
+    return construct(name, MODELS, in_channels=in_channels, num_classes=num_classes, images=images, dropout=dropout)
 
 
 class ConvNet(nn.Module):
@@ -180,6 +187,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, (2, 2, 2, 2)),
     "resnet50": partial(ResNet, (3, 4, 6, 3), bottleneck=True),
     "resnet18-cifar": partial(ResNet, (2, 2, 2, 2), small_images=True),
+    "vit-tiny": partial(ViT, 6, 3, 192, 4),
     "speedrun": Speedrun,
     "speedrun-small": partial(Speedrun, width=32),
 }

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fqt.errors import FqtError
 from fqt.train.named import construct
 
-__all__ = ["GPT", "GPTS", "Attention", "Block", "Stack", "build_gpt", "initialize"]
+__all__ = ["GPT", "GPTS", "Attention", "Block", "Stack", "Stacked", "build_gpt", "check_length", "initialize"]
 
 
 class Attention(nn.Module):
@@ -109,7 +109,22 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-class GPT(nn.Module):
+class Stacked(nn.Module):
+    """A model around one `Stack`."""
+
+    stack: Stack
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the blocks' insides are computed again in backward."""
+        return self.stack.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self.stack.checkpointing = on
+
+
+class GPT(Stacked):
     """A decoder-only transformer with learned positions and the embedding as its head (Radford et al. 2019).
 
     Args:
@@ -141,29 +156,22 @@ class GPT(nn.Module):
         initialize(self, layers)
         self.head.weight = self.tokens.weight
 
-    @property
-    def checkpointing(self) -> bool:
-        """Whether the blocks' insides are computed again in backward."""
-        return self.stack.checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        self.stack.checkpointing = on
-
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64 -> (B, T, vocabulary)
         """The logits of each next token.
 
         Raises:
             FqtError: the sequence is longer than the context.
         """
-        length = tokens.shape[1]
-        if length > self.positions.num_embeddings:
-            raise FqtError(
-                f"a sequence of {length} tokens does not fit a context of {self.positions.num_embeddings}"
-            )
-        places = torch.arange(length, device=tokens.device)
+        check_length(tokens.shape[1], self.positions.num_embeddings)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.tokens(tokens) + self.positions(places))
         return self.head(self.stack(x, None, True))
+
+
+def check_length(length: int, context: int) -> None:
+    """Raises `FqtError` where a sequence is longer than the context."""
+    if length > context:
+        raise FqtError(f"a sequence of {length} tokens does not fit a context of {context}")
 
 
 def initialize(model: nn.Module, layers: int) -> None:
