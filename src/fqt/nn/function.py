@@ -246,7 +246,7 @@ def input_seen(shape: torch.Size, dtype: torch.dtype, call: Call) -> Seen | None
         return None
     laid = torch.Size(shape if call.map.habit == "token" else (shape[0], *shape[2:], shape[1]))
     view = RowView.of(laid, rows(call.map, q.scale.row_axis, len(laid)), may_transpose=True)
-    return Seen(view, dtype, q.scale.blocks(view.transposed))
+    return Seen(view, dtype, q.scale.blocks(view.transposed), q.code_range)
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class _Operand:
     def seen(self) -> Seen | None:
         """What must be kept beside these; None of floats."""
         q = self.codes
-        return None if q is None else Seen(q.view, q.dtype, q.scales.blocks)
+        return None if q is None else Seen.of(q)
 
     @staticmethod
     def unpacked(saved: Sequence[Tensor | None], seen: Seen | None) -> _Operand:

@@ -132,7 +132,7 @@ def _readable(q: QuantizedTensor) -> bool:
 
 def _operand(q: QuantizedTensor) -> kernels.Coded:
     noise = None if q.noise is None else (q.noise.row, q.noise.column)
-    return kernels.Coded.of(q.matrix_codes, q.matrix_step, q.group_offset, noise)
+    return kernels.Coded.of(q.matrix_codes, q.matrix_step, q.group_offset, noise, q.code_range)
 
 
 def _conv(map: ConvMap, samples: int, size: tuple[int, ...], weight: tuple[int, ...]) -> Conv | None:
