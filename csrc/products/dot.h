@@ -25,18 +25,18 @@ constexpr int kGroup = 4, kVectors = 4;
 #elif defined(__AVX512VNNI__)
 typedef uint8_t Left;
 typedef int8_t Right;
-constexpr int kGroup = 4, kRows = 6, kVectors = 4;
+constexpr int kGroup = 4, kVectors = 4;
 #elif defined(__AVXVNNI__)
 typedef uint8_t Left;
 typedef int8_t Right;
-constexpr int kGroup = 4, kRows = 6, kVectors = 2;  // 12 sums, 2 right vectors, 1 left: of 16 registers
+constexpr int kGroup = 4, kVectors = 2;
 #elif defined(FQT_NARROW)
 typedef uint8_t Left, Right;  // the code's byte; one operand is unsigned, the other signed
-constexpr int kGroup = 4, kRows = 4, kVectors = 2;  // 8 sums of 16 bits, and as many of 32 where there is room
+constexpr int kGroup = 4, kVectors = 2;
 #else
 typedef int16_t Left;
 typedef int16_t Right;
-constexpr int kGroup = 2, kRows = 6, kVectors = 2;  // 12 sums, 2 right vectors, 1 left, 1 product: 16 registers
+constexpr int kGroup = 2, kVectors = 2;
 #endif
 #if defined(__AMX_INT8__)
 constexpr int kTerms = 64, kTileRows = 16;  // left operands are padded to multiples, their k with zeros
@@ -248,6 +248,9 @@ inline void load_right(const Right* right, vi (&b)[V]) {
 // c += Σ left · right over the groups of a tap. right: [group][kPanel][kGroup].
 #if !defined(FQT_NARROW)
 struct Exact {
+  // Of 16 registers on AVX2: 12 sums, 2 right vectors, 1 left, 1 product. A tile one vector wide has 8 sums.
+  static constexpr int kRows = 6, kNarrowRows = 8;
+
   template <int R, int V, class Places>
   static void add(const Places& left, int64_t groups, int64_t, const Right* right, vi (&c)[R][V]) {
     for (int64_t g = 0; g < groups; ++g, right += kPanelGroup) {
@@ -265,6 +268,8 @@ struct Exact {
 #else
 template <bool LeftSigned>
 struct Narrow {
+  static constexpr int kRows = 5, kNarrowRows = 8;  // 10 sums, 2 right vectors, 1 left, 1 product, ones
+
   template <int R, int V, class Places>
   static void add(const Places& left, int64_t groups, int64_t, const Right* right, vi (&c)[R][V]) {
     for (int64_t g = 0; g < groups; ++g, right += kPanelGroup) {
@@ -283,6 +288,8 @@ struct Narrow {
 // With sums over `steps` groups in 16 bits.
 template <bool LeftSigned>
 struct Narrower {
+  static constexpr int kRows = 3, kNarrowRows = 6;  // 6 sums of 16 bits, and as many of 32
+
   template <bool First, int R, int V, class Places>
   static void add_group(const Places& left, int64_t g, const Right* right, __m256i (&halves)[R][V]) {
     vi b[V];
@@ -332,8 +339,8 @@ void tile_of(const Source& left, int64_t first_row, int64_t taps, int64_t groups
 }
 
 // Rows of a tile of V vectors: sums enough to hide the latency of dot, and registers for them.
-template <int V>
-constexpr int kTileOf = V > 1 ? kRows : kRows < 6 ? 6 : 8;
+template <class How, int V>
+constexpr int kTileOf = V > 1 ? How::kRows : How::kNarrowRows;
 
 template <class How, int V, int R, class Source, class Done>
 inline void last_tile(const Source& left, int64_t first_row, int64_t rows, int64_t taps, int64_t groups, int64_t steps,
@@ -350,7 +357,7 @@ inline void last_tile(const Source& left, int64_t first_row, int64_t rows, int64
 template <class How, int V, class Source, class Done>
 inline void tiles_of(const Source& left, int64_t rows, int64_t taps, int64_t groups, int64_t steps, const Right* right,
                      int32_t* sums, bool add, const Done& done) {
-  constexpr int R = kTileOf<V>;
+  constexpr int R = kTileOf<How, V>;
   int64_t i = 0;
   for (; i + R <= rows; i += R) {
     tile_of<How, R, V>(left, i, taps, groups, steps, right, sums + i * kPanel, add);

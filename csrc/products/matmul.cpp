@@ -23,13 +23,24 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kSlice = 512;  // k per slice; kMaxTerms is a multiple
 static_assert(kMaxTerms % kSlice == 0, "partial sums are widened between slices");
 
+// Rows that are interleaved together: so few that a slice of them stays in the first-level cache while a panel's tiles
+// read it, each some bytes of every line. AMX has tiles of whole lines.
+constexpr int64_t kInterleaved = kTileRows > 1 ? int64_t{1} << 62 : 48;
+static_assert(kTileRows > 1 || kBlockRows % kInterleaved == 0, "blocks are made of whole runs");
+
 // The left operand: rows where they lie, or interleaved.
 struct LeftOperand {
   const Left* first = nullptr;
   int64_t row_stride = 0;      // of rows whose k lie together
   int64_t group_stride = 0;    // of interleaved rows; 0 if they are not
+  int64_t run = 0, run_stride = 0;  // rows that are interleaved together
   Buffer<Left> memory;
   Buffer<int32_t> sums;        // Σ_k of every row, if the right operand is shifted; < 2³¹ for k < 2²³
+
+  // Group g of an interleaved row.
+  const Left* interleaved(int64_t row, int64_t g) const {
+    return first + row / run * run_stride + g * group_stride + row % run * kGroup;
+  }
 };
 
 bool prepare_left(const Matrix& a, const LeftReader& read, const Plan& plan, int64_t m, int64_t k, int threads,
@@ -50,21 +61,26 @@ bool prepare_left(const Matrix& a, const LeftReader& read, const Plan& plan, int
     });
     left->first = left->memory.get();
   } else {
-    const int64_t width = ceil_div(m, 16) * 16 + 16;  // and more, so that groups do not share cache sets
+    const int64_t run = m < kInterleaved ? m : kInterleaved, runs = ceil_div(m, run);
+    const int64_t width = ceil_div(run, 16) * 16 + (kTileRows > 1 ? 16 : 0);  // so that groups do not share cache sets
     left->group_stride = width * kGroup;
-    left->memory = make_buffer<Left>(groups * left->group_stride);
+    left->run = run, left->run_stride = groups * left->group_stride;
+    left->memory = make_buffer<Left>(runs * left->run_stride);
     if (!left->memory) return false;
+    left->first = left->memory.get();
     parallel_for(ceil_div(groups, kRun), m * k, threads, [&](int64_t item) {
       const int64_t begin = item * kRun, end = groups < begin + kRun ? groups : begin + kRun;
-      for (int64_t g = begin; g < end; ++g) {
-        const uint8_t* row[kGroup];
-        int64_t n = 0;
-        for (; n < kGroup && g * kGroup + n < k; ++n) row[n] = a.codes + (g * kGroup + n) * a.column_stride;
-        interleave_rows<Left>(row, n, m, width, 0, read, left->memory.get() + g * left->group_stride);
+      for (int64_t i = 0; i < m; i += run) {
+        Left* to = left->memory.get() + i / run * left->run_stride;
+        for (int64_t g = begin; g < end; ++g) {
+          const uint8_t* row[kGroup];
+          int64_t n = 0;
+          for (; n < kGroup && g * kGroup + n < k; ++n) row[n] = a.codes + (g * kGroup + n) * a.column_stride + i;
+          interleave_rows<Left>(row, n, m - i < run ? m - i : run, width, 0, read, to + g * left->group_stride);
+        }
+        finish_interleaved(end - begin, width, to + begin * left->group_stride);
       }
-      finish_interleaved(end - begin, width, left->memory.get() + begin * left->group_stride);
     });
-    left->first = left->memory.get();
   }
   if (!plan.right_shift) return true;
   left->sums = make_buffer<int32_t>(m);
@@ -81,7 +97,7 @@ bool prepare_left(const Matrix& a, const LeftReader& read, const Plan& plan, int
     } else {
       vi sum{};
       for (int64_t g = 0; g < groups; ++g) {
-        sum = add_left(sum, load<vi>(left->first + g * left->group_stride + begin * kGroup), plan);
+        sum = add_left(sum, load<vi>(left->interleaved(begin, g)), plan);
       }
       store_part(left->sums.get() + begin, sum, end - begin);
     }
@@ -121,8 +137,11 @@ struct Block {
     const int64_t g = at / kGroup, groups = ceil_div(k - at < kSlice ? k - at : kSlice, kGroup);
     const Right* right = panel + g * kPanel * kGroup;
     if (left.group_stride) {
-      const LeftInterleaved source{left.first + g * left.group_stride + first_row * kGroup, left.group_stride};
-      block_of(source, plan, rows, columns, 1, groups, right, sums, add, done);
+      for (int64_t i = 0; i < rows; i += left.run) {
+        const LeftInterleaved source{left.interleaved(first_row + i, g), left.group_stride};
+        block_of(source, plan, rows - i < left.run ? rows - i : left.run, columns, 1, groups, right, sums + i * kPanel, add,
+                 [&](int64_t j, int64_t n) { done(i + j, n); });
+      }
     } else {
       const LeftStrided source{left.first + first_row * left.row_stride + at, left.row_stride};
       block_of(source, plan, rows, columns, 1, groups, right, sums, add, done);

@@ -23,8 +23,25 @@ struct Reader {
 typedef Reader<Left> LeftReader;
 typedef Reader<Right> RightReader;
 
+#if defined(__AVX2__)
+// Four rows of 16 codes, shifted modulo 256 and interleaved.
+inline void interleave_16(const uint8_t* const* row, int64_t i, __m128i shift, void* out) {
+  __m128i r[4];
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm_add_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[j] + i)), shift);
+  }
+  const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
+  const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
+  __m128i* to = static_cast<__m128i*>(out);
+  _mm_storeu_si128(to, _mm_unpacklo_epi16(a, b));
+  _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, b));
+  _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(c, d));
+  _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(c, d));
+}
+#endif
+
 #if defined(__AVX512VNNI__)
-// Four rows of 64 codes, shifted modulo 256 and interleaved.
+// The same of 64 codes.
 inline void interleave_64(const uint8_t* const* row, int64_t i, __m512i shift, void* out) {
   __m512i r[4], t[4], u[4];
   for (int j = 0; j < 4; ++j) r[j] = _mm512_add_epi8(_mm512_loadu_si512(row[j] + i), shift);
@@ -40,20 +57,6 @@ inline void interleave_64(const uint8_t* const* row, int64_t i, __m512i shift, v
   _mm512_storeu_si512(to + 1, _mm512_shuffle_i32x4(t[0], t[2], 0xdd));
   _mm512_storeu_si512(to + 2, _mm512_shuffle_i32x4(t[1], t[3], 0x88));
   _mm512_storeu_si512(to + 3, _mm512_shuffle_i32x4(t[1], t[3], 0xdd));
-}
-
-inline void interleave_16(const uint8_t* const* row, int64_t i, __m128i shift, void* out) {
-  __m128i r[4];
-  for (int j = 0; j < 4; ++j) {
-    r[j] = _mm_add_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[j] + i)), shift);
-  }
-  const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
-  const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
-  __m128i* to = static_cast<__m128i*>(out);
-  _mm_storeu_si128(to, _mm_unpacklo_epi16(a, b));
-  _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, b));
-  _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(c, d));
-  _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(c, d));
 }
 #elif defined(__AVX2__)
 constexpr int64_t kAtOnce = 32 / sizeof(Left);  // codes that fill a vector as operands
@@ -103,6 +106,10 @@ inline void interleave_group(const uint8_t* const* row, int64_t width, const Rea
   for (; i + 16 <= width; i += 16) interleave_16(row, i, _mm512_castsi512_si128(shift), out + i * 4);
 #elif defined(__AVX2__)
   for (; i + kAtOnce <= width; i += kAtOnce) interleave_some(row, i, read, out + i * kGroup);
+  if constexpr (kGroup == 4) {
+    const __m128i shift = _mm_set1_epi8(static_cast<char>(read.shift()));
+    for (; i + 16 <= width; i += 16) interleave_16(row, i, shift, out + i * 4);
+  }
 #endif
   for (; i < width; ++i) {
     for (int j = 0; j < kGroup; ++j) out[i * kGroup + j] = read(row[j][i]);

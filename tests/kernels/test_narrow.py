@@ -10,7 +10,6 @@ from fqt.kernels.codes import DITHER_LEVELS, ROW, TENSOR, Dither, Scales
 from fqt.kernels.cpu import library
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.tensor import QuantizedTensor, RowView
-
 from tests.backends import compare
 
 Bounds = tuple[int, int]

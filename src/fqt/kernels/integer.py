@@ -41,17 +41,25 @@ from fqt.kernels.op import Op
 from fqt.kernels.products import Epilogue
 from fqt.kernels.tensor import QuantizedTensor
 
+CodeRange = tuple[int, int]
+"""The least and the greatest code of an operand."""
 _MACHINES: dict[str, Callable[[], str]] = {}
+_KERNELS: dict[str, Callable[[CodeRange, CodeRange], str]] = {}
 
 
-def serve(device: str, obstacle: Callable[[], str]) -> None:
+def serve(
+    device: str, obstacle: Callable[[], str], kernel: Callable[[CodeRange, CodeRange], str] | None = None
+) -> None:
     """Tells that a backend multiplies codes on devices of this type.
 
     Args:
         device: "cpu" or "cuda".
         obstacle: says why the one at hand has no integer units for it; empty if it has.
+        kernel: says what multiplies operands of such codes, where that depends on them; else empty.
     """
     _MACHINES[device] = obstacle
+    if kernel is not None:
+        _KERNELS[device] = kernel
 
 
 def serves(device: str) -> bool:
@@ -62,6 +70,11 @@ def serves(device: str) -> bool:
 def machine_obstacle(device: str) -> str:
     """Why products on devices of this type do not run on integer units here; empty if they do."""
     return _MACHINES[device]() if device in _MACHINES else f"no integer kernels for {device}"
+
+
+def kernel_of(device: str, left: CodeRange, right: CodeRange) -> str:
+    """What multiplies operands of such codes on devices of this type, where that depends on them; else empty."""
+    return _KERNELS[device](left, right) if device in _KERNELS else ""
 
 
 @Op

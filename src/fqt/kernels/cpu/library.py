@@ -33,7 +33,6 @@ _NARROW = {"avx2": "avx2_narrow"}
 _ABI = 15  # FQT_ABI of csrc/common/platform.h
 
 
-
 class Range(ctypes.Structure):
     """`Range` of csrc/products/dot.h: the least and the greatest code of an operand."""
 

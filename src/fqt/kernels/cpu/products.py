@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import products
+from fqt.kernels.codes import range_of
 from fqt.kernels.cpu.library import BACKEND, Range, call, takes_codes
 from fqt.kernels.cpu.memory import empty
 from fqt.kernels.cpu.source import OUT_TYPES
-from fqt.kernels.codes import range_of
 from fqt.kernels.products import Shapes
 
 _LONGEST, _WIDEST = 1 << 23, 1 << 15
