@@ -121,7 +121,7 @@ except FqtError as error:
 
 
 def test_a_level_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AVX-512 does not imply AVX-VNNI: asked for where it is not, what runs is the level below, and that is said."""
+    """AVX-512 does not imply AVX-VNNI: asked for in vain, what runs is the level below, and that is said."""
     if library.status().level == "reference":
         pytest.skip("no native kernels")
     monkeypatch.setattr(library, "machine_levels", lambda: ("portable", "avx512"))

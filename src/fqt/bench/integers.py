@@ -1,7 +1,7 @@
 """The integer-product limit: the best rate at which `torch._int_mm` multiplies on this machine.
 
-On CPUs for which torch has no integer product (no VNNI) that is a scalar loop, a hundred times slower than float: the
-limit is then the best rate of our own product, of 8-bit codes too.
+On CPUs for which torch has no integer product (no VNNI) that is a scalar loop, a hundred times slower than float:
+the limit is then the best rate of our own product, of 8-bit codes too.
 """
 
 from __future__ import annotations

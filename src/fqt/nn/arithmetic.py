@@ -120,13 +120,13 @@ def summed_in_blocks(product: str, map: LinearMap, recipe: Recipe) -> int:
 
 
 def kernel(product: str, map: LinearMap, recipe: Recipe, device: str) -> str:
-    """What multiplies the codes of a product without obstacle, where a device's kernels differ by them; else empty."""
+    """What multiplies the codes of a product without obstacle, where that depends on them; else empty."""
     left, right = operands(product, map, recipe)
     assert left is not None
     assert right is not None
     if _by_blocks(product, map, recipe):
         return ""
-    # A gradient for the weight whose channels are mixed, or signed in a convolution, is multiplied as bytes of any code.
+    # Mixed channels of grad_weight, and signed ones of a convolution, are multiplied as bytes of any code.
     signed = isinstance(map, ConvMap) and left.code_dtype != torch.uint8
     if product == "grad_weight" and (left.transform.mixes_rows or signed):
         return integer.kernel_of(device, range_of(left.code_dtype), range_of(right.code_dtype))
