@@ -1,4 +1,4 @@
-"""Builds the native kernels, once per instruction set; an install without a compiler goes on without them."""
+"""Builds the native kernels, for several instruction sets; an install without a compiler goes on without them."""
 
 import os
 import platform
@@ -11,18 +11,25 @@ from setuptools.command.build_ext import build_ext
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 if os.environ.get("FQT_SANITIZE"):  # `make sanitize`
     FLAGS += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-LEVELS = {"portable": []}
+FILES = {str(p): p.parent.name for p in sorted(Path("csrc").rglob("*.cpp"))}
+ALL = list(FILES)
+PRODUCTS = [path for path, room in FILES.items() if room in ("common", "products")]
+# Flags and sources of each library. Those of products alone run on top of the others: see fqt/kernels/cpu/library.py.
+LIBRARIES: dict[str, tuple[list[str], list[str]]] = {"portable": ([], ALL)}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    LEVELS["avx2"] = ["-mavx2"]
-    LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
-    LEVELS["amx"] = [*LEVELS["avx512"], "-mamx-tile", "-mamx-int8"]
+    AVX2, AVX512 = ["-mavx2"], ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+    LIBRARIES["avx2"] = (AVX2, ALL)
+    LIBRARIES["avx2_narrow"] = ([*AVX2, "-DFQT_NARROW"], [path for path in PRODUCTS if "blocked" not in path])
+    LIBRARIES["avxvnni"] = ([*AVX2, "-mavxvnni"], PRODUCTS)
+    LIBRARIES["avx512"] = (AVX512, ALL)
+    LIBRARIES["amx"] = ([*AVX512, "-mamx-tile", "-mamx-int8"], PRODUCTS)
 
 
 class BuildKernels(build_ext):
-    """One library per level, each with its own objects; OpenMP where the compiler has it."""
+    """Each library with its own objects; OpenMP where the compiler has it."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link one level."""
+        """Compile and link one of them."""
         shared = self.build_temp
         self.build_temp = os.path.join(shared, ext.name)
         try:
@@ -36,12 +43,11 @@ class BuildKernels(build_ext):
             self.build_temp = shared
 
 
-sources = sorted(str(p) for p in Path("csrc").rglob("*.cpp"))
 headers = sorted(str(p) for p in Path("csrc").rglob("*.h"))
 setup(
     ext_modules=[
         Extension(
-            f"fqt.kernels.cpu._native_{level}",
+            f"fqt.kernels.cpu._native_{name}",
             sources,
             depends=headers,
             include_dirs=["csrc"],
@@ -50,7 +56,7 @@ setup(
             language="c++",
             optional=True,  # the plain-torch reference runs where this cannot be built
         )
-        for level, flags in LEVELS.items()
+        for name, (flags, sources) in LIBRARIES.items()
     ],
     cmdclass={"build_ext": BuildKernels},
 )

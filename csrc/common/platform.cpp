@@ -43,27 +43,35 @@ static bool may_use_tiles(uint64_t state) {
 #endif
 }
 
-static int x86_level() {
+// The set of levels, bit by bit.
+static int x86_levels() {
   uint32_t a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return kPortable;
+  int found = 1 << kPortable;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return found;
   const uint64_t state = saved_state();
-  if ((state & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return kPortable;
+  if ((state & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return found;
+  found |= 1 << kAvx2;
+  uint32_t more = 0, none;
+  constexpr uint32_t kAvxVnniUnit = 1 << 4;
+  if (a >= 1 && __get_cpuid_count(7, 1, &more, &none, &none, &none) && (more & kAvxVnniUnit)) found |= 1 << kAvxVnni;
   const uint32_t needs_b = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   const bool wide = (state & 0xe6) == 0xe6 && (b & needs_b) == needs_b && (c & bit_AVX512VNNI);
-  if (!wide) return kAvx2;
+  if (!wide) return found;
+  found |= 1 << kAvx512;
   constexpr uint32_t kTileUnit = 1 << 24, kTileBytes = 1 << 25;
-  return (d & kTileUnit) && (d & kTileBytes) && may_use_tiles(state) ? kAmx : kAvx512;
+  return (d & kTileUnit) && (d & kTileBytes) && may_use_tiles(state) ? found | 1 << kAmx : found;
 }
 #endif
 
 }  // namespace fqt
 
-// The best level this machine runs: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 that and AMX.
-FQT_API int fqt_cpu_level() {
+// The levels that this machine runs, a bit each: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 with VNNI, 4 that and AMX. A
+// machine with AVX-512 need not have AVX-VNNI.
+FQT_API int fqt_cpu_levels() {
 #if defined(__x86_64__)
-  return fqt::x86_level();
+  return fqt::x86_levels();
 #else
-  return fqt::kPortable;
+  return 1 << fqt::kPortable;
 #endif
 }
 

@@ -170,15 +170,15 @@ void tiles_of(const LeftRows& left, int64_t rows, int64_t taps, int64_t groups, 
 
 // As in dot.h, all columns of the panel. LeftRows of at most kMostGathered terms; sums has room for whole tiles of rows.
 template <class Source, class Done>
-inline void block_of(const Source& left, Signs signs, int64_t rows, int64_t, int64_t taps, int64_t groups,
+inline void block_of(const Source& left, const Plan& p, int64_t rows, int64_t, int64_t taps, int64_t groups,
                      const Right* right, int32_t* sums, bool add, const Done& done) {
   const Tiles tiles;
   memory_barrier();
-  if (signs.left) {
-    if (signs.right) return tiles_of<true, true>(left, rows, taps, groups, right, sums, add, done);
+  if (p.left_signed) {
+    if (p.right_signed) return tiles_of<true, true>(left, rows, taps, groups, right, sums, add, done);
     return tiles_of<true, false>(left, rows, taps, groups, right, sums, add, done);
   }
-  if (signs.right) return tiles_of<false, true>(left, rows, taps, groups, right, sums, add, done);
+  if (p.right_signed) return tiles_of<false, true>(left, rows, taps, groups, right, sums, add, done);
   tiles_of<false, false>(left, rows, taps, groups, right, sums, add, done);
 }
 

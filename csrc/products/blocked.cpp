@@ -23,7 +23,7 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kSlice = 512;      // k of a panel that are used from the first-level cache, in whole blocks
 constexpr int64_t kMostBlocks = 32;  // in a slice
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr int kLift = 128;
 #else
 constexpr int kLift = 0;
@@ -33,6 +33,7 @@ constexpr int kTile = V == 1 ? 8 : 6;  // rows; as in dot.h
 
 // A left code as the dot product takes it, whatever the other products of this level do with signs.
 struct Lifted {
+  static constexpr bool is_signed = true;
   int shift() const { return kLift; }
   Left operator()(uint8_t code) const { return static_cast<Left>(static_cast<int8_t>(code) + kLift); }
 };
@@ -276,8 +277,8 @@ FQT_API int fqt_blocked_matmul(const uint8_t* a, int64_t a_row_stride, int64_t a
   LeftCodes left;
   RightSteps steps;
   Buffer<Right> right = make_buffer<Right>(panels * blocks.groups() * kGroup * kPanel);
-  if (!right || !pack_left(Matrix{a, a_row_stride, a_column_stride, true}, m, k, threads, &left)) return kNoMemory;
-  pack_right(Matrix{b, b_row_stride, b_column_stride, true}, n, k, threads, right.get());
+  if (!right || !pack_left({a, a_row_stride, a_column_stride}, m, k, threads, &left)) return kNoMemory;
+  pack_right({b, b_row_stride, b_column_stride}, RightReader{true, 0}, n, k, threads, right.get());
   if (!prepare_steps(b_step, b_run, n, right.get(), blocks, threads, &steps)) return kNoMemory;
   const Operands operands{left, right.get(), steps, blocks, a_step, a_run};
 

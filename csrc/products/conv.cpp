@@ -57,7 +57,7 @@ struct Source {
 
 struct Task {
   const Source& source;
-  Signs signs;
+  const Plan& plan;
   const Axis &rows, &columns;
   const Right* right;        // [group][panel][tap][depth ÷ kGroup][kPanel][kGroup]
   const int64_t* by_column;  // (groups · panels · kPanel,) to add to the sums, or null
@@ -123,11 +123,11 @@ void sum_panel(const Task& task, const Left* const* rows, int64_t n, int64_t col
         terms = 0;
       }
       if (last && !wide) {
-        block_of(left, task.signs, n, columns, now, deep / kGroup, from, sums, terms != 0,
+        block_of(left, task.plan, n, columns, now, deep / kGroup, from, sums, terms != 0,
                  [&](int64_t i, int64_t count) { finish(sums + i * kPanel, i, count); });
         return;
       }
-      block_of(left, task.signs, n, columns, now, deep / kGroup, from, sums, terms != 0, nothing);
+      block_of(left, task.plan, n, columns, now, deep / kGroup, from, sums, terms != 0, nothing);
       terms += now * deep;
     }
   }
@@ -176,7 +176,7 @@ bool run_block(const Task& task, int64_t block, int64_t first_panel, int64_t las
 // the other way round.
 void pack_weight(const Conv& c, const uint8_t* weight, const Axis& rows, const Axis& columns, bool backward,
                  int64_t depth, int64_t group, int64_t panel, Right* out) {
-  const RightReader read{true};
+  const RightReader read{true, 0};
   const int64_t in = c.channels / c.groups, outputs = c.out_channels / c.groups;
   const int64_t taps = c.kernel_height * c.kernel_width, width = backward ? in : outputs;
   const int64_t first = panel * kPanel, n = width - first < kPanel ? width - first : kPanel;
@@ -197,11 +197,11 @@ void pack_weight(const Conv& c, const uint8_t* weight, const Axis& rows, const A
   }
 }
 
-int run_phase(const Conv& c, const Source& source, bool is_signed, const uint8_t* weight, bool backward,
+int run_phase(const Conv& c, const Source& source, const Plan& plan, const uint8_t* weight, bool backward,
               const Axis& rows, const Axis& columns, const Epilogue& e, int threads) {
   const int64_t width = (backward ? c.channels : c.out_channels) / c.groups, panels = ceil_div(width, kPanel);
   const int64_t taps = rows.taps * columns.taps, panel_size = taps * source.depth * kPanel;
-  const int shift = LeftReader{is_signed}.shift();
+  const int shift = plan.left_shift;
   Buffer<Right> right = make_buffer<Right>(c.groups * panels * panel_size + kTerms * kPanel);
   Buffer<int64_t> by_column = make_buffer<int64_t>(c.groups * panels * kPanel);
   if (!right || !by_column) return kNoMemory;
@@ -210,10 +210,10 @@ int run_phase(const Conv& c, const Source& source, bool is_signed, const uint8_t
     pack_weight(c, weight, rows, columns, backward, source.depth, i / panels, i % panels, panel);
     int64_t* sums = by_column.get() + i * kPanel;
     for (int j = 0; j < kPanel; ++j) sums[j] = 0;
-    if (shift) sum_columns(panel, taps * source.depth / kGroup, sums);
+    if (shift) sum_columns(panel, taps * source.depth / kGroup, plan, sums);
     for (int j = 0; j < kPanel; ++j) sums[j] *= -shift;
   });
-  const Task task{source, Signs{is_signed, true}, rows, columns, right.get(), shift ? by_column.get() : nullptr,
+  const Task task{source, plan, rows, columns, right.get(), shift ? by_column.get() : nullptr,
                   width, panels, backward ? c.height : c.out_height, backward ? c.width : c.out_width, e};
   const int64_t blocks = ceil_div(task.pixels(), kBlockRows);
   const int64_t step = blocks < 8 * threads ? 1 : panels, items = ceil_div(panels, step);
@@ -231,12 +231,15 @@ int run_phase(const Conv& c, const Source& source, bool is_signed, const uint8_t
 // The output of a convolution of codes, or with `backward` its gradient for the input; finished by *e, whose rows
 // are output pixels (samples · height · width) and whose period is height · width. weight: signed codes,
 // (out_channels, kernel_height, kernel_width, channels ÷ groups). codes: input, or grad_output. Exact; sums of
-// more than kMaxTerms products are added up in int64. kBadIndex for a kernel of more than 4096 taps per axis.
-FQT_API int fqt_conv2d(const uint8_t* codes, int is_signed, const uint8_t* weight, const Conv* conv, int backward,
-                       const Epilogue* e, int threads) {
+// more than kMaxTerms products are added up in int64. kBadIndex for a kernel of more than 4096 taps per axis, and for
+// codes that this library does not take.
+FQT_API int fqt_conv2d(const uint8_t* codes, Range range, const uint8_t* weight, Range weight_range, const Conv* conv,
+                       int backward, const Epilogue* e, int threads) {
   const Conv& c = *conv;
   if (c.kernel_height > kMaxTaps || c.kernel_width > kMaxTaps) return kBadIndex;
-  const LeftReader read{is_signed != 0};
+  const Plan how = plan(range, weight_range);
+  if (!how.steps || how.right_shift) return kBadIndex;
+  const LeftReader read{range.is_signed(), how.left_shift};
   const int64_t height = backward ? c.out_height : c.height, width = backward ? c.out_width : c.width;
   const int64_t terms = (backward ? c.out_channels : c.channels) / c.groups;
   const int64_t depth = ceil_div(terms, kGroup) * kGroup, pixels = c.samples * height * width * c.groups;
@@ -260,13 +263,13 @@ FQT_API int fqt_conv2d(const uint8_t* codes, int is_signed, const uint8_t* weigh
   if (!backward) {
     output_axis(c.out_height, c.kernel_height, c.stride_height, c.padding_height, c.dilation_height, rows.get());
     output_axis(c.out_width, c.kernel_width, c.stride_width, c.padding_width, c.dilation_width, columns.get());
-    return run_phase(c, source, read.is_signed, weight, false, *rows, *columns, *e, threads);
+    return run_phase(c, source, how, weight, false, *rows, *columns, *e, threads);
   }
   for (int64_t h = 0; h < c.stride_height && h < c.height; ++h) {
     input_axis(c.height, c.kernel_height, c.stride_height, c.padding_height, c.dilation_height, h, rows.get());
     for (int64_t w = 0; w < c.stride_width && w < c.width; ++w) {
       input_axis(c.width, c.kernel_width, c.stride_width, c.padding_width, c.dilation_width, w, columns.get());
-      const int status = run_phase(c, source, read.is_signed, weight, true, *rows, *columns, *e, threads);
+      const int status = run_phase(c, source, how, weight, true, *rows, *columns, *e, threads);
       if (status != kDone) return status;
     }
   }

@@ -39,6 +39,7 @@ struct Task {
   const uint8_t *grad, *input;
   LeftReader read_grad;
   RightReader read_input;
+  Plan plan;
   int64_t group;
   const Planes* planes;
 
@@ -95,7 +96,7 @@ void pack_grad(const Task& task, int64_t first_line, int64_t lines, Left* out) {
       Left* to = out + outputs * kGroup;
       for (int64_t k = 0; k < count; ++k, to += kGroup) {
         const uint8_t* plane = task.planes->codes + k * tokens + line * width + at;
-        for (int64_t j = 0; j < kGroup; ++j) to[j] = j < n ? plane[j] : 0;
+        for (int64_t j = 0; j < kGroup; ++j) to[j] = j < n ? task.read_grad(plane[j]) : Left{0};
       }
       std::memset(to, 0, (end - outputs - count) * kGroup * sizeof(Left));
     }
@@ -161,10 +162,10 @@ void pack_input(const Task& task, int64_t first_line, int64_t lines, int64_t fir
   }
 }
 
-void sum_rows(const Left* packed, int64_t groups, int64_t width, int64_t outputs, int64_t* sums) {
+void sum_rows(const Left* packed, int64_t groups, int64_t width, int64_t outputs, const Plan& plan, int64_t* sums) {
   for (int64_t i = 0; i < outputs; i += W) {
     vi sum{};
-    for (int64_t g = 0; g < groups; ++g) sum = dot(sum, load<vi>(packed + (g * width + i) * kGroup), ones());
+    for (int64_t g = 0; g < groups; ++g) sum = add_left(sum, load<vi>(packed + (g * width + i) * kGroup), plan);
     for (int64_t j = 0; j < W && i + j < outputs; ++j) sums[i + j] += sum[j];
   }
 }
@@ -178,7 +179,6 @@ void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
   if (first == last || per_line == 0) std::memset(part->sums.get(), 0, size * sizeof(int32_t));
   for (int64_t i = 0; i < rows; ++i) part->left_sums[i] = 0;
   for (int64_t i = 0; i < panels * kPanel; ++i) part->right_sums[i] = 0;
-  const Signs signs{task.read_grad.is_signed, task.read_input.is_signed};
   int64_t terms = 0;  // in sums
   const auto widen = [&] {
     for (int64_t i = 0; terms && i < size; ++i) part->total[i] += part->sums[i];
@@ -193,15 +193,15 @@ void run_part(const Task& task, int64_t first, int64_t last, int64_t first_panel
     const int64_t next = line + lines, end = last - next < step ? last : next + step;
     Ahead grad_ahead = task.ahead(task.grad, c.samples * c.out_height * c.out_width * c.out_channels, next, end);
     Ahead input_ahead = task.ahead(task.input, c.samples * c.height * c.width * c.channels, next, end);
-    if (task.read_input.shift()) sum_rows(left, groups, width, rows, part->left_sums.get());
+    if (task.read_input.shift()) sum_rows(left, groups, width, rows, task.plan, part->left_sums.get());
     const int64_t all = ceil_div(groups * kGroup, kTerms) * kTerms / kGroup;
     std::memset(left + groups * width * kGroup, 0, (all - groups) * width * kGroup * sizeof(Left));
     finish_interleaved(all, width, left);
     for (int64_t p = 0; p < panels; ++p) {
       pack_input(task, line, lines, (first_panel + p) * kPanel, right);
-      if (task.read_grad.shift()) sum_columns(right, groups, part->right_sums.get() + p * kPanel);
+      if (task.read_grad.shift()) sum_columns(right, groups, task.plan, part->right_sums.get() + p * kPanel);
       const int64_t columns = task.columns() - (first_panel + p) * kPanel;
-      block_of(LeftInterleaved{left, width * kGroup}, signs, rows, columns, 1, groups, right,
+      block_of(LeftInterleaved{left, width * kGroup}, task.plan, rows, columns, 1, groups, right,
                part->sums.get() + p * padded * kPanel, terms != 0, [&](int64_t i, int64_t n) {
                  grad_ahead.fetch(p * rows + i + n, panels * rows);
                  input_ahead.fetch(p * rows + i + n, panels * rows);
@@ -235,11 +235,16 @@ void add_up(const Task& task, const Part* parts, int64_t count, int64_t row, int
 
 }  // namespace
 
-int fqt::conv_grad_weight(const uint8_t* grad, int grad_signed, const uint8_t* input, int input_signed,
+int fqt::conv_grad_weight(const uint8_t* grad, Range grad_range, const uint8_t* input, Range input_range,
                           const Conv* conv, const Planes* planes, const Epilogue* e, int threads) {
   const Conv& c = *conv;
+  if (planes && grad_range.high < planes->high) grad_range.high = planes->high;
+  const Plan how = plan(grad_range, input_range);
+  if (!how.steps) return kBadIndex;
+  const LeftReader read_grad{grad_range.is_signed(), how.left_shift};
+  const RightReader read_input{input_range.is_signed(), how.right_shift};
   for (int64_t group = 0; group < c.groups; ++group) {
-    const Task task{c, grad, input, LeftReader{grad_signed != 0}, RightReader{input_signed != 0}, group, planes};
+    const Task task{c, grad, input, read_grad, read_input, how, group, planes};
     const int64_t outputs = task.outputs(), columns = task.columns(), rows = task.rows();
     const int64_t panels = ceil_div(columns, kPanel), lines = task.lines();
     if (outputs == 0 || columns == 0) return kDone;
@@ -293,7 +298,7 @@ int fqt::conv_grad_weight(const uint8_t* grad, int grad_signed, const uint8_t* i
 // (kernel_height, kernel_width, channels ÷ groups); finished by *e with period 1. Missing taps count as code 0.
 // Exact: partial sums of at most kMaxTerms products in int32, added up in int64. Contract, checked by the caller: a
 // line of the output has at most kMaxTerms pixels; kInt32 only where the exact sum fits.
-FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, int grad_signed, const uint8_t* input, int input_signed,
+FQT_API int fqt_conv2d_grad_weight(const uint8_t* grad, Range grad_range, const uint8_t* input, Range input_range,
                                    const Conv* conv, const Epilogue* e, int threads) {
-  return conv_grad_weight(grad, grad_signed, input, input_signed, conv, nullptr, e, threads);
+  return conv_grad_weight(grad, grad_range, input, input_range, conv, nullptr, e, threads);
 }

@@ -1,9 +1,10 @@
 // The inner kernel of all integer products: a tile of rows × columns, accumulated in int32 without saturation.
 //
 // Both operands come in groups of kGroup neighbouring k, 32 bits per group: four bytes where the processor has a
-// four-term dot product (u8 × s8, VNNI; any signs, AMX), two int16 where it has not (the byte instruction of AVX2
-// saturates). A left group is broadcast, a right one is a lane of a vector. AMX (amx.h) multiplies whole tiles of the
-// same right operand by rows of kTerms k that lie together.
+// four-term dot product (u8 × s8, VNNI; any signs, AMX), two int16 where it has not. There the library of narrow codes
+// (FQT_NARROW) takes four bytes too: the byte instruction of AVX2 adds two products in 16 bits, and saturates, but not
+// where the codes are known to be small enough (see Plan). A left group is broadcast, a right one is a lane of a
+// vector. AMX (amx.h) multiplies whole tiles of the same right operand by rows of kTerms k that lie together.
 //
 // Bound: |Left|·|Right| ≤ 255·128, so kMaxTerms terms stay below 2³¹. Longer sums are cut by the callers.
 #pragma once
@@ -18,22 +19,24 @@
 
 namespace fqt {
 
-// FQT_SHIFTED: operands of one sign only, so that a code of the other is shifted by 128.
 #if defined(__AMX_INT8__)
 typedef uint8_t Left, Right;  // the code's byte, whatever its sign
 constexpr int kGroup = 4, kVectors = 4;
-constexpr int kShift = 0;
 #elif defined(__AVX512VNNI__)
-#define FQT_SHIFTED
 typedef uint8_t Left;
 typedef int8_t Right;
-constexpr int kGroup = 4, kRows = 6, kVectors = 4;
-constexpr int kShift = 128;  // added to a signed left code, taken from an unsigned right code
+constexpr int kGroup = 4, kVectors = 4;
+#elif defined(__AVXVNNI__)
+typedef uint8_t Left;
+typedef int8_t Right;
+constexpr int kGroup = 4, kVectors = 2;
+#elif defined(FQT_NARROW)
+typedef uint8_t Left, Right;  // the code's byte; one operand is unsigned, the other signed
+constexpr int kGroup = 4, kVectors = 2;
 #else
 typedef int16_t Left;
 typedef int16_t Right;
-constexpr int kGroup = 2, kRows = 6, kVectors = 2;  // 12 sums, 2 right vectors, 1 left, 1 product: 16 registers
-constexpr int kShift = 0;
+constexpr int kGroup = 2, kVectors = 2;
 #endif
 #if defined(__AMX_INT8__)
 constexpr int kTerms = 64, kTileRows = 16;  // left operands are padded to multiples, their k with zeros
@@ -43,11 +46,65 @@ constexpr int kTerms = kGroup, kTileRows = 1;
 constexpr int kPanel = kVectors * W;     // columns of a tile
 constexpr int64_t kMaxTerms = 1 << 15;   // 2¹⁵ · 255 · 255 < 2³¹: whatever the signs of the codes
 
+// The least and the greatest code of an operand.
+struct Range {
+  int32_t low, high;
+
+  bool is_signed() const { return low < 0; }
+};
+
+// How two operands are multiplied: what is added to the codes so that they fit, how the bytes are then read, and how
+// many groups' products are added up in 16 bits (1 where that is not done; 0 where narrow codes are asked for and
+// these are not).
+struct Plan {
+  int left_shift, right_shift;
+  bool left_signed, right_signed;
+  int64_t steps;
+};
+
+#if defined(FQT_NARROW)
+// Two products of magnitudes up to u and s, `steps` times, in 16 bits.
+inline int64_t narrow_steps(int64_t u, int64_t s) { return u && s ? 32767 / (2 * u * s) : 32767; }
+
+inline int64_t magnitude(const Range& r) { return -r.low > r.high ? -r.low : r.high; }
+
+// With the left operand unsigned, lifted if its codes are not, and the right one signed, lowered if it does not fit a
+// signed byte; or the other way round, a right operand that is unsigned being lifted by nothing. Shifts cost sums of
+// codes: they are avoided.
+inline Plan plan(const Range& left, const Range& right) {
+  const auto lowered = [](const Range& r) { return r.high > 127 ? Range{r.low - 128, r.high - 128} : r; };
+  const int lift = left.is_signed() ? -left.low : 0;
+  const Range low_right = lowered(right), low_left = lowered(left);
+  Plan found{lift, low_right.low - right.low, false, true, 0};
+  if (left.high + lift <= 255) found.steps = narrow_steps(left.high + lift, magnitude(low_right));
+  if (right.is_signed()) return found;
+  const Plan turned{low_left.low - left.low, 0, true, false, narrow_steps(right.high, magnitude(low_left))};
+  const auto shifts = [](const Plan& p) { return (p.left_shift != 0) + (p.right_shift != 0); };
+  const bool better = turned.steps && (!found.steps || shifts(turned) < shifts(found) ||
+                                       (shifts(turned) == shifts(found) && turned.steps > found.steps));
+  return better ? turned : found;
+}
+#elif (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) && !defined(__AMX_INT8__)
+#define FQT_SHIFTED  // operands of one sign only
+inline Plan plan(const Range& left, const Range& right) {
+  return {left.is_signed() ? 128 : 0, right.high > 127 ? -128 : 0, false, true, 1};
+}
+#else
+inline Plan plan(const Range& left, const Range& right) { return {0, 0, left.is_signed(), right.is_signed(), 1}; }
+#endif
+
+#if !defined(FQT_NARROW)
+// sum + left · right. In place by name for AVX2: GCC otherwise copies sums to and fro, and spills some.
 inline vi dot(vi sum, vi left, vi right) {
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
+#elif defined(__AVXVNNI__)
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(left), "x"(right));
+  return sum;
 #elif defined(__AVX2__)
-  return sum + (vi)_mm256_madd_epi16((__m256i)left, (__m256i)right);
+  const __m256i terms = _mm256_madd_epi16((__m256i)left, (__m256i)right);
+  __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(terms));
+  return sum;
 #elif defined(__SSE2__)
   return sum + (vi)_mm_madd_epi16((__m128i)left, (__m128i)right);
 #else
@@ -65,17 +122,45 @@ inline vi dot(vi sum, vi left, vi right) {
 // A group of ones, as either operand.
 inline vi ones() { return splat(kGroup == 4 ? 0x01010101 : 0x00010001); }
 
+// sum + Σ over the terms of a left, of a right group.
+inline vi add_left(vi sum, vi group, const Plan&) { return dot(sum, group, ones()); }
+inline vi add_right(vi sum, vi group, const Plan&) { return dot(sum, ones(), group); }
+#else
+// A group's products, two and two, in 16 bits.
+template <bool LeftSigned>
+inline __m256i products(vi left, vi right) {
+  return LeftSigned ? _mm256_maddubs_epi16((__m256i)right, (__m256i)left)
+                    : _mm256_maddubs_epi16((__m256i)left, (__m256i)right);
+}
+
+// In place, as in the other products of AVX2: GCC otherwise copies sums to and fro, and spills some.
+inline void add_halves(__m256i& sum, __m256i terms) { __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(terms)); }
+
+inline void widen(vi& sum, __m256i halves) {
+  const __m256i terms = _mm256_madd_epi16(halves, _mm256_set1_epi16(1));
+  __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(terms));
+}
+
+inline vi add_group(vi sum, vi group, bool is_signed) {
+  const vi one = splat(0x01010101);
+  widen(sum, is_signed ? products<false>(one, group) : products<true>(one, group));
+  return sum;
+}
+inline vi add_left(vi sum, vi group, const Plan& p) { return add_group(sum, group, p.left_signed); }
+inline vi add_right(vi sum, vi group, const Plan& p) { return add_group(sum, group, p.right_signed); }
+#endif
+
+// What an operand stands for.
+inline int32_t value_of(Left operand, bool is_signed) {
+  return sizeof(Left) == 1 && is_signed ? static_cast<int8_t>(operand) : operand;
+}
+
 // A left group in every lane.
 inline vi broadcast(const Left* group) {
   int32_t bits;
   std::memcpy(&bits, group, 4);
   return splat(bits);
 }
-
-// Whether the codes of a product's operands are signed.
-struct Signs {
-  bool left, right;
-};
 
 // Where the left groups of a tile lie. For each tap a run of groups per row:
 struct LeftRows {
@@ -122,88 +207,189 @@ inline void store_sums(const vi (&c)[R][V], int32_t* sums, bool add) {
   }
 }
 
-// sums (R × V · W, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
-template <int R, int V, class Rows>
-void tile_of(const Rows& left, int64_t first_row, int64_t taps, int64_t groups, const Right* right,
-             int32_t* sums, bool add) {
-  vi c[R][V];
-  clear(c);
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const Left* a[R];
+// Where the left groups of a tile's rows are, at one tap: each row's, one after the other; or interleaved.
+template <int R>
+struct ByRow {
+  const Left* row[R];
+
+  template <class Rows>
+  ByRow(const Rows& left, int64_t tap, int64_t first_row) {
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) a[i] = left.row(tap, first_row + i);
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int i = 0; i < R; ++i) row[i] = left.row(tap, first_row + i);
+  }
+  vi group(int i, int64_t g) const { return broadcast(row[i] + g * kGroup); }
+};
+
+template <int R>
+struct ByGroup {
+  const Left* first;
+  int64_t stride;
+
+  ByGroup(const LeftInterleaved& left, int64_t, int64_t first_row)
+      : first(left.first + first_row * kGroup), stride(left.stride) {}
+  vi group(int i, int64_t g) const { return broadcast(first + g * stride + i * kGroup); }
+};
+
+template <int R>
+ByRow<R> places(const LeftRows& left, int64_t tap, int64_t first_row) { return {left, tap, first_row}; }
+template <int R>
+ByRow<R> places(const LeftStrided& left, int64_t tap, int64_t first_row) { return {left, tap, first_row}; }
+template <int R>
+ByGroup<R> places(const LeftInterleaved& left, int64_t tap, int64_t first_row) { return {left, tap, first_row}; }
+
+constexpr int64_t kPanelGroup = kPanel * kGroup;  // a group of a panel
+
+template <int V>
+inline void load_right(const Right* right, vi (&b)[V]) {
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) b[v] = load<vi>(right + v * W * kGroup);
+}
+
+// c += Σ left · right over the groups of a tap. right: [group][kPanel][kGroup].
+#if !defined(FQT_NARROW)
+struct Exact {
+  // Of 16 registers on AVX2: 12 sums, 2 right vectors, 1 left, 1 product. A tile one vector wide has 8 sums.
+  static constexpr int kRows = 6, kNarrowRows = 8;
+
+  template <int R, int V, class Places>
+  static void add(const Places& left, int64_t groups, int64_t, const Right* right, vi (&c)[R][V]) {
+    for (int64_t g = 0; g < groups; ++g, right += kPanelGroup) {
       vi b[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) b[v] = load<vi>(right + v * W * kGroup);
-      right += kPanel * kGroup;
+      load_right(right, b);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const vi l = broadcast(a[i] + g * kGroup);
+        const vi l = left.group(i, g);
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) c[i][v] = dot(c[i][v], l, b[v]);
       }
     }
   }
-  store_sums(c, sums, add);
-}
+};
+#else
+template <bool LeftSigned>
+struct Narrow {
+  static constexpr int kRows = 5, kNarrowRows = 8;  // 10 sums, 2 right vectors, 1 left, 1 product, ones
 
-template <int R, int V>
-void tile_of(const LeftInterleaved& left, int64_t first_row, int64_t, int64_t groups, const Right* right,
+  template <int R, int V, class Places>
+  static void add(const Places& left, int64_t groups, int64_t, const Right* right, vi (&c)[R][V]) {
+    for (int64_t g = 0; g < groups; ++g, right += kPanelGroup) {
+      vi b[V];
+      load_right(right, b);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const vi l = left.group(i, g);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) widen(c[i][v], products<LeftSigned>(l, b[v]));
+      }
+    }
+  }
+};
+
+// With sums over `steps` groups in 16 bits.
+template <bool LeftSigned>
+struct Narrower {
+  static constexpr int kRows = 3, kNarrowRows = 6;  // 6 sums of 16 bits, and as many of 32
+
+  template <bool First, int R, int V, class Places>
+  static void add_group(const Places& left, int64_t g, const Right* right, __m256i (&halves)[R][V]) {
+    vi b[V];
+    load_right(right, b);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const vi l = left.group(i, g);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const __m256i terms = products<LeftSigned>(l, b[v]);
+        if (First) {
+          halves[i][v] = terms;
+        } else {
+          add_halves(halves[i][v], terms);
+        }
+      }
+    }
+  }
+
+  template <int R, int V, class Places>
+  static void add(const Places& left, int64_t groups, int64_t steps, const Right* right, vi (&c)[R][V]) {
+    for (int64_t g = 0; g < groups;) {
+      __m256i halves[R][V];
+      const int64_t end = groups - g < steps ? groups : g + steps;
+      add_group<true>(left, g, right, halves);
+      for (++g, right += kPanelGroup; g < end; ++g, right += kPanelGroup) add_group<false>(left, g, right, halves);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) widen(c[i][v], halves[i][v]);
+      }
+    }
+  }
+};
+#endif
+
+// sums (R × V · W, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
+template <class How, int R, int V, class Source>
+void tile_of(const Source& left, int64_t first_row, int64_t taps, int64_t groups, int64_t steps, const Right* right,
              int32_t* sums, bool add) {
   vi c[R][V];
   clear(c);
-  const Left* a = left.first + first_row * kGroup;
-  for (int64_t g = 0; g < groups; ++g) {
-    vi b[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) b[v] = load<vi>(right + v * W * kGroup);
-    right += kPanel * kGroup;
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const vi l = broadcast(a + i * kGroup);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) c[i][v] = dot(c[i][v], l, b[v]);
-    }
-    a += left.stride;
+  for (int64_t tap = 0; tap < taps; ++tap, right += groups * kPanelGroup) {
+    How::add(places<R>(left, tap, first_row), groups, steps, right, c);
   }
   store_sums(c, sums, add);
 }
 
 // Rows of a tile of V vectors: sums enough to hide the latency of dot, and registers for them.
-template <int V>
-constexpr int kTileOf = V == 1 ? 8 : kRows;
+template <class How, int V>
+constexpr int kTileOf = V > 1 ? How::kRows : How::kNarrowRows;
 
-template <int V, int R, class Source, class Done>
-inline void last_tile(const Source& left, int64_t first_row, int64_t rows, int64_t taps, int64_t groups,
+template <class How, int V, int R, class Source, class Done>
+inline void last_tile(const Source& left, int64_t first_row, int64_t rows, int64_t taps, int64_t groups, int64_t steps,
                       const Right* right, int32_t* sums, bool add, const Done& done) {
   if constexpr (R > 0) {
-    if (rows < R) return last_tile<V, R - 1>(left, first_row, rows, taps, groups, right, sums, add, done);
-    tile_of<R, V>(left, first_row, taps, groups, right, sums, add);
+    if (rows < R) {
+      return last_tile<How, V, R - 1>(left, first_row, rows, taps, groups, steps, right, sums, add, done);
+    }
+    tile_of<How, R, V>(left, first_row, taps, groups, steps, right, sums, add);
     done(first_row, R);
   }
 }
 
-template <int V, class Source, class Done>
-inline void tiles_of(const Source& left, int64_t rows, int64_t taps, int64_t groups, const Right* right,
+template <class How, int V, class Source, class Done>
+inline void tiles_of(const Source& left, int64_t rows, int64_t taps, int64_t groups, int64_t steps, const Right* right,
                      int32_t* sums, bool add, const Done& done) {
-  constexpr int R = kTileOf<V>;
+  constexpr int R = kTileOf<How, V>;
   int64_t i = 0;
   for (; i + R <= rows; i += R) {
-    tile_of<R, V>(left, i, taps, groups, right, sums + i * kPanel, add);
+    tile_of<How, R, V>(left, i, taps, groups, steps, right, sums + i * kPanel, add);
     done(i, R);
   }
-  last_tile<V, R - 1>(left, i, rows - i, taps, groups, right, sums + i * kPanel, add, done);
+  last_tile<How, V, R - 1>(left, i, rows - i, taps, groups, steps, right, sums + i * kPanel, add, done);
+}
+
+template <class How, class Source, class Done>
+inline void panel_of(const Source& left, int64_t rows, int64_t columns, int64_t taps, int64_t groups, int64_t steps,
+                     const Right* right, int32_t* sums, bool add, const Done& done) {
+  if (columns <= W) return tiles_of<How, 1>(left, rows, taps, groups, steps, right, sums, add, done);
+  if (columns <= 2 * W) return tiles_of<How, 2>(left, rows, taps, groups, steps, right, sums, add, done);
+  tiles_of<How, kVectors>(left, rows, taps, groups, steps, right, sums, add, done);
 }
 
 // All rows of a block, and at least the first `columns` of its panel; done(i, n) is called as soon as the sums of rows
 // i … i + n − 1 are there, so that their stores to memory overlap with the next tile's arithmetic.
 template <class Source, class Done>
-inline void block_of(const Source& left, Signs, int64_t rows, int64_t columns, int64_t taps, int64_t groups,
+inline void block_of(const Source& left, const Plan& p, int64_t rows, int64_t columns, int64_t taps, int64_t groups,
                      const Right* right, int32_t* sums, bool add, const Done& done) {
-  if (columns <= W) return tiles_of<1>(left, rows, taps, groups, right, sums, add, done);
-  if (columns <= 2 * W) return tiles_of<2>(left, rows, taps, groups, right, sums, add, done);
-  tiles_of<kVectors>(left, rows, taps, groups, right, sums, add, done);
+#if defined(FQT_NARROW)
+  const int64_t n = p.steps;
+  if (p.left_signed) {
+    if (n > 1) return panel_of<Narrower<true>>(left, rows, columns, taps, groups, n, right, sums, add, done);
+    return panel_of<Narrow<true>>(left, rows, columns, taps, groups, n, right, sums, add, done);
+  }
+  if (n > 1) return panel_of<Narrower<false>>(left, rows, columns, taps, groups, n, right, sums, add, done);
+  panel_of<Narrow<false>>(left, rows, columns, taps, groups, n, right, sums, add, done);
+#else
+  panel_of<Exact>(left, rows, columns, taps, groups, p.steps, right, sums, add, done);
+#endif
 }
 #endif
 

@@ -23,21 +23,30 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kSlice = 512;  // k per slice; kMaxTerms is a multiple
 static_assert(kMaxTerms % kSlice == 0, "partial sums are widened between slices");
 
+// Rows that are interleaved together: so few that a slice of them stays in the first-level cache while a panel's tiles
+// read it, each some bytes of every line. AMX has tiles of whole lines.
+constexpr int64_t kInterleaved = kTileRows > 1 ? int64_t{1} << 62 : 48;
+static_assert(kTileRows > 1 || kBlockRows % kInterleaved == 0, "blocks are made of whole runs");
+
 // The left operand: rows where they lie, or interleaved.
 struct LeftOperand {
   const Left* first = nullptr;
   int64_t row_stride = 0;      // of rows whose k lie together
   int64_t group_stride = 0;    // of interleaved rows; 0 if they are not
-  bool is_signed = false;
+  int64_t run = 0, run_stride = 0;  // rows that are interleaved together
   Buffer<Left> memory;
   Buffer<int32_t> sums;        // Σ_k of every row, if the right operand is shifted; < 2³¹ for k < 2²³
+
+  // Group g of an interleaved row.
+  const Left* interleaved(int64_t row, int64_t g) const {
+    return first + row / run * run_stride + g * group_stride + row % run * kGroup;
+  }
 };
 
-bool prepare_left(const Matrix& a, int64_t m, int64_t k, bool needs_sums, int threads, LeftOperand* left) {
-  const LeftReader read{a.is_signed};
+bool prepare_left(const Matrix& a, const LeftReader& read, const Plan& plan, int64_t m, int64_t k, int threads,
+                  LeftOperand* left) {
   const int64_t groups = ceil_div(k, kTerms) * kTerms / kGroup;
   const bool by_rows = a.column_stride == 1;
-  left->is_signed = a.is_signed;
   if (by_rows && sizeof(Left) == 1 && read.shift() == 0 && k % kTerms == 0 && m % kTileRows == 0) {
     left->first = reinterpret_cast<const Left*>(a.codes);
     left->row_stride = a.row_stride;
@@ -52,23 +61,28 @@ bool prepare_left(const Matrix& a, int64_t m, int64_t k, bool needs_sums, int th
     });
     left->first = left->memory.get();
   } else {
-    const int64_t width = ceil_div(m, 16) * 16 + 16;  // and more, so that groups do not share cache sets
+    const int64_t run = m < kInterleaved ? m : kInterleaved, runs = ceil_div(m, run);
+    const int64_t width = ceil_div(run, 16) * 16 + (kTileRows > 1 ? 16 : 0);  // so that groups do not share cache sets
     left->group_stride = width * kGroup;
-    left->memory = make_buffer<Left>(groups * left->group_stride);
+    left->run = run, left->run_stride = groups * left->group_stride;
+    left->memory = make_buffer<Left>(runs * left->run_stride);
     if (!left->memory) return false;
+    left->first = left->memory.get();
     parallel_for(ceil_div(groups, kRun), m * k, threads, [&](int64_t item) {
       const int64_t begin = item * kRun, end = groups < begin + kRun ? groups : begin + kRun;
-      for (int64_t g = begin; g < end; ++g) {
-        const uint8_t* row[kGroup];
-        int64_t n = 0;
-        for (; n < kGroup && g * kGroup + n < k; ++n) row[n] = a.codes + (g * kGroup + n) * a.column_stride;
-        interleave_rows<Left>(row, n, m, width, 0, read, left->memory.get() + g * left->group_stride);
+      for (int64_t i = 0; i < m; i += run) {
+        Left* to = left->memory.get() + i / run * left->run_stride;
+        for (int64_t g = begin; g < end; ++g) {
+          const uint8_t* row[kGroup];
+          int64_t n = 0;
+          for (; n < kGroup && g * kGroup + n < k; ++n) row[n] = a.codes + (g * kGroup + n) * a.column_stride + i;
+          interleave_rows<Left>(row, n, m - i < run ? m - i : run, width, 0, read, to + g * left->group_stride);
+        }
+        finish_interleaved(end - begin, width, to + begin * left->group_stride);
       }
-      finish_interleaved(end - begin, width, left->memory.get() + begin * left->group_stride);
     });
-    left->first = left->memory.get();
   }
-  if (!needs_sums) return true;
+  if (!plan.right_shift) return true;
   left->sums = make_buffer<int32_t>(m);
   if (!left->sums) return false;
   parallel_for(ceil_div(m, W), m * k, threads, [&](int64_t item) {
@@ -77,13 +91,13 @@ bool prepare_left(const Matrix& a, int64_t m, int64_t k, bool needs_sums, int th
       for (int64_t i = begin; i < end; ++i) {
         const Left* row = left->first + i * left->row_stride;
         int32_t sum = 0;
-        for (int64_t j = 0; j < k; ++j) sum += row[j];
+        for (int64_t j = 0; j < k; ++j) sum += value_of(row[j], plan.left_signed);
         left->sums[i] = sum;
       }
     } else {
       vi sum{};
       for (int64_t g = 0; g < groups; ++g) {
-        sum = dot(sum, load<vi>(left->first + g * left->group_stride + begin * kGroup), ones());
+        sum = add_left(sum, load<vi>(left->interleaved(begin, g)), plan);
       }
       store_part(left->sums.get() + begin, sum, end - begin);
     }
@@ -114,7 +128,7 @@ void finish_rows(const Epilogue& e, Sum* sums, int64_t first_row, int64_t rows, 
 // One panel of a block of rows: all slices of k.
 struct Block {
   const LeftOperand& left;
-  bool right_signed;
+  const Plan& plan;
   const Right* panel;
   int64_t first_row, rows, columns, k;
 
@@ -122,13 +136,15 @@ struct Block {
   void slice(int64_t at, int32_t* sums, bool add, const Done& done) const {
     const int64_t g = at / kGroup, groups = ceil_div(k - at < kSlice ? k - at : kSlice, kGroup);
     const Right* right = panel + g * kPanel * kGroup;
-    const Signs signs{left.is_signed, right_signed};
     if (left.group_stride) {
-      const LeftInterleaved source{left.first + g * left.group_stride + first_row * kGroup, left.group_stride};
-      block_of(source, signs, rows, columns, 1, groups, right, sums, add, done);
+      for (int64_t i = 0; i < rows; i += left.run) {
+        const LeftInterleaved source{left.interleaved(first_row + i, g), left.group_stride};
+        block_of(source, plan, rows - i < left.run ? rows - i : left.run, columns, 1, groups, right, sums + i * kPanel, add,
+                 [&](int64_t j, int64_t n) { done(i + j, n); });
+      }
     } else {
       const LeftStrided source{left.first + first_row * left.row_stride + at, left.row_stride};
-      block_of(source, signs, rows, columns, 1, groups, right, sums, add, done);
+      block_of(source, plan, rows, columns, 1, groups, right, sums, add, done);
     }
   }
 
@@ -163,26 +179,30 @@ struct Block {
 // The product of a (m, k) and b (k, n), finished by *e (a struct Epilogue with columns = n, period = 1).
 // Sums of more than kMaxTerms products are added up in int64. Contract, checked by the caller: one stride of each
 // operand is 1; k < 2²³; kInt32 only where the exact sum fits (65,793 terms u8 × s8, 131,071 s8 × s8, 33,025 u8 × u8).
-FQT_API int fqt_matmul(const uint8_t* a, int a_signed, int64_t a_row_stride, int64_t a_column_stride,
-                       const uint8_t* b, int b_signed, int64_t b_row_stride, int64_t b_column_stride, int64_t m,
-                       int64_t n, int64_t k, const Epilogue* e, int threads) {
+// kBadIndex for codes that this library does not take.
+FQT_API int fqt_matmul(const uint8_t* a, Range a_range, int64_t a_row_stride, int64_t a_column_stride, const uint8_t* b,
+                       Range b_range, int64_t b_row_stride, int64_t b_column_stride, int64_t m, int64_t n, int64_t k,
+                       const Epilogue* e, int threads) {
   if (m == 0 || n == 0) return kDone;
-  const Matrix left_codes{a, a_row_stride, a_column_stride, a_signed != 0};
-  const Matrix right_codes{b, b_row_stride, b_column_stride, b_signed != 0};
+  const Plan how = plan(a_range, b_range);
+  if (!how.steps) return kBadIndex;
+  const LeftReader read_left{a_range.is_signed(), how.left_shift};
+  const RightReader read_right{b_range.is_signed(), how.right_shift};
   // Σ ab = Σ (a + s)(b − t) + t·Σ (a + s) − s·Σ (b − t) − k·s·t, s and t the shifts.
-  const int64_t s = LeftReader{left_codes.is_signed}.shift(), t = -RightReader{right_codes.is_signed}.shift();
+  const int64_t s = how.left_shift, t = -how.right_shift;
   const int64_t groups = ceil_div(k, kGroup), panels = ceil_div(n, kPanel);
 
   LeftOperand left;
   Buffer<Right> right = make_buffer<Right>((panels * groups * kGroup + kTerms) * kPanel);
   Buffer<int64_t> by_column = make_buffer<int64_t>(panels * kPanel);
-  if (!right || !by_column || !prepare_left(left_codes, m, k, t != 0, threads, &left)) return kNoMemory;
-  pack_right(right_codes, n, k, threads, right.get());
+  const Matrix left_codes{a, a_row_stride, a_column_stride};
+  if (!right || !by_column || !prepare_left(left_codes, read_left, how, m, k, threads, &left)) return kNoMemory;
+  pack_right({b, b_row_stride, b_column_stride}, read_right, n, k, threads, right.get());
   if (s) {
     parallel_for(panels, n * k, threads, [&](int64_t p) {
       int64_t* sums = by_column.get() + p * kPanel;
       for (int j = 0; j < kPanel; ++j) sums[j] = 0;
-      sum_columns(right.get() + p * groups * kPanel * kGroup, groups, sums);
+      sum_columns(right.get() + p * groups * kPanel * kGroup, groups, how, sums);
       for (int j = 0; j < kPanel; ++j) sums[j] = -s * sums[j] - k * s * t;
     });
   }
@@ -205,7 +225,7 @@ FQT_API int fqt_matmul(const uint8_t* a, int a_signed, int64_t a_row_stride, int
     for (int64_t p = first_panel; p < panels && p < first_panel + panels_per_item; ++p) {
       const Unshift unshift{t, left.sums.get(), s ? by_column.get() + p * kPanel : nullptr};
       const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
-      const Block block{left, right_codes.is_signed, right.get() + p * groups * kPanel * kGroup, first_row, rows,
+      const Block block{left, how, right.get() + p * groups * kPanel * kGroup, first_row, rows,
                         columns, k};
       const auto done = [&](auto* done_sums, int64_t i, int64_t count) {
         finish_rows(*e, done_sums, first_row + i, count, p * kPanel, columns, unshift);
@@ -219,3 +239,7 @@ FQT_API int fqt_matmul(const uint8_t* a, int a_signed, int64_t a_row_stride, int
   });
   return failed.load() ? kNoMemory : kDone;
 }
+
+// How many groups of such codes are multiplied and added up in 16 bits: 1 where sums are of 32 bits from the first, 0 if
+// this library does not take them.
+FQT_API int64_t fqt_steps(Range left, Range right) { return plan(left, right).steps; }

@@ -11,37 +11,40 @@ namespace fqt {
 
 // How a code becomes an operand: read as signed or not, then shifted so that it fits the operand.
 template <class Operand>
-struct Reader;
-
-template <>
-struct Reader<Left> {
+struct Reader {
   bool is_signed;
-  int shift() const { return is_signed ? kShift : 0; }
-  Left operator()(uint8_t code) const {
-    return static_cast<Left>((is_signed ? static_cast<int8_t>(code) : static_cast<int>(code)) + shift());
+  int by;
+
+  int shift() const { return by; }
+  Operand operator()(uint8_t code) const {
+    return static_cast<Operand>((is_signed ? static_cast<int8_t>(code) : static_cast<int>(code)) + by);
   }
 };
-
-#if defined(FQT_SHIFTED)
-template <>
-struct Reader<Right> {
-  bool is_signed;
-  int shift() const { return is_signed ? 0 : -kShift; }
-  Right operator()(uint8_t code) const {
-    return static_cast<Right>((is_signed ? static_cast<int8_t>(code) : static_cast<int>(code)) + shift());
-  }
-};
-typedef Reader<Right> RightReader;
-#else
-typedef Reader<Left> RightReader;  // one type, unshifted
-#endif
 typedef Reader<Left> LeftReader;
+typedef Reader<Right> RightReader;
+
+#if defined(__AVX2__)
+// Four rows of 16 codes, shifted modulo 256 and interleaved.
+inline void interleave_16(const uint8_t* const* row, int64_t i, __m128i shift, void* out) {
+  __m128i r[4];
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm_add_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[j] + i)), shift);
+  }
+  const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
+  const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
+  __m128i* to = static_cast<__m128i*>(out);
+  _mm_storeu_si128(to, _mm_unpacklo_epi16(a, b));
+  _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, b));
+  _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(c, d));
+  _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(c, d));
+}
+#endif
 
 #if defined(__AVX512VNNI__)
-// Four rows of 64 codes, interleaved.
-inline void interleave_64(const uint8_t* const* row, int64_t i, __m512i flip, void* out) {
+// The same of 64 codes.
+inline void interleave_64(const uint8_t* const* row, int64_t i, __m512i shift, void* out) {
   __m512i r[4], t[4], u[4];
-  for (int j = 0; j < 4; ++j) r[j] = _mm512_xor_si512(_mm512_loadu_si512(row[j] + i), flip);
+  for (int j = 0; j < 4; ++j) r[j] = _mm512_add_epi8(_mm512_loadu_si512(row[j] + i), shift);
   t[0] = _mm512_unpacklo_epi8(r[0], r[1]), t[1] = _mm512_unpackhi_epi8(r[0], r[1]);
   t[2] = _mm512_unpacklo_epi8(r[2], r[3]), t[3] = _mm512_unpackhi_epi8(r[2], r[3]);
   u[0] = _mm512_unpacklo_epi16(t[0], t[2]), u[1] = _mm512_unpackhi_epi16(t[0], t[2]);
@@ -55,19 +58,41 @@ inline void interleave_64(const uint8_t* const* row, int64_t i, __m512i flip, vo
   _mm512_storeu_si512(to + 2, _mm512_shuffle_i32x4(t[1], t[3], 0x88));
   _mm512_storeu_si512(to + 3, _mm512_shuffle_i32x4(t[1], t[3], 0xdd));
 }
+#elif defined(__AVX2__)
+constexpr int64_t kAtOnce = 32 / sizeof(Left);  // codes that fill a vector as operands
 
-inline void interleave_16(const uint8_t* const* row, int64_t i, __m128i flip, void* out) {
-  __m128i r[4];
-  for (int j = 0; j < 4; ++j) {
-    r[j] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[j] + i)), flip);
+template <class Read>
+inline __m256i load_operands(const uint8_t* from, const Read& read) {
+  if constexpr (sizeof(Left) == 1) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm256_add_epi8(codes, _mm256_set1_epi8(static_cast<char>(read.shift())));
+  } else {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return read.is_signed ? _mm256_cvtepi8_epi16(codes) : _mm256_cvtepu8_epi16(codes);
   }
-  const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
-  const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
-  __m128i* to = static_cast<__m128i*>(out);
-  _mm_storeu_si128(to, _mm_unpacklo_epi16(a, b));
-  _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, b));
-  _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(c, d));
-  _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(c, d));
+}
+
+// kGroup rows of kAtOnce codes, interleaved.
+template <class Read>
+inline void interleave_some(const uint8_t* const* row, int64_t i, const Read& read, void* out) {
+  __m256i r[kGroup], t[4], u[4];
+  for (int j = 0; j < kGroup; ++j) r[j] = load_operands(row[j] + i, read);
+  __m256i* to = static_cast<__m256i*>(out);
+  if constexpr (kGroup == 2) {
+    u[0] = _mm256_unpacklo_epi16(r[0], r[1]), u[1] = _mm256_unpackhi_epi16(r[0], r[1]);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(u[0], u[1], 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(u[0], u[1], 0x31));
+  } else {
+    t[0] = _mm256_unpacklo_epi8(r[0], r[1]), t[1] = _mm256_unpackhi_epi8(r[0], r[1]);
+    t[2] = _mm256_unpacklo_epi8(r[2], r[3]), t[3] = _mm256_unpackhi_epi8(r[2], r[3]);
+    u[0] = _mm256_unpacklo_epi16(t[0], t[2]), u[1] = _mm256_unpackhi_epi16(t[0], t[2]);
+    u[2] = _mm256_unpacklo_epi16(t[1], t[3]), u[3] = _mm256_unpackhi_epi16(t[1], t[3]);
+    // Lane l of u[k] holds columns 16·l + 4·k … + 3.
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(u[0], u[1], 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(u[2], u[3], 0x20));
+    _mm256_storeu_si256(to + 2, _mm256_permute2x128_si256(u[0], u[1], 0x31));
+    _mm256_storeu_si256(to + 3, _mm256_permute2x128_si256(u[2], u[3], 0x31));
+  }
 }
 #endif
 
@@ -76,9 +101,15 @@ template <class Operand, class Read>
 inline void interleave_group(const uint8_t* const* row, int64_t width, const Read read, Operand* out) {
   int64_t i = 0;
 #if defined(__AVX512VNNI__)
-  const __m512i flip = _mm512_set1_epi8(read.shift() ? -128 : 0);  // ± 128 modulo 256 is one flipped bit
-  for (; i + 64 <= width; i += 64) interleave_64(row, i, flip, out + i * 4);
-  for (; i + 16 <= width; i += 16) interleave_16(row, i, _mm512_castsi512_si128(flip), out + i * 4);
+  const __m512i shift = _mm512_set1_epi8(static_cast<char>(read.shift()));
+  for (; i + 64 <= width; i += 64) interleave_64(row, i, shift, out + i * 4);
+  for (; i + 16 <= width; i += 16) interleave_16(row, i, _mm512_castsi512_si128(shift), out + i * 4);
+#elif defined(__AVX2__)
+  for (; i + kAtOnce <= width; i += kAtOnce) interleave_some(row, i, read, out + i * kGroup);
+  if constexpr (kGroup == 4) {
+    const __m128i shift = _mm_set1_epi8(static_cast<char>(read.shift()));
+    for (; i + 16 <= width; i += 16) interleave_16(row, i, shift, out + i * 4);
+  }
 #endif
   for (; i < width; ++i) {
     for (int j = 0; j < kGroup; ++j) out[i * kGroup + j] = read(row[j][i]);
@@ -106,10 +137,10 @@ void interleave_rows(const uint8_t* const* row, int64_t rows, int64_t width, int
 
 #if defined(__AVX512VNNI__)
 // A 16 × 16 transposition of groups: 64 bytes of each of 16 columns become 16 groups of 16 columns; also in place.
-inline void transpose_groups(const uint8_t* first, int64_t column_stride, __m512i flip, void* to, int64_t step) {
+inline void transpose_groups(const uint8_t* first, int64_t column_stride, __m512i shift, void* to, int64_t step) {
   uint8_t* out = static_cast<uint8_t*>(to);
   __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_xor_si512(_mm512_loadu_si512(first + i * column_stride), flip);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_add_epi8(_mm512_loadu_si512(first + i * column_stride), shift);
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -128,6 +159,27 @@ inline void transpose_groups(const uint8_t* first, int64_t column_stride, __m512
     _mm512_storeu_si512(out + (4 + j) * step, _mm512_shuffle_i32x4(a, c, 0xdd));
     _mm512_storeu_si512(out + (8 + j) * step, _mm512_shuffle_i32x4(b, d, 0x88));
     _mm512_storeu_si512(out + (12 + j) * step, _mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+}
+#elif defined(__AVX2__)
+// An 8 × 8 transposition of groups: kAtOnce codes of each of 8 columns become 8 groups of 8 columns.
+template <class Read>
+inline void transpose_groups(const uint8_t* first, int64_t column_stride, const Read& read, Right* out, int64_t step) {
+  __m256i r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = load_operands(first + i * column_stride, read);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {  // r[i + j]: group j of each 16-byte lane, columns i … i + 3
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    store(out + j * step, _mm256_permute2x128_si256(r[j], r[4 + j], 0x20));
+    store(out + (4 + j) * step, _mm256_permute2x128_si256(r[j], r[4 + j], 0x31));
   }
 }
 #endif
@@ -153,12 +205,21 @@ inline void pack_columns(const uint8_t* first, int64_t column_stride, int64_t co
   const int64_t groups = ceil_div(terms, kGroup);
   int64_t whole_columns = 0, whole_terms = 0;  // packed by vectors
 #if defined(__AVX512VNNI__)
-  const __m512i flip = _mm512_set1_epi8(read.shift() ? -128 : 0);
+  const __m512i shift = _mm512_set1_epi8(static_cast<char>(read.shift()));
   whole_columns = columns / 16 * 16;
   whole_terms = terms / 64 * 64;
   for (int64_t n = 0; n < whole_columns; n += 16) {
     for (int64_t k = 0; k < whole_terms; k += 64) {
-      transpose_groups(first + n * column_stride + k, column_stride, flip, out + (k / kGroup * kPanel + n) * kGroup,
+      transpose_groups(first + n * column_stride + k, column_stride, shift, out + (k / kGroup * kPanel + n) * kGroup,
+                       kPanel * kGroup);
+    }
+  }
+#elif defined(__AVX2__)
+  whole_columns = columns / 8 * 8;
+  whole_terms = terms / kAtOnce * kAtOnce;
+  for (int64_t n = 0; n < whole_columns; n += 8) {
+    for (int64_t k = 0; k < whole_terms; k += kAtOnce) {
+      transpose_groups(first + n * column_stride + k, column_stride, read, out + (k / kGroup * kPanel + n) * kGroup,
                        kPanel * kGroup);
     }
   }
@@ -194,12 +255,12 @@ inline void copy_rows(const uint8_t* first, int64_t row_stride, int64_t rows, in
   }
 }
 
-// sums (kPanel,) += Σ over the groups of a panel. Σ |Right| ≤ 2⁷·k stays in int32 for k < 2²⁴.
-inline void sum_columns(const Right* panel, int64_t groups, int64_t* sums) {
+// sums (kPanel,) += Σ over the groups of a panel. Σ |Right| ≤ 2⁸·k stays in int32 for k < 2²³.
+inline void sum_columns(const Right* panel, int64_t groups, const Plan& p, int64_t* sums) {
   vi sum[kVectors]{};
   for (int64_t g = 0; g < groups; ++g) {
     for (int v = 0; v < kVectors; ++v) {
-      sum[v] = dot(sum[v], ones(), load<vi>(panel + (g * kPanel + v * W) * kGroup));
+      sum[v] = add_right(sum[v], load<vi>(panel + (g * kPanel + v * W) * kGroup), p);
     }
   }
   for (int v = 0; v < kVectors; ++v) {
@@ -211,14 +272,12 @@ inline void sum_columns(const Right* panel, int64_t groups, int64_t* sums) {
 struct Matrix {
   const uint8_t* codes;
   int64_t row_stride, column_stride;  // one of them is 1
-  bool is_signed;
 };
 
 constexpr int64_t kRun = 16;  // groups packed at a time
 
 // The right operand: panels of all k, [panel][group][kPanel][kGroup].
-inline void pack_right(const Matrix& b, int64_t n, int64_t k, int threads, Right* out) {
-  const RightReader read{b.is_signed};
+inline void pack_right(const Matrix& b, const RightReader& read, int64_t n, int64_t k, int threads, Right* out) {
   const int64_t groups = ceil_div(k, kGroup), panels = ceil_div(n, kPanel);
   if (b.row_stride == 1) {
     parallel_for(panels, n * k, threads, [&](int64_t p) {

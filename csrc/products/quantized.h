@@ -15,8 +15,11 @@ struct Quantized {
   const uint8_t* codes;
   const float *step, *offset;
   const float *row_noise, *column_noise;  // null without dither
-  int32_t is_signed;
+  int32_t low, high;  // the codes' least and greatest that can be
   int32_t many;  // 0: one step and one offset; else one per row, or of a gradient for the weight one per column
+
+  Range range() const { return {low, high}; }
+  bool is_signed() const { return range().is_signed(); }
 };
 
 // How the input of a weight's gradient is multiplied. Without `folded`, by its one step and offset. With it its steps are

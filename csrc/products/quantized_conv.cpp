@@ -137,12 +137,15 @@ int sum_over_outputs(const uint8_t* weight, const Conv& c, int64_t taps, int64_t
   return kDone;
 }
 
-// Bytes of 24-bit noise, the highest first.
-inline uint8_t noise_byte(int32_t noise, int plane) { return static_cast<uint8_t>(noise >> (16 - 8 * plane)); }
+inline uint8_t noise_plane(int32_t noise, int plane) {
+  return static_cast<uint8_t>(noise >> (24 - kNoiseBits * (plane + 1)) & kNoiseRange.high);
+}
 
-// What sums over the three bytes' planes stand for, as fractions again.
-inline double from_planes(int64_t high, int64_t middle, int64_t low) {
-  return (static_cast<double>(high) * 65536 + static_cast<double>(middle) * 256 + static_cast<double>(low)) * 0x1p-24;
+// What the planes' sums stand for, as fractions again: rounded once.
+inline double from_planes(const int64_t* sums, int64_t stride) {
+  double total = 0;
+  for (int k = 0; k < kNoisePlanes; ++k) total = total * (1 << kNoiseBits) + static_cast<double>(sums[k * stride]);
+  return total * 0x1p-24;
 }
 
 }  // namespace
@@ -179,7 +182,7 @@ FQT_API int fqt_conv_output(const Quantized* x, const Quantized* w, const float*
     for (int64_t s = 0; s < c.samples; ++s) left[s] = x->offset[x->many ? s : 0];
     e.rank = 1, e.left = left.get(), e.right = right.get();
   }
-  return fqt_conv2d(x->codes, x->is_signed, w->codes, conv, 0, &e, threads);
+  return fqt_conv2d(x->codes, x->range(), w->codes, w->range(), conv, 0, &e, threads);
 }
 
 // The input's gradient, (samples, height, width, channels) floats of `type`. g (samples, out_height, out_width,
@@ -200,19 +203,19 @@ FQT_API int fqt_conv_grad_input(const Quantized* g, const Quantized* w, const Co
   for (int64_t i = 0; i < size; ++i) right[i] = static_cast<float>(map[i]);
   if (rank == 2) {
     const int64_t plane = c.out_height * c.out_width * c.out_channels;
-    Buffer<uint8_t> planes = make_buffer<uint8_t>(3 * plane);
-    Buffer<int64_t> sums = make_buffer<int64_t>(3 * size);
+    Buffer<uint8_t> planes = make_buffer<uint8_t>(kNoisePlanes * plane);
+    Buffer<int64_t> sums = make_buffer<int64_t>(kNoisePlanes * size);
     if (!planes || !sums) return kNoMemory;
-    for (int k = 0; k < 3; ++k) {
-      for (int64_t j = 0; j < plane; ++j) planes[k * plane + j] = noise_byte(noise_integer(g->column_noise[j]), k);
+    for (int k = 0; k < kNoisePlanes; ++k) {
+      for (int64_t j = 0; j < plane; ++j) planes[k * plane + j] = noise_plane(noise_integer(g->column_noise[j]), k);
     }
-    Conv three = c;
-    three.samples = 3;
+    Conv of_planes = c;
+    of_planes.samples = kNoisePlanes;
     const Epilogue exact{sums.get(), kInt64, 0, c.channels, pixels};
-    status = fqt_conv2d(planes.get(), 0, w->codes, &three, 1, &exact, threads);
+    status = fqt_conv2d(planes.get(), kNoiseRange, w->codes, w->range(), &of_planes, 1, &exact, threads);
     if (status != kDone) return status;
     for (int64_t i = 0; i < size; ++i) {
-      right[size + i] = static_cast<float>(from_planes(sums[i], sums[size + i], sums[2 * size + i]));
+      right[size + i] = static_cast<float>(from_planes(sums.get() + i, size));
     }
   }
   for (int64_t i = 0; !folded && i < rank * size; ++i) right[i] *= w->step[0];
@@ -225,13 +228,13 @@ FQT_API int fqt_conv_grad_input(const Quantized* g, const Quantized* w, const Co
   Epilogue e{out, type, rank, c.channels, pixels};
   e.row_scale = g->step, e.row_scale_step = g->many ? 1 : 0, e.column_scale = folded ? nullptr : w->step;
   e.left = left.get(), e.right = right.get();
-  return fqt_conv2d(g->codes, g->is_signed, w->codes, conv, 1, &e, threads);
+  return fqt_conv2d(g->codes, g->range(), w->codes, w->range(), conv, 1, &e, threads);
 }
 
 namespace {
 
-// What the weight gradient's columns need, made of the sums of its planes: of ones and, with dither, of the three bytes
-// of the pixels' noise. Columns are (tap, channel).
+// What the weight gradient's columns need, made of the sums of its planes: of ones and, with dither, of those of the
+// pixels' noise. Columns are (tap, channel).
 struct Windows {
   double step, offset;     // of the input
   int64_t columns, channels;  // of one group
@@ -246,7 +249,7 @@ struct Windows {
       const int64_t tap = j / s.channels;
       s.right[j] = static_cast<float>(s.step * static_cast<double>(s.sums[j]) + s.offset * static_cast<double>(s.met[tap]));
       if (!s.totals) continue;
-      const double weighted = from_planes(s.sums[s.columns + j], s.sums[2 * s.columns + j], s.sums[3 * s.columns + j]);
+      const double weighted = from_planes(s.sums + s.columns + j, s.columns);
       const double total = static_cast<double>(s.totals[tap]) * 0x1p-24;
       s.right[s.columns + j] = static_cast<float>(s.step * weighted + s.offset * total);
     }
@@ -266,7 +269,7 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
   const int64_t places = c.out_height * c.out_width, tokens = c.samples * places;
   const float x_step = fold->step(*x), x_offset = fold->offset(*x);
   const bool dithered = g->row_noise, shifted = x_offset != 0;
-  const int rank = 1 + dithered, count = dithered ? 4 : 1;
+  const int rank = 1 + dithered, count = 1 + (dithered ? kNoisePlanes : 0);
   Buffer<uint8_t> codes = make_buffer<uint8_t>(count * tokens);
   Buffer<int64_t> sums = make_buffer<int64_t>(count * columns), by_tap = make_buffer<int64_t>(n * outputs);
   Buffer<int64_t> summed = make_buffer<int64_t>(2 * places * outputs), met = make_buffer<int64_t>(n);
@@ -290,14 +293,15 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
       for (int64_t i = 0; i < places; ++i) {
         const int32_t integer = noise_integer(noise[i]);
         summed[i] += fold->weight(s) * integer;
-        for (int k = 0; k < 3; ++k) plane[k * tokens + i] = noise_byte(integer, k);
+        for (int k = 0; k < kNoisePlanes; ++k) plane[k * tokens + i] = noise_plane(integer, k);
       }
     }
     if (!sum_over_pixels(serves, summed.get(), 1, totals.get())) return kNoMemory;
   }
   Windows windows{x_step, x_offset, columns, channels, met.get(), dithered ? totals.get() : nullptr,
                   sums.get(), right.get()};
-  const Planes planes{codes.get(), count, sums.get(), Windows::ready, &windows};
+  const int32_t high = dithered ? kNoiseRange.high : 1;
+  const Planes planes{codes.get(), count, high, sums.get(), Windows::ready, &windows};
   float* scale = left.get() + rank * outputs;
   for (int64_t o = 0; o < outputs; ++o) {
     const Channel channel = Channel::of(*g, o);
@@ -308,7 +312,7 @@ FQT_API int fqt_conv_grad_weight(const Quantized* g, const Quantized* x, const C
   Epilogue e{out, kFloat32, rank, columns, 1};
   e.row_scale = scale, e.row_scale_step = 1, e.column_scale = &x_step;
   e.left = left.get(), e.right = right.get(), e.zero = zero.get(), e.zero_step = 1, e.ones = sums.get();
-  int status = conv_grad_weight(g->codes, 0, x->codes, x->is_signed, conv, &planes, &e, threads);
+  int status = conv_grad_weight(g->codes, g->range(), x->codes, x->range(), conv, &planes, &e, threads);
   if (status != kDone || !(shifted || fold->share)) return status;
   // What meets every code of g that a tap serves is one number per tap and channel, added last.
   if (shifted) {

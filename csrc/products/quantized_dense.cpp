@@ -27,7 +27,8 @@ FQT_API int fqt_dense_output(const Quantized* x, const Quantized* w, const float
     for (int64_t o = 0; o < outputs; ++o) right[o] = static_cast<float>(sums[o]) * w->step[w->many ? o : 0];
     e.rank = 1, e.left = left.get(), e.right = right.get();
   }
-  return fqt_matmul(x->codes, x->is_signed, inputs, 1, w->codes, 1, 1, inputs, tokens, outputs, inputs, &e, threads);
+  return fqt_matmul(x->codes, x->range(), inputs, 1, w->codes, w->range(), 1, inputs, tokens, outputs, inputs, &e,
+                    threads);
 }
 
 // (tokens, inputs) floats of `type`: g · w. g (tokens, outputs): one step or one per token; w (outputs, inputs),
@@ -57,7 +58,8 @@ FQT_API int fqt_dense_grad_input(const Quantized* g, const Quantized* w, int64_t
   Epilogue e{out, type, rank, inputs, 1};
   e.row_scale = g->step, e.row_scale_step = g->many ? 1 : 0, e.column_scale = folded ? nullptr : w->step;
   e.left = left.get(), e.right = right.get();
-  return fqt_matmul(g->codes, g->is_signed, outputs, 1, w->codes, 1, inputs, 1, tokens, inputs, outputs, &e, threads);
+  return fqt_matmul(g->codes, g->range(), outputs, 1, w->codes, w->range(), inputs, 1, tokens, inputs, outputs, &e,
+                    threads);
 }
 
 // (outputs, inputs) float32: gᵀ · x. g (tokens, outputs): one step or one per column; x (tokens, inputs): one step, or
@@ -77,11 +79,11 @@ FQT_API int fqt_dense_grad_weight(const Quantized* g, const Quantized* x, int64_
     noise[t] = dithered ? noise_integer(g->row_noise[t]) : 0;
     met += fold->weight(t), total += fold->weight(t) * noise[t];
   }
-  int status = fqt_column_sums(x->codes, x->is_signed, tokens, inputs, dithered ? noise.get() : nullptr, sums.get(),
+  int status = fqt_column_sums(x->codes, x->is_signed(), tokens, inputs, dithered ? noise.get() : nullptr, sums.get(),
                                dithered ? sums.get() + inputs : nullptr, threads);
   const int64_t* met_by_g = sums_of_g.get() + (fold->centre ? outputs : 0);
   if (status == kDone && shifted) {
-    status = fqt_column_sums(g->codes, g->is_signed, tokens, outputs, fold->centre, sums_of_g.get(),
+    status = fqt_column_sums(g->codes, g->is_signed(), tokens, outputs, fold->centre, sums_of_g.get(),
                              fold->centre ? sums_of_g.get() + outputs : nullptr, threads);
   }
   if (status != kDone) return status;
@@ -107,6 +109,6 @@ FQT_API int fqt_dense_grad_weight(const Quantized* g, const Quantized* x, int64_
   Epilogue e{out, kFloat32, rank, inputs, 1};
   e.row_scale = scale, e.row_scale_step = 1, e.column_scale = &x_step;
   e.left = left.get(), e.right = right.get(), e.zero = zero.get(), e.zero_step = 1, e.ones = sums.get();
-  return fqt_matmul(g->codes, g->is_signed, 1, outputs, x->codes, x->is_signed, inputs, 1, outputs, inputs, tokens, &e,
+  return fqt_matmul(g->codes, g->range(), 1, outputs, x->codes, x->range(), inputs, 1, outputs, inputs, tokens, &e,
                     threads);
 }

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import fqt
+from fqt.bench import integers
 from fqt.bench.contestants import Contestant, Runner, contestants, noiseless
-from fqt.bench.integers import IntegerProduct, best_product
+from fqt.bench.integers import IntegerProduct, best_product, whose
 from fqt.bench.kept import Kept, kept_bytes
 from fqt.bench.measure import _check
 from fqt.bench.quantizing import Copy, Quantization, draw_all
@@ -161,9 +162,21 @@ def test_the_integer_limit(monkeypatch):
     assert all(row["macs_per_second"] > 0 for row in tried)
     for transposed in (False, True):
         assert IntegerProduct((32, 48, 64), transposed).is_right()
+        assert IntegerProduct((32, 48, 64), transposed, by=integers.OURS).is_right()
     right = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: right(a, b) + 1)
     assert not product.is_right()
+
+
+def test_whose_product_is_the_limit(monkeypatch):
+    """Ours where torch's is a scalar loop, as it is without VNNI; torch's where the two are alike."""
+    right = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", integers.matmul)
+    assert whose() == integers.TORCH
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: sum(right(a, b) for _ in range(200)))
+    assert whose() == integers.OURS
+    product, tried = best_product([(32, 48, 64)])
+    assert (product.by, len(tried)) == (integers.OURS, 2)
 
 
 def test_bytes_kept():

@@ -83,11 +83,15 @@ def test_every_level_gives_the_same_bits(level: str) -> None:
     have = library.status().level
     if library.LEVELS.index(level) >= library.LEVELS.index(have):
         pytest.skip(f"this machine runs {have} anyway")
+    if level not in library.machine_levels():
+        pytest.skip(f"this machine has no {level}")
     here = Path(__file__)
     files = [str(here.with_name(f"test_{name}.py")) for name in ("backends", "products")]
     files.append(str(here.parents[1] / "nn" / "test_fused.py"))
+    if level.startswith("avx"):
+        files.append(str(here.with_name("test_narrow.py")))
     chosen = "plain or sums or steps or parameters or nan or noise or large or matmul or exact or epilogues"
-    chosen += " or longest or long_weight or findings or (formulas and dithered)"
+    chosen += " or longest or long_weight or findings or (formulas and dithered) or test_narrow"
     arguments = [*files, "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not opcheck"]
     code = f"""
 import sys, pytest
@@ -114,3 +118,14 @@ except FqtError as error:
     print(error)
 """
     assert "known: reference, portable" in run(code, "sse")
+
+
+def test_a_level_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX-512 does not imply AVX-VNNI: asked for in vain, what runs is the level below, and that is said."""
+    if library.status().level == "reference":
+        pytest.skip("no native kernels")
+    monkeypatch.setattr(library, "machine_levels", lambda: ("portable", "avx512"))
+    monkeypatch.setenv("FQT_KERNELS", "avxvnni")
+    found = library._loaded.__wrapped__()[1]
+    assert found.level == "portable"
+    assert found.reason == "FQT_KERNELS=avxvnni, which this machine does not run"

@@ -8,8 +8,8 @@ from torch import nn
 
 import fqt
 from fqt import Recipe
-from fqt.kernels import Status
-from fqt.kernels.cpu import fused
+from fqt.kernels import Status, integer
+from fqt.kernels.cpu import fused, library
 from fqt.kernels.integer import machine_obstacle
 
 from .cases import q, small_net
@@ -150,3 +150,23 @@ def test_a_forward_of_somebody_else_is_not_vouched_for() -> None:
     rows = fqt.explain(model).products
     assert [(p.product, p.arithmetic) for p in rows if p.layer == "0"] == [("all", "unknown")]
     assert fqt.explain(model).totals["unknown"] == pytest.approx(0.5)
+
+
+def test_what_multiplies_narrow_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said where it depends on the codes; the answer is the kernels' own, of each operand's least and greatest."""
+    asked = []
+    monkeypatch.setitem(integer._KERNELS, "cpu", lambda left, right: asked.append((left, right)) or "so")
+    rows = fqt.explain(fqt.quantize_(nn.Sequential(nn.Linear(8, 8)), "narrow")).products
+    assert [row.why for row in rows] == [f"{INTEGER}; so"] * 3
+    assert asked == [((0, 127), (-127, 127)), ((0, 15), (-127, 127)), ((0, 15), (0, 127))]
+    del asked[:]
+    fqt.explain(fqt.quantize_(nn.Sequential(nn.Linear(8, 8)), "shq4"))
+    assert asked[2] == ((0, 255), (0, 255))  # mixed channels: formulas, on bytes of any code
+
+
+def test_what_multiplies_on_this_machine() -> None:
+    row = fqt.explain(fqt.quantize_(nn.Sequential(nn.Linear(8, 8)), "narrow")).products[1]
+    if library.status().level == "avx2":
+        assert row.why == f"{INTEGER}; 8-bit multiplications (AVX2), 32 terms in 16 bits"
+    else:
+        assert row.why == INTEGER

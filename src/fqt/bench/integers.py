@@ -1,4 +1,8 @@
-"""The integer-product limit: the best rate at which `torch._int_mm` multiplies on this machine."""
+"""The integer-product limit: the best rate at which `torch._int_mm` multiplies on this machine.
+
+On CPUs for which torch has no integer product (no VNNI) that is a scalar loop, a hundred times slower than float:
+the limit is then the best rate of our own product, of 8-bit codes too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 
 from fqt.bench.device import clock
 from fqt.errors import FqtError
+from fqt.kernels.products import matmul
 
 Shape = tuple[int, int, int]
 CPU = torch.device("cpu")
@@ -25,6 +30,10 @@ SHAPES: tuple[Shape, ...] = (
 GPU_SHAPES: tuple[Shape, ...] = ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192))
 """The same on a GPU."""
 READINGS = 3
+SCALAR = 8
+"""`torch._int_mm` counts as a scalar loop where it takes so many times as long as our own product of `PROBE`."""
+PROBE: Shape = (256, 256, 256)
+TORCH, OURS = "torch._int_mm", "fqt"
 
 
 class IntegerProduct:
@@ -34,10 +43,12 @@ class IntegerProduct:
         shape: (M, N, K).
         transposed: whether the second operand is stored as (N, K).
         device: where.
+        by: whose product: `TORCH` or `OURS`.
     """
 
-    def __init__(self, shape: Shape, transposed: bool, device: torch.device = CPU) -> None:
+    def __init__(self, shape: Shape, transposed: bool, device: torch.device = CPU, by: str = TORCH) -> None:
         m, n, k = shape
+        self.by = by
         drawn: dict[str, Any] = {
             "dtype": torch.int8,
             "generator": torch.Generator(device).manual_seed(0),
@@ -56,7 +67,7 @@ class IntegerProduct:
 
     def __call__(self) -> torch.Tensor:
         """(M, N) int32."""
-        return torch._int_mm(self.left, self.right)
+        return torch._int_mm(self.left, self.right) if self.by == TORCH else matmul(self.left, self.right)
 
     def is_right(self) -> bool:
         """Whether some rows equal the product in float64, which holds these sums exactly."""
@@ -64,12 +75,24 @@ class IntegerProduct:
         return torch.equal(self()[rows].double(), self.left[rows].double() @ self.right.double())
 
 
+def whose(device: torch.device = CPU) -> str:
+    """Whose product sets the limit on this machine."""
+    if device.type != "cpu":
+        return TORCH
+    spent = {}
+    for by in (TORCH, OURS):
+        product = IntegerProduct(PROBE, True, device, by)
+        product()
+        spent[by] = min(clock(device)(product) for _ in range(READINGS))
+    return OURS if spent[TORCH] > SCALAR * spent[OURS] else TORCH
+
+
 def best_product(shapes: Sequence[Shape] = SHAPES, device: torch.device = CPU) -> tuple[IntegerProduct, list[dict]]:
     """The product with the highest rate, and what was measured of every shape and layout."""
-    best, most, tried = None, 0.0, []
+    best, most, tried, by = None, 0.0, [], whose(device)
     for shape in shapes:
         for transposed in (True, False):
-            product = IntegerProduct(shape, transposed, device)
+            product = IntegerProduct(shape, transposed, device, by)
             try:
                 product()
             except RuntimeError:

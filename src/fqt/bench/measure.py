@@ -208,10 +208,11 @@ def _integer_rate(request: Request, record: dict[str, Any], observer: Observer) 
     observer.say("finding the best shape")
     product, tried = best_product(shapes, request.at)
     if not product.is_right():
-        raise FqtError("torch._int_mm returns wrong sums on this machine: there is no limit to measure against")
+        raise FqtError(f"{product.by} returns wrong sums on this machine: there is no limit to measure against")
     record["integer_rate"] = {
         "shape": list(product.shape),
         "transposed": product.transposed,
+        "by": product.by,
         "macs": product.macs,
         "tried": tried,
     }

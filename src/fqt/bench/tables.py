@@ -26,9 +26,9 @@ _SIGN = {">=": "≥", "<=": "≤"}
 CAPTION = (
     "Medians of ratios within a round [10th, 90th percentile], and the floor. × bf16: ours under autocast against "
     "the better of eager and compiled bf16 autocast. × fp32: ours in float32 against eager float32. Integer limit: "
-    "the case's products alone at the best rate of torch._int_mm in the same run. Copy rate: bytes in and out per "
-    "second, against those of a copy of the same matrices. Kept: bytes the layers keep for backward, weights left "
-    "out."
+    "the case's products alone at the best rate of torch._int_mm in the same run (of our own where that is a "
+    "scalar loop). Copy rate: bytes in and out per second, against those of a copy of the same matrices. Kept: "
+    "bytes the layers keep for backward, weights left out."
 )
 
 

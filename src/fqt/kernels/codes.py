@@ -214,6 +214,11 @@ class Levels:
         return below, outer - inner
 
 
+def range_of(dtype: torch.dtype) -> tuple[int, int]:
+    """The least and the greatest code that a byte of this dtype holds."""
+    return (-128, 127) if dtype == torch.int8 else (0, 255)
+
+
 @dataclass(frozen=True)
 class Scales:
     """What turns codes into values: value = step · code + offset.

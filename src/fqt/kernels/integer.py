@@ -26,7 +26,7 @@ the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,18 +41,35 @@ from fqt.kernels.op import Op
 from fqt.kernels.products import Epilogue
 from fqt.kernels.tensor import QuantizedTensor
 
-_MACHINES: dict[str, tuple[Callable[[], str], tuple[torch.dtype, ...]]] = {}
+CodeRange = tuple[int, int]
+"""The least and the greatest code of an operand."""
+Kernel = Callable[[CodeRange, CodeRange], str]
 
 
-def serve(device: str, obstacle: Callable[[], str], short: tuple[torch.dtype, ...]) -> None:
+@dataclass(frozen=True)
+class _Machine:
+    """What a backend says of the devices of a type: see `serve`."""
+
+    obstacle: Callable[[], str]
+    short: tuple[torch.dtype, ...]
+    kernel: Kernel | None
+
+
+_MACHINES: dict[str, _Machine] = {}
+
+
+def serve(
+    device: str, obstacle: Callable[[], str], short: tuple[torch.dtype, ...], kernel: Kernel | None = None
+) -> None:
     """Tells that a backend multiplies codes on devices of this type.
 
     Args:
         device: "cpu" or "cuda".
         obstacle: says why the one at hand has no integer units for it; empty if it has.
         short: the dtypes beside float32 that its products write.
+        kernel: says what multiplies operands of such codes, where that depends on them; else empty.
     """
-    _MACHINES[device] = obstacle, short
+    _MACHINES[device] = _Machine(obstacle, short, kernel)
 
 
 def serves(device: str) -> bool:
@@ -62,12 +79,18 @@ def serves(device: str) -> bool:
 
 def machine_obstacle(device: str) -> str:
     """Why products on devices of this type do not run on integer units here; empty if they do."""
-    return _MACHINES[device][0]() if device in _MACHINES else f"no integer kernels for {device}"
+    return _MACHINES[device].obstacle() if device in _MACHINES else f"no integer kernels for {device}"
 
 
 def written(dtype: torch.dtype, device: str) -> torch.dtype:
     """What products on devices of this type are to write for a result of `dtype`: that, or float32 on the way."""
-    return dtype if device in _MACHINES and dtype in _MACHINES[device][1] else torch.float32
+    return dtype if device in _MACHINES and dtype in _MACHINES[device].short else torch.float32
+
+
+def kernel_of(device: str, left: CodeRange, right: CodeRange) -> str:
+    """What multiplies operands of such codes on devices of this type, where that depends on them; else empty."""
+    kernel = _MACHINES[device].kernel if device in _MACHINES else None
+    return "" if kernel is None else kernel(left, right)
 
 
 @Op

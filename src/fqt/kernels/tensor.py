@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import ops
-from fqt.kernels.codes import Blocks, Dither, Quantized, Scales
+from fqt.kernels.codes import Blocks, Dither, Quantized, Scales, range_of
 from fqt.kernels.mixing import Mixing
 from fqt.kernels.rotation import Rotation
 
@@ -76,6 +76,7 @@ class QuantizedTensor:
         noise: dithered rounding's; None without dither.
         mixing: the state of the transform over rows; None without.
         rotation: of the features; None without.
+        bounds: the least and the greatest code that its quantizer makes; None where that is not known.
     """
 
     view: RowView
@@ -85,6 +86,7 @@ class QuantizedTensor:
     noise: Dither | None = None
     mixing: Mixing | None = None
     rotation: Rotation | None = None
+    bounds: tuple[int, int] | None = None
 
     @staticmethod
     def of(
@@ -93,9 +95,10 @@ class QuantizedTensor:
         dtype: torch.dtype,
         mixing: Mixing | None = None,
         rotation: Rotation | None = None,
+        bounds: tuple[int, int] | None = None,
     ) -> QuantizedTensor:
         """What a matrix's codes stand for as a tensor."""
-        return QuantizedTensor(view, dtype, found.codes, found.scales, found.dither, mixing, rotation)
+        return QuantizedTensor(view, dtype, found.codes, found.scales, found.dither, mixing, rotation, bounds)
 
     @property
     def matrix_step(self) -> Tensor:
@@ -116,6 +119,11 @@ class QuantizedTensor:
     def codes(self) -> Tensor:
         """Integer codes of the tensor's shape. With a transform they are the codes of the mixed rows."""
         return self.view.restore(self.matrix_codes)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The least and the greatest code that there can be."""
+        return self.bounds or range_of(self.matrix_codes.dtype)
 
     @property
     def step(self) -> Tensor:
@@ -189,14 +197,21 @@ class Seen:
     """What of a quantized tensor without dither or transform is no tensor: with codes, step and offset it is whole.
 
     Attributes:
-        view, dtype: as in `QuantizedTensor`.
+        view, dtype, bounds: as in `QuantizedTensor`.
         blocks: who shares a step.
     """
 
     view: RowView
     dtype: torch.dtype
     blocks: Blocks
+    bounds: tuple[int, int] | None
+
+    @staticmethod
+    def of(q: QuantizedTensor) -> Seen:
+        """What of this one is no tensor."""
+        return Seen(q.view, q.dtype, q.scales.blocks, q.bounds)
 
     def quantized(self, codes: Tensor, step: Tensor, offset: Tensor) -> QuantizedTensor:
         """The tensor again."""
-        return QuantizedTensor(self.view, self.dtype, codes, Scales(step, offset, self.blocks))
+        scales = Scales(step, offset, self.blocks)
+        return QuantizedTensor(self.view, self.dtype, codes, scales, bounds=self.bounds)

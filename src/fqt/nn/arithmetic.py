@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fqt.kernels import integer
 from fqt.kernels.blocked import MOST_TERMS, common_block
+from fqt.kernels.codes import range_of
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.rounding import DITHERED
 from fqt.nn.product import AGAIN, SAVED
@@ -109,6 +110,20 @@ def summed_in_blocks(product: str, map: LinearMap, recipe: Recipe) -> int:
         return 0
     runs = [_run(product, map, recipe, name) for name in PRODUCTS[product]]
     return common_block(*runs) if any(runs) else 0
+
+
+def kernel(product: str, map: LinearMap, recipe: Recipe, device: str) -> str:
+    """What multiplies the codes of a product without obstacle, where that depends on them; else empty."""
+    left, right = operands(product, map, recipe)
+    assert left is not None
+    assert right is not None
+    if _by_blocks(product, map, recipe):
+        return ""
+    # Mixed channels of grad_weight, and signed ones of a convolution, are multiplied as bytes of any code.
+    signed = isinstance(map, ConvMap) and left.code_dtype != torch.uint8
+    if product == "grad_weight" and (left.transform.mixes_rows or signed):
+        return integer.kernel_of(device, range_of(left.code_dtype), range_of(right.code_dtype))
+    return integer.kernel_of(device, left.code_range, right.code_range)
 
 
 def _by_blocks(product: str, map: LinearMap, recipe: Recipe) -> bool:

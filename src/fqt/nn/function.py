@@ -129,7 +129,7 @@ def input_seen(shape: torch.Size, dtype: torch.dtype, call: Call) -> Seen | None
         return None
     laid = torch.Size(shape if call.map.habit == "token" else (shape[0], *shape[2:], shape[1]))
     view = RowView.of(laid, rows(call.map, q.scale.row_axis, len(laid)), may_transpose=True)
-    return Seen(view, dtype, q.scale.blocks(view.transposed))
+    return Seen(view, dtype, q.scale.blocks(view.transposed), q.code_range)
 
 
 def _output(x: ForwardOperand, w: ForwardOperand, bias: Tensor | None, call: Call) -> Tensor:

@@ -46,6 +46,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "grad_weight": "shq4d@channel",
         "fold": "always",
     },
+    # For AVX2 without VNNI, where narrow codes are multiplied faster: see docs/recipes.md.
+    "narrow": {
+        "input": "psq7",
+        "weight": "psq8@channel",
+        "grad_input": "psq4d",
+        "grad_weight": "psq4d@channel",
+        "fold": "always",
+    },
     # StatQuant (2010.14298), its released code: Householder without our guard, a step per feature for grad_weight.
     "statquant": {
         "grad_input": Quantizer(transform=BlockHouseholder(guard=False), scale=Scale("row"), grid=Integers(5)),

@@ -103,7 +103,7 @@ class ForwardOperand:
     def seen(self) -> Seen | None:
         """What must be kept beside these; None of floats."""
         q = self.codes
-        return None if q is None else Seen(q.view, q.dtype, q.scales.blocks)
+        return None if q is None else Seen.of(q)
 
     @staticmethod
     def unpacked(saved: Sequence[Tensor | None], seen: Seen | None) -> ForwardOperand:

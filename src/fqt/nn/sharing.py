@@ -13,11 +13,11 @@ from collections.abc import Callable, Hashable
 from torch import Tensor
 
 from fqt.kernels.codes import Scales
-from fqt.kernels.tensor import QuantizedTensor, RowView
+from fqt.kernels.tensor import QuantizedTensor, Seen
 from fqt.quant.quantizer import Quantizer
 
 _Key = tuple[Quantizer, tuple[int, ...], Hashable]
-_Parts = tuple[RowView, weakref.ref[Tensor], Scales]
+_Parts = tuple[Seen, weakref.ref[Tensor], Scales]
 _known: dict[int, tuple[weakref.ref[Tensor], tuple, dict[_Key, _Parts]]] = {}
 
 
@@ -45,8 +45,8 @@ def shared(
     found = entry[2].get(key)
     codes = None if found is None else found[1]()
     if found is not None and codes is not None:
-        view, _, scales = found
-        return QuantizedTensor(view, x.dtype, codes, scales)
+        seen, _, scales = found
+        return seen.quantized(codes, scales.step, scales.offset)
     q = quantize()
-    entry[2][key] = (q.view, weakref.ref(q.matrix_codes), q.scales)
+    entry[2][key] = (Seen.of(q), weakref.ref(q.matrix_codes), q.scales)
     return q

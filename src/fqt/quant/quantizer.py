@@ -107,6 +107,12 @@ class Quantizer(Remembering):
         """Of the codes: uint8 on affine scales, int8 on symmetric ones, float32 for levels that fit no byte."""
         return self.coding.levels.dtype
 
+    @cached_property
+    def code_range(self) -> tuple[int, int]:
+        """The least and the greatest code: of all levels, also those that dithered rounding leaves as head-room."""
+        levels = [self.grid.levels(coding.mode) for coding in self.codings]
+        return min(each.low for each in levels), max(each.high for each in levels)
+
     def with_bits(self, bits: int) -> Quantizer:
         """The same quantizer at another width."""
         return replace(self, grid=self.grid.with_bits(bits))
@@ -183,7 +189,7 @@ class Quantizer(Remembering):
         # They are of x itself, with its last axis innermost.
         mine = known if factor is None and view.order[-1] == x.ndim - 1 else None
         found, undo = self._codes(entries, view, self._key(seed, x.device), mine)
-        quantized = self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo))
+        quantized = self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo, self.code_range))
         return quantized, found.findings or known
 
     def rounded(
@@ -204,7 +210,7 @@ class Quantizer(Remembering):
         key = self._key(seed, x.device)
         y, undo = self.transform.apply(entries, self.coding, key)
         found = self._rounded(y, view, key, undo, None)
-        return y.matrix, self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo))
+        return y.matrix, self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo, self.code_range))
 
     @staticmethod
     def _checked(nonfinite: str, quantized: QuantizedTensor) -> QuantizedTensor:

@@ -31,6 +31,11 @@ class Remembering(ABC):
     def coding(self) -> Coding:
         """Scale, grid and rounding as the kernels take them."""
 
+    @property
+    @abstractmethod
+    def code_range(self) -> tuple[int, int]:
+        """The least and the greatest code."""
+
     @abstractmethod
     def _entries(self, x: Tensor, axis: int | tuple[int, ...], factor: Tensor | None) -> tuple[Entries, RowView]:
         """x as a matrix."""
@@ -83,7 +88,7 @@ class Remembering(ABC):
         key = self._key(seed, x.device)
         y, undo = self.transform.apply(entries, self.coding, key)
         found, seen = quantize_within(y, self.coding, key, self.scale.source, range)
-        return self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo)), seen
+        return self._checked(nonfinite, QuantizedTensor.of(found, view, x.dtype, *undo, self.code_range)), seen
 
     def learned(self, range: RangeState, seen: Measured) -> RangeState:
         """What is remembered after a tensor from which `seen` was measured.

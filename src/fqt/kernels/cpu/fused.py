@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fqt.kernels import integer
 from fqt.kernels.cpu import quantized as kernels
-from fqt.kernels.cpu.library import BACKEND, status, takes
+from fqt.kernels.cpu.library import BACKEND, narrow_steps, status, takes
 from fqt.kernels.cpu.products import Conv
 from fqt.kernels.fold import Folded
 from fqt.kernels.integer import by_blocks
@@ -132,7 +132,7 @@ def _readable(q: QuantizedTensor) -> bool:
 
 def _operand(q: QuantizedTensor) -> kernels.Coded:
     noise = None if q.noise is None else (q.noise.row, q.noise.column)
-    return kernels.Coded.of(q.matrix_codes, q.matrix_step, q.group_offset, noise)
+    return kernels.Coded.of(q.matrix_codes, q.matrix_step, q.group_offset, noise, q.code_range)
 
 
 def _conv(map: ConvMap, samples: int, size: tuple[int, ...], weight: tuple[int, ...]) -> Conv | None:
@@ -201,4 +201,17 @@ def _obstacle() -> str:
     return f"no integer kernels: {found.reason}" if found.level == "reference" else ""
 
 
-integer.serve(BACKEND, _obstacle, (torch.bfloat16,))
+def _kernel(left: tuple[int, int], right: tuple[int, int]) -> str:
+    if status().level != "avx2":
+        return ""
+    steps = narrow_steps(left, right)
+    if not steps:
+        return "16-bit multiplications (AVX2; codes of 7 bits in one operand would take 8-bit ones)"
+    return (
+        "8-bit multiplications (AVX2)"
+        if steps == 1
+        else f"8-bit multiplications (AVX2), {4 * steps} terms in 16 bits"
+    )
+
+
+integer.serve(BACKEND, _obstacle, (torch.bfloat16,), _kernel)

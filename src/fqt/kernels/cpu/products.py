@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import products
-from fqt.kernels.cpu.library import BACKEND, call, takes_codes
+from fqt.kernels.codes import range_of
+from fqt.kernels.cpu.library import BACKEND, Range, call, takes_codes
 from fqt.kernels.cpu.memory import empty
 from fqt.kernels.cpu.source import OUT_TYPES
 from fqt.kernels.products import Shapes
@@ -50,6 +51,11 @@ def _finishing(out: Tensor, columns: int, period: int, epilogue: tuple) -> tuple
     return result, [x for x in parts if x is not None]
 
 
+def _range(codes: Tensor) -> Range:
+    """Every code that a byte of this dtype holds."""
+    return Range(*range_of(codes.dtype))
+
+
 def _writes(dtype: torch.dtype) -> bool:
     return dtype in OUT_TYPES
 
@@ -76,8 +82,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     _has("b", b, k * n)
     out = empty((m, n), dtype)
     finish, _alive = _finishing(out, n, 1, epilogue)
-    left = (a.data_ptr(), int(a.dtype == torch.int8), *a_strides)
-    right = (b.data_ptr(), int(b.dtype == torch.int8), *b_strides)
+    left, right = (a.data_ptr(), _range(a), *a_strides), (b.data_ptr(), _range(b), *b_strides)
     call("fqt_matmul", *left, *right, m, n, k, addressof(finish))
     return out
 
@@ -169,7 +174,7 @@ def conv2d(
     _has("weight", weight, sizes.weight)
     out = empty((n, h, w, channels), dtype)
     finish, _alive = _finishing(out, channels, h * w, epilogue)
-    operands = (codes.data_ptr(), int(codes.dtype == torch.int8), weight.data_ptr())
+    operands = (codes.data_ptr(), _range(codes), weight.data_ptr(), _range(weight))
     if out.numel():
         call("fqt_conv2d", *operands, addressof(conv), int(backward), addressof(finish))
     return out.permute(0, 3, 1, 2)
@@ -190,6 +195,6 @@ def conv2d_grad_weight(grad: Tensor, input: Tensor, shapes: Shapes, dtype: torch
     _has("input", input, sizes.input)
     out = torch.empty((o, kh, kw, depth), dtype=dtype, device="cpu")
     finish, _alive = _finishing(out, kh * kw * depth, 1, epilogue)
-    operands = (grad.data_ptr(), int(grad.dtype == torch.int8), input.data_ptr(), int(input.dtype == torch.int8))
+    operands = (grad.data_ptr(), _range(grad), input.data_ptr(), _range(input))
     call("fqt_conv2d_grad_weight", *operands, addressof(conv), addressof(finish))
     return out.permute(0, 3, 1, 2)

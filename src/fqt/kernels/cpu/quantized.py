@@ -7,7 +7,7 @@ from ctypes import Structure, addressof, c_int32, c_void_p
 import torch
 from torch import Tensor
 
-from fqt.kernels.cpu.library import call, expect
+from fqt.kernels.cpu.library import call, expect, narrow_steps
 from fqt.kernels.cpu.memory import empty
 from fqt.kernels.cpu.products import Conv
 from fqt.kernels.cpu.source import OUT_TYPES
@@ -26,13 +26,23 @@ class Coded(Structure):
         ("offset", c_void_p),
         ("row_noise", c_void_p),
         ("column_noise", c_void_p),
-        ("is_signed", c_int32),
+        ("low", c_int32),
+        ("high", c_int32),
         ("many", c_int32),
     ]
 
     @classmethod
-    def of(cls, codes: Tensor, step: Tensor, offset: Tensor, noise: tuple[Tensor, Tensor] | None) -> Coded:
+    def of(
+        cls,
+        codes: Tensor,
+        step: Tensor,
+        offset: Tensor,
+        noise: tuple[Tensor, Tensor] | None,
+        range: tuple[int, int],
+    ) -> Coded:
         """From contiguous codes (N, D), float32 step and offset of one shape, and dither (N, 1) and (1, D).
+
+        range: the least and the greatest code that there can be.
 
         Raises:
             ValueError: they are something else.
@@ -52,7 +62,7 @@ class Coded(Structure):
             rows = expect("row dither", noise[0], (shape[0], 1))
             columns = expect("column dither", noise[1], (1, shape[1]))
         groups = step.numel()
-        result = cls(*pointers, rows, columns, int(codes.dtype == torch.int8), int(groups > 1))
+        result = cls(*pointers, rows, columns, *range, int(groups > 1))
         result.shape, result.groups, result.dithered = (shape[0], shape[1]), groups, noise is not None
         return result
 
@@ -69,6 +79,11 @@ class Coded(Structure):
                 f"{'' if matrix is None else f' of shape {matrix}'} with 1 or {groups} steps"
             )
         return addressof(self)
+
+
+def _narrow(left: Coded, right: Coded) -> bool:
+    """Whether the kernels of narrow codes take a product of these."""
+    return narrow_steps((left.low, left.high), (right.low, right.high)) > 0
 
 
 class Fold(Structure):
@@ -107,7 +122,8 @@ def dense_output(
     operands = (x.fit("input", t * i, x.groups), w.fit("weight", o * i, o, (o, i)))
     out = empty((t, o), dtype)
     pointer = None if bias is None else expect("bias", bias, (o,))
-    call("fqt_dense_output", *operands, pointer, *sizes, run, OUT_TYPES[dtype], out.data_ptr())
+    rest = (run, OUT_TYPES[dtype], out.data_ptr())
+    call("fqt_dense_output", *operands, pointer, *sizes, *rest, narrow=_narrow(x, w))
     return out
 
 
@@ -120,7 +136,7 @@ def dense_grad_input(
     out = empty((t, i), dtype)
     ones = torch.empty(i, dtype=torch.float32, device="cpu") if wants_ones else None
     rest = (None if ones is None else ones.data_ptr(), OUT_TYPES[dtype], out.data_ptr())
-    call("fqt_dense_grad_input", *operands, *sizes, int(folded), *rest)
+    call("fqt_dense_grad_input", *operands, *sizes, int(folded), *rest, narrow=_narrow(g, w))
     return out, ones
 
 
@@ -130,7 +146,8 @@ def dense_grad_weight(g: Coded, x: Coded, sizes: tuple[int, int, int], fold: Fol
     steps = x.groups if fold.folded else 1
     operands = (g.fit("grad_output", t * o, o, (t, o)), x.fit("input", t * i, steps))
     out = empty((o, i), torch.float32)
-    call("fqt_dense_grad_weight", *operands, *sizes, fold.fit(t, 1, o), out.data_ptr())
+    rest = (fold.fit(t, 1, o), out.data_ptr())
+    call("fqt_dense_grad_weight", *operands, *sizes, *rest, narrow=_narrow(g, x))
     return out
 
 
@@ -141,7 +158,7 @@ def conv_output(x: Coded, w: Coded, bias: Tensor | None, conv: Conv, dtype: torc
     out = empty((conv.samples, conv.out_height, conv.out_width, conv.out_channels), dtype)
     pointer = None if bias is None else expect("bias", bias, (conv.out_channels,))
     arguments = (addressof(conv), OUT_TYPES[dtype], out.data_ptr())
-    call("fqt_conv_output", *operands, pointer, *arguments)
+    call("fqt_conv_output", *operands, pointer, *arguments, narrow=_narrow(x, w))
     return out
 
 
@@ -159,7 +176,7 @@ def conv_grad_input(
     out = empty((conv.samples, *map), dtype)
     ones = torch.empty(map, dtype=torch.float32, device="cpu") if wants_ones else None
     rest = (None if ones is None else ones.data_ptr(), OUT_TYPES[dtype], out.data_ptr())
-    call("fqt_conv_grad_input", *operands, addressof(conv), int(folded), *rest)
+    call("fqt_conv_grad_input", *operands, addressof(conv), int(folded), *rest, narrow=_narrow(g, w))
     return out, ones
 
 
@@ -180,5 +197,6 @@ def conv_grad_weight(g: Coded, x: Coded, conv: Conv, fold: Fold) -> Tensor:
         addressof(conv),
         fold.fit(conv.samples, taps, conv.out_channels),
         out.data_ptr(),
+        narrow=_narrow(g, x),
     )
     return out
