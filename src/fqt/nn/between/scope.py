@@ -3,8 +3,8 @@
 Each module gets a class on top of its own whose call runs under a `TorchFunctionMode`, which sees every function
 of torch that is called meanwhile, `F.relu` in somebody's forward as well as what `nn.ReLU` calls.
 
-Rejected: module replacement, which misses functional calls; saved-tensor hooks, which see tensors but not what they
-are kept for, and so cannot tell a mask from an input whose rounding would bias the gradient (and one pair of them is
+Rejected: module replacement, which misses functional calls; saved-tensor hooks, which see tensors but not what
+they are kept for, and so cannot tell a mask from an input whose rounding would bias the gradient (and one pair is
 in force at a time: checkpoints and offloading would take turns with them); a `TorchDispatchMode`, which is below
 autograd.
 
