@@ -47,7 +47,7 @@ class Layout:
     @staticmethod
     def of(x: Tensor) -> Layout:
         """That of x if its memory has neither gaps nor overlaps, else row-major."""
-        order = tuple(sorted(range(x.ndim), key=x.stride, reverse=True))
+        order = tuple(sorted(range(x.ndim), key=lambda d: x.stride(d), reverse=True))
         dense = x.permute(order).is_contiguous()
         return Layout(tuple(x.shape), order if dense else tuple(range(x.ndim)))
 
@@ -116,8 +116,8 @@ class Numbers:
         layout = Layout.of(x)
         if not torch.compiler.is_compiling():
             return Numbers(layout, Codes.of(layout.flat(x), bits, seed))
-        found = torch.ops.fqt.keep_numbers(layout.flat(x), seed, bits)
-        return Numbers(layout, _Traced(*found, seed=seed, bits=bits, n=layout.count))
+        packed, step, offset = torch.ops.fqt.keep_numbers(layout.flat(x), seed, bits)
+        return Numbers(layout, _Traced(packed, step, offset, seed, bits, layout.count))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,7 +128,7 @@ class Numbers:
     def again(layout: Layout, bits: int, *tensors: Tensor) -> Numbers:
         """From what was saved."""
         kind = _Traced if torch.compiler.is_compiling() else Codes
-        return Numbers(layout, kind(*tensors, bits=bits, n=layout.count))  # type: ignore[misc]
+        return Numbers(layout, kind(*tensors, bits=bits, n=layout.count))  # type: ignore[arg-type,misc]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,10 +1,12 @@
 """Where functions keep less: inside the forward passes of a model that `compress_` was called on.
 
-Each module gets a class on top of its own whose call runs under a `TorchFunctionMode`, which sees every function of
-torch's that is called meanwhile, `F.relu` in somebody's forward as well as what `nn.ReLU` calls. Rejected: module
-replacement, which misses functional calls; saved-tensor hooks, which see tensors but not what they are kept for, and
-so cannot tell a mask from an input whose rounding would bias the gradient, and of which one pair is in force at a
-time, so that checkpoints and offloading would take turns with them; a `TorchDispatchMode`, which is below autograd.
+Each module gets a class on top of its own whose call runs under a `TorchFunctionMode`, which sees every function
+of torch that is called meanwhile, `F.relu` in somebody's forward as well as what `nn.ReLU` calls.
+
+Rejected: module replacement, which misses functional calls; saved-tensor hooks, which see tensors but not what
+they are kept for, and so cannot tell a mask from an input whose rounding would bias the gradient (and one pair is
+in force at a time: checkpoints and offloading would take turns with them); a `TorchDispatchMode`, which is below
+autograd.
 
 Every module and not only the outermost: a checkpoint recomputes a part of the model in the backward pass, where
 nothing of the outer forward is under way. Inside a part that is recomputed from elsewhere (a function that is
@@ -151,7 +153,7 @@ def uncompressed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, bits in before:
-            module.fqt_bits = bits  # type: ignore[assignment]
+            module.fqt_bits = bits
 
 
 def is_compressed(module: nn.Module) -> bool:
