@@ -48,6 +48,7 @@ from fqt.train import MODELS, Comparison, Interrupted, TrainConfig, compare, pre
 from fqt.train.compare import recipe_label
 from fqt.train.config import SCHEDULES, UNITS
 from fqt.train.models.transformers import GPTS
+from fqt.train.models.translator import TRANSLATORS
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
 from fqt.train.snapshot import Snapshot, check_run
@@ -107,11 +108,11 @@ def _training_options(command: Command) -> Command:
     """The options that `train` and `compare` share; an option that is not given leaves the preset's value."""
     options = [
         click.option("--preset", help=f"Values under the other options': {_list(preset_names())}, or a TOML file."),
-        click.option("--model", help=f"{_list([*MODELS, *GPTS])}, or package.module:ClassOrFactory."),
+        click.option("--model", help=f"{_list([*MODELS, *GPTS, *TRANSLATORS])}, or package.module:ClassOrFactory."),
         click.option("--data", help="Folder with the task's files."),
         click.option("--epochs", type=int, help="Passes over the training data."),
         click.option("--steps", type=int, help="End after this many steps."),
-        click.option("--batch-size", type=int, help="Samples of a step."),
+        click.option("--batch-size", type=int, help="Samples of a step; tokens (translation)."),
         click.option("--accumulate", type=int, help="Parts of a batch, one after the other, to save memory."),
         click.option("--optimizer", help="sgd, adam, adamw, or package.module:Class."),
         click.option("--lr", type=float, help="Peak learning rate."),
@@ -133,6 +134,11 @@ def _training_options(command: Command) -> Command:
         click.option("--image-size", type=int, help="Side of a crop (imagefolder)."),
         click.option("--context", type=int, help="Tokens of a sequence at most (text)."),
         click.option("--dropout", type=float, help="Of transformers."),
+        click.option("--source", help="Ending of the files to translate from."),
+        click.option("--target", help="Ending of the files to translate to."),
+        click.option("--test", help="Name, without ending, of the files whose translation is scored."),
+        click.option("--vocabulary", type=int, help="Tokens that text is written in (translation)."),
+        click.option("--beam", type=int, help="Width of the search for translations; 1 is greedy."),
         click.option("--device", help="auto, cpu, cuda, cuda:1 …"),
         click.option("--workers", type=int, help="Processes that read images (imagefolder)."),
         click.option("--amp/--no-amp", default=None, help="bfloat16 autocast."),
@@ -163,7 +169,10 @@ def _training_options(command: Command) -> Command:
 def train_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
 ) -> int:
-    """Train on TASK (digits, fashion-mnist, cifar10, imagefolder, shakespeare) and keep the record in a folder."""
+    """Train on TASK and keep the record in a folder.
+
+    Tasks: digits, fashion-mnist, cifar10, imagefolder, shakespeare, translation, or package.module:function.
+    """
     config = resolve(task, preset, given)
     if not resume and not config.adapt:
         for option in ("rho", "adapt_every"):
@@ -280,7 +289,13 @@ def diagnose_command(
     snapshot = Snapshot.of_run(folder, at=at, data=given.pop("data"), device=given.pop("device"))
     console = Console(stderr=True)
     with console.status("measuring gradients", spinner="line"):
-        found = fqt.diagnose(snapshot.model(recipe), snapshot.loss, snapshot.batches(batches), **given)
+        found = fqt.diagnose(
+            snapshot.model(recipe),
+            snapshot.loss,
+            snapshot.batches(batches),
+            equal=snapshot.task.equal_batches,
+            **given,
+        )
     adapted = ", adapted" if recipe is None and snapshot.recipe != snapshot.config.recipe else ""
     record = {
         "run": str(folder),

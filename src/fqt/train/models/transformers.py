@@ -60,15 +60,17 @@ class Block(nn.Module):
         *,
         hidden: int | None = None,
         dropout: float = 0.0,
+        attention_dropout: float | None = None,
         bias: bool = True,
         cross: bool = False,
     ) -> None:
         super().__init__()
         hidden = 4 * width if hidden is None else hidden
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
         self.norm1 = nn.LayerNorm(width, bias=bias)
-        self.attention = Attention(width, heads, dropout, bias)
+        self.attention = Attention(width, heads, attention_dropout, bias)
         self.norm_cross = nn.LayerNorm(width, bias=bias) if cross else None
-        self.cross = Attention(width, heads, dropout, bias) if cross else None
+        self.cross = Attention(width, heads, attention_dropout, bias) if cross else None
         self.norm2 = nn.LayerNorm(width, bias=bias)
         self.up = nn.Linear(width, hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
