@@ -31,7 +31,8 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise FqtError(f"a width of {width} has no {heads} heads of one size: choose a divisor of it")
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = nn.Dropout(dropout)  # a module, so that what switches dropout off finds it
         self.q = nn.Linear(width, width, bias=bias)
         self.kv = nn.Linear(width, 2 * width, bias=bias)
         self.o = nn.Linear(width, width, bias=bias)
@@ -41,7 +42,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """What each position gathers from those that ``mask`` (true: may be seen) and ``causal`` let it see."""
         k, v = self.kv(x if source is None else source).chunk(2, dim=-1)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.dropout.training else 0.0
         q, k, v = map(self._split, (self.q(x), k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.o(y.transpose(1, 2).flatten(2))
