@@ -21,7 +21,7 @@ from fqt.train.task import IGNORED, Metric, Task
 
 __all__ = ["Pairs", "TranslationTask", "open_translation"]
 
-NATS = Metric(name="loss", unit="nats per token", higher=False, digits=4)
+NATS = Metric(name="loss", unit="nats", higher=False, digits=4)  # per token
 PERPLEXITY = Metric(name="perplexity", higher=False)
 VALIDATION = ("val", "valid", "dev")
 Batch = tuple[tuple[Tensor, Tensor], Tensor]
