@@ -49,6 +49,7 @@ from fqt.train.compare import recipe_label
 from fqt.train.config import FLIPS, PADDINGS, SCHEDULES, UNITS
 from fqt.train.models.encoders import ENCODERS
 from fqt.train.models.transformers import GPTS
+from fqt.train.models.translator import TRANSLATORS
 from fqt.train.progress import ConsoleObserver
 from fqt.train.run import continue_config
 from fqt.train.snapshot import Snapshot, check_run
@@ -108,11 +109,13 @@ def _training_options(command: Command) -> Command:
     """The options that `train` and `compare` share; an option that is not given leaves the preset's value."""
     options = [
         click.option("--preset", help=f"Values under the other options': {_list(preset_names())}, or a TOML file."),
-        click.option("--model", help=f"{_list([*MODELS, *GPTS, *ENCODERS])}, or package.module:ClassOrFactory."),
+        click.option(
+            "--model", help=f"{_list([*MODELS, *GPTS, *ENCODERS, *TRANSLATORS])}, or package.module:ClassOrFactory."
+        ),
         click.option("--data", help="Folder with the task's files."),
         click.option("--epochs", type=int, help="Passes over the training data."),
         click.option("--steps", type=int, help="End after this many steps."),
-        click.option("--batch-size", type=int, help="Samples of a step."),
+        click.option("--batch-size", type=int, help="Samples of a step; tokens (translation)."),
         click.option("--accumulate", type=int, help="Parts of a batch, one after the other, to save memory."),
         click.option("--optimizer", help="sgd, adam, adamw, or package.module:Class."),
         click.option("--lr", type=float, help="Peak learning rate."),
@@ -146,7 +149,11 @@ def _training_options(command: Command) -> Command:
         click.option("--image-size", type=int, help="Side of a crop (imagefolder)."),
         click.option("--context", type=int, help="Tokens of a sequence at most (text)."),
         click.option("--dropout", type=float, help="Of transformers."),
-        click.option("--vocabulary", type=int, help="Words that are known by themselves (classify)."),
+        click.option("--vocabulary", type=int, help="Tokens (translation) or words (classify) that are known."),
+        click.option("--source", help="Ending of the files to translate from."),
+        click.option("--target", help="Ending of the files to translate to."),
+        click.option("--test", help="Name, without ending, of the files whose translation is scored."),
+        click.option("--beam", type=int, help="Width of the search for translations; 1 is greedy."),
         click.option("--device", help="auto, cpu, cuda, cuda:1 …"),
         click.option("--workers", type=int, help="Processes that read images (imagefolder)."),
         click.option("--amp/--no-amp", default=None, help="bfloat16 autocast."),
@@ -179,7 +186,8 @@ def train_command(
 ) -> int:
     """Train on TASK and keep the record in a folder.
 
-    Tasks: digits, fashion-mnist, cifar10, imagefolder, shakespeare, classify, or package.module:function.
+    Tasks: digits, fashion-mnist, cifar10, imagefolder, shakespeare, translation, classify, or
+    package.module:function.
     """
     config = resolve(task, preset, given)
     if not resume and not config.adapt:
@@ -297,7 +305,13 @@ def diagnose_command(
     snapshot = Snapshot.of_run(folder, at=at, data=given.pop("data"), device=given.pop("device"))
     console = Console(stderr=True)
     with console.status("measuring gradients", spinner="line"):
-        found = fqt.diagnose(snapshot.model(recipe), snapshot.loss, snapshot.batches(batches), **given)
+        found = fqt.diagnose(
+            snapshot.model(recipe),
+            snapshot.loss,
+            snapshot.batches(batches),
+            equal=snapshot.task.equal_batches,
+            **given,
+        )
     adapted = ", adapted" if recipe is None and snapshot.recipe != snapshot.config.recipe else ""
     record = {
         "run": str(folder),

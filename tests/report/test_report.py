@@ -95,6 +95,11 @@ def test_any_record_gives_a_table_and_a_plot(record, change, tmp_path):
         assert (tmp_path / f"f.{ending}").read_bytes().startswith(magic)
 
 
+def test_how_a_metric_is_computed_is_said(record):
+    record["metrics"][0]["note"] = "of 360 images"
+    assert "accuracy: of 360 images." in markdown(record, summarize(record))
+
+
 def test_a_diverged_run_is_named(record):
     _diverged(record)
     row = summarize(record)[1]

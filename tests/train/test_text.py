@@ -10,6 +10,7 @@ from fqt.errors import FqtError
 from fqt.train import Interrupted, Metric, Task, resolve, train
 from fqt.train.config import TrainConfig
 from fqt.train.models.transformers import Attention, build_gpt
+from fqt.train.snapshot import Snapshot
 from fqt.train.tasks import load_task
 from fqt.train.text import encode
 from fqt.train.trainer import Trainer
@@ -175,6 +176,14 @@ def test_a_text_that_is_no_utf8(config, tmp_path):
 def test_checkpointing_of_a_model_without(small):
     with pytest.raises(FqtError, match="has no attribute `checkpointing`"):
         Trainer(small(checkpointing=True))
+
+
+def test_gradients_are_measured_without_dropout(config, tmp_path):
+    """Attention's too: its noise could not be told from quantization's."""
+    train(config(dropout=0.5, recipe="none"), tmp_path)
+    snapshot = Snapshot.of_run(tmp_path)
+    model, batch = snapshot.model(), snapshot.batches(1)[0]
+    assert snapshot.loss(model, batch) == snapshot.loss(model, batch)
 
 
 def test_heads_that_do_not_divide_the_width():

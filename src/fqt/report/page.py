@@ -178,6 +178,7 @@ def _comparison(comparison: ComparisonRecord) -> Section:
         details=[
             facts("Configuration", record["config"]),
             facts("Measurement", record["measurement"]),
+            *_notes(kinds_of(record["metrics"])),
             _environment(record["environment"]),
         ],
         footer=f"{comparison.name}. {provenance(record)}",
@@ -189,7 +190,7 @@ def _run(run: RunRecord, name: str) -> Section:
     evaluations = _evaluations(run)
     columns = ("step", *(kind.heading for kind in run.kinds))
     tables = [Table("Evaluations", columns, evaluations)] if evaluations else []
-    details = [facts("Configuration", run.config), facts("Recipe in full", run.recipe)]
+    details = [facts("Configuration", run.config), facts("Recipe in full", run.recipe), *_notes(run.kinds)]
     details += [_environment(stamp) for stamp in run.stamps]
     return Section(
         title=f"Run: {name}",
@@ -198,6 +199,12 @@ def _run(run: RunRecord, name: str) -> Section:
         tables=tables,
         details=[detail for detail in details if detail.rows],
     )
+
+
+def _notes(kinds: Sequence[Metric]) -> list[Facts]:
+    """How metrics that say so are computed."""
+    noted = {kind.name: kind.note for kind in kinds if kind.note}
+    return [facts("Metrics", noted)] if noted else []
 
 
 def _evaluations(run: RunRecord) -> list[tuple[str, ...]]:

@@ -85,7 +85,7 @@ def caption(record: Mapping[str, Any]) -> str:
             f"at the {measured['reference']} run's weights half-way, {measured['batches']} batches × "
             f"{measured['draws']} draws."
         )
-    return text
+    return " ".join([text, *(f"{kind.name}: {kind.note}." for kind in kinds_of(record["metrics"]) if kind.note)])
 
 
 def title(record: Mapping[str, Any]) -> str:

@@ -126,6 +126,7 @@ def diagnose(
     draws: int = 2,
     table: int = 1,
     seed: int = 0,
+    equal: bool = True,
 ) -> Diagnosis:
     """Measures where the noise of a converted model's gradient comes from, at its present weights.
 
@@ -148,6 +149,9 @@ def diagnose(
         draws: at least 2 quantized gradients per batch.
         table: draws per batch for Theorem 2's table; 0 leaves it out (`plan` needs it).
         seed: of all noise.
+        equal: refuse batches whose first axes differ in length, where one is usually an epoch's smaller last. False
+            for batches that are alike otherwise, such as sentences of about equally many tokens in all: the
+            sampling variance is then that of one such batch, what its gradient owes to its size included.
 
     Returns:
         The diagnosis; every estimator in it is unbiased.
@@ -163,7 +167,7 @@ def diagnose(
     if table < 0:
         raise FqtError(f"table is a number of draws, got {table}")
     batches = batches if isinstance(batches, Sequence) else list(batches)
-    check_batches(batches, 2)
+    check_batches(batches, 2, equal)
     layers = check_model(model)
     with measuring(model, loss_fn) as backward:
         with uncompressed(model):

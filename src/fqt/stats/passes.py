@@ -306,8 +306,8 @@ def tensors(batch: Any) -> list[Tensor]:
     return []
 
 
-def check_batches(batches: Sequence[Any], least: int) -> None:
-    """Enough batches, all of one size: the first axis of a batch's first tensor, where it has one.
+def check_batches(batches: Sequence[Any], least: int, equal: bool = True) -> None:
+    """Enough batches, if `equal` all of one size: the first axis of a batch's first tensor, where it has one.
 
     Raises:
         FqtError: too few batches, or sizes that differ.
@@ -316,10 +316,10 @@ def check_batches(batches: Sequence[Any], least: int) -> None:
         raise FqtError(f"this measurement needs at least {least} batches, got {len(batches)}")
     first = [found[0] for found in map(tensors, batches) if found and found[0].ndim]
     sizes = [len(tensor) for tensor in first]
-    if len(set(sizes)) > 1:
+    if equal and len(set(sizes)) > 1:
         raise FqtError(
             f"the batches have {', '.join(map(str, sorted(set(sizes))))} samples: the variance of a gradient is "
-            "that of one batch size; leave the smaller batch out"
+            "that of one batch size; leave the smaller batch out (or equal=False, where batches vary by design)"
         )
 
 

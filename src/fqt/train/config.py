@@ -34,7 +34,10 @@ PADDINGS = ("zeros", "reflect")
 MACHINE_FIELDS = ("data", "device", "workers")
 NOT_NEGATIVE = (
     "seed", "warmup_epochs", "warmup_steps", "workers", "weight_decay", "norm_weight_decay", "min_lr", "clip_norm",
-    "eval_every", "norm_lr_factor", "average_power", "lookahead",
+    "eval_every", "norm_lr_factor", "average_power", "lookahead", "length_penalty",
+)  # fmt: skip
+AT_LEAST_ONE = (
+    "epochs", "batch_size", "accumulate", "window", "image_size", "context", "adapt_every", "vocabulary", "beam",
 )  # fmt: skip
 
 
@@ -84,7 +87,12 @@ class TrainConfig:
         image_size: side of a training crop, for tasks that resize.
         context: tokens of a sequence at most, for tasks on text.
         dropout: of transformers.
+        source: ending of the files to translate from.
+        target: ending of the files to translate to.
+        test: name, without ending, of the files whose translation is scored; empty for the validation files.
         vocabulary: tokens that text is written in, for tasks that learn them from it.
+        beam: width of the search for translations; 1 is greedy.
+        length_penalty: exponent of the length that a translation's log probability is divided by.
         data: folder of the task's files; empty for tasks that need none.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` …
         workers: processes that read images, for tasks that read them from disk.
@@ -136,7 +144,12 @@ class TrainConfig:
     image_size: int = 224
     context: int = 64
     dropout: float = 0.0
+    source: str = "en"
+    target: str = "de"
+    test: str = ""
     vocabulary: int = 10_000
+    beam: int = 5
+    length_penalty: float = 1.0
     data: str = ""
     device: str = "auto"
     workers: int = 2
@@ -153,16 +166,7 @@ class TrainConfig:
         """Validates every value; integers given for floats become floats."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
-        for name in (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "window",
-            "image_size",
-            "context",
-            "vocabulary",
-            "adapt_every",
-        ):
+        for name in AT_LEAST_ONE:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in NOT_NEGATIVE:
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
@@ -200,7 +204,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             _require(value in allowed, f"unknown {name} {value!r}; known: {', '.join(allowed)}")
-        for name in ("task", "model", "recipe", "device", "optimizer"):
+        for name in ("task", "model", "recipe", "device", "optimizer", "source", "target"):
             _require(getattr(self, name) != "", f"{name} must not be empty")
 
     def replace(self, **changes: Any) -> TrainConfig:

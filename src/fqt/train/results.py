@@ -100,7 +100,7 @@ def metric_kinds(records: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
 def kinds_of(described: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
     """Metrics as records describe them."""
     names = [field.name for field in fields(Metric)]
-    return tuple(Metric(**{name: kind[name] for name in names}) for kind in described)
+    return tuple(Metric(**{name: kind[name] for name in names if name in kind}) for kind in described)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ class Metric:
         times: what a record's value is multiplied by to be in that unit.
         higher: whether more is better.
         digits: after the point, in that unit.
+        note: what one must know to get the same number elsewhere, such as a scorer's signature.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Metric:
     times: float = 1.0
     higher: bool = True
     digits: int = 2
+    note: str = ""
 
     @property
     def heading(self) -> str:
@@ -81,11 +83,13 @@ class Task(ABC):
         metrics: what models are judged by; comparisons go by the first.
         steps_per_epoch: batches in an epoch.
         samples: what a sum counts: "images", "tokens" …
+        equal_batches: whether full batches have equally many samples, rather than, say, about equally many tokens.
     """
 
     metrics: Sequence[Metric] = (ACCURACY,)
     steps_per_epoch: int
     samples: str = "samples"
+    equal_batches: bool = True
 
     @abstractmethod
     def build(self, name: str) -> nn.Module:

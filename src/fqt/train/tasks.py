@@ -14,6 +14,7 @@ from fqt.train.named import imported
 from fqt.train.readers import read_cifar10, read_digits, read_fashion_mnist
 from fqt.train.task import Task
 from fqt.train.text import open_characters
+from fqt.train.translation import open_translation
 
 __all__ = ["TASKS", "load_task"]
 
@@ -26,6 +27,7 @@ TASKS: dict[str, Callable[[TrainConfig, torch.device], Task]] = {
     "imagefolder": folders,
     "shakespeare": open_characters,
     "classify": open_lines,
+    "translation": open_translation,
 }
 
 

@@ -31,7 +31,8 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise FqtError(f"a width of {width} has no {heads} heads of one size: choose a divisor of it")
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = nn.Dropout(dropout)  # a module, so that what switches dropout off finds it
         self.q = nn.Linear(width, width, bias=bias)
         self.kv = nn.Linear(width, 2 * width, bias=bias)
         self.o = nn.Linear(width, width, bias=bias)
@@ -41,7 +42,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """What each position gathers from those that ``mask`` (true: may be seen) and ``causal`` let it see."""
         k, v = self.kv(x if source is None else source).chunk(2, dim=-1)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.dropout.training else 0.0
         q, k, v = map(self._split, (self.q(x), k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.o(y.transpose(1, 2).flatten(2))
@@ -60,15 +61,17 @@ class Block(nn.Module):
         *,
         hidden: int | None = None,
         dropout: float = 0.0,
+        attention_dropout: float | None = None,
         bias: bool = True,
         cross: bool = False,
     ) -> None:
         super().__init__()
         hidden = 4 * width if hidden is None else hidden
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
         self.norm1 = nn.LayerNorm(width, bias=bias)
-        self.attention = Attention(width, heads, dropout, bias)
+        self.attention = Attention(width, heads, attention_dropout, bias)
         self.norm_cross = nn.LayerNorm(width, bias=bias) if cross else None
-        self.cross = Attention(width, heads, dropout, bias) if cross else None
+        self.cross = Attention(width, heads, attention_dropout, bias) if cross else None
         self.norm2 = nn.LayerNorm(width, bias=bias)
         self.up = nn.Linear(width, hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
