@@ -14,7 +14,6 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -103,8 +102,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, Status]:
 
 def _open(level: str) -> tuple[ctypes.CDLL | None, str]:
     """The library of a level, or why it cannot be used."""
-    stem = f"_native_{level}"
-    paths = [Path(__file__).with_name(stem + suffix) for suffix in EXTENSION_SUFFIXES]
+    paths = [Path(__file__).with_name(f"_native_{level}{suffix}") for suffix in (".so", ".pyd")]
     path = next((p for p in paths if p.exists()), None)
     if path is None:
         return None, f"the {level} kernels are not built (install again with a C++ compiler; pip -v tells more)"
