@@ -7,7 +7,7 @@ PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 SANITIZED = build/sanitized
-.PHONY: help demo bench gpu torture sanitize test lint format clean
+.PHONY: help demo bench gpu torture sanitize test lint wheel format clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -50,6 +50,9 @@ sanitize: $(VENV)/.installed-dev ## Test the native kernels under the address an
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "not level" \
 		tests/kernels tests/nn/test_fused.py tests/quant/test_mixed_codes.py tests/quant/test_best.py
+
+wheel: ## Build one wheel for every Python on this platform, and try it where there is no compiler
+	.ci/wheel dist
 
 format: $(VENV)/.installed-dev ## Lay the code out
 	$(BIN)/ruff check --fix src tests results

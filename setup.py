@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 # No multiply-add may be contracted and no division approximated: codes must equal the reference's bit for bit.
@@ -42,6 +43,18 @@ class BuildKernels(build_ext):
         finally:
             self.build_temp = shared
 
+    def get_ext_filename(self, ext_name: str) -> str:
+        """A name without Python's version: the libraries know nothing of Python, ctypes calls them."""
+        return os.path.join(*ext_name.split(".")) + (".pyd" if os.name == "nt" else ".so")
+
+
+class Wheel(bdist_wheel):
+    """One wheel per platform, for every version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python 3, no ABI, this platform."""
+        return "py3", "none", super().get_tag()[2]
+
 
 headers = sorted(str(p) for p in Path("csrc").rglob("*.h"))
 setup(
@@ -58,5 +71,5 @@ setup(
         )
         for name, (flags, sources) in LIBRARIES.items()
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

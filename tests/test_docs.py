@@ -70,3 +70,12 @@ def test_the_example_of_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(block, {"__name__": "documentation"})
     assert "of it as codes and bits" in capsys.readouterr().out
+
+
+def test_the_example_of_adding_a_task(run, tmp_path) -> None:
+    text = (DOCS / "add-a-task.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "mine.py").write_text(block)
+    status, out, err = run("train", "mine:copying", "--recipe", "shq4", "--epochs", 2, "--out", "run")
+    assert status == 0, err
+    assert float(re.search(r"accuracy (\S+) %", out)[1]) > 60  # chance is 12.5

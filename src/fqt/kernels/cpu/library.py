@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +163,7 @@ def _functions(library: ctypes.CDLL, names: Iterable[str]) -> dict[str, Any]:
 
 def _open(name: str, signatures: Mapping[str, tuple[type, ...]]) -> tuple[ctypes.CDLL | None, str]:
     """A library with these functions, or why it cannot be used."""
-    stem = f"_native_{name}"
-    paths = [Path(__file__).with_name(stem + suffix) for suffix in EXTENSION_SUFFIXES]
+    paths = [Path(__file__).with_name(f"_native_{name}{suffix}") for suffix in (".so", ".pyd")]
     path = next((p for p in paths if p.exists()), None)
     if path is None:
         return None, f"the {name} kernels are not built (install again with a C++ compiler; pip -v tells more)"
