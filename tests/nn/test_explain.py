@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -155,7 +157,8 @@ def test_a_forward_of_somebody_else_is_not_vouched_for() -> None:
 def test_what_multiplies_narrow_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said where it depends on the codes; the answer is the kernels' own, of each operand's least and greatest."""
     asked = []
-    monkeypatch.setitem(integer._KERNELS, "cpu", lambda left, right: asked.append((left, right)) or "so")
+    kernel = lambda left, right: asked.append((left, right)) or "so"
+    monkeypatch.setitem(integer._MACHINES, "cpu", dataclasses.replace(integer._MACHINES["cpu"], kernel=kernel))
     rows = fqt.explain(fqt.quantize_(nn.Sequential(nn.Linear(8, 8)), "narrow")).products
     assert [row.why for row in rows] == [f"{INTEGER}; so"] * 3
     assert asked == [((0, 127), (-127, 127)), ((0, 15), (-127, 127)), ((0, 15), (0, 127))]
