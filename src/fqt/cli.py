@@ -161,10 +161,6 @@ def _training_options(command: Command) -> Command:
             default=None,
             help="Compute a transformer's blocks again in backward.",
         ),
-        click.option(
-            "--fsdp/--no-fsdp", default=None, help="Under torchrun: each process keeps a part of the model."
-        ),
-        click.option("--messages", help="Under torchrun: quantizer of the gradients that processes send."),
         click.option("--window", type=int, help="Steps per line of metrics."),
         click.option("--eval-every", type=int, help="Steps between evaluations; 0: one per epoch."),
         click.option("--seed", type=int, help="What all randomness derives from; the first one, for compare."),
@@ -182,6 +178,8 @@ def _training_options(command: Command) -> Command:
 @click.option("--adapt/--no-adapt", default=None, help="Let the widths of grad_input follow the noise.")
 @click.option("--rho", type=float, help="With --adapt: quantization over sampling variance to stay at [0.1].")
 @click.option("--adapt-every", type=int, help="With --adapt: steps between measurements [50].")
+@click.option("--fsdp/--no-fsdp", default=None, help="Under torchrun: each process keeps a part of the model.")
+@click.option("--messages", help="Under torchrun: the quantizer of the gradients that processes send each other.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out to the same numbers.")
 def train_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any

@@ -16,7 +16,7 @@ import fqt.cli
 from fqt.errors import FqtError
 from fqt.train import resolve, train
 from fqt.train.checkpoint import load_checkpoint
-from fqt.train.ranks import Ranks
+from fqt.train.ranks import Ranks, peers
 from fqt.train.run import STATE
 from fqt.train.trainer import Trainer
 
@@ -197,6 +197,20 @@ def test_torchrun_ends_once(tmp_path):
     assert state["step"] == int(step)
     assert len(state["others"]) == 1
     assert "fqt: another" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer"), FqtError),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), FqtError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+    ],
+)
+def test_a_broken_connection_is_told_from_a_fault(error, kind):
+    with pytest.raises(kind) as caught, peers():
+        raise error
+    assert ("another process" in str(caught.value)) == (kind is FqtError)
 
 
 def test_alone_there_is_nobody_to_wait_for():

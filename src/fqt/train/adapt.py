@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fqt.distributed import Messages
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
 from fqt.seeds import derive_seed
@@ -30,6 +29,9 @@ from fqt.stats.operands import WIDTHS, Operands
 from fqt.stats.passes import LossFn, converted, measuring
 from fqt.stats.plan import Costs, allocate, with_widths
 from fqt.train.ranks import Ranks
+
+if TYPE_CHECKING:  # torch may have been built without what messages need
+    from fqt.distributed import Messages
 
 __all__ = ["Adapter"]
 

@@ -25,7 +25,7 @@ from torch import distributed as dist
 from fqt.errors import FqtError
 from fqt.seeds import derive_seed
 
-__all__ = ["Ranks", "claims", "launched", "started"]
+__all__ = ["Ranks", "claims", "launched", "peers", "started"]
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # for what the first process does alone, such as a beam search over a test set
@@ -58,7 +58,7 @@ class Ranks:
             return
         ranks = Ranks(int(os.environ["RANK"]), started(), int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        with _peers():
+        with peers():
             dist.init_process_group(
                 backend, store=_store(), rank=ranks.rank, world_size=ranks.count, timeout=PATIENCE
             )
@@ -153,7 +153,10 @@ def launched() -> bool:
 
 def claims(line: str) -> bool:
     """Whether this process is the one to say a line, as the first of all that would; without `torchrun` it is."""
-    return started() == 1 or _store().add(f"said {derive_seed(line)}", 1) == 1
+    try:
+        return started() == 1 or _store().add(f"said {derive_seed(line)}", 1) == 1
+    except RuntimeError:  # torchrun itself has gone
+        return True
 
 
 def started() -> int:
@@ -169,7 +172,7 @@ def _store() -> Any:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
     """Says that another process has ended where torch says what that did to a connection."""
     try:
         yield

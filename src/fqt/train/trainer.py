@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fqt.distributed import Messages, quantized_messages
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
 from fqt.nn.stored import without_recipe
@@ -25,6 +24,9 @@ from fqt.train.ranks import Ranks
 from fqt.train.shards import gathered, placed, placed_optimizer, shard, whole
 from fqt.train.task import Task
 from fqt.train.tasks import load_task
+
+if TYPE_CHECKING:  # torch may have been built without what messages need
+    from fqt.distributed import Messages
 
 __all__ = ["Trainer", "forward", "load_weights", "make_model", "pick_device", "training_loss"]
 
@@ -64,9 +66,7 @@ class Trainer:
                 shard(model, self.ranks, self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
-        self.messages = (
-            Messages(config.messages, seed=derive_seed(config.seed, "messages")) if config.messages else None
-        )
+        self.messages = _messages(config)
         self._forward = self._wrapped()
         self._window: Tensor | None = None
         self.adapter = self._adapter() if config.adapt else None
@@ -161,6 +161,8 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else None
         replica = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         if self.messages is not None:
+            from fqt.distributed import quantized_messages
+
             replica.register_comm_hook(self.messages, quantized_messages)
         return replica
 
@@ -290,7 +292,7 @@ class Trainer:
             every=every,
             seed=self.config.seed,
             ranks=self.ranks,
-            messages=self.messages,
+            messages=self.messages if self.ranks.count > 1 else None,
         )
 
 
@@ -312,6 +314,15 @@ def _differ(built: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> bool:
     """
     pairs = zip(built, loaded, strict=True)
     return any(a[name] != b[name] for a, b in pairs for name in {*a} & {*b} - {"params", "lr"})
+
+
+def _messages(config: TrainConfig) -> Messages | None:
+    """How processes send each other gradients, if not as floats."""
+    if not config.messages:
+        return None
+    from fqt.distributed import Messages
+
+    return Messages(config.messages, seed=derive_seed(config.seed, "messages"))
 
 
 def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
