@@ -191,12 +191,13 @@ def train_command(
             if given[option] is not None:
                 raise FqtError(f"--{option.replace('_', '-')} says how to adapt the widths: add --adapt")
     folder = out or Path("runs") / f"{config.task}-{recipe_label(config.recipe)}-seed{config.seed}"
-    if resume:
-        if force:
-            raise FqtError("--resume continues and --force discards: give one of them")
-        config = continue_config(folder, _explicit(config, task, preset, given))
+    if resume and force:
+        raise FqtError("--resume continues and --force discards: give one of them")
     watcher = ConsoleObserver(Console(stderr=True))
     with Ranks.start() as ranks:
+        if resume:
+            said = _explicit(config, task, preset, given)
+            config = ranks.lead(lambda: continue_config(folder, said))
         result = train(config, folder, resume=resume, force=force, command=typed(), observer=watcher, ranks=ranks)
     if ranks.first:
         say(f"{result}, training loss {result.train_loss:.4f}, {result.steps} steps, record in {folder}")

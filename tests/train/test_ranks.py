@@ -149,6 +149,7 @@ def test_what_processes_cannot_do_is_refused_on_all_of_them(two):
     for rank in two[1]:
         assert all(word in said for word, said in zip(words, rank["refused"], strict=True))
         assert len(rank["refused"]) == len(REFUSED)
+        assert "these have [124, 125] images to predict" in rank["unequal"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from fqt.errors import FqtError
 from fqt.train import Interrupted, TrainConfig, resolve, train
 from fqt.train.ranks import Ranks
+from fqt.train.task import IGNORED
 from fqt.train.trainer import Trainer
 
 from .conftest import Interruption
@@ -81,6 +82,7 @@ def main(rank: int, folder: str) -> None:
         found = {
             "results": results,
             "refused": [refused(place, ranks, **changes) for changes in REFUSED],
+            "unequal": unequal(ranks),
             "weights": {name: weights(name, ranks) for name in ("quantized", "messages", "adapted")},
             "noise": noise(ranks),
             "dealt": [list(ranks.deal(range(count))) for count in (4, 3, 0)],
@@ -112,6 +114,16 @@ def refused(place: Path, ranks: Ranks, **changes: Any) -> str:
         train(config("adapted", **{"adapt": False, **changes}), folder, ranks=ranks)
     if ranks.first:
         assert not (place / "refused").exists()
+    return str(caught.value)
+
+
+def unequal(ranks: Ranks) -> str:
+    """What is said of parts of which one has more targets, as sentences have."""
+    trainer = Trainer(config("adapted"), ranks)
+    batch = next(trainer.batches())
+    batch[1][0] = IGNORED
+    with pytest.raises(FqtError) as caught:
+        trainer.train_step(batch)
     return str(caught.value)
 
 

@@ -131,6 +131,11 @@ class Trainer:
         processes = self.ranks.count
         parts = self.task.split(batch, processes * self.config.accumulate)
         counts = [self.task.count(part) for part in parts] if len(parts) > 1 or processes > 1 else []
+        if self.adapter is not None and processes > 1 and len(set(counts)) > 1 and self.task.is_whole(batch):
+            raise FqtError(
+                f"--adapt on several processes needs equal parts, and these have {counts} {self.task.samples} to "
+                "predict: leave it out, or train on one process"
+            )
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         mine = list(self.ranks.deal(enumerate(parts)))
         for done, ((i, part), counted) in enumerate(mine, start=1):
