@@ -51,6 +51,7 @@ from fqt.train.models.encoders import ENCODERS
 from fqt.train.models.transformers import GPTS
 from fqt.train.models.translator import TRANSLATORS
 from fqt.train.progress import ConsoleObserver
+from fqt.train.ranks import Ranks, claims, started
 from fqt.train.run import continue_config
 from fqt.train.snapshot import Snapshot, check_run
 from fqt.train.tasks import load_task
@@ -76,29 +77,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _status(arguments: list[str]) -> int:
-    """Runs a command; what ended it is said in one line."""
+    """Runs a command; what ended it is said in one line, by one process if there are several."""
+    status = 2
     try:
         return cli.main(args=arguments, prog_name="fqt", standalone_mode=False) or 0
     except click.ClickException as error:
-        complain(error.format_message())
+        line = error.format_message()
     except FqtError as error:
-        complain(str(error))
+        line = str(error)
     except OSError as error:  # of the system, not of ours: where it was is all that there is to say
         where = f" ({shown(os.fsdecode(error.filename))})" if isinstance(error.filename, str | bytes) else ""
-        complain(f"{error.strerror or error}{where}")
+        line = f"{error.strerror or error}{where}"
     except Interrupted as stop:
-        complain(f"{stop}; the same command with --resume (not --force) continues")
-        return 130
+        line, status = f"{stop}; the same command with --resume (not --force) continues", 130
     except (KeyboardInterrupt, click.Abort):
-        complain("interrupted")
-        return 130
-    return 2
+        line, status = "interrupted", 130
+    if claims("the end"):
+        complain(line)
+    return status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(fqt.__version__, prog_name="fqt")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train PyTorch models with low-bit weights, activations and gradients, and see what each bit costs."""
+    if context.invoked_subcommand != "train" and started() > 1:
+        raise FqtError(
+            f"only `fqt train` runs on several processes: start `fqt {context.invoked_subcommand}` without torchrun"
+        )
 
 
 def _list(names: Iterable[str]) -> str:
@@ -180,6 +187,8 @@ def _training_options(command: Command) -> Command:
 @click.option("--adapt/--no-adapt", default=None, help="Let the widths of grad_input follow the noise.")
 @click.option("--rho", type=float, help="With --adapt: quantization over sampling variance to stay at [0.1].")
 @click.option("--adapt-every", type=int, help="With --adapt: steps between measurements [50].")
+@click.option("--fsdp/--no-fsdp", default=None, help="Under torchrun: each process keeps a part of the model.")
+@click.option("--messages", help="Under torchrun: the quantizer of the gradients that processes send each other.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out to the same numbers.")
 def train_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
@@ -195,13 +204,16 @@ def train_command(
             if given[option] is not None:
                 raise FqtError(f"--{option.replace('_', '-')} says how to adapt the widths: add --adapt")
     folder = out or Path("runs") / f"{config.task}-{recipe_label(config.recipe)}-seed{config.seed}"
-    if resume:
-        if force:
-            raise FqtError("--resume continues and --force discards: give one of them")
-        config = continue_config(folder, _explicit(config, task, preset, given))
-    console = Console(stderr=True)
-    result = train(config, folder, resume=resume, force=force, command=typed(), observer=ConsoleObserver(console))
-    say(f"{result}, training loss {result.train_loss:.4f}, {result.steps} steps, record in {folder}")
+    if resume and force:
+        raise FqtError("--resume continues and --force discards: give one of them")
+    watcher = ConsoleObserver(Console(stderr=True))
+    with Ranks.start() as ranks:
+        if resume:
+            said = _explicit(config, task, preset, given)
+            config = ranks.lead(lambda: continue_config(folder, said))
+        result = train(config, folder, resume=resume, force=force, command=typed(), observer=watcher, ranks=ranks)
+    if ranks.first:
+        say(f"{result}, training loss {result.train_loss:.4f}, {result.steps} steps, record in {folder}")
     return 1 if result.diverged else 0
 
 

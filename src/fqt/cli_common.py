@@ -24,6 +24,7 @@ import click
 
 from fqt.errors import FqtWarning
 from fqt.files import check_path
+from fqt.train.ranks import claims
 
 __all__ = ["PLACE", "complain", "keep_clear", "say", "steady_output", "typed"]
 
@@ -117,7 +118,8 @@ def steady_output() -> Iterator[_Outlet]:
 
     def in_one_line(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, FqtWarning):
-            complain(str(message))
+            if claims(str(message)):
+                complain(str(message))
         else:
             show(message, category, *rest, **more)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -28,6 +28,10 @@ from fqt.stats.decomposition import decompose
 from fqt.stats.operands import WIDTHS, Operands
 from fqt.stats.passes import LossFn, converted, measuring
 from fqt.stats.plan import Costs, allocate, with_widths
+from fqt.train.ranks import Ranks
+
+if TYPE_CHECKING:  # torch may have been built without what messages need
+    from fqt.distributed import Messages
 
 __all__ = ["Adapter"]
 
@@ -43,19 +47,32 @@ class Adapter:
         target: of ρ.
         every: steps between readings.
         seed: of the measurements' noise.
+        ranks: the processes that train it; the first measures tables on its part of the batch, for all of them.
+        messages: in which they send gradients.
 
     Raises:
         FqtError: no layer quantizes grad_input on a grid of several widths.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, *, target: float, every: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        target: float,
+        every: int,
+        seed: int,
+        ranks: Ranks | None = None,
+        messages: Messages | None = None,
+    ) -> None:
         self.model, self.loss_fn, self.target, self.seed = model, loss_fn, target, seed
         if not self._widths(movable=True):
             raise FqtError(
                 "--adapt changes the widths of grad_input: give a recipe that quantizes it, such as shq8 "
                 "(a grid of floats has one width)"
             )
-        self.monitor = Monitor(model, loss_fn, every=every)
+        self.ranks = ranks or Ranks()
+        self.monitor = Monitor(model, loss_fn, every=every, messages=messages)
         self.weight: dict[str, int] = {}
         self.recipe: Recipe | None = None  # None: still the one that the run was started with
         self.width_sum, self.steps = 0.0, 0
@@ -72,7 +89,7 @@ class Adapter:
             Records for the metrics: of kind "monitor" for a reading, of kind "adapt" for a change.
         """
         if not self.weight:
-            self.weight = self._weigh(batch)
+            self.weight = self.ranks.lead(lambda: self._weigh(batch))
         self.width_sum += self._mean_width()
         self.steps += 1
         if not whole:
@@ -96,8 +113,7 @@ class Adapter:
 
     def _plan(self, batch: Any, number: int, reading: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Widths for the target; no record where they stay what they are."""
-        table = decompose(self.model, self.loss_fn, [batch], 1, derive_seed(self.seed, "adapt", number))
-        costs, before = Costs.of(table, self._recipes()), self._widths()
+        costs, before = self.ranks.lead(lambda: self._costs(batch, number)), self._widths()
         measured = costs.total({layer: before[layer] for layer in costs.variance})
         if not measured > 0:
             return []
@@ -119,6 +135,10 @@ class Adapter:
                 "widths": chosen,
             }
         ]
+
+    def _costs(self, batch: Any, number: int) -> Costs:
+        table = decompose(self.model, self.loss_fn, [batch], 1, derive_seed(self.seed, "adapt", number))
+        return Costs.of(table, self._recipes())
 
     def _weigh(self, batch: Any) -> dict[str, int]:
         """Multiplications of each layer's grad_input product, from one pass."""

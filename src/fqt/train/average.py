@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.train.config import TrainConfig
+from fqt.train.shards import local
 
 __all__ = ["Average"]
 
@@ -49,4 +50,4 @@ class Average:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    return [local(tensor) for tensor in (*model.parameters(), *model.buffers())]

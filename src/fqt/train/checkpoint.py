@@ -42,6 +42,7 @@ def _is_window(value: Any) -> bool:
     return value is None or (isinstance(value, Tensor) and value.ndim == 1 and value.dtype == torch.float64)
 
 
+RNG = {"torch": (Tensor,), "cuda": (list,), "numpy": (tuple,), "python": (tuple,)}
 SHAPES = {
     "config": {},
     "recipe": {},
@@ -51,7 +52,9 @@ SHAPES = {
     "window": _is_window,
     "average": lambda average: average is None or _is_state(average),
     "adapter": _is_adapter,
-    "rng": {"torch": (Tensor,), "cuda": (list,), "numpy": (tuple,), "python": (tuple,)},
+    "rng": RNG,
+    "others": [{"window": _is_window, "rng": RNG}],  # of the processes after the first
+    "messages": lambda state: state is None or (isinstance(state, dict) and type(state.get("count")) is int),
     "metrics_bytes": lambda size: type(size) is int and size >= 0,
 }
 

@@ -2,8 +2,8 @@
 
 A configuration is put together from the defaults of the task, a preset and the user's flags, later ones winning.
 Defaults and presets are the same thing, TOML files under ``presets/``; the file that bears a task's name holds its
-defaults. Paths and machine matters (``data``, ``device``, ``workers``) may change when a run is continued;
-everything else would make it a different run.
+defaults. Paths and machine matters (``data``, ``device``, ``workers``, ``fsdp``), and the number of processes, may
+change when a run is continued; everything else would make it a different run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEDULES = ("cosine", "onecycle", "constant", "linear", "inverse-sqrt")
 UNITS = ("step", "epoch")
 FLIPS = ("random", "alternating")
 PADDINGS = ("zeros", "reflect")
-MACHINE_FIELDS = ("data", "device", "workers")
+MACHINE_FIELDS = ("data", "device", "workers", "fsdp")
 NOT_NEGATIVE = (
     "seed", "warmup_epochs", "warmup_steps", "workers", "weight_decay", "norm_weight_decay", "min_lr", "clip_norm",
     "eval_every", "norm_lr_factor", "average_power", "lookahead", "length_penalty",
@@ -99,6 +99,8 @@ class TrainConfig:
         amp: run the model under bfloat16 autocast.
         compile: train with ``torch.compile``.
         checkpointing: compute the insides of a transformer's blocks again in backward instead of keeping them.
+        fsdp: of several processes each keeps a part of the model (`fully_shard`) instead of all of it.
+        messages: a quantizer, by name, in whose codes processes send each other gradients; empty: as floats.
         window: steps per line of training metrics.
         eval_every: steps between evaluations; 0 evaluates after every epoch. The last step is always evaluated.
         adapt: change the widths of ``grad_input`` so that quantization noise stays at ``rho``.
@@ -156,6 +158,8 @@ class TrainConfig:
     amp: bool = False
     compile: bool = False
     checkpointing: bool = False
+    fsdp: bool = False
+    messages: str = ""
     window: int = 50
     eval_every: int = 0
     adapt: bool = False
@@ -182,6 +186,13 @@ class TrainConfig:
             self.batch_size > 1 or not self.adapt, "adapt compares halves of a batch: batch_size must be over 1"
         )
         _require(not (self.adapt and self.compile), "adapt changes the model while it trains: leave compile out")
+        _require(
+            not (self.fsdp and self.adapt),
+            "a gradient's noise is measured on whole models: leave fsdp or adapt out",
+        )
+        _require(
+            not (self.fsdp and self.messages), "messages are sent between whole models: leave fsdp or messages out"
+        )
         _require(self.accumulate <= self.batch_size, "accumulate cuts a batch into more parts than it has samples")
         _require(self.min_lr <= self.lr, f"min_lr must not be above lr ({self.lr}), got {self.min_lr}")
         for name in ("momentum", "beta1", "beta2", "average", "dropout", "label_smoothing", "warmup_start"):

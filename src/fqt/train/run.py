@@ -26,6 +26,7 @@ refers to.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -42,6 +43,7 @@ from fqt.nn import load_recipe
 from fqt.records import RecordLog, check_shape, environment, read_json, read_toml, write_json, write_toml
 from fqt.train.checkpoint import load_checkpoint, save_checkpoint
 from fqt.train.config import MACHINE_FIELDS, TrainConfig, differing
+from fqt.train.ranks import Ranks, launched
 from fqt.train.results import RunResult, is_finished, read_result
 from fqt.train.trainer import Trainer
 
@@ -102,12 +104,14 @@ def train(
     force: bool = False,
     command: Sequence[str] = (),
     observer: Observer | None = None,
+    ranks: Ranks | None = None,
 ) -> RunResult:
     """Trains, and leaves the record in ``folder``.
 
     Interrupted (Ctrl-C, SIGTERM, a closed terminal), killed or stopped by an error and then resumed, a run gives
-    the same metrics, bit for bit, as one that was left alone: on the same machine, with the same number of threads,
-    and on a GPU as far as its kernels are deterministic.
+    the same metrics, bit for bit, as one that was left alone: on the same machine, with the same number of threads
+    and of processes, and on a GPU as far as its kernels are deterministic. (DDP adds gradients up in another order
+    in its first step than later: more than two processes, and messages, see it.)
 
     Args:
         config: the run.
@@ -117,6 +121,8 @@ def train(
         force: discard the run that is in the folder.
         command: what the user typed, for the record.
         observer: told of every step and record.
+        ranks: the processes that make the run together, this one among them; each calls this function, and the
+            first keeps the record. By default this one alone.
 
     Returns:
         The run's numbers, read back from the record.
@@ -126,27 +132,34 @@ def train(
             work, a checkpoint that cannot be used, a damaged record, a full disk. What was saved before is intact.
         Interrupted: the user stopped it.
     """
+    ranks = ranks or Ranks()
+    if config.messages and ranks.count == 1 and not resume:
+        raise FqtError("--messages go between processes, and this is one: start it by torchrun, or leave it out")
+    with contextlib.ExitStack() as held:
+        if ranks.lead(lambda: _is_free(config, folder, held, resume=resume, force=force)):
+            state = ranks.lead(lambda: _saved_state(config, folder) if resume else None)
+            trainer = Trainer(config, ranks)  # finds every fault of the configuration before anything is touched
+            log = _take_up(trainer, state, folder, command) if state else _open_folder(trainer, folder, command)
+            watcher: Observer = observer if observer is not None and ranks.first else Silent()
+            watcher.begin(f"{config.recipe} seed {config.seed}", trainer.total_steps, trainer.step)
+            watcher.record(trainer.description())
+            held.callback(watcher.end)
+            with _StopRequest() as stop:
+                _Loop(trainer, folder, log, watcher, stop).run()
+        return ranks.lead(lambda: read_result(folder))
+
+
+def _is_free(config: TrainConfig, folder: Path, held: contextlib.ExitStack, *, resume: bool, force: bool) -> bool:
+    """Whether there is something to do in the folder, which is then locked until `held` ends."""
     check_path(folder)
     if folder.exists() and not folder.is_dir():
         raise FqtError(f"{folder} is a file, not a folder: name another --out")
     if _is_done(config, folder, resume=resume, force=force):
         tidy(folder)
-        return read_result(folder)
-    with locked(folder):
-        if _is_done(config, folder, resume=resume, force=force):  # meanwhile, by the process that held the lock
-            return read_result(folder)
-        state = _saved_state(config, folder) if resume else None
-        trainer = Trainer(config)  # finds every fault of the configuration before anything is touched
-        log = _take_up(trainer, state, folder, command) if state else _open_folder(trainer, folder, command)
-        watcher: Observer = observer or Silent()
-        watcher.begin(f"{config.recipe} seed {config.seed}", trainer.total_steps, trainer.step)
-        watcher.record(trainer.description())
-        try:
-            with _StopRequest() as stop:
-                _Loop(trainer, folder, log, watcher, stop).run()
-        finally:
-            watcher.end()
-        return read_result(folder)
+        return False
+    held.enter_context(locked(folder))
+    # Else meanwhile, by the process that held the lock.
+    return not _is_done(config, folder, resume=resume, force=force)
 
 
 def _is_done(config: TrainConfig, folder: Path, *, resume: bool, force: bool) -> bool:
@@ -231,7 +244,7 @@ class _Loop:
     """Steps, windows, evaluations and checkpoints, in order."""
 
     def __init__(
-        self, trainer: Trainer, folder: Path, log: RecordLog, observer: Observer, stop: _StopRequest
+        self, trainer: Trainer, folder: Path, log: RecordLog | None, observer: Observer, stop: _StopRequest
     ) -> None:
         self.trainer, self.folder, self.log, self.observer, self.stop = trainer, folder, log, observer, stop
         self.clock = self.saved_at = time.monotonic()
@@ -250,7 +263,7 @@ class _Loop:
                     self._report(trainer.evaluate())
                     self._save()
                     self._maybe_stop()
-                elif self.stop.requested or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+                elif self._any(self.stop.requested or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS):
                     self._save()
                     self._maybe_stop()
         self._end(diverged=False)
@@ -258,43 +271,55 @@ class _Loop:
     def _step(self, batch: Any) -> None:
         if self.trainer.step == self.trainer.total_steps // 2:
             weights = {"config": self.trainer.config.to_dict(), "step": self.trainer.step}
-            save_checkpoint(self.folder / "halfway.pt", {**weights, "model": self.trainer.model.state_dict()})
+            weights["model"] = self.trainer.weights()
+            if self.log is not None:
+                save_checkpoint(self.folder / "halfway.pt", weights)
         self.trainer.train_step(batch)
         for record in self.trainer.take_events():
+            self._note(record)
+        self.observer.step()
+
+    def _any(self, flag: bool) -> bool:
+        """Whether a flag is up on any process: all of them must go the same way."""
+        return self.trainer.ranks.any(flag)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
             self.log.append(record)
             self.observer.record(record)
-        self.observer.step()
 
     def _report(self, record: dict[str, Any]) -> bool:
         """Writes a line of metrics; whether its loss is finite."""
         now = time.monotonic()
         record["seconds"], self.clock = round(now - self.clock, 3), now
-        self.log.append(record)
-        self.observer.record(record)
+        self._note(record)
         return math.isfinite(record["loss"])
 
     def _save(self) -> None:
-        size = self.log.sync()  # the lines must not be younger on the disk than the state
-        save_checkpoint(self.folder / "checkpoint.pt", {**self.trainer.state(), "metrics_bytes": size})
+        state = self.trainer.state()
+        if self.log is not None:
+            size = self.log.sync()  # the lines must not be younger on the disk than the state
+            save_checkpoint(self.folder / "checkpoint.pt", {**state, "metrics_bytes": size})
         self.saved_at = time.monotonic()
 
     def _maybe_stop(self) -> None:
-        if self.stop.requested:  # also after the last step: a comparison must not go on to its next run
+        if self._any(self.stop.requested):  # also after the last step: a comparison must not go on to its next run
             raise Interrupted(self.folder, self.trainer.step)
 
     def _end(self, *, diverged: bool) -> None:
         record: dict[str, Any] = {"kind": "end", "step": self.trainer.step, "diverged": diverged}
         if self.trainer.adapter is not None:
             record["mean_width"] = self.trainer.adapter.mean_width
-        self.log.append(record)
-        self.observer.record(record)
+        self._note(record)
 
 
-def _open_folder(trainer: Trainer, folder: Path, command: Sequence[str]) -> RecordLog:
-    """Starts the run's record in the place of what is there of a run."""
+def _open_folder(trainer: Trainer, folder: Path, command: Sequence[str]) -> RecordLog | None:
+    """Starts the run's record in the place of what is there of a run; the first process's matter."""
+    if not trainer.ranks.first:
+        return None
     _remove(folder, FILES[:-1])
     write_toml(folder / "config.toml", {**trainer.config.to_dict(), "resolved_recipe": trainer.recipe})
-    write_json(folder / "environment.json", {"started": environment(command), "continued": []})
+    write_json(folder / "environment.json", {"started": _stamp(trainer, command), "continued": []})
     log = RecordLog(folder / "metrics.jsonl")
     log.append(trainer.description())
     return log
@@ -315,10 +340,14 @@ def _saved_state(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def _take_up(trainer: Trainer, state: dict[str, Any], folder: Path, command: Sequence[str]) -> RecordLog:
-    """Continues the run's record where the checkpoint was written."""
+def _stamp(trainer: Trainer, command: Sequence[str]) -> dict[str, Any]:
+    return {**environment(command), "processes": trainer.ranks.count}
+
+
+def _take_up(trainer: Trainer, state: dict[str, Any], folder: Path, command: Sequence[str]) -> RecordLog | None:
+    """Continues where the checkpoint was written, and the first process the run's record."""
     stamps = folder / "environment.json"
-    record = read_json(stamps) if stamps.exists() else {"started": None, "continued": []}
+    record = read_json(stamps) if trainer.ranks.first and stamps.exists() else {"started": None, "continued": []}
     check_shape(record, STAMPS, str(stamps))
     try:
         trainer.restore(state)
@@ -328,8 +357,10 @@ def _take_up(trainer: Trainer, state: dict[str, Any], folder: Path, command: Seq
         # Of the right shape, yet no state: only a file without a digest comes this far.
         reason = " ".join(str(error).split())[:120]
         raise FqtError(f"{folder / 'checkpoint.pt'} is damaged ({type(error).__name__}: {reason})") from error
+    if not trainer.ranks.first:
+        return None
     log = RecordLog(folder / "metrics.jsonl", state["metrics_bytes"])
-    record["continued"].append({"step": trainer.step, **environment(command)})
+    record["continued"].append({"step": trainer.step, **_stamp(trainer, command)})
     write_json(stamps, record)
     return log
 
@@ -338,7 +369,8 @@ class _StopRequest:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request, so that the step in progress is finished and saved.
 
     SIGHUP (the terminal is closed) stays ignored where it was, as under nohup. A second one of the others
-    interrupts at once. Outside the main thread, where Python allows no handlers, it does nothing.
+    interrupts at once, but not under `torchrun`, which sends on what the terminal has sent already. Outside the
+    main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -358,6 +390,7 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number in (signal.SIGINT, signal.SIGTERM):  # SIGHUP comes twice of itself
+        at_once = number in (signal.SIGINT, signal.SIGTERM) and not launched()  # SIGHUP comes twice of itself
+        if self.requested and at_once:
             raise KeyboardInterrupt
         self.requested = True

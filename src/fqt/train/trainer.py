@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fqt.errors import FqtError
 from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
@@ -18,8 +20,13 @@ from fqt.train.average import Average
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
 from fqt.train.optim import learning_rate, make_optimizer, set_rate
+from fqt.train.ranks import Ranks
+from fqt.train.shards import gathered, placed, placed_optimizer, shard, whole
 from fqt.train.task import Task
 from fqt.train.tasks import load_task
+
+if TYPE_CHECKING:  # torch may have been built without what messages need
+    from fqt.distributed import Messages
 
 __all__ = ["Trainer", "forward", "load_weights", "make_model", "pick_device", "training_loss"]
 
@@ -31,31 +38,40 @@ class Trainer:
     recipe. Constructing one seeds the global generators of torch, NumPy and Python; two trainers that take turns
     in one process would therefore share one stream of noise, which is sound but not reproducible.
 
+    Of several processes each takes its part of every batch, and has noise of its own; gradients are averaged such
+    that the loss is the mean over the batch's targets. All of them must call the same methods.
+
     Args:
         config: the run.
+        ranks: the processes that make it.
 
     Raises:
-        FqtError: an unknown task, model, recipe or device, or missing data.
+        FqtError: an unknown task, model, recipe or device, missing data, or what several processes cannot do.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.device = pick_device(config.device)
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
+        _check_processes(config, self.ranks)
+        self.device = pick_device(config.device, self.ranks)
         self.recipe: dict[str, Any] = dump_recipe(load_recipe(config.recipe))
         self.task: Task = load_task(config, self.device)
         self.model = make_model(config, self.task, config.recipe).to(self.device)
-        self.optimizer = make_optimizer(self.model, config)
         self.steps_per_epoch = self.task.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.steps is not None:
             self.total_steps = min(self.total_steps, config.steps)
         self.averaged = Average(self.model, config, self.total_steps) if config.average else None
+        if config.fsdp:
+            for model in (self.model, self.averaged.model) if self.averaged else (self.model,):
+                shard(model, self.ranks, self.device)
+        self.optimizer = make_optimizer(self.model, config)
         self.step = 0
-        self._forward: Any = torch.compile(self.model) if config.compile else self.model
+        self.messages = _messages(config)
+        self._forward = self._wrapped()
         self._window: Tensor | None = None
         self.adapter = self._adapter() if config.adapt else None
         self._events: list[dict[str, Any]] = []
-        seed_all(derive_seed(config.seed, "noise"))
+        seed_all(self.ranks.noise_seed(config.seed))
 
     @property
     def epoch(self) -> int:
@@ -94,10 +110,11 @@ class Trainer:
         set_rate(self.optimizer, rate)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        finite = self._backward(batch)
-        if self.adapter is not None and finite:
-            whole = self.task.is_whole(batch)
-            self._events += self.adapter.step(batch, self.step + 1, whole)
+        if self.config.fsdp:
+            self.ranks.share(self.model.buffers())  # as DDP does
+        mine, finite = self._backward(batch)
+        if self.adapter is not None and not self.ranks.any(not finite):
+            self._events += self.adapter.step(mine, self.step + 1, self.task.is_whole(batch))
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
@@ -105,21 +122,54 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.update(self.model, self.step)
 
-    def _backward(self, batch: Any) -> Tensor:
-        """The gradient of a batch, or of its parts one after the other; whether its loss was finite."""
-        parts = self.task.split(batch, self.config.accumulate)
-        counts = [self.task.count(part) for part in parts] if len(parts) > 1 else []
+    def _backward(self, batch: Any) -> tuple[Any, Tensor]:
+        """The gradient of a batch, from its parts on all processes and, on each, one after the other.
+
+        Returns:
+            This process's part, or the whole batch where it goes through several; whether its loss was finite.
+        """
+        processes = self.ranks.count
+        parts = self.task.split(batch, processes * self.config.accumulate)
+        counts = [self.task.count(part) for part in parts] if len(parts) > 1 or processes > 1 else []
+        if self.adapter is not None and processes > 1 and len(set(counts)) > 1 and self.task.is_whole(batch):
+            raise FqtError(
+                f"--adapt on several processes needs equal parts, and these have {counts} {self.task.samples} to "
+                "predict: leave it out, or train on one process"
+            )
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for i, part in enumerate(parts):
-            logits, targets = forward(self.task, self._forward, part, amp=self.config.amp)
-            loss = self.task.loss(logits, targets, self.config.label_smoothing)
-            (loss * counts[i] / sum(counts) if counts else loss).backward()
+        mine = list(self.ranks.deal(enumerate(parts)))
+        for done, ((i, part), counted) in enumerate(mine, start=1):
+            with self._unsent() if done < len(mine) else nullcontext():
+                logits, targets = forward(self.task, self._forward, part, amp=self.config.amp)
+                loss = self.task.loss(logits, targets, self.config.label_smoothing)
+                # Gradients are averaged over processes, hence the factor.
+                (loss * (processes * counted * counts[i]) / sum(counts) if counts else loss).backward()
             with torch.no_grad():
                 sums = self.task.sums(logits, targets)
                 sums[0] = loss.double() * sums[-1]
+                sums = sums if counted else torch.zeros_like(sums)
                 self._window = sums if self._window is None else self._window + sums
             finite = finite & torch.isfinite(loss.detach())
-        return finite
+        return mine[0][0][1] if len(mine) == 1 else batch, finite
+
+    def _unsent(self) -> AbstractContextManager[None]:
+        """Meanwhile each process adds up gradients of its own; those of shards are averaged part by part."""
+        if isinstance(self._forward, DistributedDataParallel):
+            return self._forward.no_sync()
+        return nullcontext()
+
+    def _wrapped(self) -> Any:
+        """The model as it is called in training: compiled, and with its gradients averaged over processes."""
+        model: Any = torch.compile(self.model) if self.config.compile else self.model
+        if self.ranks.count == 1 or self.config.fsdp:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        replica = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        if self.messages is not None:
+            from fqt.distributed import quantized_messages
+
+            replica.register_comm_hook(self.messages, quantized_messages)
+        return replica
 
     def take_events(self) -> list[dict[str, Any]]:
         """Records of what was measured and changed since the last call."""
@@ -129,7 +179,7 @@ class Trainer:
     def take_window(self) -> dict[str, Any]:
         """The mean loss and the metrics over all targets since the last call; starts a new window."""
         assert self._window is not None
-        sums = self._window.tolist()
+        sums = self.ranks.total(self._window)
         self._window = None
         return {
             "kind": "train",
@@ -148,15 +198,18 @@ class Trainer:
         """
         model = self.model if self.averaged is None else self.averaged.model
         model.eval()
+        self.ranks.share(model.buffers())
         totals: Tensor | None = None
-        for batch in self.task.eval():
+        for batch, counted in self.ranks.deal(self.task.eval()):
             sums = self.task.sums(*forward(self.task, model, batch, amp=self.config.amp))
+            sums = sums if counted else torch.zeros_like(sums)
             totals = sums if totals is None else totals + sums
         assert totals is not None, "a task has evaluation data"
-        values = totals.tolist()
+        values = self.ranks.total(totals)
         metrics = self.task.values(values)
         if self.step == self.total_steps:
-            metrics |= self.task.score(model, self.config.amp)
+            with gathered(model) if self.config.fsdp else nullcontext():
+                metrics |= self.ranks.lead(lambda: dict(self.task.score(model, self.config.amp)))
         return {
             "kind": "eval",
             "epoch": self.epoch,
@@ -166,22 +219,31 @@ class Trainer:
             "metrics": metrics,
         }
 
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state, whole."""
+        return whole(self.model.state_dict())
+
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to continue to the same numbers."""
+        """All that `restore` needs to continue to the same numbers on as many processes; the first one's is to be
+        kept.
+        """
+        window = None if self._window is None else self._window.cpu()
+        first, *others = self.ranks.everyone({"window": window, "rng": rng_state()})
         return {
             "config": self.config.to_dict(),
             "recipe": self.recipe,
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "window": None if self._window is None else self._window.cpu(),
-            "rng": rng_state(),
+            "model": self.weights(),
+            "optimizer": whole(self.optimizer.state_dict()),
+            **first,
+            "others": others,
             "adapter": None if self.adapter is None else self.adapter.state(),
-            "average": None if self.averaged is None else self.averaged.model.state_dict(),
+            "average": None if self.averaged is None else whole(self.averaged.model.state_dict()),
+            "messages": None if self.messages is None else self.messages.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up a state where `state` was called.
+        """Takes up a state where `state` was called, on any number of processes.
 
         Raises:
             FqtError: the state belongs to another model, optimizer or recipe.
@@ -194,27 +256,49 @@ class Trainer:
         load_weights(self.model, state["model"])
         built = self.optimizer.param_groups
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(placed_optimizer(state["optimizer"], self.optimizer))
         except ValueError as error:
             raise FqtError(f"the checkpoint's optimizer does not fit this model ({error})") from error
         if _differ(built, self.optimizer.param_groups) or not _fits(self.optimizer):
             raise FqtError("the checkpoint's optimizer is another than this run's")
         self.step = state["step"]
-        window = state["window"]
-        self._window = window.to(self.device) if window is not None and window[-1] else None
         if self.averaged is not None:
             if state.get("average") is None:
                 raise FqtError("the checkpoint has no averaged weights, which this run evaluates")
             load_weights(self.averaged.model, state["average"])
         if self.adapter is not None:
             self.adapter.restore(state["adapter"])
-        restore_rng(state["rng"])
+        if self.messages is not None and state.get("messages"):
+            self.messages.load_state_dict(state["messages"])
+        self._take_up_own([{"window": state["window"], "rng": state["rng"]}, *state.get("others", [])])
+
+    def _take_up_own(self, saved: list[dict[str, Any]]) -> None:
+        """What each process had of its own: sums, which the first takes up if there were others, and generators."""
+        ranks = self.ranks
+        windows = [own["window"] for own in saved if own["window"] is not None]
+        self._window = None
+        if windows and sum(windows)[-1]:
+            if len(saved) != ranks.count:
+                windows = [sum(windows), *[torch.zeros_like(windows[0])] * (ranks.count - 1)]
+            self._window = windows[ranks.rank].to(self.device)
+        if ranks.rank < len(saved):
+            restore_rng(saved[ranks.rank]["rng"])
+        else:
+            seed_all(ranks.noise_seed(self.config.seed, self.step))
 
     def _adapter(self) -> Adapter:
         """What changes the recipe; its loss is the training loss."""
         loss_fn = training_loss(self.config, self.task)
         every = self.config.adapt_every
-        return Adapter(self.model, loss_fn, target=self.config.rho, every=every, seed=self.config.seed)
+        return Adapter(
+            self._forward,
+            loss_fn,
+            target=self.config.rho,
+            every=every,
+            seed=self.config.seed,
+            ranks=self.ranks,
+            messages=self.messages if self.ranks.count > 1 else None,
+        )
 
 
 def _fits(optimizer: torch.optim.Optimizer) -> bool:
@@ -235,6 +319,33 @@ def _differ(built: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> bool:
     """
     pairs = zip(built, loaded, strict=True)
     return any(a[name] != b[name] for a, b in pairs for name in {*a} & {*b} - {"params", "lr"})
+
+
+def _messages(config: TrainConfig) -> Messages | None:
+    """How processes send each other gradients, if not as floats."""
+    if not config.messages:
+        return None
+    from fqt.distributed import Messages
+
+    return Messages(config.messages, seed=derive_seed(config.seed, "messages"))
+
+
+def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuses what cannot be done by this many processes."""
+    if ranks.count == 1:
+        if config.fsdp:
+            raise FqtError(
+                "--fsdp deals a model out over processes, and this is one: start it by torchrun "
+                "--nproc-per-node 2 -m fqt train, or say --no-fsdp"
+            )
+        return
+    if config.adapt and config.accumulate > 1:
+        raise FqtError("--adapt on several processes measures whole parts of a batch: leave --accumulate out")
+    if config.adapt and config.batch_size % ranks.count:
+        raise FqtError(
+            f"--adapt compares equal parts of a batch: make --batch-size {config.batch_size} a multiple of the "
+            f"{ranks.count} processes"
+        )
 
 
 def make_model(config: TrainConfig, task: Task, recipe: str | Recipe) -> nn.Module:
@@ -282,20 +393,25 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
         FqtError: names or shapes differ from the model's.
     """
     try:
-        model.load_state_dict(without_recipe(state))
+        live = model.state_dict()
+        model.load_state_dict({name: placed(x, live.get(name)) for name, x in without_recipe(state).items()})
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise FqtError(f"the checkpoint does not fit this model ({' '.join(lines[1:3])[:200]})") from error
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is a GPU if there is one.
+def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The device of a name; ``auto`` is a GPU if there is one. Of several processes each has a GPU of its own.
 
     Raises:
         FqtError: the name is not a device's, or there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks is not None and ranks.count > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise FqtError(f"several processes cannot all use {name}: say --device cuda, and each takes its own")
+        name = f"cuda:{ranks.local}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
