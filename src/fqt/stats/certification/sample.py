@@ -166,11 +166,11 @@ def _rounding_errors(
 ) -> _Rounding:
     """What rounding `y` to `decoded` did; all (M, N, D), `dithered` (M, 1, 1).
 
-    Errors are in gaps of the two levels beside them, one step where levels are one apart. Their declared variance
-    is p(1 − p), p the position between these two, or 1/12 when dithered; in constant groups, which have no step,
-    errors and variance are zero. Clipped: a position outside the codes' range (dither, which is part of the offset,
-    hides the position: there the error's length must tell). Overlong: an error of more than a gap, or half a gap if
-    dithered or nearest. Both allow for what float32 may add.
+    Errors are in gaps of the two levels beside them, one step where levels are one apart. Their declared mean
+    square is the rounding's: p(1 − p), p the position between these two, or 1/12 when dithered; in constant groups,
+    which have no step, errors and variance are zero. Clipped: a position outside the codes' range (dither, which is
+    part of the offset, hides the position: there the error's length must tell). Overlong: an error of more than a
+    gap, or half a gap if dithered or nearest. Both allow for what float32 may add.
     """
     moving = step > 0
     step = torch.where(moving, step, 1.0)
@@ -178,10 +178,11 @@ def _rounding_errors(
     # Last bits: of the offset and the value against the step.
     slack = 1e-4 + 1e-6 * torch.maximum(offset.abs(), y.abs()) / step
     levels, position = q.grid.levels(q.scale.mode), (y - offset) / step
-    _, fraction, gap = levels.split(position)
+    gap, rounding = levels.gap(position), q.coding.rounding
+    law = (rounding.variance(position, levels) + rounding.mean_error(position, levels).square()) / (gap * gap)
     limit = torch.where(dithered, 0.5, 1.0 if q.draws else 0.5)
     error = error / gap
     overlong = moving & (error.abs() > limit + slack)
-    variance = torch.where(dithered, 1 / 12, fraction * (1 - fraction)) * moving
+    variance = torch.where(dithered, 1 / 12, law) * moving
     outside = moving & ~dithered & ((position > levels.high + slack) | (position < levels.low - slack))
     return _Rounding(error, variance, bool(outside.any()), bool(overlong.any()))
