@@ -377,7 +377,12 @@ _ROWS = (
         title="ShiftQuant",
         paper=Paper("Guo et al., ShiftQuant", 2024, "2411.10948"),
         what="integers about 0, a step per column: one of the tensor, shifted by 0 to 15 bits",
-        left_out="L1 normalization; the number of groups is ours, 16",
+        left_out=(
+            "L1 normalization; the number of groups is ours, 16. In Linear layers the terms of each group are "
+            "multiplied as bytes, side by side, and its sum is scaled by the shift; simulated beside an affine "
+            "input (grad_weight), and in convolutions: a column is a channel at one position there, and every sum "
+            "takes its own"
+        ),
         scale=_symmetric("column", "shift"),
         roundings=_PLAIN,
         product="blocked",
