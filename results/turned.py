@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python results/turned.py DATA results/int4all/turned.json
 
-Networks and batches are those of `inputs.py`, trained for a short while in float. Every layer is converted on its own
-to `int4all`, with one gradient's product replaced and the other left out, and draws 4 times. Written: the mean square
-of that gradient's error over the gradient's own, geometric means over the layers of one kind.
+Networks and batches are those of `inputs.py`, trained for a short while in float. Every layer is converted on its
+own to `int4all`, with one gradient's product replaced and the other left out, and draws 4 times. Written: the mean
+square of that gradient's error over the gradient's own, geometric means over the layers of one kind.
 """
 
 from __future__ import annotations
