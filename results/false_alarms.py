@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python results/false_alarms.py OUTPUT.json
 
-36 names of ptq, psq, bhq and shq, and re-implementations of other unbiased quantizers (`tests/stats/defects.py`),
-several seeds each, at a rate of false alarms that can be counted.
+All members of the catalog that are declared exact, at the widths that its table shows and with every rounding that
+draws; `ptq`, `psq`, `bhq` and `shq` also at 2 and 8 bits; and re-implementations of unbiased quantizers
+(`tests/stats/defects.py`). Two seeds each, at a rate of false alarms that can be counted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from scipy.stats import beta
 
 import fqt
+from fqt.quant.catalog import METHODS
 from fqt.records import environment, write_json
 from fqt.stats.certification.sample import Function
 from tests.stats import defects
@@ -25,9 +27,14 @@ RATE, DRAWS, SEEDS = 0.2, 64, 2
 
 def subjects() -> Iterator[tuple[str, str | Function, int | None]]:
     """Name, subject, axis that it may mix."""
+    for method in METHODS.values():
+        if method.bias == "exact":
+            best = (f"{method.shown[0]}x",) if "best" in method.roundings else ()
+            for name in (*method.shown, *best):
+                yield name, name, None
     for method in ("ptq", "psq", "bhq", "shq"):
-        for bits in (2, 4, 8):
-            for rounding in ("", "d", "x"):
+        for bits in (2, 8):
+            for rounding in ("", "d"):
                 yield f"{method}{bits}{rounding}", f"{method}{bits}{rounding}", None
     for name, case in defects.SOUND.items():
         if case.verdict == "exact":

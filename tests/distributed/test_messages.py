@@ -141,6 +141,7 @@ def test_another_state_is_refused() -> None:
     [
         ({"quantizer": "psq8n"}, "'psq8n' are biased, and"),
         ({"quantizer": "eden4"}, "biased, if only a little"),
+        ({"quantizer": "sruc8"}, "biased, if only a little"),
         ({"quantizer": "hind8", "biased": True}, "its own range"),
         ({"quantizer": "psq"}, "needs its bits"),
         ({"quantizer": 8}, "a quantizer or its name"),

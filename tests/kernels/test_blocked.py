@@ -10,7 +10,7 @@ import torch
 
 from fqt.kernels import blocked
 from fqt.kernels.blocked import Stepped, common_block
-from fqt.kernels.codes import Blocks
+from fqt.kernels.codes import COLUMN, Blocks
 from fqt.kernels.cpu import library
 from tests.backends import compare, reference_only
 
@@ -159,3 +159,38 @@ def test_what_is_refused() -> None:
     long = torch.zeros(1, 1 << 17, dtype=torch.int8)
     with pytest.raises(ValueError, match="fits int32"):
         blocked.matmul(Stepped(long, torch.ones(1, 1), Blocks(1, 1 << 17)), Stepped.plain(long.T))
+
+
+def shifted(m: int, n: int, k: int, kinds: int) -> tuple[Stepped, Stepped]:
+    """An operand whose columns' steps are one step shifted, the first 0, and another with a step per column."""
+    draw = torch.Generator().manual_seed(m + k)
+    shift = torch.randint(0, kinds, (1, k), generator=draw)
+    a, b = matrix((m, k), COLUMN, 1), matrix((k, n), Blocks(0, 1), 2)
+    step = 0.3 * torch.exp2(-shift.float())
+    step[:, :1] = 0.0
+    return replace(a, step=step), b
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 16])
+@pytest.mark.parametrize("shape", [*SHAPES, *EMPTY], ids=str)
+def test_terms_gathered_by_their_steps(shape: tuple[int, int, int], kinds: int) -> None:
+    """The same product, on every backend with the same bits, in whole blocks; and no more blocks than it takes."""
+    a, b = shifted(*shape, kinds)
+    left, right = blocked.gathered(a, b)
+    compare(blocked.matmul, left, right, by=NATIVE)
+    values = [x.codes.double() * x.blocks.spread(x.step, tuple(x.codes.shape)).double() for x in (a, b)]
+    wanted, size = values[0] @ values[1], values[0].abs() @ values[1].abs()
+    assert bool(((blocked.matmul(left, right) - wanted).abs() <= 120 * 2.0**-24 * size).all())
+    assert left.codes.shape[1] == right.codes.shape[0] <= -(-shape[2] // 32) * 32 + 32 * kinds
+    assert left.codes.shape[1] % blocked.GATHERED == 0
+
+
+def test_gathering_that_may_not_ask_for_the_steps_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = shifted(20, 30, 300, 16)
+    known = blocked.matmul(*blocked.gathered(a, b))
+    monkeypatch.setattr(blocked, "at_hand", lambda x: False)
+    left, right = blocked.gathered(a, b)
+    assert left.codes.shape[1] == 320 + 16 * blocked.GATHERED
+    assert torch.equal(blocked.matmul(left, right), known)
+    bad = replace(a, step=torch.full_like(a.step, torch.nan))
+    assert bool(blocked.matmul(*blocked.gathered(bad, b)).isnan().all())

@@ -1,4 +1,4 @@
-"""The three roundings, checked by running through every value of their noise: no sampling, no tolerance."""
+"""The roundings, checked by running through every value of their noise: no sampling, no tolerance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fqt.kernels.rounding import INTEGERS, NEAREST, dither_noise, round_dithered, round_stochastic
+from fqt import FqtError
+from fqt.kernels.codes import Levels
+from fqt.kernels.rounding import (
+    INTEGERS,
+    NEAREST,
+    ROUNDINGS,
+    FewBits,
+    dither_noise,
+    round_dithered,
+    round_few_bits,
+    round_stochastic,
+)
 
 LEVELS = [2, 4, 16]
 
@@ -34,6 +45,59 @@ def test_stochastic_mean_and_variance(levels: int, dtype: torch.dtype) -> None:
         assert mean(codes) == t
         assert mean([(c - t) ** 2 for c in codes]) == p * (1 - p)
         assert all(c in (t - p, t - p + 1) for c in codes)
+
+
+def awkward(bits: int) -> list[float]:
+    """Positions: multiples of a quarter of 2^−k, and float32 neighbours of the odd ones, where sums would round."""
+    even = [quarter / (4 << bits) for quarter in range(-4, (4 << bits) + 5, max(1, (1 << bits) // 16))]
+    edges = torch.tensor([(n + half) / (1 << bits) for n in (0, 1, (1 << bits) - 1) for half in (0.5, 1.0)])
+    beside = [torch.nextafter(edges, torch.tensor(way)).tolist() for way in (-9.0, 9.0)]
+    return [*even, *beside[0], *beside[1], 2.0**-30, 2 - 2.0**-23, 5.0]
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
+def test_few_bits_mean_and_variance(bits: int, centred: bool) -> None:
+    """Over all 2^k values, at any position: mean and variance are exactly as declared, the bias is as bounded."""
+    how, whole = FewBits(bits, centred), 1 << bits
+    for position in awkward(bits):
+        t, r = torch.full((whole,), position), torch.arange(whole)
+        codes = round_few_bits(t, r, how).double()
+        exact_t = Fraction(float(t[0]))
+        below = exact_t.numerator // exact_t.denominator
+        p = Fraction(int((codes - below).sum()), whole)
+        assert set(codes.tolist()) <= {below, below + 1}
+        wanted = (exact_t - below) * whole + (Fraction(1, 2) if centred else 0)
+        assert p == Fraction(wanted.numerator // wanted.denominator, whole)
+        assert abs(p - (exact_t - below)) <= Fraction(how.unit_bias)
+        at = t[:1].double()
+        assert float(how.variance(at, INTEGERS)) == float(p * (1 - p)) <= how.unit_bound
+        assert float(how.mean_error(at, INTEGERS)) == float(p - (exact_t - below))
+        assert centred or p <= exact_t - below
+
+
+def test_few_bits_between_levels_of_a_float() -> None:
+    """Mean and variance in gaps of E2M1, over all values of 3 bits."""
+    levels, t = Levels(-12, 12, 1), torch.linspace(-12, 12, 97, dtype=torch.float64)
+    for centred in (False, True):
+        how = FewBits(3, centred)
+        codes = torch.stack([round_few_bits(t, torch.full((97,), r), how, levels) for r in range(8)])
+        assert set(codes.unique().tolist()) <= set(levels.numbers)
+        assert torch.allclose(codes.mean(0) - t, how.mean_error(t, levels), atol=1e-14)
+        assert torch.allclose(codes.var(0, correction=0), how.variance(t, levels), atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [0, 17, -1, 4.0, True, "4"], ids=repr)
+def test_few_bits_are_one_to_sixteen(bits: object) -> None:
+    with pytest.raises(FqtError, match="1 to 16 random bits"):
+        FewBits(bits)  # type: ignore[arg-type]
+    with pytest.raises(FqtError, match="centred"):
+        FewBits(4, 1)  # type: ignore[arg-type]
+
+
+def test_every_rounding_is_found_by_its_name() -> None:
+    assert all(name == str(rounding) for name, rounding in ROUNDINGS.items())
+    assert len(set(ROUNDINGS.values())) == len(ROUNDINGS) == 36
 
 
 @pytest.mark.parametrize("levels", LEVELS)

@@ -67,6 +67,19 @@ RECIPES = {  # with the length of the blocks of each product, 0 for one sum, Non
         Recipe(weight=q("column", "symmetric", rounding="nearest"), grad_input=blocks(1, 32)),
         (None, 32, None),
     ),
+    "shifted columns": (
+        Recipe(
+            input=q("tensor", "symmetric", rounding="nearest"),
+            weight="ptq8",
+            grad_input="shift4",
+            grad_weight="shift4",
+        ),
+        (0, 32, 32),
+    ),
+    "shifted columns, a folded weight": (
+        Recipe(weight="psq8", grad_input="shift4", fold="always"),
+        (0, 32, None),
+    ),
     "two lengths": (Recipe(weight=blocks(16, 1, "nearest"), grad_input=blocks(1, 64)), (None, 16, None)),
 }
 SHAPES = [(70, 100, 90), (3, 5, 7), (64, 32, 128)]
@@ -121,6 +134,13 @@ def test_explain_says_so() -> None:
         (Recipe(weight="psq8", grad_input=blocks(1, 32)), "grad_input", "fold is 'never'"),
         (Recipe(weight="psq8", grad_input=blocks(1, 32), fold="auto"), "grad_input", "fold is 'auto'"),
         (Recipe(weight=blocks(48, 1, "nearest"), grad_input=blocks(1, 32)), "grad_input", "neither length divides"),
+        (Recipe(weight="psq8", grad_input="shift4"), "grad_input", "fold is 'never'"),
+        (Recipe(weight="ptq8", grad_weight="shift4"), "grad_weight", "input has an offset"),
+        (
+            Recipe(weight=blocks(32, 1, "nearest"), grad_input="shift4"),
+            "grad_input",
+            "across weight's blocks of 32",
+        ),
         (Recipe(grad_input=blocks(1, 32, grid=E4M3)), "grad_input", "do not fit a byte"),
         (Recipe(grad_input=Quantizer(scale=Scale("tensor", "symmetric"), grid=E4M3)), "grad_input", "fit a byte"),
     ],

@@ -14,7 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqt.kernels.rounding import round_dithered, round_stochastic
+from fqt.kernels import rounding
+from fqt.kernels.philox import STREAM_ROUNDING, few_random_bits, random_words
+from fqt.kernels.rounding import FewBits, round_dithered, round_stochastic
+from fqt.quant import quantizer
 
 FULL = 1 << 24
 
@@ -150,3 +153,32 @@ def test_stochastic_codes_never_leave_their_range(bits: int) -> None:
         assert codes.max() <= top
         assert ((codes == t.floor()) | (codes == t.ceil())).all()
     assert torch.equal(round_stochastic(t, torch.zeros(t.shape, dtype=torch.int32)), t.ceil())
+
+
+@pytest.mark.parametrize("name", ["sru4", "sruc4", "sru3k1", "sruc8k6@channel"])
+def test_a_quantizer_with_few_random_bits_by_all_their_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a float64 matrix: mean error and variance of estimates are those stated, the first as bounded."""
+    q, x = quantizer(name), torch.randn(12, 33, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert isinstance(q.rounding, FewBits)
+    whole, found = 1 << q.rounding.bits, []
+    for r in range(whole):
+        monkeypatch.setattr(rounding, "few_random_bits", lambda seed, n, bits, r=r: torch.full((n,), r))
+        found.append(q.quantize(x, 0).dequantize())
+    draws = torch.stack(found)
+    error = draws.mean(0) - x
+    assert torch.allclose(error, q.mean_error(x), atol=1e-12)
+    assert float(draws.var(0, correction=0).sum()) == pytest.approx(float(q.variance(x)), rel=1e-9)
+    step = q.quantize(x, 0).scales.step
+    assert bool((error.abs() <= step * (q.rounding.unit_bias + 1e-9)).all())
+    assert float(error.abs().max()) > 0.4 * float(step.max()) * q.rounding.unit_bias
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 7, 8, 16])
+def test_few_random_bits_are_the_words_taken_apart(bits: int) -> None:
+    """Every bit of the words is used at 1, 2, 4, 8 and 16; and every value is as frequent, to 5σ."""
+    seed, n, room = torch.tensor(5), 4096, 1 << (bits - 1).bit_length()
+    words = random_words(seed, STREAM_ROUNDING, n * room // 32).tolist()
+    mine = [word >> place & (1 << room) - 1 for word in words for place in range(0, 32, room)]
+    found = few_random_bits(seed, n, bits)
+    assert found.tolist() == [value >> (room - bits) for value in mine]
+    assert abs(float(found.double().mean()) / ((1 << bits) - 1) - 0.5) < 5 * 0.5 / n**0.5

@@ -79,24 +79,26 @@ def variants(number: int) -> list[tuple[str, Any, tune.Tiles, dict[str, Any], di
     found: list[tuple[str, Any, tune.Tiles, dict[str, Any], dict[str, str]]] = []
     capability = divmod(number, 10)
     plain = {**WHOLE, "PLACED": False, "places": 1, "a_term": 1, "b_term": 1}
-    for plan in {p for size in (64, 8192) for p in tune.plans(capability, size, 4096) if p.tiles and p.turned}:
+    for schedule in {
+        p for size in (64, 8192) for p in tune.schedules(capability, size, 4096) if p.tiles and p.turned
+    }:
         # As in the output, grad_weight, and grad_input of symmetric codes.
         for shifted in ((True, False), (True, True), (False, False)):
-            tiles = plan.tiles
+            tiles = schedule.tiles
             assert tiles is not None
             signs = {"A_SHIFTED": shifted[0], "B_SHIFTED": shifted[1]}
             none = {} if shifted[1] else {"zero": None, "ones": None}
             none |= {} if shifted[0] else {"row_shift": None, "column_shift": None}
             constants = {**plain, **signs, **none, **tiles.blocks(), "PARTS": False, "EVEN": True}
             kinds = ["u8" if s else "i8" for s in shifted]
-            if plan.kind == "tiles":
+            if schedule.kind == "tiles":
                 types = {"a": "*" + kinds[0], "b": "*" + kinds[1]}
-                found.append((plan.kind, products._tiles, tiles, constants, types))
+                found.append((schedule.kind, products._tiles, tiles, constants, types))
             elif not all(shifted):
                 descriptors = [f"tensordesc<{kind}[{lines}, {tiles.terms}]>" for kind, lines in
                                zip(kinds, (tiles.rows, tiles.columns), strict=True)]  # fmt: skip
                 types = {"a": descriptors[0], "b": descriptors[1]}
-                found.append((plan.kind, products._persistent, tiles, constants, types))
+                found.append((schedule.kind, products._persistent, tiles, constants, types))
     tiles = tune.in_parts(capability).tiles
     assert tiles is not None
     for sums in ("*i32", "*i64"):  # operands as they lie, with tails

@@ -240,7 +240,7 @@ def _checked(method: Quantizer | str, biased: bool) -> Quantizer:
             f"a message is quantized in its own range, and {method!r} remembers others: take 'ptq8', say"
         )
     nearest = any(coding.rounding == NEAREST for coding in found.codings)
-    if not biased and (nearest or any(coding.rounding.settles for coding in found.codings)):
+    if not biased and any(coding.rounding.unit_bias or coding.rounding.settles for coding in found.codings):
         raise FqtError(
             f"messages quantized by {method!r} are biased{'' if nearest else ', if only a little'}, and so is a "
             "gradient that is their average: take one without bias ('psq8', 'shq4d'), or say biased=True"

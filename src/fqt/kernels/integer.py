@@ -17,7 +17,7 @@ codes, and the share of the offsets is added (`fqt.kernels.fold`). A transform S
 on the product; where its features are rotated, so is the other operand.
 
 A Linear's operands may also be symmetric with steps per block of their matrix, along the contracted axis too: the
-product is then summed in blocks (`fqt.kernels.blocked`).
+product is then summed in blocks (`fqt.kernels.blocked`), which steps that are one step shifted are gathered in.
 
 These formulas are the reference; where a backend evaluates one of them at once (`fqt.kernels.cpu.fused`), it gives
 the same bits.
@@ -111,7 +111,9 @@ def output(
     """
     if by_blocks(x, w):
         bias = None if bias is None else bias.detach().float()
-        return blocked.matmul(_stepped(x), _stepped(w).T, bias, dtype).view(*x.shape[:-1], w.shape[0])
+        return blocked.matmul(*blocked.gathered(_stepped(x), _stepped(w).T), bias, dtype).view(
+            *x.shape[:-1], w.shape[0]
+        )
     product = _of(map)
     step, offset, weight_step = (v.flatten() for v in (x.matrix_step, x.group_offset, w.matrix_step))
     left = right = None
@@ -144,7 +146,7 @@ def grad_input(
         dtype: of the result, float32, bfloat16 or float16.
     """
     if by_blocks(g) or (by_blocks(w) and not folded):
-        return blocked.matmul(_stepped(g), _stepped(w, folded), None, dtype).view(shape)
+        return blocked.matmul(*blocked.gathered(_stepped(g), _stepped(w, folded)), None, dtype).view(shape)
     product = _of(map)
     ones, dithered = product.vectors_times_weight(g, w, shape)
     weight_step = None if folded else w.matrix_step.flatten()
@@ -179,7 +181,7 @@ def grad_weight(
         shape: the weight's.
     """
     if by_blocks(g, x):
-        return blocked.matmul(_stepped(g).T, _stepped(x, folded is not None))
+        return blocked.matmul(*blocked.gathered(_stepped(g).T, _stepped(x, folded is not None)))
     channels = Channels.of(g)
     if isinstance(map, ConvMap) and map.groups > 1:
         # A convolution per group: no transform mixes their channels (`fqt.nn.arithmetic`).

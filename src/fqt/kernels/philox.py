@@ -108,6 +108,19 @@ def rounding_noise(seed: Tensor, n: int) -> Tensor:
     return (high << 8 | low).to(torch.int32)
 
 
+def few_random_bits(seed: Tensor, n: int, bits: int) -> Tensor:
+    """The first `n` integers of `bits` random bits each, 1 to 16, from `STREAM_ROUNDING`.
+
+    A word is taken apart into 32, 16, 8, 4 or 2 of them, as many as it has room for at a power of two of bits each,
+    and the highest bits are taken: at 4 bits a quarter of the words of `rounding_noise`'s first stream.
+
+    Returns:
+        (n,) int32, independent and uniform on 0 … 2^bits − 1.
+    """
+    room = 1 << (bits - 1).bit_length()
+    return (_parts(seed, STREAM_ROUNDING, n, room) >> (room - bits)).to(torch.int32)
+
+
 def _parts(seed: Tensor, stream: int, n: int, bits: int) -> Tensor:
     """The first `n` integers of `bits` bits each, the words of a stream taken apart from their low ends."""
     words = random_words(seed, stream, -(-n * bits // 32))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels.codes import DITHER_LEVELS, LEAST_STEP, Blocks, Entries, Findings, Levels, Scales
-from fqt.kernels.rounding import Rounding
+from fqt.kernels.rounding import STOCHASTIC, Rounding
 from fqt.kernels.steps import divided
 
 # Beyond this step a group's range may exceed the largest float: its arithmetic is done on sixteenths.
@@ -148,9 +148,7 @@ def decode(codes: Tensor, scales: Scales, dither: Tensor | None) -> Tensor:
 
 def code_variance(x: Entries, scales: Scales, levels: Levels) -> Tensor:
     """f(1 − f)·gap² of each entry: the variance of stochastic rounding in squared steps, (N, D)."""
-    _, fraction, gap = levels.split(position(x.values(), scales, levels))
-    unit = fraction * (1 - fraction)
-    return unit if levels.uniform else unit * gap * gap
+    return STOCHASTIC.variance(position(x.values(), scales, levels), levels)
 
 
 def variance_sums(x: Entries, scales: Scales, levels: Levels) -> Tensor:

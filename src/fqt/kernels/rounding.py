@@ -6,6 +6,8 @@ With f the fraction of the way from the level below t to the next one, a *gap* a
     stochastic   the upper one with chance f     mean t, variance f(1 − f) gap², at most ¼ gap²
     dithered     ⌊t + a + b⌋ − a − b + ½         mean t, variance gap²/12 wherever t lies (uniform levels only)
     corrected    the nearer one, then the block's step is corrected: asymptotically unbiased under a rotation
+    few bits     the upper one with the chance p nearest to f, or below it, of those that k random bits can give:
+                 off by up to 2^−k gap, variance p(1 − p) gap²
 
 Dithered rounding is *subtractive* dither (Schuchman 1964; Gray & Stockham 1993): what was added is taken off again
 when codes are turned back. Its dither is the sum of one number per row and one per column, so that a product of
@@ -20,15 +22,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fqt.errors import FqtError
 from fqt.kernels.codes import DITHER_LEVELS, Entries, Levels, Scales
 from fqt.kernels.philox import (
     STREAM_DITHER_COLUMN,
     STREAM_DITHER_ROW,
     STREAM_STEP,
+    few_random_bits,
     random_u24,
     rounding_noise,
 )
 from fqt.kernels.steps import E4M3, STORES, SmallFloat
+
+MOST_BITS = 16
+"""Random bits of `FewBits`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Rounding:
         name: as recipes and names of quantizers have it.
         draws: whether it needs a seed.
         unit_bound: the largest variance of one entry, in squared gaps; where no position matters, the variance.
+        varies: whether the variance depends on the position.
+        unit_bias: no mean error is larger, in gaps; it says nothing of one that settles.
         headroom: how many levels at the upper end positions must stay away from.
         settles: whether steps change after the codes are known; `errors` then says what that does.
     """
@@ -46,6 +55,7 @@ class Rounding:
     name: ClassVar[str]
     draws: ClassVar[bool] = True
     unit_bound: ClassVar[float] = 0.0
+    varies: ClassVar[bool] = False
     headroom: ClassVar[int] = 0
     settles: ClassVar[bool] = False
 
@@ -55,6 +65,20 @@ class Rounding:
         Noise is counted row-major; with `transposed` the matrix lies on its side.
         """
         raise NotImplementedError
+
+    @property
+    def unit_bias(self) -> float:
+        """0: unbiased."""
+        return 0.0
+
+    def variance(self, t: Tensor, levels: Levels) -> Tensor:
+        """(N, D): the exact variance of each entry's code, t as for `round`, in squared steps."""
+        gap = levels.gap(t)
+        return torch.full_like(t, self.unit_bound) * gap * gap
+
+    def mean_error(self, t: Tensor, levels: Levels) -> Tensor:
+        """(N, D): how far the mean of each entry's code is from t, in steps."""
+        return torch.zeros_like(t)
 
     def settled(self, x: Entries, codes: Tensor, scales: Scales, highest: int, seed: Tensor | None) -> Scales:
         """What the codes of x mean in the end, where they were made with `scales` for levels up to `highest`."""
@@ -75,9 +99,18 @@ class Nearest(Rounding):
     name: ClassVar[str] = "nearest"
     draws: ClassVar[bool] = False
 
+    @property
+    def unit_bias(self) -> float:
+        """Half a gap."""
+        return 0.5
+
     def round(self, t: Tensor, levels: Levels, seed: Tensor | None, transposed: bool) -> Tensor:
         """The nearest level."""
         return levels.nearest(t)
+
+    def mean_error(self, t: Tensor, levels: Levels) -> Tensor:
+        """The error itself."""
+        return levels.nearest(t) - t
 
 
 @dataclass(frozen=True)
@@ -86,11 +119,74 @@ class Stochastic(Rounding):
 
     name: ClassVar[str] = "stochastic"
     unit_bound: ClassVar[float] = 1 / 4
+    varies: ClassVar[bool] = True
 
     def round(self, t: Tensor, levels: Levels, seed: Tensor | None, transposed: bool) -> Tensor:
         """One of the two neighbours."""
         assert seed is not None
         return round_stochastic(t, rounding_noise(seed, t.numel()).view(t.shape), levels=levels)
+
+    def variance(self, t: Tensor, levels: Levels) -> Tensor:
+        """f(1 − f)·gap²."""
+        _, fraction, gap = levels.split(t)
+        return _of_two(fraction, levels, gap)
+
+
+@dataclass(frozen=True)
+class FewBits(Rounding):
+    """Stochastic rounding with k random bits for an entry (SRU-Q, AICAS 2024): ⌊t + (r + c)/2^k⌋, r the bits.
+
+    It goes up with the chance p = ⌊2^k f + c⌋/2^k where f would be right, so the mean is off by p − f gaps: by less
+    than 2^−k and never up with c = 0; *centred*, with c = ½, by at most 2^−(k + 1) either way. The variance is
+    exactly p(1 − p) squared gaps, and positions on a level stay there.
+
+    Attributes:
+        bits: k, from 1 to 16.
+        centred: whether c is ½ and not 0.
+    """
+
+    unit_bound: ClassVar[float] = 1 / 4
+    varies: ClassVar[bool] = True
+    bits: int = 4
+    centred: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 1 <= self.bits <= MOST_BITS:
+            raise FqtError(f"stochastic rounding takes 1 to {MOST_BITS} random bits, not {self.bits!r}")
+        if type(self.centred) is not bool:
+            raise FqtError(f"centred is True or False, not {self.centred!r}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """ "stochastic4" of four bits, "centred4" if centred."""
+        return f"{'centred' if self.centred else 'stochastic'}{self.bits}"
+
+    @property
+    def unit_bias(self) -> float:
+        """2^−k, half of it if centred."""
+        return (0.5 if self.centred else 1.0) / (1 << self.bits)
+
+    def round(self, t: Tensor, levels: Levels, seed: Tensor | None, transposed: bool) -> Tensor:
+        """One of the two neighbours."""
+        assert seed is not None
+        noise = few_random_bits(seed, t.numel(), self.bits).view(t.shape)
+        return round_few_bits(t, noise, self, levels)
+
+    def chance(self, fraction: Tensor) -> Tensor:
+        """p by f, both of any one shape."""
+        wanted = fraction * (1 << self.bits)  # exact, as all that follows: no sum may be rounded up to an integer
+        whole = wanted.floor()
+        return (whole + (wanted - whole >= 0.5 if self.centred else 0.0)) / (1 << self.bits)
+
+    def variance(self, t: Tensor, levels: Levels) -> Tensor:
+        """p(1 − p)·gap²."""
+        _, fraction, gap = levels.split(t)
+        return _of_two(self.chance(fraction), levels, gap)
+
+    def mean_error(self, t: Tensor, levels: Levels) -> Tensor:
+        """(p − f)·gap."""
+        _, fraction, gap = levels.split(t)
+        return (self.chance(fraction) - fraction) * gap
 
 
 @dataclass(frozen=True)
@@ -119,6 +215,7 @@ class Corrected(Rounding):
     """
 
     name: ClassVar[str] = "corrected"
+    varies: ClassVar[bool] = True
     settles: ClassVar[bool] = True
 
     def round(self, t: Tensor, levels: Levels, seed: Tensor | None, transposed: bool) -> Tensor:
@@ -186,7 +283,19 @@ class Coding:
 
 
 NEAREST, STOCHASTIC, DITHERED, CORRECTED = Nearest(), Stochastic(), Dithered(), Corrected()
-ROUNDINGS = {rounding.name: rounding for rounding in (NEAREST, STOCHASTIC, DITHERED, CORRECTED)}
+ROUNDINGS: dict[str, Rounding] = {
+    rounding.name: rounding
+    for rounding in (
+        *(NEAREST, STOCHASTIC, DITHERED, CORRECTED),
+        *(FewBits(bits, centred) for centred in (False, True) for bits in range(1, MOST_BITS + 1)),
+    )
+}
+"""All of them, by name."""
+
+KNOWN_ROUNDINGS = (
+    f"nearest, stochastic, dithered, corrected; with few random bits stochastic1 … stochastic{MOST_BITS}, "
+    f"centred1 … centred{MOST_BITS}"
+)
 INTEGERS = Levels(-(2**30), 2**30)
 
 
@@ -199,6 +308,23 @@ def round_stochastic(t: Tensor, u: Tensor, chances: int = DITHER_LEVELS, levels:
     below, fraction, gap = levels.split(t)
     up = u.to(t.dtype) * (1.0 / chances) < fraction
     return below + (up if levels.uniform else up * gap)
+
+
+def round_few_bits(t: Tensor, r: Tensor, how: FewBits, levels: Levels = INTEGERS) -> Tensor:
+    """The level below t, or the one above where 2^k f + r + c reaches 2^k, for integers r in 0 … 2^k − 1.
+
+    Over all values of r the mean and the variance are those of `FewBits`, for any t.
+    """
+    below, fraction, gap = levels.split(t)
+    least = (1 << how.bits) - (0.5 if how.centred else 0.0) - r.to(t.dtype)
+    up = fraction * (1 << how.bits) >= least
+    return below + (up if levels.uniform else up * gap)
+
+
+def _of_two(chance: Tensor, levels: Levels, gap: Tensor | float) -> Tensor:
+    """The variance of a choice between two levels, in squared steps."""
+    unit = chance * (1 - chance)
+    return unit if levels.uniform else unit * gap * gap
 
 
 def round_dithered(t: Tensor, row: Tensor, column: Tensor, chances: int = DITHER_LEVELS) -> Tensor:

@@ -33,11 +33,13 @@ class Store:
         name: as `Scale` has it.
         bits: of one step.
         common: bits that all steps of a tensor share.
+        few: whether the steps of a tensor take at most 16 values but 0, so that a product can gather equal ones.
     """
 
     name: ClassVar[str]
     bits: ClassVar[int] = 32
     common: ClassVar[int] = 0
+    few: ClassVar[bool] = False
 
     def steps(self, magnitude: Tensor, highest: int) -> Tensor:
         """The steps of blocks with these largest magnitudes, any one shape, for levels up to `highest`."""
@@ -180,6 +182,7 @@ class Shift(Store):
     """
 
     name: ClassVar[str] = "shift"
+    few: ClassVar[bool] = True
     bits: ClassVar[int] = 4
     common: ClassVar[int] = 32
 

@@ -1,8 +1,9 @@
 """The variance that rounding adds: exact in one pass, and its closed-form bound.
 
 Stochastic rounding of a position between neighbours a ≤ t ≤ b has variance (t − a)(b − t), at most (b − a)²/4;
-dithered rounding has (b − a)²/12 wherever t lies. All in squared steps; errors of different entries are independent
-(dithered: any three of them), so variances of sums are sums of variances.
+dithered rounding has (b − a)²/12 wherever t lies; any other has what `Rounding.variance` says. All in squared
+steps; errors of different entries are independent (dithered: any three of them), so variances of sums are sums of
+variances.
 """
 
 from __future__ import annotations
@@ -30,20 +31,18 @@ class RoundingError:
     coding: Coding
 
     @property
-    def _varies(self) -> bool:
-        """Whether an entry's variance depends on where it lies, with a pass over the entries to find out."""
-        return self.coding.rounding == STOCHASTIC or self.coding.rounding.settles
-
-    @property
     def _one_bound(self) -> bool:
         """Whether all entries with one step have one bound."""
         return self.coding.levels.uniform and not self.coding.rounding.settles
 
     def _unit(self, x: Entries) -> Tensor:
         """(N, D): the entries' exact variances in squared steps."""
-        if self.coding.rounding.settles:
-            return self.coding.rounding.errors(x, self.scales, self.coding.levels)[0]
-        return ops.code_variance(x, self.scales, self.coding.levels)
+        rounding, levels = self.coding.rounding, self.coding.levels
+        if rounding.settles:
+            return rounding.errors(x, self.scales, levels)[0]
+        if rounding == STOCHASTIC:
+            return ops.code_variance(x, self.scales, levels)
+        return rounding.variance(reference.position(x.values(), self.scales, levels), levels)
 
     @property
     def _by_row(self) -> bool:
@@ -53,10 +52,10 @@ class RoundingError:
     def by_block(self, x: Entries) -> Tensor:
         """float64, of step's shape: Σ over the block of its entries' variances, to 2⁻²⁵ of a squared step each."""
         square, levels = self.scales.step.double().square(), self.coding.levels
-        if not self._varies:
+        if not self.coding.rounding.varies:
             sizes = self.scales.blocks.sizes(x.shape, square.device)
             return square * (sizes * self.coding.rounding.unit_bound)
-        if levels.dtype == torch.float32 or self.coding.rounding.settles:  # sums may leave an integer
+        if levels.dtype == torch.float32 or self.coding.rounding != STOCHASTIC:  # sums may leave an integer
             return self.scales.blocks.sums(self._unit(x).double()) * square
         return ops.variance_sums(x, self.scales, levels).double() / DITHER_LEVELS * square
 
@@ -77,7 +76,7 @@ class RoundingError:
 
     def by_row(self, y: Tensor) -> Tensor:
         """(N,) float64: Σ_j of the entries' exact variances."""
-        if not self._varies:
+        if not self.coding.rounding.varies:
             return self.bound_by_row(y)
         unit = self._unit(Entries(y))
         if self._by_row:
@@ -93,7 +92,7 @@ class RoundingError:
 
     def by_entry(self, y: Tensor) -> Tensor:
         """(N, D) float64: the entries' exact variances, before a transform is undone."""
-        if not self._varies:
+        if not self.coding.rounding.varies:
             return self.bound_by_entry(y)
         return self._unit(Entries(y)) * self._squares(y)
 
@@ -108,7 +107,7 @@ class RoundingError:
 
     def weighted(self, y: Tensor, weight: Tensor) -> Tensor:
         """float64 scalar: Σ of the entries' exact variances times weights (N, D), or (1, D) for all rows."""
-        if not self._varies:
+        if not self.coding.rounding.varies:
             return self.weighted_bound(y, weight)
         if weight.shape[0] != 1 or not self._by_row:
             return (self.by_entry(y) * weight).sum()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import integer
-from fqt.kernels.blocked import MOST_TERMS, common_block
+from fqt.kernels.blocked import GATHERED, MOST_TERMS, common_block
 from fqt.kernels.codes import range_of
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.rounding import DITHERED
@@ -108,6 +108,8 @@ def summed_in_blocks(product: str, map: LinearMap, recipe: Recipe) -> int:
     both = operands(product, map, recipe)
     if None in both or not _by_blocks(product, map, recipe):
         return 0
+    if gathers(product, map, recipe):
+        return GATHERED
     runs = [_run(product, map, recipe, name) for name in PRODUCTS[product]]
     return common_block(*runs) if any(runs) else 0
 
@@ -124,6 +126,14 @@ def kernel(product: str, map: LinearMap, recipe: Recipe, device: str) -> str:
     if product == "grad_weight" and (left.transform.mixes_rows or signed):
         return integer.kernel_of(device, range_of(left.code_dtype), range_of(right.code_dtype))
     return integer.kernel_of(device, left.code_range, right.code_range)
+
+
+def gathers(product: str, map: LinearMap, recipe: Recipe) -> bool:
+    """Whether terms of a Linear's product are gathered: its left operand has a step for each, of few values."""
+    name = PRODUCTS[product][0]
+    q = recipe.operand(name)
+    few = q is not None and q.scale.group == "column" and q.scale.stored.few
+    return few and isinstance(map, DenseMap) and _run(product, map, recipe, name) == 1
 
 
 def _by_blocks(product: str, map: LinearMap, recipe: Recipe) -> bool:
@@ -162,12 +172,17 @@ def _blocks_obstacle(product: str, map: LinearMap, recipe: Recipe) -> str:
         if isinstance(q.transform, Rotated) and q.scale.row_axis == "channel" and product == "grad_input":
             return f"{name} is rotated along tokens, which sums in blocks do not undo"
         run = _run(product, map, recipe, name)
+        if name == PRODUCTS[product][0] and gathers(product, map, recipe):
+            run = 0
         if run % LEAST_BLOCK or run > MOST_TERMS:
             moves = name == PRODUCTS[product][1] and product != "output" and q.scale.group == "row"
             why = _stays(product, map, recipe, q) if moves else ""
             along = "" if run == 1 else f" in runs of {run}, not of a multiple of {LEAST_BLOCK} up to {MOST_TERMS}"
             return f"a step per {_what(q)} of {name} varies along a contracted axis{along}{why and f', and {why}'}"
         runs.append(run)
+    if gathers(product, map, recipe) and runs[1]:
+        left, right = PRODUCTS[product]
+        return f"terms are gathered by their steps in {left}, across {right}'s blocks of {runs[1]}"
     if not common_block(*runs):
         return f"blocks of {runs[0]} and of {runs[1]} meet on the contracted axis: neither length divides the other"
     q = recipe.operand(PRODUCTS[product][1])

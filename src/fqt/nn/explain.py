@@ -17,7 +17,7 @@ from fqt.kernels import integer
 from fqt.kernels.linear_map import LinearMap
 from fqt.kernels.ranges import RangeState
 from fqt.nn import patched
-from fqt.nn.arithmetic import again, kernel, obstacle, operands, summed_in_blocks
+from fqt.nn.arithmetic import again, gathers, kernel, obstacle, operands, summed_in_blocks
 from fqt.nn.between import is_compressed
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
@@ -194,6 +194,8 @@ def _product(layer: str, module: nn.Module, product: str) -> Row:
         return Row(layer, product, "simulated", words, why + _more(product, map, recipe))
     block = summed_in_blocks(product, map, recipe)
     why = f"{_INTEGER}, scaled between blocks of {block}" if block else _INTEGER
+    if gathers(product, map, recipe):
+        why += ", in which terms are gathered by their shifts"
     how = kernel(product, map, recipe, next(module.parameters()).device.type)
     why = f"{why}; {how}" if how else why
     return Row(layer, product, "integer", words, why + _more(product, map, recipe))

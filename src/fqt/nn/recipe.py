@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError
-from fqt.kernels.rounding import NEAREST, STOCHASTIC
+from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
 from fqt.nn.product import SAVED, Product, check_block, check_fold
@@ -285,7 +285,7 @@ def _named_operand(operand: str, name: str) -> Quantizer | None:
     if name in ("none", "float"):
         return None
     value = quantizer(name)
-    if operand == WEIGHT_AGAIN and value.rounding in (NEAREST, STOCHASTIC) and not isinstance(value, Best):
+    if operand == WEIGHT_AGAIN and value.rounding != DITHERED and not isinstance(value, Best):
         return replace(value, scale=replace(value.scale, mode="symmetric"))
     if operand not in ("input", "weight"):
         return value

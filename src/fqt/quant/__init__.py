@@ -3,6 +3,7 @@
 from fqt.kernels.ranges import RangeState as RangeState
 from fqt.kernels.rounding import Corrected as Corrected
 from fqt.kernels.rounding import Dithered as Dithered
+from fqt.kernels.rounding import FewBits as FewBits
 from fqt.kernels.rounding import Nearest as Nearest
 from fqt.kernels.rounding import Stochastic as Stochastic
 from fqt.kernels.tensor import QuantizedTensor as QuantizedTensor

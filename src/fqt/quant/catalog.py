@@ -1,7 +1,8 @@
 """The catalog: methods of the literature by name, `psq4`, `shq4d`, `psq8d@channel`, `mxfp4`, `int4rht`.
 
 A method is a row of a table, four choices with their source. A name is the method's with its bits in place, then a
-letter for the rounding where it is not the method's first, then `@` and an axis. A new method is a new row.
+letter for the rounding where it is not the method's first, or `k` and how many random bits that takes, then `@` and
+an axis. A new method is a new row.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fqt.errors import FqtError
+from fqt.kernels.rounding import MOST_BITS, ROUNDINGS, FewBits
 from fqt.quant.best import Best
 from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.keep import ByRange
@@ -20,7 +22,8 @@ from fqt.quant.scale import AXES, Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
 
 ROUNDING_SUFFIX = {"": "stochastic", "d": "dithered", "x": "best", "n": "nearest"}
-_LETTERS = {rounding: letter for letter, rounding in ROUNDING_SUFFIX.items()}
+_SUFFIX_OF = {rounding: letter for letter, rounding in ROUNDING_SUFFIX.items()}
+_SUFFIX_OF |= {name: f"k{way.bits}" for name, way in ROUNDINGS.items() if isinstance(way, FewBits)}
 _ALL = tuple(ROUNDING_SUFFIX.values())
 _PLAIN = ("stochastic", "nearest")
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -60,7 +63,7 @@ class Method:
         widths: the bits that a name can have.
         grid: by bits.
         transform, scale: as `Quantizer` takes them.
-        roundings: names; the first is meant where a name has no letter.
+        roundings: names; the first is meant where a name has no suffix.
         bias: "exact" (none), "asymptotic", or "biased: " and by what; of the first rounding.
         product: what a product of its codes is: "integer"; "blocked", integer within each block that shares a step
             along the contraction, and added up in float between them; "simulated", no integers at all. Products
@@ -106,22 +109,29 @@ class Method:
         return int(match[1]) if match is not None and match[1] else self.widths[0]
 
     @cached_property
+    def suffixes(self) -> dict[str, str]:
+        """What a name may have behind its bits, and the rounding that it means; none means the first."""
+        spelled = {_SUFFIX_OF[rounding]: rounding for rounding in self.roundings if rounding in _SUFFIX_OF}
+        return {"": self.roundings[0], **spelled}
+
+    @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Its names, with or without bits; groups: bits, letter, axis."""
+        """Its names, with or without bits; groups: bits, the rounding's suffix, axis."""
         before, star, after = map(re.escape, self.name.partition("*"))
         bits = r"((?:0|[1-9][0-9]*)?)" if star else "()"
-        return re.compile(before + bits + after + r"([dxn]?)(?:@([a-z]+))?")
+        return re.compile(before + bits + after + r"([dxn]?|k[1-9][0-9]*)(?:@([a-z]+))?")
 
-    def quantizer(self, bits: int, letter: str = "", axis: str | None = None) -> Quantizer:
-        """The quantizer of this width, rounding letter and axis."""
+    def quantizer(self, bits: int, suffix: str = "", axis: str | None = None) -> Quantizer:
+        """The quantizer of this width, rounding and axis."""
         if type(bits) is not int or bits not in self.widths:
             most = "" if len(self.widths) == 1 else f" to {self.widths[-1]}"
-            name = self.name.replace("*", str(bits)) + letter
+            name = self.name.replace("*", str(bits)) + suffix
             raise FqtError(f"quantizer {name!r} has {bits!r} bits: there are {self.widths[0]}{most}")
-        rounding = ROUNDING_SUFFIX[letter] if letter else self.roundings[0]
-        if rounding not in self.roundings:
-            known = " or ".join(self.roundings)
-            raise FqtError(f"{self.name.replace('*', str(bits))} has no {rounding} rounding, but {known}")
+        if suffix not in self.suffixes:
+            wrong = ROUNDING_SUFFIX.get(suffix, suffix)
+            known = f"k1 to k{MOST_BITS}, random bits" if "k1" in self.suffixes else " or ".join(self.roundings)
+            raise FqtError(f"{self.name.replace('*', str(bits))} has no {wrong} rounding, but {known}")
+        rounding = self.suffixes[suffix]
         # Without a transform exact zeros stay exact, which dithered rounding cannot give.
         mode = "zero" if rounding == "best" and isinstance(self.transform, Identity) else self.scale.mode
         return rounded(self.transform, replace(self.scale, axis=axis, mode=mode), self.grid(bits), rounding)
@@ -136,11 +146,11 @@ class Method:
             q.scale.range,
         ) != mine or q.rounding_name not in self.roundings:
             return None
-        letter = "" if q.rounding_name == self.roundings[0] else _LETTERS[q.rounding_name]
+        suffix = next(suffix for suffix, rounding in self.suffixes.items() if rounding == q.rounding_name)
         for bits in self.widths:
-            if self.grid(bits) == q.grid and self.quantizer(bits, letter, q.scale.axis) == q:
+            if self.grid(bits) == q.grid and self.quantizer(bits, suffix, q.scale.axis) == q:
                 axis = f"@{q.scale.axis}" if q.scale.axis else ""
-                return self.name.replace("*", str(bits)) + letter + axis
+                return self.name.replace("*", str(bits)) + suffix + axis
         return None
 
 
@@ -148,6 +158,19 @@ def _symmetric(group: str | tuple[int, int], store: str = "float32") -> Scale:
     return Scale(group, "symmetric", store=store)
 
 
+def _few_bits(word: str, default: int = 4) -> tuple[str, ...]:
+    """Names of roundings with few random bits, the default first."""
+    return tuple(
+        f"{word}{bits}" for bits in sorted(range(1, MOST_BITS + 1), key=lambda bits: (bits != default, bits))
+    )
+
+
+_SRU = Paper("Jeong et al., SRU-Q", 2024)
+_SRU_LEFT_OUT = (
+    "its shift register, whose bits neighbours share and which repeats (here every entry has bits of its own), and "
+    "the way of drawing that follows the batch size; the step per row and the 4 random bits of a bare name are "
+    "ours (sru8k6 has 8-bit codes and 6 random bits)"
+)
 _ROTATED_AGAIN = "the other operand of a product is rotated and rounded again, to 8 bits without bias"
 _WEIGHT_RULES = "rules for weights near the edge of a bin; selective higher precision"
 _ROWS = (
@@ -323,7 +346,8 @@ _ROWS = (
         left_out=(
             "sampling by leverage scores, of the coarse and the fine half of each row apart: the recipe int4 "
             "samples whole rows, before they are split; published ranges and codes (±6 of 98 steps) clip, these do "
-            "not"
+            "not. Its two products, of the coarse and of the fine half, are one here: a pair 14·h + l of two codes "
+            "up to 7 is an integer up to 105, whose product in bytes is the sum of the two exactly"
         ),
         widths=(2, 3, 4),
         grid=Pairs,
@@ -353,10 +377,33 @@ _ROWS = (
         title="ShiftQuant",
         paper=Paper("Guo et al., ShiftQuant", 2024, "2411.10948"),
         what="integers about 0, a step per column: one of the tensor, shifted by 0 to 15 bits",
-        left_out="L1 normalization; the number of groups is ours, 16",
+        left_out=(
+            "L1 normalization; the number of groups is ours, 16. In Linear layers the terms of each group are "
+            "multiplied as bytes, side by side, and its sum is scaled by the shift; simulated beside an affine "
+            "input (grad_weight), and in convolutions: a column is a channel at one position there, and every sum "
+            "takes its own"
+        ),
         scale=_symmetric("column", "shift"),
         roundings=_PLAIN,
         product="blocked",
+    ),
+    Method(
+        name="sru*",
+        title="few random bits",
+        paper=_SRU,
+        what="integers, an affine step per row, rounded stochastically with k random bits an entry, 4 if not said",
+        left_out=_SRU_LEFT_OUT,
+        roundings=_few_bits("stochastic"),
+        bias="biased: by up to 2^−k of a step, downwards",
+    ),
+    Method(
+        name="sruc*",
+        title="few random bits, centred",
+        paper=_SRU,
+        what="as sru, but the chance of the upper neighbour is rounded to k bits and not cut off",
+        left_out=_SRU_LEFT_OUT,
+        roundings=_few_bits("centred"),
+        bias="biased: by up to 2^−(k + 1) of a step",
     ),
     Method(
         name="lns*",
@@ -407,7 +454,8 @@ def known_names() -> str:
     rest = [name for m, name in zip(_ROWS, others, strict=True) if m.name.removesuffix("*") not in many]
     return (
         f"{', '.join(many)}, with bits 2–8 ('psq4'), then 'd' for dithered, 'x' for the best of stochastic "
-        f"and dithered or 'n' for nearest rounding; {', '.join(rest)}; then '@' and an axis ({', '.join(AXES)})"
+        f"and dithered or 'n' for nearest rounding; {', '.join(rest)}, of which sru and sruc take 'k' and "
+        f"1–{MOST_BITS} random bits; then '@' and an axis ({', '.join(AXES)})"
     )
 
 
@@ -426,12 +474,12 @@ def quantizer(name: str, bits: int | None = None) -> Quantizer:
     >>> quantizer("shq4d").rounding
     Dithered()
     """
-    method, (digits, letter, axis) = _match(name)
-    return method.quantizer(_width(name, method, digits, bits), letter, axis)
+    method, (digits, suffix, axis) = _match(name)
+    return method.quantizer(_width(name, method, digits, bits), suffix, axis)
 
 
 def _match(name: str) -> tuple[Method, tuple[str, str, str | None]]:
-    """The row that a name belongs to, and what the name says: bits, letter, axis."""
+    """The row that a name belongs to, and what the name says: bits, the rounding's suffix, axis."""
     for method in _LONGEST_FIRST:
         match = method.pattern.fullmatch(name) if isinstance(name, str) else None
         if match is not None:

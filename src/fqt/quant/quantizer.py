@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.kernels import ops
+from fqt.kernels import ops, reference
 from fqt.kernels.choice import Choice
 from fqt.kernels.codes import Blocks, Entries, Findings, Quantized, compute_dtype
 from fqt.kernels.mixing import Mixing
 from fqt.kernels.philox import as_seed
 from fqt.kernels.ranges import RangeState, reach
-from fqt.kernels.rounding import CORRECTED, DITHERED, ROUNDINGS, Coding, Rounding
+from fqt.kernels.rounding import CORRECTED, DITHERED, KNOWN_ROUNDINGS, ROUNDINGS, Coding, Rounding
 from fqt.kernels.tensor import QuantizedTensor, RowView
 from fqt.quant.grid import Grid, Integers, Pairs
 from fqt.quant.remembering import Remembering
@@ -34,18 +34,19 @@ from fqt.quant.transform import Identity, Transform, Undo
 class Quantizer(Remembering):
     """A point in transform × scale × grid × rounding.
 
-    Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest" and "corrected", which is so
-    asymptotically, up to the rounding of float arithmetic. Nothing is ever clipped but by "corrected", by a range
-    that is remembered (`Scale.range`: E[dequantize()] is then the clipped x, and `mean_error` the difference), and
-    but for estimates beyond the largest float of the dtype, which only dithered rounding and transforms can give:
-    half a step, or their noise, outside the range of x.
+    Unbiased, E[dequantize()] = x over the seed, for every rounding but "nearest", those with few random bits
+    (`FewBits`), and "corrected", which is so asymptotically, up to the rounding of float arithmetic. Nothing is
+    ever clipped but by "corrected", by a range that is remembered (`Scale.range`: E[dequantize()] is then the
+    clipped x, and `mean_error` the difference), and but for estimates beyond the largest float of the dtype, which
+    only dithered rounding and transforms can give: half a step, or their noise, outside the range of x.
 
     Attributes:
         transform: `Identity()`, `BlockHouseholder()` or `ScaledHadamard()`, or `Rotated()` of one of these; the two
             that mix rows take row scales.
         scale: `Scale(group, mode, axis, store, range)`.
         grid: `Integers(bits)`, `Floats(exponent, mantissa)`, `Pairs(bits)` or `Logarithmic(bits)`.
-        rounding: `Nearest()` (deterministic), `Stochastic()`, `Dithered()`, `Corrected()`, or the name of one.
+        rounding: `Nearest()` (deterministic), `Stochastic()`, `Dithered()`, `Corrected()`,
+            `FewBits(bits, centred)`, or the name of one.
     """
 
     transform: Transform = field(default_factory=Identity)
@@ -59,7 +60,7 @@ class Quantizer(Remembering):
                 raise FqtError(f"{name} is a {kind.__name__} of fqt.quant, not {getattr(self, name)!r}")
         if not isinstance(self.rounding, Rounding) or type(self.rounding) is Rounding:
             if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
-                raise FqtError(f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDINGS)}")
+                raise FqtError(f"unknown rounding {self.rounding!r}; known: {KNOWN_ROUNDINGS}")
             object.__setattr__(self, "rounding", ROUNDINGS[self.rounding])
         if self.rounding == DITHERED and self.scale.mode == "symmetric":
             raise FqtError("dithered rounding needs an affine scale, not a symmetric one")
@@ -99,7 +100,7 @@ class Quantizer(Remembering):
 
     @property
     def rounding_name(self) -> str:
-        """ "nearest", "stochastic", "dithered", or "best" for a choice between several."""
+        """ "nearest", "stochastic", "dithered", …, or "best" for a choice between several."""
         return str(self.rounding)
 
     @property
@@ -246,7 +247,8 @@ class Quantizer(Remembering):
 
         Over the rounding noise, given the transform (random signs included) that this seed draws; over the sample
         too where rows are kept by chance:
-        Σ_i ‖S⁻¹e_i‖² step_i² Σ_j p_ij(1 − p_ij), with 1/12 for p(1 − p) when dithered.
+        Σ_i ‖S⁻¹e_i‖² step_i² Σ_j p_ij(1 − p_ij), p the chance of the upper neighbour; with 1/12 for p(1 − p) when
+        dithered.
         One pass, no sampling; each p(1 − p) to 2⁻²⁵. Zero for nearest rounding, which is biased instead. For
         corrected rounding the exact mean square error given the rotation, which one seed samples. In a remembered
         `range` it is about the mean, which is the clipped x: `mean_error` says how far that is off.
@@ -281,7 +283,8 @@ class Quantizer(Remembering):
         """The exact bias of every entry: E[quantize(x, seed, range=range).dequantize()] − x.
 
         Over the rounding noise, given the transform that this seed draws, up to the rounding of float arithmetic.
-        Zero where nothing is clipped, else what was cut off; of nearest rounding the error itself.
+        What was cut off, and what the rounding itself is off by in the mean: of nearest rounding its error, with
+        few random bits up to 2⁻ᵏ of a step, of others nothing.
 
         Returns:
             x's shape, float32 (float64 for float64 x).
@@ -296,13 +299,13 @@ class Quantizer(Remembering):
         y, undo = self.transform.apply(replace(entries, matrix=entries.values()), self.coding, key)
         blocks = self._blocks(view)
         used = self._ranges(y, blocks, range)
-        scales = ops.scales_of(*used, self.coding, blocks)
-        if not self.draws:
-            error = ops.decode(ops.encoded(y, scales, self.coding, key).codes, scales, None) - y.matrix
-        elif range is None:
-            error = torch.zeros_like(y.matrix)
-        else:
-            error = y.matrix.clamp(*reach(used, scales, self.coding.levels)) - y.matrix
+        scales, levels = ops.scales_of(*used, self.coding, blocks), self.coding.levels
+        error = torch.zeros_like(y.matrix)
+        if range is not None:
+            error = y.matrix.clamp(*reach(used, scales, levels)) - y.matrix
+        if self.coding.rounding.unit_bias:
+            position = reference.position(y.matrix, scales, levels)
+            error = error + self.coding.rounding.mean_error(position, levels) * scales.spread(y.shape)[0]
         return view.restore(undo.of_errors(error))
 
     def variances(

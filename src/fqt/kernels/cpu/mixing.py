@@ -183,7 +183,7 @@ class _Mixed(ctypes.Structure):
 def _takes_codes(x: Entries, guard: bool | str, coding: Coding, seed: Tensor | None) -> bool:
     affine = coding.mode == "affine" and coding.levels.uniform and coding.levels.low == 0
     fits = affine and coding.levels.dtype == torch.uint8 and guard in (True, False)
-    drawn = seed is not None or not coding.rounding.draws
+    drawn = coding.rounding.name in ROUNDINGS and (seed is not None or not coding.rounding.draws)
     return fits and drawn and x.matrix.numel() > 0 and takes_entries(x) and takes(integers=seed)
 
 

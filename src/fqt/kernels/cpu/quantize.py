@@ -176,7 +176,8 @@ def _takes_quantize(
     x: Entries, blocks: Blocks, coding: Coding, seed: Tensor | None, known: Findings | None = None
 ) -> bool:
     fits = blocks.plain and _takes_levels(coding.levels) and coding.store == "float32" and x.matrix.numel() > 0
-    return fits and takes_entries(x) and takes(integers=seed) and (seed is not None or not coding.rounding.draws)
+    drawn = coding.rounding.name in ROUNDINGS and (seed is not None or not coding.rounding.draws)
+    return fits and drawn and takes_entries(x) and takes(integers=seed)
 
 
 @ops.quantize.on(BACKEND, when=_takes_quantize)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fqt.kernels.blocked import Stepped, block_length, steps_by_block
 from fqt.kernels.triton import device, tune
 from fqt.kernels.triton.epilogue import ROUNDED
-from fqt.kernels.triton.products import NEIGHBOURS, Operand, tile_of
+from fqt.kernels.triton.products import NEIGHBOURS, Side, tile_of
 from fqt.kernels.triton.tune import Tiles
 
 _LEAST_STEP = 32  # terms: the least that tensor cores take; a shorter block leaves the rest empty
@@ -98,7 +98,7 @@ def blocked_matmul(
 
     tiles: how the kernel cuts its work; None for the fastest.
     """
-    left, right = Operand(a.codes), Operand(b.codes.T)
+    left, right = Side(a.codes), Side(b.codes.T)
     left, right = (side if side.codes.stride(1) == 1 else side.turned(False) for side in (left, right))
     with torch.cuda.device_of(a.codes):
         if tiles is None:
@@ -120,7 +120,7 @@ def tiles_of(terms: int) -> list[Tiles]:
 
 
 def _run(
-    left: Operand, right: Operand, a: Stepped, b: Stepped, bias: Tensor | None, dtype: torch.dtype, tiles: Tiles
+    left: Side, right: Side, a: Stepped, b: Stepped, bias: Tensor | None, dtype: torch.dtype, tiles: Tiles
 ) -> Tensor:
     (m, terms), n = left.codes.shape, right.codes.shape[0]
     length = block_length(a, b)

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fqt.kernels.products import CODES, most_terms
 from fqt.kernels.triton import device, tune
 from fqt.kernels.triton.epilogue import LONGEST_PART, ROUNDED, SHIFT, complete, finish, wants
-from fqt.kernels.triton.tune import Plan
+from fqt.kernels.triton.tune import Schedule
 
 _ALIGNED = 16  # bytes: what descriptors ask of an address and of every stride but the last
 NEIGHBOURS = 8  # row tiles that share the columns they read while they are in the cache
@@ -254,7 +254,7 @@ def _turn(
 
 
 @dataclass(frozen=True)
-class Operand:
+class Side:
     """One side of a product: a line of codes, whose terms are summed over, per row or column of the result.
 
     Attributes:
@@ -276,7 +276,7 @@ class Operand:
         aligned = x.data_ptr() % _ALIGNED == 0 and x.stride(0) % _ALIGNED == 0
         return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and aligned
 
-    def turned(self, totals: bool) -> Operand:
+    def turned(self, totals: bool) -> Side:
         """The signed codes with neighbouring terms, and with `totals` their sums too: one pass."""
         lines, terms = self.codes.shape
         padded = -(-terms // _ALIGNED) * _ALIGNED
@@ -287,7 +287,7 @@ class Operand:
         _turn[grid](
             self.codes, out, found, lines, terms, *self.codes.stride(), padded, self.shifted, totals, **blocks
         )
-        return Operand(out[:, :terms], found)
+        return Side(out[:, :terms], found)
 
     def summed(self) -> Tensor:
         """(lines,) int64: Σ over the terms of the signed codes."""
@@ -304,7 +304,7 @@ def takes_matmul_of(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -
 
 
 def matmul_of(
-    a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple, plan: Plan | None = None, places: int = 1
+    a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple, schedule: Schedule | None = None, places: int = 1
 ) -> Tensor:
     """`fqt.kernels.products.matmul_of`.
 
@@ -312,18 +312,18 @@ def matmul_of(
         a: (M, K), b: (K, N), uint8 or int8, any strides.
         dtype: of the result.
         epilogue: as `Epilogue.arguments` has it; its rows are the result's divided by `places`.
-        plan: how; None for the fastest.
+        schedule: how; None for the fastest.
         places: of how many rows of the result a number per row speaks (a convolution's pixels).
     """
     rows, columns, terms = a.shape[0], b.shape[1], a.shape[1]
     finishing = wants(epilogue, columns, places)
-    left, right = Operand(a), Operand(b.T)
+    left, right = Side(a), Side(b.T)
     with torch.cuda.device_of(a):
         long = terms > most_terms(a.dtype, b.dtype)
-        if plan is None and (long or _few_tiles(a, rows, columns, terms)):
-            plan = tune.in_parts(tune.capability(a))
-        if plan is None:
-            choices = [p for p in tune.plans(tune.capability(a), rows, columns) if _fits(p, rows, columns)]
+        if schedule is None and (long or _few_tiles(a, rows, columns, terms)):
+            schedule = tune.in_parts(tune.capability(a))
+        if schedule is None:
+            choices = [p for p in tune.schedules(tune.capability(a), rows, columns) if _fits(p, rows, columns)]
             strides = (a.stride(1) == 1, b.stride(0) == 1)
             key = (
                 "matmul",
@@ -336,33 +336,35 @@ def matmul_of(
                 strides,
                 finishing["FINISH"],
             )
-            plan = tune.fastest(key, a, choices, lambda each: _multiplied(left, right, dtype, finishing, each))
-        return _multiplied(left, right, dtype, finishing, plan)
+            schedule = tune.fastest(key, a, choices, lambda each: _multiplied(left, right, dtype, finishing, each))
+        return _multiplied(left, right, dtype, finishing, schedule)
 
 
-def _fits(plan: Plan, rows: int, columns: int) -> bool:
+def _fits(schedule: Schedule, rows: int, columns: int) -> bool:
     """Whether `torch._int_mm` takes these sizes; the kernels take all."""
-    return plan.kind != "library" or (rows > 16 and columns % 8 == 0)
+    return schedule.kind != "library" or (rows > 16 and columns % 8 == 0)
 
 
-def _multiplied(left: Operand, right: Operand, dtype: torch.dtype, finishing: dict[str, Any], plan: Plan) -> Tensor:
-    if plan.kind == "parts":
-        return _in_parts(left, right, dtype, finishing, plan)
+def _multiplied(
+    left: Side, right: Side, dtype: torch.dtype, finishing: dict[str, Any], schedule: Schedule
+) -> Tensor:
+    if schedule.kind == "parts":
+        return _in_parts(left, right, dtype, finishing, schedule)
     shifted = left.shifted, right.shifted
-    left, right = _laid(left, right, plan)
+    left, right = _laid(left, right, schedule)
     row_shift, column_shift = _shifts(left, right, shifted)
-    if plan.kind == "library":
+    if schedule.kind == "library":
         sums = torch._int_mm(_padded(left), _padded(right).T)
         return finish(sums, dtype, row_shift, column_shift, finishing)
-    assert plan.tiles is not None
+    assert schedule.tiles is not None
     out = torch.empty(len(left.codes), len(right.codes), dtype=dtype, device=left.codes.device)
-    blocks, launch = plan.tiles.blocks(), plan.tiles.launch()
+    blocks, launch = schedule.tiles.blocks(), schedule.tiles.launch()
     tiles = -(-out.shape[0] // blocks["BM"]) * -(-out.shape[1] // blocks["BN"])
     sizes, terms = out.shape, left.codes.shape[1]
     more = {**finishing, "GROUP": NEIGHBOURS, **blocks, **launch, **ROUNDED}
     shift = (row_shift, column_shift)
     signs = {"A_SHIFTED": left.shifted, "B_SHIFTED": right.shifted}
-    if plan.kind == "persistent":
+    if schedule.kind == "persistent":
         described = [
             TensorDescriptor(side.codes, list(side.codes.shape), list(side.codes.stride()), [lines, blocks["BK"]])
             for side, lines in ((left, blocks["BM"]), (right, blocks["BN"]))
@@ -389,13 +391,13 @@ def _multiplied(left: Operand, right: Operand, dtype: torch.dtype, finishing: di
     return out
 
 
-def _laid(left: Operand, right: Operand, plan: Plan) -> tuple[Operand, Operand]:
-    """The operands as the plan wants them; where one is copied anyway, its sums come with the copy if wanted."""
-    if not plan.turned:
+def _laid(left: Side, right: Side, schedule: Schedule) -> tuple[Side, Side]:
+    """The sides as the schedule wants them; where one is copied anyway, its sums come with the copy if wanted."""
+    if not schedule.turned:
         return left, right
-    if plan.kind == "library":
+    if schedule.kind == "library":
         turn = [side.shifted or not side.described() for side in (left, right)]
-    elif plan.kind == "persistent":
+    elif schedule.kind == "persistent":
         turn = [not side.described() for side in (left, right)]
         turn[1] |= left.shifted and right.shifted and not any(turn)
     else:
@@ -406,7 +408,7 @@ def _laid(left: Operand, right: Operand, plan: Plan) -> tuple[Operand, Operand]:
     return first, second
 
 
-def _shifts(left: Operand, right: Operand, shifted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+def _shifts(left: Side, right: Side, shifted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
     """What the shift by 128 takes off the sums, by rows and by columns; see `fqt.kernels.triton.epilogue`.
 
     shifted: whether the codes of each side were unsigned at first.
@@ -418,7 +420,7 @@ def _shifts(left: Operand, right: Operand, shifted: tuple[bool, bool]) -> tuple[
     return by_row, by_column
 
 
-def _padded(side: Operand) -> Tensor:
+def _padded(side: Side) -> Tensor:
     """With terms in number a multiple of 16, as `turned` leaves room for; zeros beyond their own."""
     lines, terms = side.codes.shape
     if terms % _ALIGNED == 0:
@@ -432,12 +434,12 @@ def _few_tiles(a: Tensor, rows: int, columns: int, terms: int) -> bool:
     return rows * columns * 2 <= 128 * 128 * tune.processors(a) and terms >= 4096 and a.is_cuda
 
 
-def _in_parts(left: Operand, right: Operand, dtype: torch.dtype, finishing: dict[str, Any], plan: Plan) -> Tensor:
+def _in_parts(left: Side, right: Side, dtype: torch.dtype, finishing: dict[str, Any], schedule: Schedule) -> Tensor:
     """Parts of the contraction summed by themselves, added up in integers."""
     shape = len(left.codes), len(right.codes)
     terms, device = left.codes.shape[1], left.codes.device
-    assert plan.tiles is not None
-    blocks = plan.tiles.blocks()
+    assert schedule.tiles is not None
+    blocks = schedule.tiles.blocks()
     count = -(-shape[0] // blocks["BM"]) * -(-shape[1] // blocks["BN"])
     part = part_of(terms, blocks["BK"], count, tune.processors(left.codes))
     fits = terms <= most_terms(left.codes.dtype, right.codes.dtype)
@@ -448,7 +450,7 @@ def _in_parts(left: Operand, right: Operand, dtype: torch.dtype, finishing: dict
     _tiles[(count, -(-terms // part))](
         left.codes, right.codes, sums, *shape, terms, part, *strides, None, None, **nothing,
         A_SHIFTED=left.shifted, B_SHIFTED=right.shifted, PARTS=True, EVEN=terms % blocks["BK"] == 0,
-        GROUP=NEIGHBOURS, **blocks, **plan.tiles.launch(), **ROUNDED,
+        GROUP=NEIGHBOURS, **blocks, **schedule.tiles.launch(), **ROUNDED,
     )  # fmt: skip
     return finish(sums, dtype, *shift, finishing)
 

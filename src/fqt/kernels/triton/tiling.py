@@ -23,7 +23,7 @@ _LEAST = 4  # tiles along an axis that are worth a program of their own
 
 @dataclass(frozen=True)
 class Tiling:
-    """A plan.
+    """How a matrix is cut.
 
     Attributes:
         shape: the matrix's.

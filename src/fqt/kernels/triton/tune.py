@@ -1,6 +1,6 @@
 """Which kernel multiplies: a small table by generation of device, and the fastest of its rows by measurement.
 
-Every plan gives the same bits (sums are integers, and each float is made from its sum alone), so a choice by
+Every schedule gives the same bits (sums are integers, and each float is made from its sum alone), so a choice by
 measurement cannot change a result. What was chosen is kept in memory, for a shape and a kind of device. Nothing is
 measured while a CUDA graph is captured, since that waits for the device; nor with `FQT_TUNE=off`: the table's first
 row that fits is taken then.
@@ -43,8 +43,8 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A way to multiply.
+class Schedule:
+    """A way to run a matrix product.
 
     Attributes:
         kind: "tiles", one program per tile that loads through pointers; "persistent", one per multiprocessor that
@@ -59,7 +59,7 @@ class Plan:
     turned: bool = True
 
 
-LIBRARY = Plan("library")
+LIBRARY = Schedule("library")
 _SMALL = Tiles(64, 64, 128, 4, 3)
 TINY = Tiles(64, 64, 64, 4, 1)
 """For the interpreter, which runs one program after another."""
@@ -70,7 +70,7 @@ _OF_PARTS = Tiles(64, 128, 64, 8, 3)  # with tails, any strides and sums in int6
 _DATACENTER = (90, 100, 103)
 
 
-def plans(capability: tuple[int, int], rows: int, columns: int) -> list[Plan]:
+def schedules(capability: tuple[int, int], rows: int, columns: int) -> list[Schedule]:
     """The rows of the table for a matrix product, the one to take unmeasured first.
 
     Args:
@@ -79,20 +79,20 @@ def plans(capability: tuple[int, int], rows: int, columns: int) -> list[Plan]:
     """
     number = 10 * capability[0] + capability[1]
     if number == 0:
-        return [Plan("tiles", TINY)]
+        return [Schedule("tiles", TINY)]
     small = min(rows, columns) <= 64 or rows * columns < 1 << 20
     pointers = [_SMALL] if small else [*tiles_for(number)]
-    found = [Plan("tiles", tiles) for tiles in pointers]
+    found = [Schedule("tiles", tiles) for tiles in pointers]
     if number in _DATACENTER and not small:
-        found = [Plan("persistent", tiles) for tiles in _HOPPER] + found[:1]
+        found = [Schedule("persistent", tiles) for tiles in _HOPPER] + found[:1]
     else:
-        found.append(Plan("tiles", pointers[0], turned=False))
+        found.append(Schedule("tiles", pointers[0], turned=False))
     return [*found, LIBRARY] if number != 103 else found  # whose library falls back to much older kernels
 
 
-def in_parts(capability: tuple[int, int]) -> Plan:
+def in_parts(capability: tuple[int, int]) -> Schedule:
     """For long contractions with few tiles: what int32 does not hold, and what would leave processors idle."""
-    return Plan("parts", TINY if capability == (0, 0) else _OF_PARTS)
+    return Schedule("parts", TINY if capability == (0, 0) else _OF_PARTS)
 
 
 def tiles_for(number: int) -> Sequence[Tiles]:

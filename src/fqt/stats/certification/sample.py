@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
+from fqt.kernels import reference
 from fqt.quant import Quantizer
 from fqt.stats.certification.inputs import Input
 
@@ -134,17 +135,18 @@ def draw(subject: Quantizer | Function, given: Input, seeds: Sequence[int], dete
 def _draw_quantizer(q: Quantizer, given: Input, seeds: Sequence[int], deterministic: bool) -> Sample:
     """Takes each draw apart into the matrix that was rounded and the codes' values."""
     x, m = given.x, len(seeds)
-    estimate, y, decoded, step, offset = torch.empty(5, m, *x.shape, dtype=torch.float64)
+    estimate, y, decoded, step, offset, position = torch.empty(6, m, *x.shape, dtype=torch.float64)
     dithered = torch.empty(m, 1, 1, dtype=torch.bool)
     for i, seed in enumerate(seeds):
-        y[i], quantized = q.rounded(x, seed)
+        rounded, quantized = q.rounded(x, seed)
+        y[i], position[i] = rounded, reference.position(rounded, quantized.matrix_scales, q.coding.levels)
         estimate[i], decoded[i] = quantized.dequantize(), quantized.decode()
         step[i], offset[i] = quantized.matrix_scales.spread((x.shape[0], x.shape[1]))
         # "best" has zeros for dither where it took the stochastic candidate.
         dithered[i] = quantized.matrix_dither is not None and bool(quantized.matrix_dither.any())
     error = (estimate - x.double()).flatten(1)
     width = _width(error, x.double(), deterministic)
-    rounding = _rounding_errors(q, y, decoded, step, offset, dithered)
+    rounding = _rounding_errors(q, y, decoded, step, offset, dithered, position)
     unit = rounding.error.flatten(1)
     if q.coding.rounding.settles:
         return Sample(given, error, *width, unit, None, None, None, m)
@@ -162,15 +164,15 @@ class _Rounding(NamedTuple):
 
 
 def _rounding_errors(
-    q: Quantizer, y: Tensor, decoded: Tensor, step: Tensor, offset: Tensor, dithered: Tensor
+    q: Quantizer, y: Tensor, decoded: Tensor, step: Tensor, offset: Tensor, dithered: Tensor, rounded: Tensor
 ) -> _Rounding:
-    """What rounding `y` to `decoded` did; all (M, N, D), `dithered` (M, 1, 1).
+    """What rounding `y` to `decoded` did; all (M, N, D), `dithered` (M, 1, 1), `rounded` the positions in float32.
 
-    Errors are in gaps of the two levels beside them, one step where levels are one apart. Their declared variance
-    is p(1 − p), p the position between these two, or 1/12 when dithered; in constant groups, which have no step,
-    errors and variance are zero. Clipped: a position outside the codes' range (dither, which is part of the offset,
-    hides the position: there the error's length must tell). Overlong: an error of more than a gap, or half a gap if
-    dithered or nearest. Both allow for what float32 may add.
+    Errors are in gaps of the two levels beside them, one step where levels are one apart. Their declared mean
+    square is the rounding's: p(1 − p), p the position between these two, or 1/12 when dithered; in constant groups,
+    which have no step, errors and variance are zero. Clipped: a position outside the codes' range (dither, which is
+    part of the offset, hides the position: there the error's length must tell). Overlong: an error of more than a
+    gap, or half a gap if dithered or nearest. Both allow for what float32 may add.
     """
     moving = step > 0
     step = torch.where(moving, step, 1.0)
@@ -178,10 +180,12 @@ def _rounding_errors(
     # Last bits: of the offset and the value against the step.
     slack = 1e-4 + 1e-6 * torch.maximum(offset.abs(), y.abs()) / step
     levels, position = q.grid.levels(q.scale.mode), (y - offset) / step
-    _, fraction, gap = levels.split(position)
+    # The law may jump where few bits do not tell positions apart: of those that were rounded, to the last bit.
+    gap, own, rounding = levels.gap(position), levels.gap(rounded), q.coding.rounding
+    law = (rounding.variance(rounded, levels) + rounding.mean_error(rounded, levels).square()) / (own * own)
     limit = torch.where(dithered, 0.5, 1.0 if q.draws else 0.5)
     error = error / gap
     overlong = moving & (error.abs() > limit + slack)
-    variance = torch.where(dithered, 1 / 12, fraction * (1 - fraction)) * moving
+    variance = torch.where(dithered, 1 / 12, law) * moving
     outside = moving & ~dithered & ((position > levels.high + slack) | (position < levels.low - slack))
     return _Rounding(error, variance, bool(outside.any()), bool(overlong.any()))

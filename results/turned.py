@@ -1,0 +1,74 @@
+"""What it costs to turn a right operand and round it again, at 4 bits and at 8, beside operands that stay.
+
+    OMP_NUM_THREADS=1 python results/turned.py DATA results/int4all/turned.json
+
+Networks and batches are those of `inputs.py`, trained for a short while in float. Every layer is converted on its
+own to `int4all`, with one gradient's product replaced and the other left out, and draws 4 times. Written: the mean
+square of that gradient's error over the gradient's own, geometric means over the layers of one kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from gradients import gradient, operands, summary
+from inputs import images, text, train
+from torch import Tensor, nn
+
+import fqt
+from fqt import Product, Quantizer, Recipe
+from fqt.quant import Integers, Scale
+from fqt.records import environment, write_json
+
+DRAWS = 4
+FOUR = Quantizer(scale=Scale("tensor", "symmetric"), grid=Integers(4))
+PRODUCTS = {
+    "grad_input": {
+        "shq4d": "shq4d",
+        "thq4d, weight again in 8 bits": "thq4d",
+        "thq4d, weight again in 4 bits": Product("shq4d", FOUR, rotate=128),
+    },
+    "grad_weight": {
+        "shq4d@channel": "shq4d@channel",
+        "thq4d@channel, input again in 8 bits": Product("shq4d@channel", rotate=128),
+        "thq4d@channel, input again in 4 bits": Product("shq4d@channel", FOUR, rotate=128),
+    },
+}
+
+
+def noise(module: nn.Module, x: Tensor, g: Tensor, role: str, product: Product | str) -> float:
+    """Of one product, relative to its energy."""
+    products: dict[str, Product | str | None] = dict.fromkeys(PRODUCTS, None) | {role: product}
+    layer = nn.Sequential(copy.deepcopy(module))
+    fqt.quantize_(layer, Recipe(input="psq4", weight="psq4@channel", fold="always", **products))
+    exact = gradient(layer.eval(), role, x, g)
+    layer.train()
+    errors = [(gradient(layer, role, x, g) - exact).square().sum() for _ in range(DRAWS)]
+    return float(sum(errors) / DRAWS / exact.square().sum())
+
+
+def main(data: Path, output: Path) -> None:
+    """Measures and writes the record."""
+    torch.manual_seed(0)
+    networks = {
+        "digits": (*images("digits", "convnet", "", 64), 100),
+        "gpt": (*text(data / "tinyshakespeare" / "input.txt"), 60),
+    }
+    rows = []
+    for network, (net, batches, steps) in networks.items():
+        train(net, batches, steps)
+        layers = operands(net, next(batches))
+        for role, products in PRODUCTS.items():
+            for name, product in products.items():
+                found = {key: noise(*seen, role, product) for key, seen in layers.items()}
+                rows.append({"network": network, "role": role, "product": name, "kinds": summary(found, layers)})
+                print(rows[-1], flush=True)
+    record = environment(["python", "results/turned.py", "DATA", output.name])
+    write_json(output, {"environment": record, "draws": DRAWS, "rows": rows})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
