@@ -16,13 +16,16 @@ help: ## List the targets
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard setup.py csrc/*/*) | $(BIN)/python
+SOURCES = pyproject.toml constraints.txt $(wildcard setup.py csrc/*/*)
+
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# Not by way of the former: each installation compiles the kernels.
+$(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	$(INSTALL) -e '.[dev]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 demo: $(VENV)/.installed ## Train small nets on real digits with every recipe and compare them (under 5 minutes)
 	$(BIN)/fqt compare digits --out runs/demo
