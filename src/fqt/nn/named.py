@@ -38,7 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "qat": {},
     # Chosen by measured gradient variance: see the table in docs/recipes.md.
     DEFAULT: {**_BYTES, "grad_input": "psq8x", "grad_weight": "psq8x@channel"},
-    # Every operand of all three products in four bits; the gradient stays unbiased.
+    # Every operand of all three products in four bits; the gradient stays unbiased. Not thq4d: it has the right
+    # operand in eight bits, and in four it loses in every kind of layer (docs/recipes.md).
     "int4all": {
         "input": "psq4",
         "weight": "psq4@channel",
