@@ -119,6 +119,7 @@ ERRORS = [
     (["compare", "--recipes", "qat,nope"], "unknown recipe 'nope'"),
     (["compare", "--recipes", ","], "at least one recipe"),
     (["compare", "--seeds", "0"], "0 is not in the range"),
+    (["train", "torch:relu"], "task torch:relu: cannot be called"),
     (["compare", "sudoku"], "unknown task 'sudoku'"),
     (["explain", "sudoku"], "unknown task 'sudoku'"),
     (["report", "nowhere"], "cannot read nowhere"),

@@ -53,6 +53,7 @@ def test_flags_override_the_preset_and_the_preset_the_task(tmp_path):
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"adapt": True, "accumulate": 2}, "leave accumulate at 1"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"epochs": 1.5}, "epochs must be an integer"),
         ({"epochs": True}, "epochs must be an integer"),

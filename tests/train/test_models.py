@@ -116,6 +116,7 @@ def test_import_paths():
         (f"{__name__}:COUNTS", "not a class or a function"),
         (f"{__name__}:not_a_model", "returned int, not a torch.nn.Module"),
         (f"{__name__}:needs_more", "cannot be called"),
+        ("torch:relu", "cannot be called"),
     ],
 )
 def test_bad_names(name, message):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fqt.errors import FqtError
 from fqt.train import TrainConfig, resolve
 from fqt.train.optim import learning_rate, make_optimizer, set_rate
 
@@ -106,3 +107,8 @@ def test_a_shared_parameter_is_stepped_once():
     model[1].weight = model[0].weight
     (group,) = make_optimizer(model, TrainConfig(task="digits")).param_groups
     assert len(group["params"]) == 3
+
+
+def test_an_optimizer_without_a_readable_signature_is_refused():
+    with pytest.raises(FqtError, match=r"optimizer torch:relu: cannot be made \(no signature"):
+        make_optimizer(nn.Linear(1, 1), TrainConfig(task="digits", optimizer="torch:relu"))

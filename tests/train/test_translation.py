@@ -312,6 +312,17 @@ def test_halves_say_what_batches_say(config):
     assert halves / whole.var(0).sum() == pytest.approx(1, abs=0.32)
 
 
+def test_adapt_reads_no_noise_from_a_batch_of_one_pair(config):
+    longest = int(_task(config())._train.lengths.max())
+    trainer = Trainer(config(recipe="shq8", adapt=True, adapt_every=1, batch_size=longest, dropout=0.0))
+    alone = next(batch for batch in trainer.task.train(0) if len(batch[1]) == 1)
+    others = next(batch for batch in trainer.task.train(0) if len(batch[1]) > 1)
+    trainer.train_step(alone)
+    assert trainer.take_events() == []
+    trainer.train_step(others)
+    assert trainer.take_events()[0]["kind"] == "monitor"
+
+
 def _spoil(**changes):
     """A change to the files, by name; None removes."""
 

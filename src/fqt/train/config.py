@@ -193,6 +193,10 @@ class TrainConfig:
         _require(
             not (self.fsdp and self.messages), "messages are sent between whole models: leave fsdp or messages out"
         )
+        _require(
+            not (self.adapt and self.accumulate > 1),
+            "adapt makes the passes of whole batches again, not of their parts: leave accumulate at 1",
+        )
         _require(self.accumulate <= self.batch_size, "accumulate cuts a batch into more parts than it has samples")
         _require(self.min_lr <= self.lr, f"min_lr must not be above lr ({self.lr}), got {self.min_lr}")
         for name in ("momentum", "beta1", "beta2", "average", "dropout", "label_smoothing", "warmup_start"):

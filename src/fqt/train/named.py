@@ -11,7 +11,7 @@ from torch import nn
 
 from fqt.errors import FqtError
 
-__all__ = ["construct", "imported"]
+__all__ = ["asked_for", "construct", "imported"]
 
 
 def imported(kind: str, path: str) -> Callable[..., Any]:
@@ -52,11 +52,23 @@ def construct(name: str, known: Mapping[str, Callable[..., nn.Module]], **offere
             f"unknown model {name!r}; known: {', '.join(known)}, or an import path such as package.module:Factory"
         )
     factory = known[name] if name in known else imported("model", name)
-    wanted = inspect.signature(factory).parameters
     try:
-        model = factory(**{key: value for key, value in offered.items() if key in wanted})
+        model = factory(**asked_for(factory, offered))
     except TypeError as error:
         raise FqtError(f"model {name}: cannot be called ({error})") from error
     if not isinstance(model, nn.Module):
         raise FqtError(f"model {name}: returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def asked_for(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that a factory's signature names.
+
+    Raises:
+        TypeError: its signature cannot be read, as that of some functions written in C.
+    """
+    try:
+        wanted = inspect.signature(factory).parameters
+    except ValueError as error:
+        raise TypeError(str(error)) from error
+    return {key: value for key, value in offered.items() if key in wanted}

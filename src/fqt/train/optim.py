@@ -5,7 +5,6 @@ A schedule without state has nothing to save and cannot come out of step with th
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 
 from fqt.errors import FqtError
 from fqt.train.config import TrainConfig
-from fqt.train.named import imported
+from fqt.train.named import asked_for, imported
 
 __all__ = ["learning_rate", "make_optimizer", "set_rate"]
 
@@ -74,9 +73,8 @@ def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim
         "nesterov": config.nesterov,
         "betas": (config.beta1, config.beta2),
     }
-    wanted = inspect.signature(make).parameters
     try:
-        optimizer = make(groups, **{key: value for key, value in offered.items() if key in wanted})
+        optimizer = make(groups, **asked_for(make, offered))
     except (TypeError, ValueError) as error:
         raise FqtError(f"optimizer {name}: cannot be made ({error})") from error
     if not isinstance(optimizer, torch.optim.Optimizer):

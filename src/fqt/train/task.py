@@ -149,7 +149,10 @@ class Task(ABC):
         return [batch] if parts == 1 else _chunks(batch, parts)
 
     def is_whole(self, batch: Any) -> bool:
-        """Whether a batch is of the full size; an epoch's last may be smaller."""
+        """Whether noise is to be measured on a batch: it has the full size, and at least two samples.
+
+        An epoch's last batch may be smaller.
+        """
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -38,7 +39,12 @@ def load_task(config: TrainConfig, device: torch.device) -> Task:
         FqtError: an unknown task, or its files are missing or damaged.
     """
     if ":" in config.task:
-        task = imported("task", config.task)(config, device)
+        open_task = imported("task", config.task)
+        try:
+            inspect.signature(open_task).bind(config, device)
+        except (TypeError, ValueError) as error:
+            raise FqtError(f"task {config.task}: cannot be called with (config, device) ({error})") from error
+        task = open_task(config, device)
         if not isinstance(task, Task):
             raise FqtError(f"task {config.task}: returned {type(task).__name__}, not a fqt.train.Task")
         return task

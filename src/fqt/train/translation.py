@@ -117,6 +117,10 @@ class TranslationTask(Task):
                 lines[row] = self.vocabulary.decode(codes)
         return lines
 
+    def is_whole(self, batch: Batch) -> bool:
+        """Whether a batch can be halved: a long pair may fill one alone."""
+        return len(batch[1]) > 1
+
     def _encode(self, stem: str, source: list[str], target: list[str], judged: bool = True) -> Pairs:
         """The pairs of two files, without those that cannot be trained on."""
         context = self._config.context
