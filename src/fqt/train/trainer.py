@@ -339,8 +339,6 @@ def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
                 "--nproc-per-node 2 -m fqt train, or say --no-fsdp"
             )
         return
-    if config.adapt and config.accumulate > 1:
-        raise FqtError("--adapt on several processes measures whole parts of a batch: leave --accumulate out")
     if config.adapt and config.batch_size % ranks.count:
         raise FqtError(
             f"--adapt compares equal parts of a batch: make --batch-size {config.batch_size} a multiple of the "
