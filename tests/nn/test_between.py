@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fqt
@@ -173,6 +174,42 @@ def test_masks_are_an_eighth_of_a_byte() -> None:
     x = drawn(8, 4, 32, 32)
     for function, most in ((F.relu, 1 / 8), (F.dropout, 1 / 8), (lambda x: F.max_pool2d(x, 3, 2, 1), 1 / 8)):
         assert kept_bytes(fqt.compress_(Calls(function)), x) <= most * x.numel()
+
+
+class _Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation returns while it lasts."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple) else (found,):
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.itemsize)
+        return found
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_pooling_a_batch_makes_nothing_larger_than_the_batch(last: bool) -> None:
+    """Places in int64, twice its bytes, were the peak of a step; and a part at a time gives torch's bits."""
+    generator = torch.Generator().manual_seed(0)
+    x, v, w = (torch.randn((7, 16, 128, 128), generator=generator) for _ in range(3))
+    x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    pool = nn.Sequential(nn.MaxPool2d(3, 1, 1))
+
+    def derivatives() -> tuple[Tensor, ...]:
+        above = v.clone().requires_grad_()
+        y = pool(x)
+        (first,) = torch.autograd.grad(y, x, above, create_graph=True)
+        (second,) = torch.autograd.grad(first, above, w)
+        return y, first, second
+
+    plain = derivatives()
+    fqt.compress_(pool, 2)
+    assert all(map(torch.equal, derivatives(), plain))
+    with _Largest() as seen:
+        pool(x).backward(v)
+    assert seen.bytes == x.numel() * x.itemsize
 
 
 def test_double_backward_of_masks_is_right_and_of_codes_refused() -> None:

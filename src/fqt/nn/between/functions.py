@@ -125,7 +125,11 @@ class Dropped(torch.autograd.Function):
 
 
 class Pooled(torch.autograd.Function):
-    """Max pooling of images: which tap of a window was greatest, in as many bits as that needs."""
+    """Max pooling of images: which tap of a window was greatest, in as many bits as that needs.
+
+    A few samples at a time: torch counts places in int64, so that those of a whole batch, and what is made of them,
+    would take many times the memory of the bits that are kept, and be the peak of a step.
+    """
 
     @staticmethod
     def forward(
@@ -133,25 +137,59 @@ class Pooled(torch.autograd.Function):
     ) -> Tensor:
         """(N, C, H, W); sizes as pairs."""
         window = (list(size), list(stride), list(padding), list(dilation), ceil)
-        output, places = _aten.max_pool2d_with_indices(x, *window)
-        ctx.window, ctx.input = window, Layout.of(x)
-        ctx.dtype, ctx.layout = x.dtype, Layout.of(places)
-        down, across = _starts(places, x.shape, window)
-        tap = (torch.div(places, x.shape[-1], rounding_mode="floor") - down) // dilation[0] * size[1]
-        tap = tap + (places % x.shape[-1] - across) // dilation[1]
-        ctx.bits = next(bits for bits in PACKED if size[0] * size[1] <= 2**bits)
-        ctx.save_for_backward(packed(ctx.layout.flat(tap).to(torch.uint8), ctx.bits))
-        return output
+        ctx.window, ctx.bits = window, next(bits for bits in PACKED if size[0] * size[1] <= 2**bits)
+        ctx.input, ctx.dtype = Layout.of(x), x.dtype
+        outputs, taps, ctx.layouts = [], [], []
+        for part in _parts(x):
+            output, places = _aten.max_pool2d_with_indices(part, *window)
+            layout = Layout.of(places)
+            outputs.append(output)
+            taps.append(packed(layout.flat(_taps(places, x.shape, window)), ctx.bits))
+            ctx.layouts.append(layout)
+        ctx.save_for_backward(*taps)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """To the greatest entry of each window, as torch's own."""
-        size, _, _, dilation, _ = ctx.window
-        tap = ctx.layout.shaped(unpacked(ctx.saved_tensors[0], ctx.bits, ctx.layout.count)).long()
-        down, across = _starts(tap, ctx.input.shape, ctx.window)
-        row = torch.div(tap, size[1], rounding_mode="floor") * dilation[0] + down
-        places = row * ctx.input.shape[-1] + tap % size[1] * dilation[1] + across
-        return _aten.max_pool2d_with_indices_backward(grad, _blank(ctx, grad), *ctx.window, places), *(None,) * 5
+        blank, start = _blank(ctx, grad), 0
+        d_x = torch.empty_like(blank)
+        for taps, layout in zip(ctx.saved_tensors, ctx.layouts, strict=True):
+            tap = layout.shaped(unpacked(taps, ctx.bits, layout.count))
+            places, end = _places(tap, ctx.input.shape, ctx.window), start + layout.shape[0]
+            found = _aten.max_pool2d_with_indices_backward(grad[start:end], blank[start:end], *ctx.window, places)
+            if len(ctx.layouts) == 1:
+                return found, *(None,) * 5
+            d_x[start:end] = found
+            start = end
+        return d_x, *(None,) * 5
+
+
+_PART = 1 << 19
+"""Entries of a batch that are pooled at a time, if a sample has not more."""
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """The samples, a few at a time; all of them for a compiler, which makes one loop of what follows."""
+    whole = torch.compiler.is_compiling()
+    return (x,) if whole else x.split(max(1, x.shape[0] * _PART // x.numel()))
+
+
+def _taps(places: Tensor, shape: Sequence[int], window: Sequence[Any]) -> Tensor:
+    """uint8: the number of the tap of its window that lies at each place, which is row · width + column."""
+    (_, across), _, _, dilation, _ = window
+    row, column = _starts(places, shape, window)
+    tap = (torch.div(places, shape[-1], rounding_mode="floor") - row) // dilation[0] * across
+    return (tap + (places % shape[-1] - column) // dilation[1]).to(torch.uint8)
+
+
+def _places(tap: Tensor, shape: Sequence[int], window: Sequence[Any]) -> Tensor:
+    """int64: the inverse."""
+    (_, across), _, _, dilation, _ = window
+    row, column = _starts(tap, shape, window)
+    tap = tap.long()
+    row = torch.div(tap, across, rounding_mode="floor") * dilation[0] + row
+    return row * shape[-1] + tap % across * dilation[1] + column
 
 
 class Averaged(torch.autograd.Function):
