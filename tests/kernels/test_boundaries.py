@@ -25,13 +25,14 @@ pytestmark = pytest.mark.skipif(library.status().level == "reference", reason="n
 
 R = TypeVar("R")
 X, CODES, SEED = torch.randn(4, 6), torch.ones(4, 6, dtype=torch.uint8), torch.tensor(1)
+BYTES = (0, 255)
 ONE, ROWS, ROW_CODES = torch.ones(1, 1), torch.ones(4, 1), torch.arange(4)
 
 
-def operand(rows: int, columns: int, steps: int = 1, noise: bool = False) -> Coded:
+def operand(rows: int, columns: int, steps: int = 1, noise: bool = False, codes: tuple[int, int] = BYTES) -> Coded:
     dither = (torch.zeros(rows, 1), torch.zeros(1, columns)) if noise else None
     tensors = (torch.zeros(rows, columns, dtype=torch.uint8), torch.ones(steps), torch.zeros(steps))
-    made = Coded.of(*tensors, dither)
+    made = Coded.of(*tensors, dither, codes)
     made.alive = (*tensors, dither)  # type: ignore[attr-defined]
     return made
 
@@ -106,9 +107,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "rotated runs that do not fit": lambda: run(ops.rotate, X, ROWS[:, 0], None, (4,)),
     "rows replaced by fewer": lambda: run(ops.replace_rows_, X.clone(), ROWS.bool(), X[:, :3]),
     "rows kept by floats": lambda: run(ops.replace_rows_, X.clone(), ROWS, X),
-    "operand of floats": lambda: Coded.of(X, ONE, ONE, None),
-    "operand with strides": lambda: Coded.of(CODES.T, ONE, ONE, None),
-    "operand's dither": lambda: Coded.of(CODES, ONE, ONE, (ROWS[:2], torch.ones(1, 6))),
+    "operand of floats": lambda: Coded.of(X, ONE, ONE, None, BYTES),
+    "operand with strides": lambda: Coded.of(CODES.T, ONE, ONE, None, BYTES),
+    "operand's dither": lambda: Coded.of(CODES, ONE, ONE, (ROWS[:2], torch.ones(1, 6)), BYTES),
     "dense: tokens": lambda: quantized.dense_output(operand(3, 6), operand(5, 6), None, (4, 6, 5), 4, F32),
     "dense: steps": lambda: quantized.dense_output(operand(4, 6, 3), operand(5, 6), None, (4, 6, 5), 1, F32),
     "dense: bias": lambda: quantized.dense_output(operand(4, 6), operand(5, 6), ROWS, (4, 6, 5), 4, F32),
@@ -151,8 +152,9 @@ def test_what_fits_is_taken() -> None:
     quantized.dense_output(operand(4, 6, 4), operand(5, 6, 5), torch.ones(5), sizes, 1, F32)
     quantized.dense_grad_input(operand(4, 5, noise=True), operand(5, 6), sizes, True, F32, False)
     quantized.dense_grad_weight(operand(4, 5), operand(4, 6, 4), sizes, FOLDED)
-    quantized.conv_output(operand(2, 48), operand(5, 27), None, conv(), F32)
-    quantized.conv_grad_input(operand(2, 80, noise=True), operand(5, 27), conv(), True, F32, False)
+    filters = operand(5, 27, codes=(-127, 127))
+    quantized.conv_output(operand(2, 48), filters, None, conv(), F32)
+    quantized.conv_grad_input(operand(2, 80, noise=True), filters, conv(), True, F32, False)
     quantized.conv_grad_weight(operand(32, 5, 5), operand(2, 48), conv(), FOLDED)
 
 

@@ -113,7 +113,7 @@ def test_noise_is_of_the_rank_that_runs(monkeypatch: pytest.MonkeyPatch) -> None
     graph = torch.export.export(layer, (x,)).module()
 
     def drawn(module: nn.Module, rank: int) -> Tensor:
-        monkeypatch.setattr(function, "_rank", lambda: rank)
+        monkeypatch.setattr("fqt.nn.call._rank", lambda: rank)
         leaf = x.clone().requires_grad_()
         torch.manual_seed(2)
         return torch.autograd.grad(module(leaf).square().sum(), leaf)[0]

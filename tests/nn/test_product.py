@@ -22,6 +22,7 @@ from fqt.nn.turning import FORWARD_SIGNS
 from fqt.quant import Leverage, LowSequency, Rotated, Sequency
 
 from . import checks
+from .cases import both
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by jvp
 FORWARD = {"input": "psq8", "weight": "psq8@channel"}
@@ -298,3 +299,14 @@ def test_a_rotated_forward_pass_is_exact_in_eval_mode_under_every_transform(kind
     tangent = torch.randn_like(x)
     output = torch.func.jvp(lambda x: layer(x), (x.detach(),), (tangent,))[1]
     torch.testing.assert_close((output * upstream).sum(), (tangent * wanted[0]).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("role", ["grad_input", "grad_weight"])
+def test_a_products_own_fold_is_what_folds(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said for one product, "always" also holds where it is simulated; the recipe's "auto" would ask the cost."""
+    product = {"left": "psq8", "right": "saved", "fold": "always"}
+    recipe = load_recipe({"input": "psq8n", "weight": "psq8n", role: product, "fold": "auto"})
+    torch.manual_seed(0)
+    layer, x = nn.Linear(7, 3), torch.randn(5, 7)
+    for integer, simulated in both(fqt.quantize_(layer, recipe), x, monkeypatch):
+        torch.testing.assert_close(integer, simulated, rtol=1e-4, atol=1e-5)

@@ -142,7 +142,7 @@ def test_what_processes_cannot_do_is_refused_on_all_of_them(two):
     words = (
         "already holds a run",
         "multiple of the 2 processes",
-        "leave --accumulate out",
+        "leave accumulate at 1",
         "--device cuda",
         "biased",
     )

@@ -361,7 +361,7 @@ class _Traced:
         ]
         if asleep:
             yield f"in eval mode, where gradients are exact: {_few(asleep)}; training runs after model.train()"
-        if self.seen.kept:
+        if self.seen.kept and any(map(is_compressed, self.model.modules())):
             yield summary(self.seen.kept)
         yield from _hints(self.model, list(self.layers.values()))
 

@@ -376,7 +376,7 @@ def _moved(gradient: _Gradient, split: Split, step: Tensor, value: Tensor) -> tu
     rest, offset = split.rest(value.dtype), None
     if split.offset is not None:
         offset = split.along_rows(split.offset).to(value.dtype)
-    if call.recipe.fold == "always":
+    if call.recipe.product(gradient.role).fold == "always":
         return step, rest, offset
     assert q is not None
     noise = call.noise(gradient.role, gradient.values.device)
