@@ -145,7 +145,8 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
 
 def _of_checkpoint(state: TrainerState, name: str) -> dict[str, Any] | None:
     """What this callback wrote into the state that training goes on from; None if it is a new one."""
-    entry = (state.stateful_callbacks or {}).get(name)
+    entries: Any = state.stateful_callbacks or {}  # declared as a list, kept as a dictionary
+    entry = entries.get(name)
     entry = entry[0] if isinstance(entry, list) else entry
     return None if entry is None else entry["attributes"]["saved"]
 
