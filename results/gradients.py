@@ -22,6 +22,8 @@ from inputs import images, look, text, train
 from torch import Tensor, nn
 
 import fqt
+from fqt import Recipe
+from fqt.nn import load_recipe
 from fqt.records import environment, write_json
 
 DRAWS = 8
@@ -47,15 +49,19 @@ def gradient(layer: nn.Module, role: str, x: Tensor, g: Tensor) -> Tensor:
     return found.double()
 
 
-def noise(module: nn.Module, x: Tensor, g: Tensor, role: str, quantizer: str) -> float:
-    """Of one product, relative to its energy."""
-    other = next(name for name in ROLES if name != role)
+def noise(module: nn.Module, x: Tensor, g: Tensor, role: str, recipe: Recipe, draws: int) -> float:
+    """Of one product under a recipe, relative to its energy."""
     layer = nn.Sequential(copy.deepcopy(module))
-    fqt.quantize_(layer, {"base": "default", role: quantizer, other: "none"})
+    fqt.quantize_(layer, recipe)
     exact = gradient(layer.eval(), role, x, g)
     layer.train()
-    errors = [(gradient(layer, role, x, g) - exact).square().sum() for _ in range(DRAWS)]
-    return float(sum(errors) / DRAWS / exact.square().sum())
+    errors = [(gradient(layer, role, x, g) - exact).square().sum() for _ in range(draws)]
+    return float(sum(errors) / draws / exact.square().sum())
+
+
+def alone(role: str, quantizer: str) -> Recipe:
+    """The default, but for one gradient's quantizer, and without the other's."""
+    return load_recipe({"base": "default", **dict.fromkeys(ROLES, "none"), role: quantizer})
 
 
 def main(data: Path, output: Path) -> None:
@@ -72,7 +78,8 @@ def main(data: Path, output: Path) -> None:
         layers = operands(net, next(batches))
         for role, axis in ROLES.items():
             for quantizer in (method.format(bits) + axis for bits in WIDTHS for method in METHODS):
-                found = {name: noise(*seen, role, quantizer) for name, seen in layers.items()}
+                recipe = alone(role, quantizer)
+                found = {name: noise(*seen, role, recipe, DRAWS) for name, seen in layers.items()}
                 row = {"network": network, "role": role, "quantizer": quantizer, "layers": found}
                 rows.append({**row, "kinds": summary(found, layers)})
                 print(

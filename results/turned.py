@@ -9,16 +9,13 @@ square of that gradient's error over the gradient's own, geometric means over th
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 
 import torch
-from gradients import gradient, operands, summary
+from gradients import noise, operands, summary
 from inputs import images, text, train
-from torch import Tensor, nn
 
-import fqt
 from fqt import Product, Quantizer, Recipe
 from fqt.quant import Integers, Scale
 from fqt.records import environment, write_json
@@ -39,15 +36,10 @@ PRODUCTS = {
 }
 
 
-def noise(module: nn.Module, x: Tensor, g: Tensor, role: str, product: Product | str) -> float:
-    """Of one product, relative to its energy."""
+def alone(role: str, product: Product | str) -> Recipe:
+    """`int4all`, but for one gradient's product, and without the other's."""
     products: dict[str, Product | str | None] = dict.fromkeys(PRODUCTS, None) | {role: product}
-    layer = nn.Sequential(copy.deepcopy(module))
-    fqt.quantize_(layer, Recipe(input="psq4", weight="psq4@channel", fold="always", **products))
-    exact = gradient(layer.eval(), role, x, g)
-    layer.train()
-    errors = [(gradient(layer, role, x, g) - exact).square().sum() for _ in range(DRAWS)]
-    return float(sum(errors) / DRAWS / exact.square().sum())
+    return Recipe(input="psq4", weight="psq4@channel", fold="always", **products)
 
 
 def main(data: Path, output: Path) -> None:
@@ -63,7 +55,8 @@ def main(data: Path, output: Path) -> None:
         layers = operands(net, next(batches))
         for role, products in PRODUCTS.items():
             for name, product in products.items():
-                found = {key: noise(*seen, role, product) for key, seen in layers.items()}
+                recipe = alone(role, product)
+                found = {key: noise(*seen, role, recipe, DRAWS) for key, seen in layers.items()}
                 rows.append({"network": network, "role": role, "product": name, "kinds": summary(found, layers)})
                 print(rows[-1], flush=True)
     record = environment(["python", "results/turned.py", "DATA", output.name])

@@ -179,6 +179,11 @@ def test_whose_product_is_the_limit(monkeypatch):
     assert (product.by, len(tried)) == (integers.OURS, 2)
 
 
+def test_a_wrong_product_of_torch_is_no_limit(monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: integers.matmul(a, b) + 1)
+    assert whose() == integers.OURS
+
+
 def test_bytes_kept():
     rows, inputs = LINEAR.workload.input
     by_name = {name: kept_bytes(Runner(c, LINEAR.workload)) for name, c in OURS.items() if not c.compiled}

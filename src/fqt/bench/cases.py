@@ -91,6 +91,20 @@ def _kept(*recipes: str) -> tuple[Floor, ...]:
     return Floor("kept/fp32", 0.27, recipes), Floor("kept/bf16", 0.52, recipes)
 
 
+def _compressed(bits: int, name: str, title: str, workload: Workload, most: float, bound: float) -> Case:
+    """A model that keeps what lies between products in so many bits, and at most this share of bf16's bytes."""
+    return Case(
+        name=f"{name}-kept{bits}",
+        title=f"{title}, {bits} bits kept between products, step",
+        workload=workload,
+        recipes=(OWN,),
+        floors=(Floor("all/bf16", most, (OWN,)),),
+        bound=bound,
+        keep=bits,
+        default=False,
+    )
+
+
 _KEPT = _kept(*PLAIN, OWN)
 _LAYER = (Floor("psq8", 1.25, MIXING), *_KEPT)
 _GPU_RECIPES = ("psq8d", OWN)
@@ -166,45 +180,16 @@ CASES: tuple[Case, ...] = (
         # and 8 bits by 0.75. What is left to find here is a gradient that is zero, doubled or unrelated.
         bound=0.95,
     ),
-    Case(
-        name="resnet18-kept8",
-        title="the same, 8 bits kept between products",
-        workload=image_classifier("resnet18-cifar", samples=128, side=32),
-        recipes=(OWN,),
-        floors=(Floor("all/bf16", 0.55, (OWN,)),),  # of which the products' own codes are 0.24
-        bound=0.95,
-        keep=8,
-        default=False,
+    _compressed(8, "resnet18", "the same", image_classifier("resnet18-cifar", samples=128, side=32), 0.55, 0.95),
+    # The bound as for resnet18, and the noise of two bits.
+    _compressed(2, "resnet18", "the same", image_classifier("resnet18-cifar", samples=128, side=32), 0.35, 1.5),
+    _compressed(
+        *(8, "resnet18-224", "ResNet-18, 224×224, batch 16"),
+        *(image_classifier("resnet18", samples=16, side=224), 0.5, 0.95),
     ),
-    Case(
-        name="resnet18-kept2",
-        title="the same, 2 bits kept between products",
-        workload=image_classifier("resnet18-cifar", samples=128, side=32),
-        recipes=(OWN,),
-        floors=(Floor("all/bf16", 0.35, (OWN,)),),
-        bound=1.5,  # as for resnet18, and the noise of two bits
-        keep=2,
-        default=False,
-    ),
-    Case(
-        name="resnet18-224-kept8",
-        title="ResNet-18, 224×224, batch 16, 8 bits kept between products, step",
-        workload=image_classifier("resnet18", samples=16, side=224),
-        recipes=(OWN,),
-        floors=(Floor("all/bf16", 0.5, (OWN,)),),
-        bound=0.95,
-        keep=8,
-        default=False,
-    ),
-    Case(
-        name="transformer-kept8",
-        title="four transformer blocks as above, 8 bits kept between products, step",
-        workload=transformer(blocks=4, width=768, heads=12, samples=8, tokens=256),
-        recipes=(OWN,),
-        floors=(Floor("all/bf16", 0.6, (OWN,)),),
-        bound=0.08,
-        keep=8,
-        default=False,
+    _compressed(
+        *(8, "transformer", "four transformer blocks as above"),
+        *(transformer(blocks=4, width=768, heads=12, samples=8, tokens=256), 0.6, 0.08),
     ),
     Case(
         name="quantize",

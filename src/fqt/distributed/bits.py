@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from fqt.kernels import packing
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
@@ -16,10 +19,12 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(-1)
     if bits == 8:
         return flat.to(torch.uint8)
-    kind, each = _words(bits)
-    grouped = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).to(kind).view(-1, each)
-    words = (grouped << _places(grouped, bits)).sum(1, dtype=kind, keepdim=True)
-    return words.view(torch.uint8)[:, : each * bits // 8].reshape(-1)
+    eights = F.pad(flat, (0, -flat.numel() % 8))
+    if bits in packing.PACKED:
+        return packing.pack(eights.to(torch.uint8), bits)
+    grouped = eights.to(torch.int64).view(-1, 8)
+    words = (grouped << _places(grouped, bits)).sum(1, keepdim=True)
+    return words.view(torch.uint8)[:, :bits].reshape(-1)
 
 
 def unpacked(data: Tensor, bits: int, count: int) -> Tensor:
@@ -27,11 +32,9 @@ def unpacked(data: Tensor, bits: int, count: int) -> Tensor:
     if bits > 8:
         low, high = unpacked(data[:count], 8, count), unpacked(data[count:], bits - 8, count)
         return low.to(torch.int32) | high.to(torch.int32) << 8
-    if bits == 8:
-        return data
-    kind, each = _words(bits)
-    taken = data.view(-1, each * bits // 8)
-    words = torch.nn.functional.pad(taken, (0, kind.itemsize - taken.shape[1])).view(kind).expand(-1, each)
+    if bits in packing.PACKED:
+        return packing.unpack(data, bits, count)
+    words = F.pad(data.view(-1, bits), (0, 8 - bits)).view(torch.int64).expand(-1, 8)
     return (words >> _places(words, bits) & (1 << bits) - 1).to(torch.uint8).view(-1)[:count]
 
 
@@ -40,11 +43,6 @@ def length(count: int, bits: int) -> int:
     return count + length(count, bits - 8) if bits > 8 else count if bits == 8 else -(-count // 8) * bits
 
 
-def _words(bits: int) -> tuple[torch.dtype, int]:
-    """The integers that codes are shifted into, and how many share one: a whole number of bytes."""
-    return (torch.uint8, 8 // bits) if 8 % bits == 0 else (torch.int64, 8)
-
-
 def _places(words: Tensor, bits: int) -> Tensor:
-    """Where the codes of a word begin, from its lowest bit."""
-    return (torch.arange(words.shape[1], device=words.device) * bits).to(words.dtype)
+    """Where the eight codes of an int64 begin, from its lowest bit."""
+    return torch.arange(8, device=words.device) * bits

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -134,27 +133,18 @@ def _levels(quantizer: Quantizer) -> Levels:
     return quantizer.grid.levels(quantizer.scale.mode)
 
 
-@lru_cache(maxsize=64)
-def _numbers(levels: Levels) -> tuple[float, ...]:
-    """All of them, ascending."""
-    magnitudes = list(levels.table or (0.0,))
-    while magnitudes[-1] < levels.high:
-        magnitudes.append(magnitudes[-1] + float(levels.gap(torch.tensor(magnitudes[-1]))))
-    return (*(-m for m in reversed(magnitudes[1:])), *magnitudes)
-
-
 def _places(codes: Tensor, levels: Levels) -> Tensor:
     """Which level each code is, from 0."""
     if levels.uniform:
         return codes if levels.low == 0 else codes.to(torch.int32) - levels.low
-    return torch.searchsorted(torch.tensor(_numbers(levels), device=codes.device), codes.float())
+    return torch.searchsorted(torch.tensor(levels.numbers, dtype=torch.float32, device=codes.device), codes.float())
 
 
 def _numbers_at(places: Tensor, levels: Levels) -> Tensor:
     """The codes, from which levels they are."""
     if levels.uniform:
         return places if levels.low == 0 else (places.to(torch.int32) + levels.low).to(levels.dtype)
-    return torch.tensor(_numbers(levels), device=places.device)[places.long()].to(levels.dtype)
+    return torch.tensor(levels.numbers, dtype=torch.float32, device=places.device)[places.long()].to(levels.dtype)
 
 
 def _may_dither(quantizer: Quantizer) -> bool:

@@ -155,9 +155,8 @@ class Requantized:
         laid, contracted = operand.laid(dtype, call, keep)
         if rotation is not None and operand.is_input:  # of a Linear, as its gradient
             laid, contracted = laid.flatten(0, -2), (0,)
-        if (
-            rotation is not None
-        ):  # along tokens, or the first axis of a weight that is neither grouped nor transposed
+        if rotation is not None:
+            # Along tokens, or the first axis of a weight that is neither grouped nor transposed.
             laid = rotation.rows(laid.reshape(laid.shape[0], math.prod(laid.shape[1:]))).view(laid.shape)
         others = tuple(d for d in range(laid.ndim) if d not in contracted)
         axis = contracted if quantizer.scale.group == "tensor" else others

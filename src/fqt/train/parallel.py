@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError
+from fqt.train.text import read_utf8
 
 __all__ = ["BOS", "EOS", "PAD", "SPECIAL", "Vocabulary", "library", "read_pairs"]
 
@@ -110,12 +111,5 @@ def _names(stem: str, languages: tuple[str, str]) -> str:
 
 def _lines(file: Path) -> list[str]:
     """Lines end at line feeds only: other separators of Unicode stand within sentences."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FqtError(
-            f"{file} is not UTF-8 (byte {error.start}): convert it, for instance with iconv -t UTF-8"
-        ) from error
-    except OSError as error:
-        raise FqtError(f"cannot read {file}: {error.strerror}") from error
+    text = read_utf8(file, newlines=False).removeprefix("\ufeff")
     return [line.strip() for line in text.removesuffix("\n").split("\n")]

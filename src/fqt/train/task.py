@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ACCURACY", "IGNORED", "Metric", "Task"]
+__all__ = ["ACCURACY", "IGNORED", "Metric", "Task", "cross_entropy_sum"]
 
 IGNORED = -100  # a target that counts for nothing, as in torch's cross entropy
 
@@ -116,14 +116,18 @@ class Task(ABC):
         """The mean cross entropy over targets, in nats; what training minimizes, with label smoothing."""
         return F.cross_entropy(logits, targets, label_smoothing=smoothing, ignore_index=IGNORED)
 
-    def sums(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def sums(self, logits: Tensor, targets: Tensor, loss: Tensor | None = None) -> Tensor:
         """What `values` needs, summed over targets, float64 (k,): the loss first, the number of targets last.
 
         Here (loss in nats, targets predicted right, targets).
+
+        Args:
+            logits, targets: of a batch.
+            loss: its mean, where that is known: in training, with smoothing. Else it is computed, without.
         """
-        loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED).double()
-        right = (logits.argmax(1) == targets).sum()
-        return torch.stack([loss, right, (targets != IGNORED).sum()])
+        right, count = (logits.argmax(1) == targets).sum(), (targets != IGNORED).sum()
+        total = cross_entropy_sum(logits, targets) if loss is None else loss.double() * count
+        return torch.stack([total, right, count])
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """The metrics by name, from the sums over any number of batches."""
@@ -154,6 +158,11 @@ class Task(ABC):
         An epoch's last batch may be smaller.
         """
         return True
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Over targets that count, in nats, without smoothing; float64 scalar."""
+    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED).double()
 
 
 def _chunks(batch: Any, parts: int) -> list[Any]:

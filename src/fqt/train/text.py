@@ -121,17 +121,18 @@ def read_text(data: str) -> str:
     return read_utf8(file)
 
 
-def read_utf8(file: Path) -> str:
-    """A file's text.
+def read_utf8(file: Path, *, newlines: bool = True) -> str:
+    """A file's text, every end of a line made a line feed unless `newlines` is off.
 
     Raises:
         FqtError: it cannot be read, or is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise FqtError(
             f"{file} is not UTF-8 (byte {error.start}): convert it, for instance with iconv -t UTF-8"
         ) from error
     except OSError as error:
         raise FqtError(f"cannot read {file}: {error.strerror}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n") if newlines else text

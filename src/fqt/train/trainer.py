@@ -145,8 +145,7 @@ class Trainer:
                 # Gradients are averaged over processes, hence the factor.
                 (loss * (processes * counted * counts[i]) / sum(counts) if counts else loss).backward()
             with torch.no_grad():
-                sums = self.task.sums(logits, targets)
-                sums[0] = loss.double() * sums[-1]
+                sums = self.task.sums(logits, targets, loss)
                 sums = sums if counted else torch.zeros_like(sums)
                 self._window = sums if self._window is None else self._window + sums
             finite = finite & torch.isfinite(loss.detach())

@@ -17,7 +17,7 @@ from fqt.train.config import TrainConfig
 from fqt.train.decoding import beam_search
 from fqt.train.models.translator import build_translator
 from fqt.train.parallel import BOS, PAD, Vocabulary, library, read_pairs
-from fqt.train.task import IGNORED, Metric, Task
+from fqt.train.task import IGNORED, Metric, Task, cross_entropy_sum
 
 __all__ = ["Pairs", "TranslationTask", "open_translation"]
 
@@ -90,10 +90,10 @@ class TranslationTask(Task):
         inputs, targets = batch
         return model(*inputs).flatten(0, 1), targets.flatten()
 
-    def sums(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(loss in nats, the same, tokens): the trainer puts the smoothed loss in the first's place."""
-        loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED).double()
-        return torch.stack([loss, loss, (targets != IGNORED).sum()])
+    def sums(self, logits: Tensor, targets: Tensor, loss: Tensor | None = None) -> Tensor:
+        """(loss in nats, the same without smoothing, tokens)."""
+        nats, count = cross_entropy_sum(logits, targets), (targets != IGNORED).sum()
+        return torch.stack([nats if loss is None else loss.double() * count, nats, count])
 
     def values(self, sums: Sequence[float]) -> dict[str, float]:
         """Cross entropy per token without smoothing, and its exponential."""

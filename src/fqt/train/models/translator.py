@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
-from fqt.train.models.transformers import Block, Stack
+from fqt.train.models.transformers import Block, Stack, check_length
 from fqt.train.named import construct
 
 __all__ = ["TRANSLATORS", "Translator", "build_translator"]
@@ -85,8 +85,7 @@ class Translator(nn.Module):
     def _embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
         positions: Tensor = self.positions  # type: ignore[assignment]
         length = tokens.shape[1]
-        if length > len(positions):
-            raise FqtError(f"a sequence of {length} tokens does not fit a context of {len(positions)}")
+        check_length(length, len(positions))
         return self.dropout(math.sqrt(positions.shape[1]) * embedding(tokens) + positions[:length])
 
 
