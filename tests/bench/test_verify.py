@@ -173,7 +173,7 @@ def test_whose_product_is_the_limit(monkeypatch):
     right = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", integers.matmul)
     assert whose() == integers.TORCH
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: sum(right(a, b) for _ in range(200)))
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: [right(a, b) for _ in range(200)][-1])
     assert whose() == integers.OURS
     product, tried = best_product([(32, 48, 64)])
     assert (product.by, len(tried)) == (integers.OURS, 2)
