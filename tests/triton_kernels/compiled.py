@@ -23,10 +23,13 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+import fqt
 from fqt.kernels import reference
 from fqt.kernels.codes import COLUMN, ROW, Blocks, Entries, Findings, Levels, Scales
+from fqt.kernels.linear_map import DenseMap
 from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC, Coding
-from fqt.kernels.triton import encode, noise, quantize, ranges, sums, transform
+from fqt.kernels.triton import encode, fused, noise, quantize, ranges, sums, transform
+from fqt.nn import load_recipe
 
 INEXACT = re.compile(r"\bfma\.|\bmad\.f|\bdiv\.(full|approx)|\brcp\.approx|\b(add|sub|mul)\.ftz")
 WIDE = re.compile(r"global[\w.:]*\.v[24]|global_(load|store)_dwordx[24]|buffer_(load|store)_dwordx[24]")
@@ -60,7 +63,8 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     e2m1, powers = Levels(-12, 12, 1), Levels(-8, 8, table=(0, 1, 2, 4, 8))
     before, after = reference.Scaling(column, column, column), reference.Unscaling(column, column, factor, x.dtype)
 
-    yield "codes, dithered", encode.encoded, (whole, row_scales, Levels(0, 254), DITHERED, seed, True), True
+    dither = torch.zeros(n + d)
+    yield "codes, dithered", encode.encoded, (whole, row_scales, Levels(0, 254), DITHERED, dither, True, True), True
     yield "codes, of blocks", encode.encode, (odd, block_scales, e2m1, STOCHASTIC, seed), False
     yield "codes, of a table", encode.encode, (odd, block_scales, powers, NEAREST, None), False
     yield "values", encode.decode, (codes, row_scales, factor[None]), True
@@ -75,6 +79,22 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     )
     yield "bands", quantize._quantized, (whole, ROW, stochastic, seed, None, True), True
     yield "bands, dithered", quantize._quantized, (whole, ROW, dithered, seed, None, False), True
+    yield (
+        "bands of long rows",
+        quantize._quantized,
+        (Entries(torch.zeros(512, 9000)), ROW, dithered, seed, None, False),
+        True,
+    )
+    input, weight = fqt.quantizer("ptq8").quantize(torch.ones(n, d), seed=1), torch.ones(64, d)
+    of_weight = load_recipe("psq8d").operand("weight")
+    assert of_weight is not None
+    weight = of_weight.quantize(weight)
+    grad = fqt.quantizer("psq8d").quantize(torch.ones(n, 64), seed=1)
+    plain = fqt.quantizer("ptq8").quantize(torch.ones(n, 64), seed=1)
+    dense = DenseMap()
+    yield "output", fused.output, (dense, input, weight, None, torch.bfloat16), True
+    yield "grad_input", fused.grad_input, (dense, grad, weight, False, torch.Size((n, d)), torch.bfloat16), True
+    yield "grad_weight", fused.grad_weight, (dense, plain, input, None, torch.Size((64, d))), True
     yield "sums of codes", sums.column_sums, (codes, order.int()), True
     yield "sums of rows", sums.row_sums, (codes,), True
     yield "sums of values", sums.value_sums, (x,), True

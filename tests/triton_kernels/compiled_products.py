@@ -94,9 +94,9 @@ def variants(number: int) -> list[tuple[str, Any, tune.Tiles, dict[str, Any], di
             if schedule.kind == "tiles":
                 types = {"a": "*" + kinds[0], "b": "*" + kinds[1]}
                 found.append((schedule.kind, products._tiles, tiles, constants, types))
-            elif not all(shifted):
-                descriptors = [f"tensordesc<{kind}[{lines}, {tiles.terms}]>" for kind, lines in
-                               zip(kinds, (tiles.rows, tiles.columns), strict=True)]  # fmt: skip
+            else:  # whatever the codes, copies of them
+                constants = {name: value for name, value in constants.items() if name not in signs}
+                descriptors = [f"tensordesc<i8[{lines}, {tiles.terms}]>" for lines in (tiles.rows, tiles.columns)]
                 types = {"a": descriptors[0], "b": descriptors[1]}
                 found.append((schedule.kind, products._persistent, tiles, constants, types))
     tiles = tune.in_parts(capability).tiles

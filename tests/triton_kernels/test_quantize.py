@@ -19,18 +19,41 @@ def coding(mode: str, rounding: Rounding) -> Coding:
 
 
 def check(x: Entries, blocks: Blocks, how: Coding) -> None:
-    """Codes, parameters, dither and what was known, alone and with the transposed codes."""
-    known = Findings(channels=3)
+    """Codes, parameters and dither, alone and with the transposed codes; what is known is of the same entries."""
+    known = Findings(channels=x.shape[1])
     wanted = ops.quantize.reference(x, blocks, how, SEED, known)
     there = moved((x, blocks, how, SEED, known), DEVICE)
     assert quantize.takes_quantize(*there)
     with no_waiting():
         alone = quantize.quantize(*there)
         found, turned = quantize.codes_and_transposed(*there)
-    assert same(moved(alone, "cpu"), wanted)
-    assert same(moved(found, "cpu"), wanted)
+    for each in (moved(alone, "cpu"), moved(found, "cpu")):
+        assert same(each._replace(findings=None), wanted._replace(findings=None))
+        _check_findings(x, each.findings)
     assert turned.is_contiguous()
     assert torch.equal(turned.cpu(), wanted.codes.T)
+
+
+def _check_findings(x: Entries, found: Findings) -> None:
+    if found.parts is not None:
+        assert same([found.parts[0].amin(), found.parts[1].amax()], [v[0, 0] for v in ops.value_range(x, TENSOR)])
+    if found.sums is not None:
+        value, wanted = x.values(), x.values().double().sum(0)
+        bound = 2.0**-19 * value.double().abs().sum(0)
+        close = (found.sums - wanted).abs() <= bound
+        assert bool((close | ~wanted.isfinite()).all())
+
+
+def test_the_range_of_rows_is_the_whole_s() -> None:
+    """What a pass over rows found makes the second quantizer's step, and its pass the sums."""
+    x = Entries(matrix((40, 48)).to(DEVICE))
+    seed = SEED.to(DEVICE)
+    rows = quantize.quantize(x, ROW, coding("affine", DITHERED), seed, Findings(channels=48))
+    assert rows.findings.parts is not None
+    assert rows.findings.sums is None
+    whole = quantize.quantize(x, TENSOR, coding("affine", STOCHASTIC), seed, rows.findings)
+    assert same(whole[:3], quantize.quantize(x, TENSOR, coding("affine", STOCHASTIC), seed)[:3])
+    assert whole.findings.sums is not None
 
 
 @pytest.mark.parametrize("mode", ["affine", "zero", "symmetric"])

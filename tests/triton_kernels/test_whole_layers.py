@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fqt
-from fqt.kernels import blocked, codes, ops, philox, products
+from fqt.kernels import blocked, codes, integer, ops, philox, products
 from fqt.kernels import triton as backend
 from fqt.kernels.op import Implementation, Op
 from fqt.nn import compiled, layers
@@ -28,10 +28,13 @@ OFFERED: list[tuple[str, Op]] = [
     ("products", products.matmul_of),
     ("blocked", blocked.matmul),
     *(("conv", op) for op in CONVOLUTIONS),
+    *(("fused", op) for op in (integer.output, integer.grad_input, integer.grad_weight)),
 ]
 CASES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
     "default": ("default", lambda: nn.Linear(24, 20), (30, 24)),
     "default conv": ("default", lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1), (3, 3, 7, 7)),
+    "plain": ("psq8", lambda: nn.Linear(24, 20), (30, 24)),
+    "dithered": ("psq8d", lambda: nn.Linear(24, 20), (3, 10, 24)),
     "transform": ("shq8", lambda: nn.Linear(24, 20, bias=False), (30, 24)),
 }
 

@@ -21,6 +21,36 @@ from fqt.nn import Recipe, Rule, compress_, inductor_options, load_recipe, quant
 Outcome = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """A pass as a CUDA graph: what it returns and the gradients that it leaves lie in the graph's memory."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Tensor
+    gradients: list[tuple[Tensor, Tensor | None]]
+
+    @staticmethod
+    def of(passed: Callable[[], Tensor], leaves: Sequence[Tensor]) -> _Graph:
+        """Captures a pass, after a few in which kernels are compiled and chosen."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                passed()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = passed()
+        return _Graph(graph, result, [(leaf, leaf.grad) for leaf in leaves])
+
+    def replayed(self) -> Tensor:
+        """What the pass returns, for its input as it is now; the gradients are the leaves' again."""
+        self.graph.replay()
+        for leaf, gradient in self.gradients:
+            leaf.grad = gradient
+        return self.result
+
+
 class Unavailable(Exception):
     """A contestant cannot take part; the message says why."""
 
@@ -36,6 +66,7 @@ class Contestant:
         recipe: of ours.
         autocast: whether the forward pass runs under bfloat16 autocast.
         compiled: whether `torch.compile` is applied.
+        graphed: whether a pass is captured as a CUDA graph once and replayed, so that the host launches one thing.
         short: whether the model itself and its input are bfloat16.
         around: what the forward pass runs in besides autocast.
         slack: by how much the errors of its gradients may exceed a case's bound, which is for 8-bit integers.
@@ -47,6 +78,7 @@ class Contestant:
     recipe: str | None = None
     autocast: bool = False
     compiled: bool = False
+    graphed: bool = False
     short: bool = False
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     slack: float = 1.0
@@ -61,6 +93,7 @@ def contestants(recipes: Sequence[str], device: str = "cpu", keep: int | None = 
         Contestant(name="torchao int8", group="torchao", convert=_torchao, compiled=True, short=True),
     ]
     if device == "cuda":
+        found += [replace(each, name=f"{each.name} graphed", graphed=True) for each in found[1:]]
         fp8 = Contestant(name="TransformerEngine fp8", group="fp8", short=True, slack=4.0)  # gradients in E5M2
         found.append(replace(fp8, convert=_transformer_engine, around=_engine_autocast))
     for recipe in recipes:
@@ -70,6 +103,8 @@ def contestants(recipes: Sequence[str], device: str = "cpu", keep: int | None = 
             replace(ours, name=f"{recipe} bf16", autocast=True),
             replace(ours, name=f"{recipe} bf16 compiled", autocast=True, compiled=True),
         ]
+        if device == "cuda":
+            found += [replace(each, name=f"{each.name} graphed", graphed=True) for each in found[-2:]]
     return found
 
 
@@ -86,7 +121,7 @@ def noiseless(contestant: Contestant) -> Contestant:
     """
     assert contestant.recipe is not None
     recipe = _noiseless(load_recipe(contestant.recipe))
-    return replace(contestant, convert=_ours(recipe))
+    return replace(contestant, convert=_ours(recipe), graphed=False)
 
 
 def _noiseless(recipe: Recipe) -> Recipe:
@@ -180,6 +215,7 @@ class Runner:
         seen = torch.bfloat16 if contestant.autocast and layer else dtype
         self.input = self._formed(draw(workload.input, 1, self.device).to(seen)).requires_grad_(layer)
         self.above: Tensor | None = None
+        self.graph: _Graph | None = None
         if isinstance(workload, Step):
             drawn = workload.target(self.input, torch.Generator().manual_seed(SEED + 2))
             self.target = drawn.to(self.device)
@@ -206,6 +242,13 @@ class Runner:
 
     def backward(self) -> Tensor:
         """Forward and backward; returns a layer's output or a step's loss. The gradients are the model's."""
+        if not self.contestant.graphed:
+            return self._passed()
+        if self.graph is None:
+            self.graph = _Graph.of(self._passed, [self.input, *self.plain.parameters()])
+        return self.graph.replayed()
+
+    def _passed(self) -> Tensor:
         self.forget()
         with self.setting(), self.contestant.around():
             output = self.model(self.input)

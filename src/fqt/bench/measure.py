@@ -272,7 +272,7 @@ def _prepare(
                 calls[contestant.name] = runner
             if contestant.compiled:
                 row["graph_breaks"] = _graph_breaks() - breaks
-            else:
+            elif not contestant.graphed:
                 entry["kept"][contestant.name] = asdict(kept_bytes(runner))
             if contestant.group == "ours":
                 row["arithmetic"] = _arithmetic(runner)
@@ -311,7 +311,7 @@ def _in_best_format(
     """The contestant in the memory format that suits it; a compiled one takes that of its eager form."""
     if len(workload.input) != 4:
         return Runner(contestant, workload, device=at)
-    eager = contestant.name.removesuffix(" compiled")
+    eager = contestant.name.removesuffix(" graphed").removesuffix(" compiled")
     if eager not in formats:
         both = {last: Runner(contestant, workload, last, at) for last in (False, True)}
         spent = {last: [] for last in both}  # type: dict[bool, list[float]]

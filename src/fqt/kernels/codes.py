@@ -277,11 +277,14 @@ class Findings:
         sums: (channels,) float64, the sums of the values over all but the last axis, as `ops.value_sums`; None if
             no pass found them.
         channels: the length of the last axis if its sums are wanted, else 0.
+        parts: (parts,) float32 each, the least and the greatest entries of parts that cover the tensor, where a
+            range is not to be waited for; None if no pass found them.
     """
 
     range: tuple[float, float] | None = None
     sums: Tensor | None = None
     channels: int = 0
+    parts: tuple[Tensor, Tensor] | None = None
 
 
 class Quantized(NamedTuple):

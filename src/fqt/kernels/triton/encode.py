@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fqt.kernels.codes import Entries, Levels, Scales
-from fqt.kernels.rounding import Rounding
+from fqt.kernels.rounding import DITHERED, Rounding
 from fqt.kernels.triton.device import launch, takes
 from fqt.kernels.triton.levels import (
     ROUNDINGS,
@@ -20,7 +20,7 @@ from fqt.kernels.triton.levels import (
     split,
     takes_levels,
 )
-from fqt.kernels.triton.noise import takes_seed
+from fqt.kernels.triton.noise import dither_of, takes_seed
 from fqt.kernels.triton.source import parameter, parameter_of, source_of, takes_entries, takes_scales, values
 
 CODES = (torch.uint8, torch.int8)
@@ -48,10 +48,11 @@ def tile(N, D, R: tl.constexpr, C: tl.constexpr):
 def _encode(
     codes,
     turned,
+    sums,  # (tiles down, D) of the values, or None
     source,
     step,
     offset,
-    seed,
+    noise,
     N,
     D,
     R: tl.constexpr,
@@ -62,14 +63,17 @@ def _encode(
     TABLE: tl.constexpr,
     ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ):
     rows, start, columns, inside = tile(N, D, R, C)
     value = values(source, rows, columns, inside)
+    if sums is not None:
+        column = start + tl.arange(0, C)
+        band = tl.program_id(0).to(tl.int64) // tl.cdiv(D, C)
+        tl.store(sums + band * D + column, tl.sum(value, 0), mask=column < D)
     step = parameter(step, rows, columns, rows < N, columns < D)
     offset = parameter(offset, rows, columns, rows < N, columns < D)
     t = position(value, step, offset, LOW, HIGH)
-    code = rounded(t, seed, rows, start, D, C, ROUNDING, ALIGNED, TRANSPOSED, MANTISSA, TABLE)
+    code = rounded(t, noise, rows, start, N, D, C, ROUNDING, ALIGNED, MANTISSA, TABLE)
     code = code.to(codes.dtype.element_ty)
     tl.store(codes + rows * D + columns, code, mask=inside)
     if turned is not None:
@@ -84,21 +88,42 @@ def takes_encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding,
 
 def encode(x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None) -> Tensor:
     """As the reference, bit for bit."""
-    return encoded(x, scales, levels, rounding, seed, turn=False)[0]
+    return encoded(x, scales, levels, rounding, noise_of(x, rounding, seed))[0]
+
+
+def noise_of(x: Entries, rounding: Rounding, seed: Tensor | None) -> Tensor | None:
+    """What rounding x draws from: the seed; where it is dithered, the dither of rows and columns."""
+    if rounding != DITHERED:
+        return seed
+    assert seed is not None
+    return dither_of(seed, x.shape, x.transposed)
 
 
 def encoded(
-    x: Entries, scales: Scales, levels: Levels, rounding: Rounding, seed: Tensor | None, turn: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The codes (N, D) and, to `turn`, the same codes transposed, (D, N) contiguous, of one pass."""
+    x: Entries,
+    scales: Scales,
+    levels: Levels,
+    rounding: Rounding,
+    noise: Tensor | None,
+    turn: bool = False,
+    sum: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The codes (N, D) and, of the same pass, what is asked for beside them.
+
+    Args:
+        x, scales, levels, rounding: as for `ops.encode`.
+        noise: of `noise_of`.
+        turn: whether the same codes are wanted transposed, (D, N) contiguous.
+        sum: whether the sums of the columns' values are wanted, (D,) float64; runs of 32 rows are added in float32.
+    """
     shape, device = x.shape, x.matrix.device
     codes = torch.empty(shape, dtype=levels.dtype, device=device)
     turned = torch.empty(shape[::-1], dtype=levels.dtype, device=device) if turn else None
+    sums = codes.new_empty((triton.cdiv(shape[0], TILE["R"]), shape[1]), dtype=torch.float32) if sum else None
     step, offset = (parameter_of(p, scales.blocks, shape) for p in (scales.step, scales.offset))
-    arguments = (codes, turned, source_of(x), step, offset, seed, *shape)
-    how = how_of(levels, rounding, shape[1], x.transposed)
-    launch(_encode, programs_of(shape), *arguments, on=codes, **TILE, **how)
-    return codes, turned
+    arguments = (codes, turned, sums, source_of(x), step, offset, noise, *shape)
+    launch(_encode, programs_of(shape), *arguments, on=codes, **TILE, **how_of(levels, rounding, shape[1]))
+    return codes, turned, None if sums is None else sums.sum(0, dtype=torch.float64)
 
 
 @triton.jit

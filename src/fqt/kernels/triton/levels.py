@@ -12,14 +12,12 @@ import triton
 import triton.language as tl
 
 from fqt.kernels.codes import DITHER_LEVELS, Levels
-from fqt.kernels.philox import STREAM_DITHER_COLUMN, STREAM_DITHER_ROW
 from fqt.kernels.rounding import Rounding
-from fqt.kernels.triton.noise import high_bits, low_bits, u24
+from fqt.kernels.triton.noise import high_bits, low_bits
 
 # What the codes themselves are rounded by: "corrected" changes steps only, after the codes are known.
 ROUNDINGS = {"nearest": 0, "corrected": 0, "stochastic": 1, "dithered": 2}
 _NEAREST, _STOCHASTIC = tl.constexpr(0), tl.constexpr(1)
-_DITHER_ROW, _DITHER_COLUMN = tl.constexpr(STREAM_DITHER_ROW), tl.constexpr(STREAM_DITHER_COLUMN)
 _CHANCES, _CHANCE = tl.constexpr(DITHER_LEVELS), tl.constexpr(1.0 / DITHER_LEVELS)
 _WIDE = tl.constexpr(2.0**100)
 _LONGEST_TABLE = 64  # it is searched by as many comparisons
@@ -36,9 +34,9 @@ def levels_of(levels: Levels) -> dict[str, Any]:
     return {"LOW": levels.low, "HIGH": levels.high, "MANTISSA": mantissa, "TABLE": levels.table or ()}
 
 
-def how_of(levels: Levels, rounding: Rounding, columns: int, transposed: bool) -> dict[str, Any]:
+def how_of(levels: Levels, rounding: Rounding, columns: int) -> dict[str, Any]:
     """Levels, rounding and the order of the noise of a matrix of so many columns, as compile-time constants."""
-    how = {"ROUNDING": ROUNDINGS[rounding.name], "ALIGNED": columns % 8 == 0, "TRANSPOSED": transposed}
+    how = {"ROUNDING": ROUNDINGS[rounding.name], "ALIGNED": columns % 8 == 0}
     return {**levels_of(levels), **how}
 
 
@@ -136,12 +134,11 @@ def _stochastic(
 
 
 @triton.jit
-def _dithered(t, seed, rows, columns, TRANSPOSED: tl.constexpr):
+def _dithered(t, dither, rows, columns, N, D):
     """⌊t + (a + b)/2²⁴⌋ in exact arithmetic."""
-    if TRANSPOSED:
-        k = u24(seed, _DITHER_COLUMN, rows) + u24(seed, _DITHER_ROW, columns)
-    else:
-        k = u24(seed, _DITHER_ROW, rows) + u24(seed, _DITHER_COLUMN, columns)
+    row = tl.load(dither + rows, rows < N, 0.0) * _CHANCES
+    column = tl.load(dither + N + columns, columns < D, 0.0) * _CHANCES
+    k = row.to(tl.int32) + column.to(tl.int32)
     below = floor(t)
     threshold = (-(k & (_CHANCES - 1)) + _CHANCES).to(tl.float32) * _CHANCE
     return below + (k >> 24).to(tl.float32) + tl.where(t - below >= threshold, 1.0, 0.0)
@@ -150,22 +147,22 @@ def _dithered(t, seed, rows, columns, TRANSPOSED: tl.constexpr):
 @triton.jit
 def rounded(
     t,
-    seed,
+    source,  # of the noise: the seed, or the dither of N rows and D columns
     rows,
     start,
+    N,
     D,
     C: tl.constexpr,
     ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     MANTISSA: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """int32 codes for positions t (R, C) of `rows` (R, 1) and C columns from `start` of a matrix of D columns."""
+    """int32 codes for positions t (R, C) of `rows` (R, 1) and C columns from `start` of a matrix (N, D)."""
     if ROUNDING == _NEAREST:
         code = _nearest(t, MANTISSA, TABLE)
     elif ROUNDING == _STOCHASTIC:
-        code = _stochastic(t, tl.load(seed), rows * D + start, C, ALIGNED, MANTISSA, TABLE)
+        code = _stochastic(t, tl.load(source), rows * D + start, C, ALIGNED, MANTISSA, TABLE)
     else:
-        code = _dithered(t, tl.load(seed), rows, start + tl.arange(0, C)[None, :], TRANSPOSED)
+        code = _dithered(t, source, rows, start + tl.arange(0, C)[None, :], N, D)
     return code.to(tl.int32)

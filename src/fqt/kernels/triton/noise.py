@@ -131,11 +131,11 @@ def _dither(out, seed, n, rows, ROW: tl.constexpr, COLUMN: tl.constexpr, SIZE: t
     tl.store(out + place, along.to(tl.float32) * (1.0 / 16777216), mask=place < n)
 
 
-def dither_of(seed: Tensor, shape: tuple[int, int], transposed: bool) -> tuple[Tensor, Tensor]:
-    """(N, 1) and (1, D) float32: the dither of `fqt.kernels.codes.Dither`, in one launch."""
+def dither_of(seed: Tensor, shape: tuple[int, int], transposed: bool) -> Tensor:
+    """(N + D,) float32: the dither of `fqt.kernels.codes.Dither`, of the rows and then of the columns."""
     rows, columns = shape
     out = torch.empty(rows + columns, dtype=torch.float32, device=seed.device)
     row, column = dither_streams(transposed)
     programs = triton.cdiv(out.numel(), _BLOCKS)
     launch(_dither, programs, out, seed, out.numel(), rows, on=out, ROW=row, COLUMN=column, SIZE=_BLOCKS)
-    return out[:rows, None], out[None, rows:]
+    return out

@@ -203,8 +203,6 @@ def _persistent(
     ZERO_STEP: tl.constexpr,
     PLACED: tl.constexpr,
     FINISH: tl.constexpr,
-    A_SHIFTED: tl.constexpr,  # not both: what lies beyond the terms is read as code 0
-    B_SHIFTED: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -217,7 +215,7 @@ def _persistent(
         for step in range(tl.cdiv(terms, BK)):
             x = a.load([row_tile * BM, step * BK])
             y = b.load([column_tile * BN, step * BK])
-            sums = tl.dot(signed(x, A_SHIFTED), signed(y, B_SHIFTED).T, sums, out_dtype=tl.int32)
+            sums = tl.dot(x, y.T, sums, out_dtype=tl.int32)
         write(
             sums, out, row_tile * BM + tl.arange(0, BM), rows, column_tile * BN, columns, row_shift, column_shift,
             row_scale, column_scale, left, right, bias, zero, ones, rank, places, width,
@@ -229,14 +227,15 @@ def _persistent(
 def _turn(
     codes,
     out,
-    totals,
+    totals,  # (lines,) or None
+    weighted,  # (lines,) or None: the sums of codes, as they are, times a term's fraction of 2²⁴
+    fractions,  # (terms,)
     lines,
     terms,
     line_stride,
     term_stride,
     padded,
     SHIFTED: tl.constexpr,
-    TOTALS: tl.constexpr,
     BL: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -246,11 +245,17 @@ def _turn(
     line_in = line < lines
     wide, far = line.to(tl.int64), term.to(tl.int64)
     inside = line_in[:, None] & (term < terms)[None, :]
-    x = tl.load(codes + (wide * line_stride)[:, None] + (far * term_stride)[None, :], inside, 128 if SHIFTED else 0)
-    x = signed(x, SHIFTED)
+    code = tl.load(
+        codes + (wide * line_stride)[:, None] + (far * term_stride)[None, :], inside, 128 if SHIFTED else 0
+    )
+    x = signed(code, SHIFTED)
     tl.store(out + (wide * padded)[:, None] + far[None, :], x, line_in[:, None] & (term < padded)[None, :])
-    if TOTALS:
+    if totals is not None:
         tl.atomic_add(totals + line, tl.sum(x.to(tl.int32), 1).to(tl.int64), line_in, sem="relaxed")
+    if weighted is not None:
+        heavy = (tl.load(fractions + term, term < terms, 0.0) * 16777216.0).to(tl.int32).to(tl.int64)
+        sums = tl.sum(code.to(tl.int32) * heavy[None, :], 1)
+        tl.atomic_add(weighted + line, sums, line_in, sem="relaxed")
 
 
 @dataclass(frozen=True)
@@ -260,10 +265,12 @@ class Side:
     Attributes:
         codes: (lines, terms) uint8 or int8, any strides.
         totals: (lines,) int64, Σ over the terms of the signed codes; None if not known.
+        weighted: (lines,) int64, Σ over the terms of the codes times `turned`'s fractions; None if not wanted.
     """
 
     codes: Tensor
     totals: Tensor | None = None
+    weighted: Tensor | None = None
 
     @property
     def shifted(self) -> bool:
@@ -276,18 +283,28 @@ class Side:
         aligned = x.data_ptr() % _ALIGNED == 0 and x.stride(0) % _ALIGNED == 0
         return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and aligned
 
-    def turned(self, totals: bool) -> Side:
-        """The signed codes with neighbouring terms, and with `totals` their sums too: one pass."""
+    def turned(self, totals: bool, fractions: Tensor | None = None) -> Side:
+        """The signed codes with neighbouring terms, and in the same pass sums over the terms.
+
+        Args:
+            totals: whether the signed codes' sums are wanted.
+            fractions: (terms,) float32, multiples of 2⁻²⁴ below 1: the sums of the codes, as they are, times these,
+                are wanted too, in 2⁻²⁴.
+        """
         lines, terms = self.codes.shape
         padded = -(-terms // _ALIGNED) * _ALIGNED
         out = torch.empty(lines, padded, dtype=torch.int8, device=self.codes.device)
-        found = torch.zeros(lines, dtype=torch.int64, device=out.device) if totals else None
+        wanted = int(totals) + int(fractions is not None)
+        sums = torch.zeros(wanted, lines, dtype=torch.int64, device=out.device) if wanted else ()
+        found = sums[0] if totals else None
+        weighted = sums[-1] if fractions is not None else None
         blocks = {"BL": 64, "BK": 128} if out.is_cuda else {"BL": 64, "BK": 512}
         grid = (-(-lines // blocks["BL"]) * -(-padded // blocks["BK"]),)
         _turn[grid](
-            self.codes, out, found, lines, terms, *self.codes.stride(), padded, self.shifted, totals, **blocks
-        )
-        return Side(out[:, :terms], found)
+            self.codes, out, found, weighted, fractions, lines, terms, *self.codes.stride(), padded, self.shifted,
+            **blocks,
+        )  # fmt: skip
+        return Side(out[:, :terms], found, weighted)
 
     def summed(self) -> Tensor:
         """(lines,) int64: Σ over the terms of the signed codes."""
@@ -320,7 +337,7 @@ def matmul_of(
     left, right = Side(a), Side(b.T)
     with torch.cuda.device_of(a):
         long = terms > most_terms(a.dtype, b.dtype)
-        if schedule is None and (long or _few_tiles(a, rows, columns, terms)):
+        if schedule is None and (long or tune.few_tiles(a, rows, columns, terms)):
             schedule = tune.in_parts(tune.capability(a))
         if schedule is None:
             choices = [p for p in tune.schedules(tune.capability(a), rows, columns) if _fits(p, rows, columns)]
@@ -352,25 +369,56 @@ def _multiplied(
         return _in_parts(left, right, dtype, finishing, schedule)
     shifted = left.shifted, right.shifted
     left, right = _laid(left, right, schedule)
-    row_shift, column_shift = _shifts(left, right, shifted)
+    return _launched(left, right, _shifts(left, right, shifted), dtype, finishing, schedule)
+
+
+def multiplied_signed(
+    left: Side, right: Side, shift: tuple[Tensor | None, Tensor | None], dtype: torch.dtype, epilogue: tuple
+) -> Tensor:
+    """`matmul_of` of sides that are as the tensor cores want them (`Side.turned`), by the fastest way.
+
+    Args:
+        left, right: int8, terms neighbours; no more terms than int32 holds the sums of.
+        shift: what is added to the sums first, by rows and by columns, int64; None is nothing.
+        dtype: of the result.
+        epilogue: as `Epilogue.arguments` has it.
+    """
+    a = left.codes
+    rows, columns, terms = a.shape[0], right.codes.shape[0], a.shape[1]
+    finishing = wants(epilogue, columns)
+    with torch.cuda.device_of(a):
+        choices = [p for p in tune.schedules(tune.capability(a), rows, columns) if _fits(p, rows, columns)]
+        choices = [p for p in choices if p.turned]
+        key = ("signed", tune.bucket(rows), columns, terms, dtype, finishing["FINISH"])
+        schedule = tune.fastest(key, a, choices, lambda each: _launched(left, right, shift, dtype, finishing, each))
+        return _launched(left, right, shift, dtype, finishing, schedule)
+
+
+def _launched(
+    left: Side,
+    right: Side,
+    shift: tuple[Tensor | None, Tensor | None],
+    dtype: torch.dtype,
+    finishing: dict[str, Any],
+    schedule: Schedule,
+) -> Tensor:
+    """Of sides laid as the schedule wants them."""
     if schedule.kind == "library":
         sums = torch._int_mm(_padded(left), _padded(right).T)
-        return finish(sums, dtype, row_shift, column_shift, finishing)
+        return finish(sums, dtype, *shift, finishing)
     assert schedule.tiles is not None
     out = torch.empty(len(left.codes), len(right.codes), dtype=dtype, device=left.codes.device)
     blocks, launch = schedule.tiles.blocks(), schedule.tiles.launch()
     tiles = -(-out.shape[0] // blocks["BM"]) * -(-out.shape[1] // blocks["BN"])
     sizes, terms = out.shape, left.codes.shape[1]
     more = {**finishing, "GROUP": NEIGHBOURS, **blocks, **launch, **ROUNDED}
-    shift = (row_shift, column_shift)
-    signs = {"A_SHIFTED": left.shifted, "B_SHIFTED": right.shifted}
     if schedule.kind == "persistent":
         described = [
             TensorDescriptor(side.codes, list(side.codes.shape), list(side.codes.stride()), [lines, blocks["BK"]])
             for side, lines in ((left, blocks["BM"]), (right, blocks["BN"]))
         ]
         grid = (min(tiles, tune.processors(out)),)
-        _persistent[grid](*described, out, *sizes, terms, *shift, **signs, **more)
+        _persistent[grid](*described, out, *sizes, terms, *shift, **more)
         return out
     strides = (*left.codes.stride(), *reversed(right.codes.stride()))
     even = terms % blocks["BK"] == 0
@@ -383,7 +431,8 @@ def _multiplied(
         terms,
         *strides,
         *shift,
-        **signs,
+        A_SHIFTED=left.shifted,
+        B_SHIFTED=right.shifted,
         PARTS=False,
         EVEN=even,
         **more,
@@ -395,11 +444,9 @@ def _laid(left: Side, right: Side, schedule: Schedule) -> tuple[Side, Side]:
     """The sides as the schedule wants them; where one is copied anyway, its sums come with the copy if wanted."""
     if not schedule.turned:
         return left, right
-    if schedule.kind == "library":
+    if schedule.kind in ("library", "persistent"):
+        # A copy costs a tenth of what it costs to take 128 off on the way from memory to the tensor cores.
         turn = [side.shifted or not side.described() for side in (left, right)]
-    elif schedule.kind == "persistent":
-        turn = [not side.described() for side in (left, right)]
-        turn[1] |= left.shifted and right.shifted and not any(turn)
     else:
         turn = [side.codes.stride(1) != 1 for side in (left, right)]
     # A side's sums correct the other's shift.
@@ -427,11 +474,6 @@ def _padded(side: Side) -> Tensor:
         return side.codes
     wide = side.codes.as_strided((lines, -(-terms // _ALIGNED) * _ALIGNED), side.codes.stride())
     return wide if side.codes.stride(0) == wide.shape[1] else side.turned(False).codes
-
-
-def _few_tiles(a: Tensor, rows: int, columns: int, terms: int) -> bool:
-    """Whether so few tiles make up the result that its contraction should be shared out."""
-    return rows * columns * 2 <= 128 * 128 * tune.processors(a) and terms >= 4096 and a.is_cuda
 
 
 def _in_parts(left: Side, right: Side, dtype: torch.dtype, finishing: dict[str, Any], schedule: Schedule) -> Tensor:

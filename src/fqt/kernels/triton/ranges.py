@@ -19,6 +19,7 @@ _LEAST = tl.constexpr(LEAST_STEP)
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _WIDEST = tl.constexpr(float(torch.tensor(torch.finfo(torch.float32).max * (1 - 2**-15), dtype=torch.float32)))
 _SIZE = 256
+_MOST_SPLITS = 1 << 14
 
 
 @triton.jit
@@ -166,11 +167,28 @@ def _merged(
 def steps_of(x: Entries, blocks: Blocks, mode: str, steps: int) -> tuple[Tensor, Tensor]:
     """`parameters` of `value_range`, in two launches."""
     lo, hi, tiling = _partial_ranges(x, blocks)
-    step, offset = torch.empty((2, *tiling.count), dtype=torch.float32, device=lo.device)
-    splits = triton.next_power_of_2(tiling.splits[0] * tiling.splits[1])
-    how = {"STEPS": steps, "MODE": MODES[mode], "SIZE": max(1, 1024 // splits), "SPLITS": splits}
-    arguments = (step, offset, lo, hi, tiling.count, tiling.splits)
-    launch(_merged, triton.cdiv(step.numel(), how["SIZE"]), *arguments, on=lo, **how)
+    return _put_together(lo, hi, tiling.count, tiling.splits, mode, steps)
+
+
+def merged(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
+    """`parameters` (1, 1) of a matrix, from the ranges (parts,) of parts that cover it."""
+    return _put_together(lo, hi, (1, 1), (lo.numel(), 1), mode, steps)
+
+
+def _put_together(
+    lo: Tensor, hi: Tensor, count: tuple[int, int], splits: tuple[int, int], mode: str, steps: int
+) -> tuple[Tensor, Tensor]:
+    step, offset = torch.empty((2, *count), dtype=torch.float32, device=lo.device)
+    wide = triton.next_power_of_2(splits[0] * splits[1])
+    while wide > _MOST_SPLITS:  # of one block: a tile holds no more
+        parts = triton.cdiv(splits[0] * splits[1], _MOST_SPLITS)
+        pad = parts * _MOST_SPLITS - lo.numel()
+        lo = torch.nn.functional.pad(lo.view(-1), (0, pad), value=float("inf")).view(parts, -1).amin(1)
+        hi = torch.nn.functional.pad(hi.view(-1), (0, pad), value=float("-inf")).view(parts, -1).amax(1)
+        splits, wide = (parts, 1), triton.next_power_of_2(parts)
+    how = {"STEPS": steps, "MODE": MODES[mode], "SIZE": max(1, 1024 // wide), "SPLITS": wide}
+    programs, warps = triton.cdiv(step.numel(), how["SIZE"]), 4 if wide <= 4096 else 16
+    launch(_merged, programs, step, offset, lo, hi, count, splits, on=lo, warps=warps, **how)
     return step, offset
 
 

@@ -10,6 +10,8 @@ from fqt.kernels.triton.device import BACKEND, obstacle, offer
 offer(products.matmul_of, "products")
 for op in (products.conv2d_of, products.conv2d_grad_input_of, products.conv2d_grad_weight_of):
     offer(op, "conv")
+for product in (integer.output, integer.grad_input, integer.grad_weight):
+    offer(product, "fused", of=lambda map, operand, *_, **__: operand.matrix_codes)
 offer(blocked.matmul, "blocked", of=lambda a, b, bias=None, dtype=None: a.codes)
 
 

@@ -16,12 +16,14 @@ from fqt.kernels.triton.tiling import Tiling, entries, place, result
 
 _TILE = {"R": 32, "C": 128}
 _PROGRAMS = 1024
+_LONGEST = 256  # values that are added in float32, and codes in int32
 
 
 def _spans(shape: tuple[int, int]) -> tuple[int, int]:
     """How many programs share the rows of a matrix, and how many rows each has: whole tiles."""
     tiles, rows = triton.cdiv(shape[1], _TILE["C"]), _TILE["R"]
     parts = max(1, min(triton.cdiv(_PROGRAMS, max(tiles, 1)), triton.cdiv(shape[0], 4 * rows)))
+    parts = max(parts, triton.cdiv(shape[0], _LONGEST * rows))
     span = max(1, triton.cdiv(triton.cdiv(shape[0], parts), rows)) * rows
     return triton.cdiv(shape[0], span), span
 
@@ -39,18 +41,20 @@ def _stripe(D, span, C: tl.constexpr):
 def _code_sums(plain, weighted, source, weights, N, D, span, R: tl.constexpr, C: tl.constexpr):
     columns, first, out = _stripe(D, span, C)
     x, _, row_stride, column_stride, _ = source
-    total, heavy = tl.zeros((C,), tl.int64), tl.zeros((C,), tl.int64)
+    # Entry by entry, and across a tile's rows only at the end: that waits for other warps.
+    total = tl.zeros((R, C), tl.int32)
+    heavy = tl.zeros((R, C), tl.int64)
     for row in range(0, span, R):
         rows = first + row + tl.arange(0, R)
         there = rows[:, None] * row_stride + columns[None, :] * column_stride
         code = tl.load(x + there, mask=(rows < N)[:, None] & (columns < D)[None, :], other=0).to(tl.int32)
-        total += tl.sum(code, 0)
+        total += code
         if weights is not None:
             weight = tl.load(weights + rows, mask=rows < N, other=0).to(tl.int64)
-            heavy += tl.sum(code * weight[:, None], 0)
-    tl.store(plain + out, total, mask=columns < D)
+            heavy += code * weight[:, None]
+    tl.store(plain + out, tl.sum(total.to(tl.int64), 0), mask=columns < D)
     if weights is not None:
-        tl.store(weighted + out, heavy, mask=columns < D)
+        tl.store(weighted + out, tl.sum(heavy, 0), mask=columns < D)
 
 
 def takes_column_sums(codes: Tensor, weights: Tensor | None = None) -> bool:
@@ -73,13 +77,12 @@ def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
 def _row_sums(out, source, N, D, R: tl.constexpr, C: tl.constexpr):
     x, _, row_stride, column_stride, _ = source
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    total = tl.zeros((R,), tl.int64)
+    total = tl.zeros((R, C), tl.int64)
     for start in range(0, D, C):
         columns = (start + tl.arange(0, C)).to(tl.int64)
         there = rows[:, None] * row_stride + columns[None, :] * column_stride
-        code = tl.load(x + there, mask=(rows < N)[:, None] & (columns < D)[None, :], other=0)
-        total += tl.sum(code.to(tl.int32), 1)
-    tl.store(out + rows, total, mask=rows < N)
+        total += tl.load(x + there, mask=(rows < N)[:, None] & (columns < D)[None, :], other=0).to(tl.int64)
+    tl.store(out + rows, tl.sum(total, 1), mask=rows < N)
 
 
 def takes_row_sums(codes: Tensor) -> bool:
@@ -98,12 +101,11 @@ def row_sums(codes: Tensor) -> Tensor:
 @triton.jit
 def _value_sums(sums, source, N, D, span, R: tl.constexpr, C: tl.constexpr):
     columns, first, out = _stripe(D, span, C)
-    total = tl.zeros((C,), tl.float64)
+    total = tl.zeros((R, C), tl.float32)
     for row in range(0, span, R):
         rows = first + row + tl.arange(0, R)[:, None]
-        value = values(source, rows, columns[None, :], (rows < N) & (columns < D)[None, :])
-        total += tl.sum(value, 0).to(tl.float64)  # runs of 32 rows in float32
-    tl.store(sums + out, total, mask=columns < D)
+        total += values(source, rows, columns[None, :], (rows < N) & (columns < D)[None, :])
+    tl.store(sums + out, tl.sum(total.to(tl.float64), 0), mask=columns < D)
 
 
 def takes_value_sums(x: Tensor) -> bool:
@@ -112,7 +114,7 @@ def takes_value_sums(x: Tensor) -> bool:
 
 
 def value_sums(x: Tensor) -> Tensor:
-    """As the reference; runs of 32 rows are added in float32."""
+    """As the reference; every 32nd row, at most 256 of them, is added in float32."""
     shape = (x.shape[0], x.shape[1])
     parts, span = _spans(shape)
     sums = x.new_zeros((parts, shape[1]), dtype=torch.float64)

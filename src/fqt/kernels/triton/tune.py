@@ -95,6 +95,11 @@ def in_parts(capability: tuple[int, int]) -> Schedule:
     return Schedule("parts", TINY if capability == (0, 0) else _OF_PARTS)
 
 
+def few_tiles(x: Tensor, rows: int, columns: int, terms: int) -> bool:
+    """Whether so few tiles make up a result on x's device that its contraction should be shared out."""
+    return rows * columns * 2 <= 128 * 128 * processors(x) and terms >= 4096 and x.is_cuda
+
+
 def tiles_for(number: int) -> Sequence[Tiles]:
     """Of kernels that load through pointers."""
     return _WIDE_MEMORY if number in (80, *_DATACENTER) else _NARROW_MEMORY
