@@ -20,6 +20,7 @@ ROUNDINGS = {"nearest": 0, "corrected": 0, "stochastic": 1, "dithered": 2}
 _NEAREST, _STOCHASTIC = tl.constexpr(0), tl.constexpr(1)
 _CHANCES, _CHANCE = tl.constexpr(DITHER_LEVELS), tl.constexpr(1.0 / DITHER_LEVELS)
 _WIDE = tl.constexpr(2.0**100)
+_MAGIC = tl.constexpr(1.5 * 2.0**23)  # floats about it are one apart
 _LONGEST_TABLE = 64  # it is searched by as many comparisons
 
 
@@ -64,6 +65,29 @@ def floor(t):
 
 
 @triton.jit
+def near(t):
+    """The nearest whole number, of two as near the even one, for |t| ≤ 2²²: the addition rounds.
+
+    Instructions that round or convert run at an eighth of the rate of an addition on NVIDIA's; four of them for
+    every entry took more time than its memory.
+    """
+    return (t + _MAGIC) - _MAGIC
+
+
+@triton.jit
+def near_floor(t):
+    """⌊t⌋ for |t| ≤ 2²²."""
+    nearest = near(t)
+    return nearest - tl.where(nearest > t, 1.0, 0.0)
+
+
+@triton.jit
+def whole(t):
+    """int32, of a whole number with |t| ≤ 2²²."""
+    return (t + _MAGIC).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
 def even(t):
     """The nearest whole number, of two as near the even one, by operations that every backend rounds alike."""
     below = floor(t)
@@ -94,10 +118,10 @@ def split(t, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
         return below, tl.div_rn(t - below, gap), gap
     elif MANTISSA >= 0:
         gap, inverse = _gaps(t, MANTISSA)
-        below = floor(t * inverse) * gap
+        below = near_floor(t * inverse) * gap
         return below, (t - below) * inverse, gap
     else:
-        below = floor(t)
+        below = near_floor(t)
         return below, t - below, tl.full(t.shape, 1.0, tl.float32)
 
 
@@ -108,9 +132,9 @@ def _nearest(t, MANTISSA: tl.constexpr, TABLE: tl.constexpr):
         return below + tl.where(fraction > 0.5, gap, 0.0)
     elif MANTISSA >= 0:
         gap, inverse = _gaps(t, MANTISSA)
-        return even(t * inverse) * gap
+        return near(t * inverse) * gap
     else:
-        return even(t)
+        return near(t)
 
 
 @triton.jit
@@ -139,7 +163,7 @@ def _dithered(t, dither, rows, columns, N, D):
     row = tl.load(dither + rows, rows < N, 0.0) * _CHANCES
     column = tl.load(dither + N + columns, columns < D, 0.0) * _CHANCES
     k = row.to(tl.int32) + column.to(tl.int32)
-    below = floor(t)
+    below = near_floor(t)
     threshold = (-(k & (_CHANCES - 1)) + _CHANCES).to(tl.float32) * _CHANCE
     return below + (k >> 24).to(tl.float32) + tl.where(t - below >= threshold, 1.0, 0.0)
 
@@ -165,4 +189,4 @@ def rounded(
         code = _stochastic(t, tl.load(source), rows * D + start, C, ALIGNED, MANTISSA, TABLE)
     else:
         code = _dithered(t, source, rows, start + tl.arange(0, C)[None, :], N, D)
-    return code.to(tl.int32)
+    return whole(code)

@@ -298,7 +298,7 @@ class Side:
         sums = torch.zeros(wanted, lines, dtype=torch.int64, device=out.device) if wanted else ()
         found = sums[0] if totals else None
         weighted = sums[-1] if fractions is not None else None
-        blocks = {"BL": 64, "BK": 128} if out.is_cuda else {"BL": 64, "BK": 512}
+        blocks = {"BL": 64, "BK": 128, "num_warps": 8} if out.is_cuda else {"BL": 64, "BK": 512}
         grid = (-(-lines // blocks["BL"]) * -(-padded // blocks["BK"]),)
         _turn[grid](
             self.codes, out, found, weighted, fractions, lines, terms, *self.codes.stride(), padded, self.shifted,

@@ -29,7 +29,7 @@ from fqt.kernels.triton.source import source_of, takes_entries, values
 _TILES = {False: {"R": 8, "C": 512}, True: {"R": 32, "C": 128}}
 _BANDS = 128  # about a GPU's multiprocessors: with fewer bands a matrix is read by tiles, twice
 _SHORT = 2048  # or rows no longer than this
-_WHOLE = 8192  # entries of a band that 8 warps hold in registers, to read them once
+_WHOLE = 8192  # entries of a band that 16 warps hold in registers, to read them once
 
 
 def takes_quantize(
@@ -106,7 +106,7 @@ def _by_bands(
     lo, hi = torch.empty((2, programs), dtype=torch.float32, device=device) if known is not None else (None, None)
     arguments = (codes, turned, step, offset, lo, hi, source_of(x), noise, *shape)
     how = {**how_of(coding.levels, coding.rounding, shape[1]), "MODE": MODES[coding.mode]}
-    launch(_bands, programs, *arguments, on=codes, warps=8 if whole else 4, WHOLE=whole, **tile, **how)
+    launch(_bands, programs, *arguments, on=codes, warps=16 if whole else 4, WHOLE=whole, **tile, **how)
     if known is not None and lo is not None and hi is not None:
         known = replace(known, parts=(lo, hi))
     return codes, turned, Scales(step, offset, ROW), known

@@ -26,8 +26,8 @@ _PROGRAMS = 2048
 
 @triton.jit
 def _before(x, before, rows, inside):
-    """(x · half − offset · half) · scale."""
-    if before is not None:
+    """(x · half − offset · half) · scale; x itself without."""
+    if before[0] is not None:
         half = tl.load(before[0] + rows, mask=inside, other=0.0)
         offset = tl.load(before[1] + rows, mask=inside, other=0.0)
         x = (x * half - offset * half) * tl.load(before[2] + rows, mask=inside, other=0.0)
@@ -36,8 +36,8 @@ def _before(x, before, rows, inside):
 
 @triton.jit
 def _after(y, after, rows, columns, inside_rows, inside_columns):
-    """y · scale + offset · right, clamped to the finite floats; NaN stays."""
-    if after is not None:
+    """y · scale + offset · right, clamped to the finite floats; NaN stays; y itself without."""
+    if after[0] is not None:
         offset = tl.load(after[1] + rows, mask=inside_rows, other=0.0)
         if after[2] is not None:
             offset = offset * tl.load(after[2] + columns, mask=inside_columns, other=0.0)
@@ -47,11 +47,15 @@ def _after(y, after, rows, columns, inside_rows, inside_columns):
     return y
 
 
-def _scalings(before: Scaling | None, after: Unscaling | None) -> tuple[tuple | None, tuple | None, torch.dtype]:
-    """The arguments of `_before` and `_after`, and the dtype of the result."""
-    first = None if before is None else tuple(p.contiguous() for p in (before.half, before.offset, before.scale))
+def _scalings(before: Scaling | None, after: Unscaling | None) -> tuple[tuple, tuple, torch.dtype]:
+    """The arguments of `_before` and `_after`, of None where there is nothing to do, and the dtype of the result.
+
+    Triton 3.6 cannot ask of a tuple that holds None whether it is None itself.
+    """
+    parts = () if before is None else (before.half, before.offset, before.scale)
+    first = tuple(p.contiguous() for p in parts) or (None,) * 3
     if after is None:
-        return first, None, torch.float32
+        return first, (None,) * 3, torch.float32
     right = None if after.right is None else after.right.contiguous()
     return first, (after.scale.contiguous(), after.offset.contiguous(), right), after.dtype
 
