@@ -101,6 +101,9 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     yield "scaled rows", sums.scaled_rows, (x, column[:, 0], column[:, 0], Findings()), True
     yield "sums of variances", sums.variance_sums, (whole, row_scales, byte), True
     yield "Hadamard over rows", transform.hadamard, (x, order, (128,) * 32, before, None, after), True
+    yield "Hadamard over rows, alone", transform.hadamard, (x, order, (128,) * 32), True
+    yield "Hadamard over rows, first", transform.hadamard, (x, order, (128,) * 32, before), True
+    yield "reflections, alone", transform.reflect, (x, order, column, column), True
     yield "Hadamard over columns", transform.rotate, (x, factor, factor, (128, 128)), True
     yield "reflections", transform.reflect, (x, order, column, column, before), True
     yield "reflections undone", transform.reflect, (x, order, column, column, None, after), True

@@ -46,7 +46,7 @@ POINTERS = {
     "zero": "*i32",
     "ones": "*i64",
     "out": "*bf16",
-    "codes": "*u8",
+    "codes": "*i8",
     "weight": "*i8",
     "grad": "*u8",
     "image": "*u8",

@@ -7,7 +7,7 @@ grad_weight sums over pixels, in parts that meet in integers. A kernel of one pi
 matrix product and goes there.
 
 A tap on padding is code 0. Where codes are unsigned it is read as 0 − 128 like every other, and the shift's
-correction counts it too.
+correction counts it too. Images are made signed in a pass of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fqt.kernels.products import CODES, Shapes, most_terms
 from fqt.kernels.triton import device, products, tune
 from fqt.kernels.triton.epilogue import ROUNDED, SHIFT, complete, finish, wants
 from fqt.kernels.triton.products import NEIGHBOURS, part_of, signed, tile_of
+from fqt.kernels.triton.sums import column_sums, row_sums
 from fqt.kernels.triton.tune import Tiles
 
 _MOST = (1 << 31) - (1 << 17)  # pixels of a batch, so that the numbers of a tile and of a part fit int32
@@ -41,7 +42,7 @@ def _met(at, tap, stride, padding, dilation, BACKWARD: tl.constexpr):
 
 @triton.jit
 def _images(
-    codes,  # (N, H, W, groups · depth)
+    codes,  # (N, H, W, groups · depth) int8
     weight,  # (groups · width of a group, kh, kw, depth)
     out,  # (N, P, Q, groups · width of a group)
     samples,
@@ -78,7 +79,7 @@ def _images(
     ZERO_STEP: tl.constexpr,
     PLACED: tl.constexpr,
     FINISH: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    SHIFTED: tl.constexpr,  # whether the codes are unsigned ones less 128
     BACKWARD: tl.constexpr,
     FLAT: tl.constexpr,  # few channels: a step of the sum runs across taps
     GROUP: tl.constexpr,
@@ -133,10 +134,10 @@ def _images(
             source_x, x_in = _met(x[:, None], j, stride_width, padding_width, dilation_width, BACKWARD)
         inside = y_in & x_in & (source_y < source_height) & (source_x < source_width) & row_in[:, None]
         at = (source_y.to(tl.int64) * source_width + source_x) * (groups * depth) + channel[None, :]
-        read = tl.load(image + at, inside & term_in[None, :], 0)
+        read = tl.load(image + at, inside & term_in[None, :], -128 if SHIFTED else 0)
         terms = (tap * depth + channel)[:, None]
         factor = tl.load(filters + terms, term_in[:, None] & column_in[None, :], 0)
-        sums = tl.dot(signed(read, SHIFTED), factor, sums, out_dtype=tl.int32)
+        sums = tl.dot(read, factor, sums, out_dtype=tl.int32)
 
     pixel_out = (sample * out_height + y) * out_width + x
     row = tl.where(row_in, pixel_out, 0)
@@ -268,7 +269,7 @@ def conv2d_of(
                 image.view(n * p * q, -1), filters.view(o, -1).T, dtype, epilogue, places=p * q
             )
             return flat.view(n, p, q, o).permute(0, 3, 1, 2)
-        shift = SHIFT * filters.view(1, o, -1).sum(2, dtype=torch.int64) if image.dtype == torch.uint8 else None
+        shift = SHIFT * row_sums(filters.view(o, -1))[None] if image.dtype == torch.uint8 else None
         return _image(image, filters, shapes, dtype, epilogue, shift, (1, 1), False, tiles)
 
 
@@ -314,7 +315,7 @@ def conv2d_grad_weight_of(
         sums = _filter_sums(above, image, shapes, tiles)
         shifted = above.dtype == torch.uint8, image.dtype == torch.uint8
         row_shift = column_shift = None
-        totals = above.sum((0, 1, 2), dtype=torch.int64)
+        totals = column_sums(above.view(-1, o))[0]
         if shifted[1]:
             count = above.numel() // o if shifted[0] else 0
             row_shift = SHIFT * (totals - SHIFT * count)
@@ -356,7 +357,8 @@ def _patch_sums(image: Tensor, shapes: Shapes) -> Tensor:
     (_, depth, kh, kw), (p, q) = shapes.weight, shapes.output[2:]
     g = shapes.geometry
     (sh, sw), (ph, pw), (dh, dw) = g.stride, g.padding, g.dilation
-    summed = torch.nn.functional.pad(image.sum(0, dtype=torch.int64), (0, 0, pw, pw, ph, ph))
+    summed = column_sums(image.view(len(image), -1))[0].view(image.shape[1:])
+    summed = torch.nn.functional.pad(summed, (0, 0, pw, pw, ph, ph))
     row, column, _ = summed.stride()
     size = (kh, p, kw, q, g.groups, depth)
     windows = summed.as_strided(size, (dh * row, sh * row, dw * column, sw * column, depth, 1))
@@ -383,6 +385,9 @@ def _image(
         return out.permute(0, 3, 1, 2)
     per_group, depth = channels // geometry.groups, filters.shape[3]
     finishing = wants(epilogue, channels, height * width)
+    shifted = codes.dtype == torch.uint8
+    if shifted:  # in a pass of its own: tensor cores read a tile as it lies in memory
+        codes = (codes ^ SHIFT).view(torch.int8)
     pixels = n * -(-height // residues[0]) * -(-width // residues[1])
 
     def run(tiles: Tiles) -> Tensor:
@@ -394,13 +399,13 @@ def _image(
         _images[grid](
             codes, filters, out, n, *codes.shape[1:3], depth, height, width, per_group, *filters.shape[1:3],
             *geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups, *residues, shift,
-            **finishing, SHIFTED=codes.dtype == torch.uint8, BACKWARD=backward, FLAT=depth < blocks["BK"] // 2,
+            **finishing, SHIFTED=shifted, BACKWARD=backward, FLAT=depth < blocks["BK"] // 2,
             GROUP=NEIGHBOURS, **blocks, **tiles.launch(), **ROUNDED,
         )  # fmt: skip
         return out.permute(0, 3, 1, 2)
 
     if tiles is None:
-        key = ("image", backward, tune.bucket(n), shapes.input[1:], shapes.weight, geometry, codes.dtype, dtype)
+        key = ("image", backward, tune.bucket(n), shapes.input[1:], shapes.weight, geometry, shifted, dtype)
         tiles = tune.fastest(key, codes, tune.image_tiles(tune.capability(codes), per_group), run)
     return run(tiles)
 
