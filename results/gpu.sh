@@ -99,7 +99,7 @@ if "$PYTHON" -c 'import pytest' 2>/dev/null; then
     files=(tests/triton_kernels)
     [ -z "$rehearse" ] || { many=; files=(tests/triton_kernels/test_noise.py); }
     # shellcheck disable=SC2086
-    PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=2 part "tests" 120 tests.log "$PYTHON" -m pytest \
+    PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=2 part "tests" 130 tests.log "$PYTHON" -m pytest \
         -p no:cacheprovider $many --maxfail 30 -W default "${files[@]}" \
         --ignore tests/triton_kernels/test_processes.py --ignore tests/triton_kernels/test_compiled_products.py
 else
@@ -111,7 +111,7 @@ bench() {
 }
 : >"$folder/training.jsonl"
 train() {
-    part "training $1" 30 measure.log "$PYTHON" -m fqt train digits --device $device --seed 0 --out "$scratch/$1" "${@:2}"
+    part "training $1" 45 measure.log "$PYTHON" -m fqt train digits --device $device --seed 0 --out "$scratch/$1" "${@:2}"
     cat "$scratch/$1/metrics.jsonl" >>"$folder/training.jsonl" 2>/dev/null
 }
 if [ -n "$rehearse" ]; then
@@ -120,10 +120,10 @@ if [ -n "$rehearse" ]; then
     exit $failed
 fi
 
-bench linear 100 linear-4096 linear-14336 --recipe psq8d --repeats 10
+bench linear 90 linear-4096 --recipe psq8d --repeats 10
 train convnet --recipe psq8d --steps 200
 train resnet18 --recipe default --model resnet18-cifar --amp --steps 60
-bench gpt 60 gpt-2048 gpt-4096 --recipe psq8d --repeats 10
+bench gpt 80 gpt-2048 --recipe psq8d --repeats 10
 bench resnet50 40 resnet50 --recipe psq8d --quick
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)

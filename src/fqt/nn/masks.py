@@ -28,7 +28,8 @@ def inductor_options() -> dict[str, Any]:
 
     there: Any = config.joint_custom_post_pass
     passes = [] if there is None else list(there) if isinstance(there, list | tuple) else [there]
-    return {"joint_custom_post_pass": [*(p for p in passes if p is not _pass()), _pass()]}
+    others = [p for p in passes if p is not _pass()]
+    return {"joint_custom_post_pass": [*others, _pass()] if others else _pass()}  # torch 2.11 knows no list
 
 
 def keep_bytes(graph: Graph) -> None:

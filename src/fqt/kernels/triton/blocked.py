@@ -104,7 +104,8 @@ def blocked_matmul(
         if tiles is None:
             choices = _choices(a.codes, min(block_length(a, b), a.codes.shape[1]))
             key = ("blocked", tune.bucket(a.codes.shape[0]), *b.codes.shape, block_length(a, b), dtype)
-            tiles = tune.fastest(key, a.codes, choices, lambda each: _run(left, right, a, b, bias, dtype, each))
+            run = lambda each: _run(left, right, a, b, bias, dtype, each)
+            tiles = tune.fastest(key, a.codes, choices, run, a.codes.numel() * b.codes.shape[1])
         return _run(left, right, a, b, bias, dtype, tiles)
 
 

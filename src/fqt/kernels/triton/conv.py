@@ -406,7 +406,8 @@ def _image(
 
     if tiles is None:
         key = ("image", backward, tune.bucket(n), shapes.input[1:], shapes.weight, geometry, shifted, dtype)
-        tiles = tune.fastest(key, codes, tune.image_tiles(tune.capability(codes), per_group), run)
+        macs = pixels * filters.numel()
+        tiles = tune.fastest(key, codes, tune.image_tiles(tune.capability(codes), per_group), run, macs)
     return run(tiles)
 
 
@@ -435,5 +436,6 @@ def _filter_sums(above: Tensor, image: Tensor, shapes: Shapes, tiles: Tiles | No
     if tiles is None:
         key: tuple[Any, ...] = ("filters", tune.bucket(n), shapes.output[1:], shapes.weight, geometry)
         key = (*key, above.dtype, image.dtype)
-        tiles = tune.fastest(key, above, tune.filter_tiles(tune.capability(above), per_group), run)
+        choices = tune.filter_tiles(tune.capability(above), per_group)
+        tiles = tune.fastest(key, above, choices, run, pixels * o * depth * kh * kw)
     return run(tiles)

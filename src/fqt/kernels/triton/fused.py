@@ -1,12 +1,14 @@
 """A Linear's three products with few launches, with the bits of `fqt.kernels.integer`'s formulas.
 
 Evaluated one by one, the formulas' vectors are a hundred small operations per step, each of which costs the host
-what a large product costs the device. Here the codes are laid as the tensor cores want them, which gives the sums of
-codes on the way; one kernel makes of these all that the epilogue reads; one multiplies. What this has no kernel for
-is left to the formulas: convolutions, steps by blocks, and for the weight's gradient dither and folded steps.
+what a large product costs the device. Here the codes are laid as the tensor cores want them, which gives the sums
+of codes on the way; one kernel makes of these all that the epilogue reads; one multiplies. What this has no kernel
+for is left to the formulas: convolutions, steps by blocks, and for the weight's gradient dither and folded steps.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -245,9 +247,10 @@ def grad_input(
     shift = g.matrix_codes.new_empty(features, dtype=torch.int64) if given.shifted else None
     step = g.matrix_step
     noise, centre = (None, 0.0) if g.noise is None else (g.noise.row, g.noise.centre)
-    arguments = (left, right, shift, right_side.totals, right_side.weighted)
-    arguments = (*arguments, None if folded else w.matrix_step, step, g.group_offset, noise, tokens, features)
-    how = {"STEP": int(step.numel() > 1), "CENTRE": centre, "RANK": rank, "SIZE": _SIZE}
+    sums = (right_side.totals, right_side.weighted)
+    scales = (None if folded else w.matrix_step, step, g.group_offset, noise)
+    arguments = (left, right, shift, *sums, *scales, tokens, features)
+    how: dict[str, Any] = {"STEP": int(step.numel() > 1), "CENTRE": centre, "RANK": rank, "SIZE": _SIZE}
     launch(_of_grad_input, triton.cdiv(max(tokens, features), _SIZE), *arguments, on=left, **how)
     written = dtype if g.mixing is None else torch.float32
     epilogue = Epilogue(
@@ -288,8 +291,9 @@ def grad_weight(
     by_row = whole(outputs) if given.shifted else None
     by_column = whole(features) if above.shifted else None
     zero, ones = torch.empty(outputs, dtype=torch.int32, device=left.device), whole(features)
-    arguments = (left, right, by_row, by_column, zero, ones, left_side.totals, right_side.totals)
-    arguments = (*arguments, channels.step, channels.offset, x.matrix_step, x.group_offset)
+    found = (left, right, by_row, by_column, zero, ones)
+    scales = (channels.step, channels.offset, x.matrix_step, x.group_offset)
+    arguments = (*found, left_side.totals, right_side.totals, *scales)
     how = {"GRAD_SHIFTED": above.shifted, "INPUT_SHIFTED": given.shifted, "SIZE": _SIZE}
     programs = triton.cdiv(max(outputs, features), _SIZE)
     many = int(channels.step.numel() > 1)

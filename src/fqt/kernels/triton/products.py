@@ -294,10 +294,11 @@ class Side:
         lines, terms = self.codes.shape
         padded = -(-terms // _ALIGNED) * _ALIGNED
         out = torch.empty(lines, padded, dtype=torch.int8, device=self.codes.device)
-        wanted = int(totals) + int(fractions is not None)
-        sums = torch.zeros(wanted, lines, dtype=torch.int64, device=out.device) if wanted else ()
-        found = sums[0] if totals else None
-        weighted = sums[-1] if fractions is not None else None
+        asked = (totals, fractions is not None)
+        sums = torch.zeros(sum(asked), lines, dtype=torch.int64, device=out.device) if any(asked) else None
+        found, weighted = (
+            sums[end] if ask and sums is not None else None for end, ask in zip((0, -1), asked, strict=True)
+        )
         blocks = {"BL": 64, "BK": 128, "num_warps": 8} if out.is_cuda else {"BL": 64, "BK": 512}
         grid = (-(-lines // blocks["BL"]) * -(-padded // blocks["BK"]),)
         _turn[grid](
@@ -353,7 +354,8 @@ def matmul_of(
                 strides,
                 finishing["FINISH"],
             )
-            schedule = tune.fastest(key, a, choices, lambda each: _multiplied(left, right, dtype, finishing, each))
+            run = lambda each: _multiplied(left, right, dtype, finishing, each)
+            schedule = tune.fastest(key, a, choices, run, rows * columns * terms)
         return _multiplied(left, right, dtype, finishing, schedule)
 
 
@@ -390,7 +392,8 @@ def multiplied_signed(
         choices = [p for p in tune.schedules(tune.capability(a), rows, columns) if _fits(p, rows, columns)]
         choices = [p for p in choices if p.turned]
         key = ("signed", tune.bucket(rows), columns, terms, dtype, finishing["FINISH"])
-        schedule = tune.fastest(key, a, choices, lambda each: _launched(left, right, shift, dtype, finishing, each))
+        run = lambda each: _launched(left, right, shift, dtype, finishing, each)
+        schedule = tune.fastest(key, a, choices, run, rows * columns * terms)
         return _launched(left, right, shift, dtype, finishing, schedule)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 R = TypeVar("R")
 READINGS = 5
+_WORTH = 1 << 33  # multiplications, some 20 µs: below, compiling every choice takes more than the best saves
 _HEAD_START = 2_000_000  # cycles, about a millisecond: what the host takes for a launch or two
 
 
@@ -141,16 +142,17 @@ def bucket(rows: int) -> int:
     return 1 << max(0, rows - 1).bit_length()
 
 
-def fastest(key: tuple, at: Tensor, choices: Sequence[R], run: Callable[[R], object]) -> R:
-    """The choice with which `run` takes the least time on this device.
+def fastest(key: tuple, at: Tensor, choices: Sequence[R], run: Callable[[R], object], macs: int) -> R:
+    """The choice with which `run` takes the least time on this device; the first where it has little to do.
 
     Args:
         key: what the choice depends on, besides the kind of device.
         at: a tensor on the device.
         choices: the one to take unmeasured first; those that do not run are left out.
         run: the work; its result is thrown away.
+        macs: how many multiplications it has.
     """
-    if len(choices) == 1 or not at.is_cuda or os.environ.get("FQT_TUNE") == "off":
+    if len(choices) == 1 or not at.is_cuda or macs < _WORTH or os.environ.get("FQT_TUNE") == "off":
         return choices[0]
     key = (torch.cuda.get_device_name(at.device), *key)
     found = _chosen.get(key)
