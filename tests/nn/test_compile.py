@@ -177,6 +177,7 @@ def test_inductor_options_keep_masks_as_int8(autocast: bool) -> None:
             found.append(compiled_with(options))
             assert inductor_config.joint_custom_post_pass is there
         passes = options["joint_custom_post_pass"]
+        passes = passes if isinstance(passes, list) else [passes]
         assert [type(p) for p in passes] == [*[Nothing] * (there is not None), type(masks._pass())]
     for kinds, size, grads in found:
         assert torch.int8 in kinds
