@@ -32,7 +32,9 @@ from fqt.report import (
     collect,
     comparison_figure,
     diagnosis_tables,
+    has_costs,
     markdown,
+    noise_figure,
     plan_table,
     read_comparison,
     rich_table,
@@ -291,11 +293,14 @@ def _write_report(folder: Path) -> None:
     record = read_comparison(folder)
     rows = summarize(record)
     write_bytes(folder / "compare.md", markdown(record, rows).encode(errors="backslashreplace"))
-    figure = comparison_figure(record, rows)
-    for ending in ("png", "svg"):
-        save_figure(figure, folder / f"compare.{ending}")
+    figures = {"compare": comparison_figure(record, rows)}
+    if has_costs(rows):
+        figures["noise"] = noise_figure(record, rows)
+    for name, figure in figures.items():
+        for ending in ("png", "svg"):
+            save_figure(figure, folder / f"{name}.{ending}")
     Console().print(terminal_table(record, rows))
-    say(f"table and plot: {folder}/compare.md, compare.png, compare.svg")
+    say(f"table and plots: {folder}/compare.md, " + ", ".join(f"{name}.png, {name}.svg" for name in figures))
 
 
 @cli.command("diagnose")

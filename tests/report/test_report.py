@@ -7,7 +7,18 @@ from rich.console import Console
 
 from fqt.errors import FqtError
 from fqt.records import write_json
-from fqt.report import MeanStd, comparison_figure, markdown, read_comparison, save_figure, summarize, terminal_table
+from fqt.report import (
+    MeanStd,
+    comparison_figure,
+    has_costs,
+    markdown,
+    noise_figure,
+    read_comparison,
+    save_figure,
+    summarize,
+    terminal_table,
+)
+from fqt.report.figures import comparison_charts
 
 from .conftest import ACCURACY
 
@@ -93,6 +104,40 @@ def test_any_record_gives_a_table_and_a_plot(record, change, tmp_path):
     for ending, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         save_figure(figure, tmp_path / f"f.{ending}")
         assert (tmp_path / f"f.{ending}").read_bytes().startswith(magic)
+
+
+def _more_recipes(record):
+    """Four recipes, each noisier and worse than the one before."""
+    run, entry = record["runs"][1], next(e for e in record["gradient"] if e["recipe"] == "ptq4")
+    for k in range(1, 4):
+        name = f"ptq4@{k}"
+        record["recipes"].append(name)
+        more = copy.deepcopy(run)
+        more["recipe"] = name
+        for metric in more["metrics"]:
+            more["metrics"][metric] -= 0.01 * k
+        record["runs"].append(more)
+        record["gradient"].append({**copy.deepcopy(entry), "recipe": name})
+        record["gradient"][-1]["ratio"]["value"] *= 10**k
+
+
+def test_the_cost_of_noise_is_drawn_where_recipes_are_enough(record, tmp_path):
+    assert not has_costs(summarize(record))
+    with pytest.raises(FqtError, match="compare more of them"):
+        noise_figure(record, summarize(record))
+    before = len(comparison_charts(record, summarize(record)))
+    _more_recipes(record)
+    rows = summarize(record)
+    assert has_costs(rows)
+    save_figure(noise_figure(record, rows), tmp_path / "noise.svg")
+    axes = noise_figure(record, rows).axes[0]
+    assert axes.get_xscale() == "log"
+    heights = {text.get_text(): text.xy for text in axes.texts}
+    ordered = sorted(heights.values())
+    assert len(ordered) == 4
+    # An accuracy that falls is a cost that grows.
+    assert [y for _, y in ordered] == sorted(y for _, y in ordered)
+    assert len(comparison_charts(record, rows)) == before + 1
 
 
 def test_how_a_metric_is_computed_is_said(record):

@@ -7,7 +7,7 @@ from fqt.report.catalog import catalog_figure, catalog_markdown, catalog_table
 from fqt.report.certificate import certificate_table
 from fqt.report.collect import collect
 from fqt.report.diagnosis import diagnosis_tables, plan_table
-from fqt.report.figures import comparison_figure
+from fqt.report.figures import comparison_figure, has_costs, noise_figure
 from fqt.report.page import render, write_page
 from fqt.report.plot import save_figure
 from fqt.report.summary import MeanStd, Row, read_comparison, summarize
@@ -23,7 +23,9 @@ __all__ = [
     "collect",
     "comparison_figure",
     "diagnosis_tables",
+    "has_costs",
     "markdown",
+    "noise_figure",
     "plan_table",
     "read_comparison",
     "render",

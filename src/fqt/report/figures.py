@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fqt.errors import FqtError
 from fqt.report.chart import Chart, Point, colour, make_chart, plain
 from fqt.report.plot import NAMED, Draw, figure_of, lines, log_axis
 from fqt.report.runs import Curve, RunRecord
@@ -22,9 +23,13 @@ __all__ = [
     "comparison_charts",
     "comparison_figure",
     "distinct",
+    "has_costs",
+    "noise_figure",
     "run_charts",
 ]
 
+_WORTH_COMPARING = 4
+"""Recipes, below which a cost over noise says nothing."""
 CurveOf = Callable[[Mapping[str, Any]], Curve]
 
 
@@ -79,7 +84,64 @@ def comparison_charts(record: Mapping[str, Any], rows: Sequence[Row]) -> list[Ch
                 note="Exact gradients have no bar.",
             )
         )
+    if has_costs(rows):
+        charts.append(
+            make_chart(
+                f"What the noise costs: {kinds[0].name} against the baseline's of the same seed",
+                ("recipe", "ρ", kinds[0].label),
+                partial(_costs, rows=rows, kind=kinds[0], baseline=record["baseline"]),
+                note="Bars: standard error over paired seeds. Above 0 is worse than the baseline.",
+            )
+        )
     return charts
+
+
+def noise_figure(record: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
+    """One panel: what each recipe's metric loses against the baseline's, over its measured ρ.
+
+    Raises:
+        FqtError: fewer than four recipes have both.
+    """
+    kind, config = kinds_of(record["metrics"])[0], record["config"]
+    if not has_costs(rows):
+        raise FqtError(
+            f"fewer than {_WORTH_COMPARING} recipes with noise and the baseline's seeds: compare more of them"
+        )
+    draw = partial(_costs, rows=rows, kind=kind, baseline=record["baseline"])
+    panels = [("Does the noise predict the cost?", draw)]
+    return figure_of(panels, title=f"{config['task']}, {config['model']}", note=caption(record))
+
+
+def has_costs(rows: Sequence[Row]) -> bool:
+    """Whether there are recipes enough for `noise_figure`."""
+    return len(_with_cost(rows)) >= _WORTH_COMPARING
+
+
+def _with_cost(rows: Sequence[Row]) -> list[tuple[int, Row]]:
+    """The rows with noise and a difference, and the places of their colours."""
+    return [(i, row) for i, row in enumerate(rows) if row.difference is not None and row.ratio.mean > 0]
+
+
+def _costs(axes: Axes, rows: Sequence[Row], kind: Metric, baseline: str) -> list[Point]:
+    points, sign = [], -kind.times if kind.higher else kind.times
+    for rank, (i, row) in enumerate(sorted(_with_cost(rows), key=lambda pair: pair[1].ratio.mean)):
+        assert row.difference is not None
+        cost, error = sign * row.difference.mean, abs(kind.times) * row.difference.error
+        error = 0.0 if math.isnan(error) else error
+        place, ink = (row.ratio.mean, cost), colour(i)
+        axes.errorbar(*place, error, fmt="o", color=ink, markersize=4, capsize=2)
+        # Names on either side of the line that the points follow, so that neighbours' do not meet.
+        offset, side = ((5, -7), "left") if rank % 2 else ((-5, 4), "right")
+        axes.annotate(plain(row.recipe), place, offset, textcoords="offset points", fontsize=6, ha=side, color=ink)
+        cells = (row.recipe, f"{row.ratio.mean:.2g}", format(cost, f".{kind.digits}f"))
+        points.append(Point(*place, cells))
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    axes.set_xscale("log")
+    # Linear about nothing, and logarithmic where recipes differ by orders of magnitude.
+    axes.set_yscale("symlog", linthresh=10.0**-kind.digits * 100)
+    axes.set_xlabel("ρ: quantization / mini-batch variance")
+    axes.set_ylabel(f"{kind.label}, worse than {baseline} by")
+    return points
 
 
 def run_charts(runs: Sequence[RunRecord]) -> list[Chart]:
