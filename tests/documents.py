@@ -1,7 +1,7 @@
 """The code of documents, run as it stands there, and what it prints compared with what is shown.
 
 A fenced block of Python runs in the namespace of the page's earlier ones. A block of `text` right after it shows
-what it prints: words must be equal, numbers nearly, and a line `…` stands for any lines.
+what it prints: words must be equal, numbers nearly; a line `…` stands for any lines, `…` at a line's end for more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-NEARLY = 0.1  # sums are added in another order by another level of kernels, and a short training follows them
+NEARLY = 0.25  # sums are added in another order by another level of kernels, and a short training follows them
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w])")
 
@@ -77,6 +77,16 @@ def disagreement(printed: str, shown: str) -> str:
 
 
 def _alike(printed: str, shown: str) -> bool:
+    if shown.endswith("…"):
+        shown = shown.removesuffix("…").rstrip()
+        printed = printed[: len(shown)]
     words = [" ".join(_NUMBER.sub("#", line).split()) for line in (printed, shown)]
-    numbers = zip(_NUMBER.findall(printed), _NUMBER.findall(shown), strict=False)
-    return words[0] == words[1] and all(math.isclose(float(a), float(b), rel_tol=NEARLY) for a, b in numbers)
+    pairs = zip(_NUMBER.findall(printed), _NUMBER.findall(shown), strict=False)
+    return words[0] == words[1] and all(_near(float(a), float(b), shown=b) for a, b in pairs)
+
+
+def _near(a: float, b: float, shown: str) -> bool:
+    """Within a quarter, or within one of the last digit that is shown."""
+    mantissa, _, exponent = shown.partition("e")
+    last = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    return math.isclose(a, b, rel_tol=NEARLY, abs_tol=1.001 * last)

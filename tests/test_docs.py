@@ -205,7 +205,9 @@ def test_the_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), namespace)
             shown = "".join("".join(output.get("text", "")) for output in cell["outputs"])
-            assert not disagreement(capsys.readouterr().out, shown)
+            printed = capsys.readouterr().out
+            if "explain(" not in "".join(cell["source"]):  # which says how this machine multiplies
+                assert not disagreement(printed, shown)
 
 
 @pytest.mark.parametrize("record", ["layers", "transformer", "resnet18", "blocked", "amx-layers"])

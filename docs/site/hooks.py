@@ -63,6 +63,6 @@ def _help() -> str:
     for title, commands in SECTIONS.items():
         lines.append(f"## {title}\n")
         for command in commands:
-            context = click.Context(command, info_name=f"fqt {command.name}", terminal_width=88)
+            context = click.Context(command, info_name=f"fqt {command.name}", terminal_width=78)
             lines.append(f"### fqt {command.name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(lines)
