@@ -14,7 +14,7 @@ _FQT = re.compile(r"^\s*(?:\w+=\S+ )*(?:torchrun .*-m )?(fqt(?: .*)?)$")
 
 def commands(text: str) -> list[str]:
     """The lines of ``text`` that call fqt, without comments, prompts and what stands in [brackets]."""
-    lines = (line.strip().removeprefix("$ ") for line in re.sub(r"\\\n\s*", " ", text).splitlines())
+    lines = (line.strip().removeprefix("$ ") for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines())
     found = (_FQT.match(re.sub(r"\s#.*$|\s{3,}\S.*$|\s\[[^]]*\]|\s…", "", line).rstrip()) for line in lines)
     return [match[1] for match in found if match]
 

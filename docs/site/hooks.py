@@ -40,17 +40,27 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     base = os.path.dirname(page.file.src_uri)
 
     def moved(match: re.Match[str]) -> str:
-        target = (here.parent / match[2]).resolve()
-        known = target.is_file() and target.is_relative_to(ROOT)
-        return match[1] + (os.path.relpath(_on_site(target), base or ".") if known else match[2]) + match[3]
+        target = _file(here.parent / match[2])
+        return match[1] + (os.path.relpath(_on_site(target), base or ".") if target else match[2]) + match[3]
 
     return _LINK.sub(moved, markdown).replace(_HELP, _help())
 
 
 def _outside(page: Path) -> list[Path]:
     """The files outside `docs/` that a page links to."""
-    targets = ((page.parent / link[2]).resolve() for link in _LINK.finditer(page.read_text(encoding="utf-8")))
-    return [path for path in targets if path.is_file() and not path.is_relative_to(DOCS)]
+    targets = (_file(page.parent / link[2]) for link in _LINK.finditer(page.read_text(encoding="utf-8")))
+    return [path for path in targets if path and not path.is_relative_to(DOCS)]
+
+
+def _file(path: Path) -> Path | None:
+    """What a link on disk leads to, if it is a file of the repository; of a folder, the page that tells of it."""
+    path = path.resolve()
+    if not path.is_relative_to(ROOT):
+        return None
+    if path.is_dir():
+        above = (folder / "README.md" for folder in (path, *path.parents) if folder.is_relative_to(ROOT))
+        path = next(page for page in above if page.is_file())
+    return path if path.is_file() else None
 
 
 def _on_site(path: Path) -> str:
