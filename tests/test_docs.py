@@ -222,6 +222,19 @@ def test_speeds_are_the_records(record: str) -> None:
         assert all(_same(cell, figures.get(name, "–")) for name, cell in row.items()), row
 
 
+def test_the_noise_budget_is_the_records() -> None:
+    text = (DOCS / "concepts" / "noise.md").read_text(encoding="utf-8")
+    measured = {
+        row["recipe"]: row for row in _table((ROOT / "results/digits/compare.md").read_text(encoding="utf-8"))
+    }
+    for row in _table(text):
+        assert row["against qat"] == measured[row["recipe"]]["against qat"].replace("-", "−")
+        noise = float(measured[row["recipe"]]["noise ρ"].split()[0])
+        assert noise == pytest.approx(float(row["ρ"]), rel=0.05)
+    said = [float(number) for number in re.findall(r"(\d\.\d+) times", text)]
+    assert said == [round((2**b - 1) ** 2 / (2 ** (b - 1) - 1) ** 2, digits) for b, digits in ((8, 2), (4, 1))]
+
+
 def _section(record: str) -> str:
     """The part of the page on speed with a record's table."""
     parts = re.split(r"^#+ ", (DOCS / "speed.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
