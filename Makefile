@@ -7,7 +7,7 @@ PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 SANITIZED = build/sanitized
-.PHONY: help demo bench gpu torture sanitize test lint wheel format clean
+.PHONY: help demo bench gpu torture sanitize test lint docs wheel format clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -43,9 +43,12 @@ test: $(VENV)/.installed-dev ## Run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-dev ## Check style and types
-	$(BIN)/ruff check src tests results
-	$(BIN)/ruff format --check src tests results
+	$(BIN)/ruff check src tests results docs/site
+	$(BIN)/ruff format --check src tests results docs/site
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev ## Build the site into build/site; a warning is an error, nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 sanitize: $(VENV)/.installed-dev ## Test the native kernels under the address and undefined-behaviour sanitizers
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r src csrc setup.py pyproject.toml tests $(SANITIZED)
@@ -58,8 +61,8 @@ wheel: ## Build one wheel for every Python on this platform, and try it where th
 	.ci/wheel dist
 
 format: $(VENV)/.installed-dev ## Lay the code out
-	$(BIN)/ruff check --fix src tests results
-	$(BIN)/ruff format src tests results
+	$(BIN)/ruff check --fix src tests results docs/site
+	$(BIN)/ruff format src tests results docs/site
 
 clean: ## Remove the virtual environment and build leftovers
 	rm -rf $(VENV) build dist src/*.egg-info src/fqt/kernels/cpu/*.so

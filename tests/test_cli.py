@@ -252,7 +252,7 @@ def test_divergence_is_status_1(run):
 
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
     folder = tmp_path / "r"
-    command = [sys.executable, "-m", "fqt.cli", "train", "digits", "--epochs", "4000", "--out", folder]
+    command = [sys.executable, "-m", "fqt", "train", "digits", "--epochs", "4000", "--out", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import fqt.cli
-import fqt.cli_reproduce
+import fqt.cli.reproduce
 from fqt.paper.measure import Reproduction
 from fqt.records import read_json
 
@@ -68,8 +68,8 @@ def test_figures_from_other_records(run, tmp_path):
 
 def test_what_is_missing_is_left_out_unless_asked_for(run, monkeypatch):
     monkeypatch.setattr(Reproduction, "overhead", lambda self: None)
-    monkeypatch.setattr(fqt.cli_reproduce, "_show", lambda path: None)
-    monkeypatch.setattr(fqt.cli_reproduce, "_measure", lambda *arguments: None)
+    monkeypatch.setattr(fqt.cli.reproduce, "_show", lambda path: None)
+    monkeypatch.setattr(fqt.cli.reproduce, "_measure", lambda *arguments: None)
     status, _, err = run("reproduce", "--quick", "--steps", 4, "--out", "p")
     assert status == 0
     assert "accuracy is left out: it needs --comparison" in err

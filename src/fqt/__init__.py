@@ -25,4 +25,4 @@ from fqt.stats import certify as certify
 from fqt.stats import diagnose as diagnose
 from fqt.stats import plan as plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -351,7 +351,7 @@ def test_ctrl_c(tmp_path):
     arguments = ["bench", "quantize", "--quick", "--repeats", "100000", "--threads", "1", "--out", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fqt.cli", *arguments],
+        [sys.executable, "-m", "fqt", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

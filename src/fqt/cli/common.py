@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
+from rich.console import Console
+from rich.measure import Measurement
 
 from fqt.errors import FqtWarning
 from fqt.files import check_path
+from fqt.report.section import Table
+from fqt.report.tables import rich_table
 from fqt.train.ranks import claims
 
-__all__ = ["PLACE", "complain", "keep_clear", "say", "steady_output", "typed"]
+__all__ = ["PLACE", "complain", "keep_clear", "print_whole", "say", "steady_output", "typed"]
 
 _IN_ASCII = {
     "–": "-", "—": "-", "−": "-", "…": "...", "±": "+-", "×": "x", "·": ".", "√": "sqrt", "‖": "||", "•": "*",
@@ -137,6 +141,13 @@ def steady_output() -> Iterator[_Outlet]:
 def say(text: str, end: str = "\n") -> None:
     """A line on standard output."""
     print(text, end=end)
+
+
+def print_whole(table: Table) -> None:
+    """A table at the width it needs: cut columns say nothing, and a pipe has no width."""
+    console, shown = Console(), rich_table(table)
+    needed = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
+    Console(width=max(console.width, needed)).print(shown)
 
 
 def complain(text: str) -> None:

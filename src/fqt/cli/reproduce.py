@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from fqt.cli_common import PLACE, complain, say, typed
+from fqt.cli.common import PLACE, complain, say, typed
 from fqt.errors import FqtError
 from fqt.files import locked
 from fqt.paper.figures import SECTIONS, paper_figure, paper_tables
@@ -26,7 +26,7 @@ FIGURES = ("variance", "layers", "profile", "histogram", "accuracy", "overhead")
 RECORD = Path("results/cifar10-resnet20")
 
 
-@click.command("reproduce")
+@click.command("reproduce", short_help="Make the paper's figures by this library.")
 @click.argument("figures", metavar="[FIGURE]...", nargs=-1)
 @click.option("--run", type=PLACE, help="A run of `fqt train` to measure, at its half-way.")
 @click.option("--data", help="CIFAR-10's folder, to train the network on it; without, it is trained on digits.")
