@@ -40,10 +40,10 @@ TRIED = """\
 ## What was tried
 
 One layer, forward and backward, converted and not. **runs**: outputs and gradients within a tenth of the float
-layer's, but not equal. *float*: equal but for last bits, so nothing was quantized; no library said so in any of
-these cases. **wrong**: neither. A number is a message, below. SDNQ leaves layers of fewer than 16384 weights or
-32 channels, sizes that are no multiple of 16, and fewer than 32 rows in float, and says so in its
-documentation.
+layer's, but not equal. *float*: equal but for last bits, so nothing was quantized; nothing was raised or
+printed either. **wrong**: neither. A number in brackets is a message, below. SDNQ leaves layers of fewer than
+16384 weights or fewer than 32 channels in float by default, sizes that are no multiple of 16 and inputs of
+fewer than 32 rows always. Libraries that keep weights in 8 bits have optimizers of their own for them.
 """
 
 INT_MM = """

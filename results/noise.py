@@ -2,9 +2,9 @@
 
     python results/noise.py
 
-Writes results/noise.json and docs/noise.svg. Noise is the exact variance of a quantizer, of one with random signs the
-mean of four seeds, over the squared norm of the matrix; geometric mean over the gradient matrices that ship with
-the package. Bits are those of a 1024 × 1024 tensor with all that turns codes back.
+Writes results/noise.json and docs/noise.svg. Noise is the exact variance of a quantizer, of one with random
+signs the mean of four seeds, over the squared norm of the matrix; geometric mean over the gradient matrices
+that ship with the package. Bits are those of a 1024 × 1024 tensor with all that turns codes back.
 """
 
 from __future__ import annotations

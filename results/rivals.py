@@ -151,7 +151,7 @@ _COST = ("accuracy", "kept", "speed")
 _SLOW = ("tried", "rounding", "accuracy", "kept")  # their weights are for their own optimizers, to save memory
 RIVALS = (
     Rival(key="fp32", title="fp32", parts=("rounding", *_COST)),
-    Rival(key="bf16", title="bf16 autocast", autocast=True),
+    Rival(key="bf16", title="bf16 autocast", autocast=True, parts=("rounding", *_COST)),
     Rival(key="torchao", title="torchao int8, `module_swap=True`", convert=_torchao(True), **_AO),
     Rival(
         key="torchao compiled",

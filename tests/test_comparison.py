@@ -1,4 +1,4 @@
-"""The comparison with other libraries: its page says what its record says, and its parts can tell right from wrong."""
+"""The comparison with other libraries: its page says what its record says; its parts tell right from wrong."""
 
 from __future__ import annotations
 
@@ -89,8 +89,12 @@ def test_a_missing_gradient_is_wrong():
 
 def test_trials_of_ours_and_of_float(one_thread):
     torch.manual_seed(0)
-    found = {trial.title: (trials.attempt(trial, OURS), trials.attempt(trial, FLOAT)) for trial in trials.TRIALS[:6]}
-    assert [ours["status"] for ours, _ in found.values()] == ["runs"] * 5 + ["float"]  # of no row nothing is rounded
+    found = {
+        trial.title: (trials.attempt(trial, OURS), trials.attempt(trial, FLOAT)) for trial in trials.TRIALS[:6]
+    }
+    assert [ours["status"] for ours, _ in found.values()] == ["runs"] * 5 + [
+        "float"
+    ]  # of no row nothing is rounded
     assert {plain["status"] for _, plain in found.values()} == {"float"}
     second = next(trial for trial in trials.TRIALS if trial.title == "a second derivative")
     assert trials.attempt(second, OURS)["message"].startswith("FqtError: double backward")
@@ -111,7 +115,9 @@ class Planted(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         y = nn.functional.linear(x, self.weight, self.bias)
-        y.register_hook(lambda g: g + 0.01 * g.norm() / g.numel() ** 0.5 * torch.randn(g.shape, generator=generator))
+        y.register_hook(
+            lambda g: g + 0.01 * g.norm() / g.numel() ** 0.5 * torch.randn(g.shape, generator=generator)
+        )
         return y
 
 
