@@ -1,6 +1,6 @@
 """Ours beside torchao's and SDNQ's int8 training, bf16 and fp32, on the CPU: one record, and docs/comparison.md.
 
-    python results/comparison.py [--only PART …]
+    python results/comparison.py [--only PART …] [--record OTHER.json]
 
 Writes results/comparison/record.json and makes the page from it (`comparison_page.py`). Rivals come from PyPI
 and are only run: `pip install torchao==0.18.0 sdnq==0.2.8` beside fqt, best in an environment of its own. One
@@ -49,8 +49,8 @@ from fqt.records import environment, read_json, write_json
 SIDE = 128  # of the layers whose rounding is asked for: SDNQ leaves layers below 128² in float
 DRAWS, RATE = 1024, 1e-3
 PASSES = 64
-SECONDS = 2.0  # that speed may take per rival and case, once the fewest rounds are there
-ROUNDS = (3, 11)
+SECONDS = 1.5  # that speed may take per rival and case, once the fewest rounds are there
+ROUNDS = (3, 9)
 Results = dict[str, Any]
 
 
@@ -109,7 +109,9 @@ def rounding(rivals: Iterable[Rival], draws: int = DRAWS) -> Results:
         subjects = {role: rounding_of(rival, role) for role in ("grad_input", "grad_weight")}
         if rival.stored:
             subjects["stored weight"] = rival.stored
-        found[rival.key] = {role: verdict(f, draws, rival.mixes) for role, f in subjects.items()}
+        # A weight's gradient is a sum over rows, in which an offset of the input's codes mixes them.
+        mixes = {"grad_input": rival.mixes, "grad_weight": 0, "stored weight": None}
+        found[rival.key] = {role: verdict(f, draws, mixes[role]) for role, f in subjects.items()}
         print(rival.key, found[rival.key], flush=True)
     return {"draws": draws, "rate": RATE, "rivals": found}
 
@@ -306,8 +308,8 @@ def measure(part: str) -> dict[str, Any]:
     }
 
 
-def main(parts: list[str], record: Path, at: Path) -> None:
-    """Measures the parts, each in a process of its own, and makes the page."""
+def main(parts: list[str], record: Path) -> None:
+    """Measures the parts, each in a process of its own; the page is made of the repository's record only."""
     if len(parts) > 1:
         for part in parts:
             subprocess.run([sys.executable, __file__, "--only", part, "--record", str(record)], check=True)
@@ -317,7 +319,8 @@ def main(parts: list[str], record: Path, at: Path) -> None:
     known["parts"][parts[0]] = found
     record.parent.mkdir(exist_ok=True)
     write_json(record, known)
-    at.write_text(page(known), encoding="utf-8")
+    if record == RECORD:
+        PAGE.write_text(page(known), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -325,4 +328,4 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--record", type=Path, default=RECORD)
     given = parser.parse_args()
-    main(given.only, given.record, PAGE)
+    main(given.only, given.record)

@@ -64,7 +64,7 @@ weight, `grad_input` is the rounded gradient; with one for an input, `grad_weigh
 17 inputs, fixed seeds; a rounding that is exact gets another verdict with a probability of at most {rate:g}
 ([what is tested](certify.md)). Rounding to the nearest is biased by construction: the same gradient is always
 rounded the same way. Where a library keeps weights in 8 bits, what is left of a weight that is assigned is
-certified, too.
+certified, too. The input called *denormal* has entries of 1e-40, below the smallest normal float32.
 """
 
 ACCURACY = """\
@@ -86,8 +86,8 @@ Over what fp32 keeps; the whole model, what does not grow with the batch left ou
 SPEED = """\
 ## Speed
 
-Times faster than fp32, each pair of times in one round: the median [least, greatest] of 3 to 11 rounds. A
-hyphen: no convolution, so nothing would be measured but torch's.
+Times faster than fp32, each pair of times in one round: the median [least, greatest] of 3 to 9 rounds. A
+dash: without a convolution of its own, so nothing would be measured but torch's.
 """
 
 
