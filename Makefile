@@ -27,7 +27,7 @@ $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
 
-demo: $(VENV)/.installed ## Train small nets on real digits with every recipe and compare them (under 5 minutes)
+demo: $(VENV)/.installed ## Train small nets on real digits with every recipe and compare them (minutes, installation included)
 	$(BIN)/fqt compare digits --out runs/demo
 
 bench: $(VENV)/.installed ## Measure layers, steps and quantizers against fp32, bf16 and torchao (on an idle machine)

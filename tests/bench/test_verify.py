@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fqt
 from fqt.bench import integers
@@ -195,3 +196,15 @@ def test_bytes_kept():
     assert whole.layers == 4 * (x[0] + x[1] + x[2] + x[3])
     assert whole.total > whole.layers
     assert isinstance(Runner(contestants([])[0], IMAGES.workload).plain.classifier, nn.Linear)
+
+
+def test_bytes_kept_beside_a_weight_that_wraps_others():
+    """Such a subclass, as other libraries quantize weights by, has no storage to be counted."""
+
+    def convert(model):
+        model.weight = nn.Parameter(TwoTensor(model.weight.detach(), model.weight.detach().clone()))
+        return model
+
+    wrapped = Contestant(name="wrapped", group="torchao", convert=convert)
+    rows, inputs = LINEAR.workload.input
+    assert kept_bytes(Runner(wrapped, LINEAR.workload)).total == 4 * rows * inputs

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fqt.bench.contestants import Runner
 from fqt.bench.workloads import PRODUCT_LAYERS, draw
@@ -49,10 +51,11 @@ def _count(runner: Runner, samples: int) -> tuple[int, int]:
         depth -= 1
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
-        if depth:
-            inside.add(storage.data_ptr())
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage
+            if depth:
+                inside.add(storage.data_ptr())
         return tensor
 
     layers = [m for m in runner.plain.modules() if isinstance(m, PRODUCT_LAYERS)]
@@ -69,6 +72,15 @@ def _count(runner: Runner, samples: int) -> tuple[int, int]:
             handle.remove()
     del output
     return sum(storages[key].nbytes() for key in inside), sum(s.nbytes() for s in storages.values())
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold its numbers: a subclass that wraps others has no storage of its own."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _format(runner: Runner) -> torch.memory_format:
