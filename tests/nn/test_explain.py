@@ -21,7 +21,10 @@ LAYERS = {
     "conv": lambda: nn.Conv2d(4, 4, 3),
     "grouped": lambda: nn.Conv2d(4, 4, 3, groups=2),
     "wide groups": lambda: nn.Conv2d(64, 96, 3, groups=2),
+    "depthwise": lambda: nn.Conv2d(20, 20, 3, groups=20),
     "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
+    "padded by a stride": lambda: nn.ConvTranspose2d(4, 4, 3, dilation=3, output_padding=2),
+    "volume": lambda: nn.Conv3d(4, 4, 3),
 }
 ROWS = Recipe(input="psq8", weight="psq8", grad_input="psq4", grad_weight="psq4")
 COLUMN = q("column", axis="sample")
@@ -56,12 +59,18 @@ TABLE = [
     ("linear", Recipe(grad_weight="shq4@channel"), "grad_weight", INTEGER),
     # A transform over channels mixes groups whose patches differ, so that it cannot be undone after the product.
     ("grouped", Recipe(grad_weight="bhq4@channel"), "grad_weight", "group"),
-    ("grouped", "psq4", "output", "fewer than 16 channels"),
+    ("grouped", "psq4", "output", INTEGER),
+    ("grouped", "psq4d", "grad_input", INTEGER),
+    ("depthwise", "default", "grad_weight", INTEGER),
     ("wide groups", "psq4", "output", INTEGER),
     ("wide groups", "bhq4", "grad_input", INTEGER),
     ("wide groups", "default", "grad_weight", INTEGER),
     ("wide groups", Recipe(grad_weight="bhq4@channel"), "grad_weight", "mixes channels of different groups"),
-    ("transposed", "psq4", "grad_weight", "transposed"),
+    ("transposed", "default", "output", INTEGER),
+    ("transposed", "bhq4", "grad_input", INTEGER),
+    ("transposed", "psq4", "grad_weight", INTEGER),
+    ("padded by a stride", "psq4", "output", "output padding"),
+    ("volume", "psq4d", "grad_weight", INTEGER),
     # A step per token moves into grad_output only where its positions are the input's.
     ("linear", Recipe(input=SYMMETRIC, **FOLDED), "grad_weight", INTEGER),
     ("conv", Recipe(input=SYMMETRIC, **FOLDED), "grad_weight", "other positions"),

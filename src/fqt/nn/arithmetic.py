@@ -11,14 +11,12 @@ from fqt.kernels import integer
 from fqt.kernels.blocked import GATHERED, MOST_TERMS, common_block
 from fqt.kernels.codes import range_of
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
+from fqt.kernels.narrow_groups import GROUP_CHANNELS
 from fqt.kernels.rounding import DITHERED
 from fqt.nn.product import AGAIN, SAVED
 from fqt.nn.recipe import PRODUCTS, Recipe
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Identity, Rotated
-
-GROUP_CHANNELS = 16
-"""Of a grouped convolution, from which on the integer kernels pay (measured: csrc/LOG.md)."""
 
 LEAST_BLOCK = 16
 """Of the blocks along a contracted axis that are summed as integers: every length is a multiple of it."""
@@ -34,7 +32,17 @@ def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) ->
         return False
     if None in operands(product, map, recipe):
         return False
-    return not obstacle(product, map, recipe)
+    return not obstacle(product, map, recipe) and not untried(map, values.device.type)
+
+
+def untried(map: LinearMap, device: str) -> str:
+    """Why products of this map are not multiplied as integers on such devices, though they could be; else empty."""
+    if device == "cpu" or isinstance(map, DenseMap):
+        return ""
+    narrow = map.groups > 1 and map.group_channels < GROUP_CHANNELS
+    if not (map.transposed or narrow or len(map.stride) > 2):
+        return ""
+    return "transposed and three-dimensional convolutions and narrow groups have integer kernels on the CPU only"
 
 
 def operands(product: str, map: LinearMap, recipe: Recipe) -> tuple[Quantizer | None, Quantizer | None]:
@@ -219,12 +227,8 @@ def _fits_no_byte(q: Quantizer, name: str) -> str:
 def _unsupported(map: LinearMap) -> str:
     if isinstance(map, DenseMap):
         return ""
-    if map.transposed:
-        return "transposed convolutions have no integer kernel"
-    if map.groups > 1 and map.group_channels < GROUP_CHANNELS:
-        return f"groups of fewer than {GROUP_CHANNELS} channels are slower on the integer kernels"
-    if len(map.stride) > 2:
-        return "three-dimensional convolutions have no integer kernel"
+    if any(more >= stride for more, stride in zip(map.output_padding, map.stride, strict=False)):
+        return "output padding of a whole stride has no integer kernel"
     return "padding that differs from side to side has no integer kernel" if map.extra else ""
 
 

@@ -17,7 +17,7 @@ from fqt.kernels import integer
 from fqt.kernels.linear_map import LinearMap
 from fqt.kernels.ranges import RangeState
 from fqt.nn import patched
-from fqt.nn.arithmetic import again, gathers, kernel, obstacle, operands, summed_in_blocks
+from fqt.nn.arithmetic import again, gathers, kernel, obstacle, operands, summed_in_blocks, untried
 from fqt.nn.between import is_compressed
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
@@ -189,7 +189,7 @@ def _product(layer: str, module: nn.Module, product: str) -> Row:
         exact = "grad_output" if product != "output" else "an operand"
         why = f"{exact if left is None else 'an operand'} stays float"
         return Row(layer, product, "float", words, why + _more(product, map, recipe))
-    why = obstacle(product, map, recipe) or _machine(module)
+    why = obstacle(product, map, recipe) or _machine(module, map)
     if why:
         return Row(layer, product, "simulated", words, why + _more(product, map, recipe))
     block = summed_in_blocks(product, map, recipe)
@@ -211,12 +211,12 @@ def _more(product: str, map: LinearMap, recipe: Recipe) -> str:
     return found if unit.keep is None else f"{found}; rows kept by {unit.keep}"
 
 
-def _machine(module: nn.Module) -> str:
+def _machine(module: nn.Module, map: LinearMap) -> str:
     """What keeps the products of this module's parameters off integer units."""
     weight = next(module.parameters())
     if weight.dtype == torch.float64:
         return "float64 is computed in float64"
-    return integer.machine_obstacle(weight.device.type)
+    return integer.machine_obstacle(weight.device.type) or untried(map, weight.device.type)
 
 
 def _words(entry: str | dict[str, Any]) -> str:
