@@ -40,7 +40,8 @@ def test_every_product_of_a_net_with_its_multiplications() -> None:
             expected["grad_input"] = ("not run", 0, 0)
         assert ran(explained, layer) == expected
     assert explained.totals == {on: 1.0}
-    assert (explained.never_ran, explained.repeated, explained.notes) == ((), (), ())
+    assert (explained.never_ran, explained.repeated) == ((), ())
+    assert all(note.startswith("slower on integers here") for note in explained.notes)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
