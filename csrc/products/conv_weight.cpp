@@ -11,6 +11,7 @@
 #include "common/parallel.h"
 #include "common/platform.h"
 #include "products/conv.h"
+#include "products/depthwise.h"
 #include "products/dot.h"
 #include "products/epilogue.h"
 #include "products/pack.h"
@@ -238,6 +239,9 @@ void add_up(const Task& task, const Part* parts, int64_t count, int64_t row, int
 int fqt::conv_grad_weight(const uint8_t* grad, Range grad_range, const uint8_t* input, Range input_range,
                           const Conv* conv, const Planes* planes, const Epilogue* e, int threads) {
   const Conv& c = *conv;
+  if (is_depthwise(c) && !planes) {
+    return depthwise_grad_weight(grad, grad_range.is_signed(), input, input_range.is_signed(), c, *e, threads);
+  }
   if (planes && grad_range.high < planes->high) grad_range.high = planes->high;
   const Plan how = plan(grad_range, input_range);
   if (!how.steps) return kBadIndex;

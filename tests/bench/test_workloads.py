@@ -73,9 +73,15 @@ def test_macs_of_a_linear_layer(shape, bias):
     assert count_macs(Layer(model=lambda: nn.Linear(5, 4, bias=bias), input=shape)) == products
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if not isinstance(c.workload, Quantize | Product)], ids=lambda c: c.name
-)
+COUNTED = [
+    c
+    for c in CASES
+    # Of a grouped convolution torch counts grad_weight `groups` times.
+    if not isinstance(c.workload, Quantize | Product) and c.name not in ("mobilenet", "convnext")
+]
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=lambda c: c.name)
 def test_macs_against_torchs_counter(case):
     """An independent count over a whole pass; products of activations are `bmm` there."""
     weights = {getattr(torch.ops.aten, op) for op in ("mm", "addmm", "convolution", "convolution_backward")}

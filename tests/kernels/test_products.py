@@ -187,6 +187,13 @@ GEOMETRIES = [
     ((1, 6, 11, 10), (9, 3, 2), Geometry(stride=(3, 2), padding=(0, 1), dilation=(2, 3))),
     ((2, 12, 7, 7), (8, 3, 3), Geometry(padding=(1, 1), groups=4)),
     ((2, 6, 8, 8), (6, 3, 3), Geometry(stride=(2, 1), padding=(1, 1), groups=6)),
+    # A filter for every channel: by vectors, with channels left over, and with fewer than a vector has.
+    ((2, 64, 9, 21), (64, 3, 3), Geometry(padding=(1, 1), groups=64)),
+    ((2, 100, 8, 9), (100, 3, 3), Geometry(stride=(2, 1), padding=(1, 1), dilation=(1, 2), groups=100)),
+    ((2, 23, 7, 30), (23, 3, 19), Geometry(padding=(1, 9), groups=23)),  # more taps than are summed at once
+    ((1, 5, 6, 4), (5, 2, 7), Geometry(stride=(1, 3), padding=(2, 5), groups=5)),  # never all taps at once
+    ((3, 33, 5, 5), (33, 1, 1), Geometry(stride=(2, 2), groups=33)),
+    ((0, 18, 5, 5), (18, 3, 3), Geometry(padding=(1, 1), groups=18)),
     ((1, 4, 9, 9), (3, 1, 1), Geometry(stride=(3, 3))),  # whole phases of the gradient have no tap
     ((1, 5, 3, 40), (6, 3, 7), Geometry(padding=(1, 3))),
     ((3, 130, 3, 3), (66, 3, 3), Geometry(padding=(1, 1))),
@@ -263,7 +270,7 @@ def test_convolution_epilogues(case: tuple, dtype: torch.dtype) -> None:
     assert torch.equal(got, image(wanted, grad_weight))
 
 
-@pytest.mark.parametrize("case", GEOMETRIES[:16], ids=str)
+@pytest.mark.parametrize("case", [case for case in GEOMETRIES[:-1] if case[0][0]], ids=str)
 def test_offsets_under_padding(case: tuple) -> None:
     """step · code + offset, zero in the padding: the mask's correction gives the float convolution back."""
     (n, c, h, width), _, g = case

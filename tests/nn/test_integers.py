@@ -52,6 +52,11 @@ LARGE = {
     "conv2d_grouped": (nn.Conv2d(64, 128, 3, padding=1, groups=2), (4, 64, 8, 8)),
     "conv2d_strided": (nn.Conv2d(20, 24, 3, stride=2, padding=1, bias=False), (5, 20, 13, 11)),
     "conv1d": (nn.Conv1d(12, 33, 5, padding=2), (4, 12, 37)),
+    "conv2d_depthwise": (nn.Conv2d(40, 40, 3, padding=1, groups=40), (3, 40, 9, 11)),
+    "conv2d_narrow": (nn.Conv2d(32, 48, 3, stride=2, padding=1, groups=8), (3, 32, 9, 9)),
+    "transposed": (nn.ConvTranspose2d(20, 24, 4, stride=2, padding=1), (3, 20, 6, 5)),
+    "transposed_narrow": (nn.ConvTranspose1d(24, 48, 3, stride=3, output_padding=2, groups=6), (3, 24, 11)),
+    "conv3d": (nn.Conv3d(9, 10, 3, stride=(2, 1, 1), padding=1), (2, 9, 5, 6, 7)),
 }
 TOLERANCE = 2e-5  # of the largest entry: the corrections cancel most of the first term, rounded to 2⁻²⁴ of itself
 
@@ -104,6 +109,19 @@ def test_all_three_products_run_on_integers(kind: str, monkeypatch: pytest.Monke
         assert seen == ["output", "grad_input", "grad_weight"]
 
 
+@pytest.mark.parametrize("kind", ["conv2d_depthwise", "conv2d_narrow", "transposed", "transposed_narrow", "conv3d"])
+@pytest.mark.parametrize("recipe", ["psq8", "psq8d", "default"])
+def test_what_is_made_of_other_products_runs_on_integers_too(kind: str, recipe: str) -> None:
+    layer, shape = LARGE[kind]
+    try:
+        explained = fqt.explain(fqt.quantize_(layer, recipe), torch.randn(shape, requires_grad=True))
+        assert runs(layer) == {"output", "grad_input", "grad_weight"}
+    finally:
+        fqt.restore_(layer)
+    wanted = "simulated" if integer.machine_obstacle("cpu") else "integer"
+    assert {row.arithmetic for row in explained.products} == {wanted}
+
+
 def test_what_cannot_run_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> Tensor:
         raise AssertionError("an integer product with an obstacle")
@@ -135,7 +153,7 @@ def ones_mask(weight: Tensor, input_size: tuple[int, int], geometry: object, of:
 DEFECTS = {
     "border": (products, "conv2d_mask", ones_mask, "psq4"),
     "taps": (low_rank._Taps, "sums", lambda self, map: map.double().sum((0, 1)).expand(9, -1), "psq4"),
-    "dither": (low_rank, "_from_bytes", lambda sums: sums[0].double() * 0, "dithered"),
+    "dither": (low_rank, "from_bytes", lambda sums: sums[0].double() * 0, "dithered"),
     "centre": (Dither, "centre", 0.0, "dithered"),
     "row sums": (
         ops,

@@ -40,7 +40,8 @@ def test_every_product_of_a_net_with_its_multiplications() -> None:
             expected["grad_input"] = ("not run", 0, 0)
         assert ran(explained, layer) == expected
     assert explained.totals == {on: 1.0}
-    assert (explained.never_ran, explained.repeated, explained.notes) == ((), (), ())
+    assert (explained.never_ran, explained.repeated) == ((), ())
+    assert all(note.startswith("slower on integers here") for note in explained.notes)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -450,4 +451,5 @@ def test_it_prints_calls_and_shares() -> None:
     assert lines[0].split() == ["layer", "product", "arithmetic", "operands", "calls", "share", "why"]
     for start in ("total: ", "never ran", "ran more than once: twice (2 ×)"):
         assert any(line.startswith(start) for line in lines), start
-    assert "integer" in lines[-3] or machine_obstacle("cpu")
+    (total,) = [line for line in lines if line.startswith("total: ")]
+    assert "integer" in total or machine_obstacle("cpu")

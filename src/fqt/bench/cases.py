@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fqt.bench.nets import convnext, mobilenet
 from fqt.bench.products import OPERANDS
 from fqt.bench.workloads import (
     Layer,
@@ -15,8 +16,12 @@ from fqt.bench.workloads import (
     Step,
     Workload,
     image_classifier,
+    images,
+    language_model,
+    segmentation,
     torch_encoder,
     transformer,
+    translation,
 )
 from fqt.errors import FqtError
 
@@ -105,6 +110,20 @@ def _compressed(bits: int, name: str, title: str, workload: Workload, most: floa
     )
 
 
+def _net(name: str, title: str, workload: Workload, bound: float) -> Case:
+    """A whole step of one kind of net, without floors; long."""
+    return Case(
+        name=name,
+        title=f"{title}, step",
+        workload=workload,
+        recipes=(*PLAIN, OWN),
+        bound=bound,
+        default=False,
+    )
+
+
+_TURNED = 0.95
+"""The bound of a net whose ReLUs a small error turns over: see resnet18."""
 _KEPT = _kept(*PLAIN, OWN)
 _LAYER = (Floor("psq8", 1.25, MIXING), *_KEPT)
 _GPU_RECIPES = ("psq8d", OWN)
@@ -190,6 +209,17 @@ CASES: tuple[Case, ...] = (
     _compressed(
         *(8, "transformer", "four transformer blocks as above"),
         *(transformer(blocks=4, width=768, heads=12, samples=8, tokens=256), 0.6, 0.08),
+    ),
+    _net("mobilenet", "MobileNetV2 (CIFAR form), batch 64", images(mobilenet, samples=64, side=32), _TURNED),
+    _net("convnext", "ConvNeXt-like, 64×64, batch 32", images(convnext, samples=32, side=64), 0.3),
+    _net("unet", "U-Net, 64×64, batch 16", segmentation(samples=16, side=64), _TURNED),
+    _net(
+        *("gpt", "GPT of 6 blocks, width 384, 8 × 256 tokens"),
+        *(language_model("gpt-6x384", samples=8, tokens=256, vocabulary=65), 0.12),
+    ),
+    _net(
+        *("translator", "encoder-decoder of 4 + 4 blocks, width 128, 64 × 32 tokens"),
+        *(translation("translator-4x128", samples=64, tokens=32, vocabulary=4096), 0.12),
     ),
     Case(
         name="quantize",

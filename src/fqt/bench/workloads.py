@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fqt.bench.nets import OfTokens, UNet
 from fqt.train.models.images import build_model
+from fqt.train.models.transformers import build_gpt
+from fqt.train.models.translator import build_translator
 
 SEED = 0
 PRODUCT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -168,9 +171,46 @@ def torch_encoder(blocks: int, width: int, heads: int, samples: int, tokens: int
 
 def image_classifier(name: str, samples: int, side: int) -> Step:
     """A model of `fqt.train` on random color images of ten classes."""
+    return images(lambda: build_model(name, in_channels=3, num_classes=10), samples, side)
+
+
+def images(model: Callable[[], nn.Module], samples: int, side: int) -> Step:
+    """Any classifier of random color images of ten classes."""
     return Step(
-        model=lambda: build_model(name, in_channels=3, num_classes=10),
+        model=model,
         input=(samples, 3, side, side),
         target=lambda x, generator: torch.randint(10, (x.shape[0],), generator=generator),
         loss=lambda output, target: F.cross_entropy(output.float(), target),
+    )
+
+
+def segmentation(samples: int, side: int, num_classes: int = 4) -> Step:
+    """A U-Net on random color images, with random classes of their pixels."""
+    return Step(
+        model=lambda: UNet(num_classes=num_classes),
+        input=(samples, 3, side, side),
+        target=lambda x, generator: torch.randint(num_classes, (x.shape[0], side, side), generator=generator),
+        loss=lambda output, target: F.cross_entropy(output.float(), target),
+    )
+
+
+def language_model(name: str, samples: int, tokens: int, vocabulary: int) -> Step:
+    """A GPT of `fqt.train` on random tokens."""
+    model = lambda: build_gpt(name, vocabulary=vocabulary, context=tokens, dropout=0.0)
+    return _of_tokens(model, (samples, tokens), vocabulary, 1)
+
+
+def translation(name: str, samples: int, tokens: int, vocabulary: int) -> Step:
+    """An encoder-decoder of `fqt.train` on random sentences of as many tokens each."""
+    model = lambda: build_translator(name, vocabulary=vocabulary, context=tokens, dropout=0.0)
+    return _of_tokens(model, (samples, 2 * tokens), vocabulary, 2)
+
+
+def _of_tokens(model: Callable[[], nn.Module], input: tuple[int, int], vocabulary: int, sequences: int) -> Step:
+    length = input[1] // sequences
+    return Step(
+        model=lambda: OfTokens(model(), vocabulary, sequences),
+        input=input,
+        target=lambda x, generator: torch.randint(vocabulary, (x.shape[0], length), generator=generator),
+        loss=lambda output, target: F.cross_entropy(output.float().flatten(0, 1), target.flatten()),
     )

@@ -31,15 +31,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fqt.kernels import blocked, ops
+from fqt.kernels import blocked, ops, transposed
 from fqt.kernels.blocked import Stepped
 from fqt.kernels.codes import ROW, TENSOR, Blocks
 from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.low_rank import Channels, ConvCodes, DenseCodes, row_offset
+from fqt.kernels.narrow_groups import Wide
 from fqt.kernels.op import Op
 from fqt.kernels.products import Epilogue
 from fqt.kernels.tensor import QuantizedTensor
+from fqt.kernels.transposed import TransposedCodes
 
 CodeRange = tuple[int, int]
 """The least and the greatest code of an operand."""
@@ -114,6 +116,8 @@ def output(
         return blocked.matmul(*blocked.gathered(_stepped(x), _stepped(w).T), bias, dtype).view(
             *x.shape[:-1], w.shape[0]
         )
+    if (wide := Wide.of_laid(map, w.shape)) is not None:
+        return output(wide.map, x, wide.weight(w), bias, dtype)
     product = _of(map)
     step, offset, weight_step = (v.flatten() for v in (x.matrix_step, x.group_offset, w.matrix_step))
     left = right = None
@@ -147,6 +151,8 @@ def grad_input(
     """
     if by_blocks(g) or (by_blocks(w) and not folded):
         return blocked.matmul(*blocked.gathered(_stepped(g), _stepped(w, folded)), None, dtype).view(shape)
+    if (wide := Wide.of_laid(map, w.shape)) is not None:
+        return grad_input(wide.map, g, wide.weight(w), folded, shape, dtype)
     product = _of(map)
     ones, dithered = product.vectors_times_weight(g, w, shape)
     weight_step = None if folded else w.matrix_step.flatten()
@@ -182,13 +188,19 @@ def grad_weight(
     """
     if by_blocks(g, x):
         return blocked.matmul(*blocked.gathered(_stepped(g).T, _stepped(x, folded is not None)))
+    if (wide := Wide.of(map, shape)) is not None:
+        return wide.gradient(grad_weight(wide.map, g, x, folded, wide.weight_shape(shape)))
     channels = Channels.of(g)
+    if isinstance(map, ConvMap) and transposed.serves(map, shape):
+        return _of_exact_sums(map, g, channels, x, folded, shape)
     if isinstance(map, ConvMap) and map.groups > 1:
         # A convolution per group: no transform mixes their channels (`fqt.nn.arithmetic`).
         alone, part = _of(replace(map, groups=1)), torch.Size((shape[0] // map.groups, *shape[1:]))
         each = zip(channels.chunk(map.groups), _chunk(x, map.groups), _shares(folded, map.groups), strict=True)
+        assert isinstance(alone, ConvCodes)
         return torch.cat([_weight_product(alone, c, q, f, part)[0] for c, q, f in each])
     product = _of(map)
+    assert not isinstance(product, TransposedCodes)
     if g.mixing is None:
         return _weight_product(product, channels, x, folded, shape)[0]
     share = None if folded is None else folded.share
@@ -199,6 +211,24 @@ def grad_weight(
     if share is not None:
         rows = rows + share.T @ product.tap_columns(shape, share)
     return map.unlay(rows.view(laid.shape))
+
+
+def _of_exact_sums(
+    map: ConvMap,
+    g: QuantizedTensor,
+    channels: Channels,
+    x: QuantizedTensor,
+    folded: Folded | None,
+    shape: torch.Size,
+) -> Tensor:
+    """`grad_weight` where no epilogue has a place for the corrections (`fqt.kernels.transposed`)."""
+    rows, ones = transposed.weight_gradient(map, channels, x, folded, shape)
+    share = None if folded is None or folded.share is None else folded.share.T  # (O, taps)
+    if g.mixing is not None:
+        rows = g.mixing.undo_product(rows.float(), ones.float(), torch.float32).double()
+    if share is not None:
+        rows = rows + share.repeat_interleave(rows.shape[1] // share.shape[1], 1)
+    return transposed.as_weight(map, rows.float(), shape)
 
 
 def by_blocks(*operands: QuantizedTensor) -> bool:
@@ -300,5 +330,7 @@ def unmixed(map: LinearMap, g: QuantizedTensor, product: Tensor, ones: Tensor, d
     return map.unlay(g.mixing.undo_product(rows, ones.flatten(), dtype).view(laid.shape))
 
 
-def _of(map: LinearMap) -> DenseCodes | ConvCodes:
-    return DenseCodes() if isinstance(map, DenseMap) else ConvCodes.of(map)
+def _of(map: LinearMap) -> DenseCodes | ConvCodes | TransposedCodes:
+    if isinstance(map, DenseMap):
+        return DenseCodes()
+    return TransposedCodes.of(map) if map.transposed else ConvCodes.of(map)

@@ -8,7 +8,7 @@ by `fqt.kernels.integer`; sums of codes and of codes times 24-bit dither are exa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fqt.kernels import ops, products
+from fqt.kernels import ops, products, volume
 from fqt.kernels.codes import DITHER_LEVELS
 from fqt.kernels.linear_map import ConvMap
-from fqt.kernels.products import Epilogue, Geometry
+from fqt.kernels.products import Epilogue, Spatial
 from fqt.kernels.tensor import QuantizedTensor
 
-Sizes = tuple[int, int]
+Sizes = tuple[int, ...]
 
 
 def row_offset(g: QuantizedTensor) -> Tensor:
@@ -33,17 +33,17 @@ def row_offset(g: QuantizedTensor) -> Tensor:
     return offset + g.matrix_step.flatten() * (g.noise.centre - g.noise.row.flatten())
 
 
-def _integers(fractions: Tensor) -> Tensor:
+def integers(fractions: Tensor) -> Tensor:
     """24-bit integers from multiples of 2⁻²⁴."""
     return (fractions.flatten() * DITHER_LEVELS).to(torch.int32)
 
 
-def _bytes(noise: Tensor) -> Tensor:
+def in_bytes(noise: Tensor) -> Tensor:
     """(3, …) uint8: the bytes of 24-bit integers, the highest first."""
     return torch.stack([noise >> 16, noise >> 8, noise]).to(torch.uint8)
 
 
-def _from_bytes(sums: Tensor) -> Tensor:
+def from_bytes(sums: Tensor) -> Tensor:
     """float64: what sums over the three bytes' planes (3, …) stand for, as fractions again."""
     high, middle, low = sums.double()
     return (high * 65536 + middle * 256 + low) / DITHER_LEVELS
@@ -77,7 +77,7 @@ class Channels:
         if not g.view.transposed:
             token, channel = channel, token
         offset = offset + step * (g.noise.centre - channel.flatten())
-        return Channels(codes, step, offset, _integers(token), g.shape)
+        return Channels(codes, step, offset, integers(token), g.shape)
 
     def chunk(self, groups: int) -> list[Channels]:
         """The channels in as many equal groups."""
@@ -114,7 +114,7 @@ class DenseCodes:
         self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size
     ) -> tuple[Tensor, Tensor | None]:
         """1·w and b·w: (I,)."""
-        noise = None if g.noise is None else _integers(g.noise.column)
+        noise = None if g.noise is None else integers(g.noise.column)
         ones, dithered = ops.column_sums(w.matrix_codes, noise)
         return ones.float(), None if dithered is None else (dithered.double() / DITHER_LEVELS).float()
 
@@ -204,56 +204,77 @@ def _met(axis: Axis, arange: Callable[[int], Any]) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Taps:
-    """Which pixels of a map belong to each tap of a kernel: to those of its row and of its column.
+    """Which pixels of a map belong to each tap of a kernel: to those of its row, of its column, and of its depth.
 
     Attributes:
-        rows: (kh, H), columns: (kw, W); ones and zeros.
+        axes: (kh, H) and (kw, W), after (kd, D) in three dimensions; ones and zeros.
     """
 
-    rows: Tensor
-    columns: Tensor
+    axes: tuple[Tensor, ...]
 
     @property
     def size(self) -> Sizes:
-        """H and W."""
-        return self.rows.shape[1], self.columns.shape[1]
+        """The map's axes."""
+        return tuple(axis.shape[1] for axis in self.axes)
 
     def sums(self, map: Tensor) -> Tensor:
-        """(taps, D) float64: Σ over a tap's pixels of (H, W, D); exact for integers while sums stay below 2⁵³."""
-        h, w, d = map.shape
-        by_row = self.rows @ map.double().reshape(h, w * d)
-        return (self.columns @ by_row.view(len(self.rows), w, d)).flatten(0, 1)
+        """(taps, D) float64: Σ over a tap's pixels of (*, D); exact for integers while sums stay below 2⁵³."""
+        found, d = map.double().unsqueeze(0), map.shape[-1]
+        for axis in self.axes:  # (taps so far, size, …, D)
+            done, size, rest = found.shape[0], found.shape[1], found.shape[2:]
+            by_tap = axis @ found.reshape(done, size, rest.numel())
+            found = by_tap.view(done * axis.shape[0], *rest)
+        return found.view(-1, d)
 
     def counts(self) -> Tensor:
         """(taps, 1): how many they are."""
-        return torch.outer(self.rows.sum(1), self.columns.sum(1)).view(-1, 1)
+        found = self.axes[0].new_ones(1)
+        for axis in self.axes:
+            found = torch.outer(found, axis.sum(1)).flatten()
+        return found.view(-1, 1)
 
 
-def in_two(values: Sequence[int], first: int) -> Sizes:
-    """Two numbers from one per spatial axis; `first` stands before that of a single axis."""
-    return (first, values[0]) if len(values) == 1 else (values[0], values[1])
+def at_least_two(values: Sequence[int], first: int) -> Sizes:
+    """One number per spatial axis; `first` stands before that of a single axis."""
+    return (first, values[0]) if len(values) == 1 else tuple(values)
+
+
+def sums_over_samples(codes: Tensor, shape: torch.Size, weights: Tensor | None) -> Tensor:
+    """(*, C) int64 of codes of the laid-out shape (N, *, C): their sum, of each sample times its weight."""
+    plain, weighted = ops.column_sums(codes.reshape(shape[0], shape[1:].numel()), weights)
+    found = (plain if weighted is None else weighted).view(shape[1:])
+    return found.unsqueeze(0) if found.ndim == 2 else found
 
 
 @dataclass(frozen=True)
 class ConvCodes:
-    """A convolution's products in two dimensions; one dimension is an image of height 1. Samples are rows."""
+    """A convolution's products in two or three dimensions, one being an image of height 1. Samples are rows."""
 
-    geometry: Geometry
+    geometry: Spatial
     flat: bool
 
     @staticmethod
     def of(map: ConvMap) -> ConvCodes:
-        """From a map of one or two dimensions, not transposed."""
-        steps = in_two(map.stride, 1), in_two(map.padding, 0), in_two(map.dilation, 1)
-        return ConvCodes(Geometry(*steps, map.groups), len(map.stride) == 1)
+        """From a map that is not transposed; of one that is, those of the convolution whose gradient it is."""
+        steps = at_least_two(map.stride, 1), at_least_two(map.padding, 0), at_least_two(map.dilation, 1)
+        return ConvCodes(Spatial(*steps, map.groups), len(map.stride) == 1)
 
-    def _image(self, codes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """Codes (N, C, H, W), channels-last, from codes of the laid-out shape (N, *, C)."""
+    def image(self, codes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """Codes (N, C, H, W) or (N, C, D, H, W), channels-last, from codes of the laid-out shape (N, *, C)."""
         n, *size, c = shape
-        return codes.reshape(n, *([1] if self.flat else []), *size, c).permute(0, 3, 1, 2)
+        return codes.reshape(n, *([1] if self.flat else []), *size, c).movedim(-1, 1)
 
-    def _narrow(self, image: Tensor) -> Tensor:
+    def narrowed(self, image: Tensor) -> Tensor:
+        """(N, C, *) from an image."""
         return image.squeeze(2) if self.flat else image
+
+    def widened(self, x: Tensor) -> Tensor:
+        """The inverse of `narrowed`."""
+        return x.unsqueeze(2) if self.flat else x
+
+    def in_groups(self, groups: int) -> ConvCodes:
+        """The same in so many groups."""
+        return replace(self, geometry=replace(self.geometry, groups=groups))
 
     def rows(self, x: QuantizedTensor) -> int:
         """N."""
@@ -265,32 +286,30 @@ class ConvCodes:
 
     def ones_times_weight(self, x: QuantizedTensor, w: QuantizedTensor) -> Tensor:
         """The weight on the mask of the taps that are there: (H', W', O)."""
-        size = in_two(x.shape[1:-1], 1)
-        return products.conv2d_mask(self._image(w.matrix_codes, w.shape), size, self.geometry, "output")
+        size = at_least_two(x.shape[1:-1], 1)
+        return products.conv2d_mask(self.image(w.matrix_codes, w.shape), size, self.geometry, "output")
 
     def output(self, x: QuantizedTensor, w: QuantizedTensor, epilogue: Epilogue) -> Tensor:
         """(N, O, *)."""
-        codes, weight = self._image(x.matrix_codes, x.shape), self._image(w.matrix_codes, w.shape)
-        return self._narrow(products.conv2d(codes, weight, self.geometry, epilogue))
+        codes, weight = self.image(x.matrix_codes, x.shape), self.image(w.matrix_codes, w.shape)
+        return self.narrowed(volume.convolve(codes, weight, self.geometry, epilogue))
 
     def vectors_times_weight(
         self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size
     ) -> tuple[Tensor, Tensor | None]:
         """A grad_output of ones, and the columns' dither as one, through the map: (H, W, C)."""
-        weight, size = self._image(w.matrix_codes, w.shape), in_two(shape[2:], 1)
+        weight, size = self.image(w.matrix_codes, w.shape), at_least_two(shape[2:], 1)
         ones = products.conv2d_mask(weight, size, self.geometry, "grad_input")
         if g.noise is None:
             return ones, None
-        planes = self._image(_bytes(_integers(g.noise.column)), (3, *g.shape[1:]))
-        sums = products.conv2d_grad_input(planes, weight, size, self.geometry)
-        return ones, _from_bytes(sums.permute(0, 2, 3, 1)).float()
+        planes = self.image(in_bytes(integers(g.noise.column)), (3, *g.shape[1:]))
+        sums = volume.grad_input(planes, weight, size, self.geometry)
+        return ones, from_bytes(sums.movedim(1, -1)).float()
 
     def grad_input(self, g: QuantizedTensor, w: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
         """(N, C, *)."""
-        codes, weight = self._image(g.matrix_codes, g.shape), self._image(w.matrix_codes, w.shape)
-        return self._narrow(
-            products.conv2d_grad_input(codes, weight, in_two(shape[2:], 1), self.geometry, epilogue)
-        )
+        codes, weight = self.image(g.matrix_codes, g.shape), self.image(w.matrix_codes, w.shape)
+        return self.narrowed(volume.grad_input(codes, weight, at_least_two(shape[2:], 1), self.geometry, epilogue))
 
     def vectors_times_input(
         self,
@@ -305,40 +324,38 @@ class ConvCodes:
 
         X = step · q + offset, with a centre times its sample's number.
         """
-        image, kernel = self._image(x.matrix_codes, x.shape), in_two(shape[2:], 1)
-        n, c, h, w = image.shape
-        reads, serves = self._taps(g.shape, x.shape, shape, g.codes.device)
-        summed = ops.column_sums(image.permute(0, 2, 3, 1).reshape(n, h * w * c))[0].view(h, w, c)
-        windows, counts = reads.sums(summed), (n if centre is None else centre.sum()) * serves.counts()
+        image, kernel = self.image(x.matrix_codes, x.shape), at_least_two(shape[2:], 1)
+        n = image.shape[0]
+        reads, serves = self.taps(g.shape, x.shape, shape, g.codes.device)
+        windows = reads.sums(sums_over_samples(x.matrix_codes, x.shape, None))
+        counts = (n if centre is None else centre.sum()) * serves.counts()
         step, offset = step.double(), offset.double()
         ones, of_codes = (step * windows + offset * counts).flatten().float(), windows.flatten().to(torch.int64)
         if g.token_noise is None:
             return ones, None, of_codes
-        planes = self._image(_bytes(g.token_noise).T.contiguous(), (*g.shape[:-1], 3))
-        sums = products.conv2d_grad_weight(planes, image, kernel, self.geometry)
-        weighted = _from_bytes(sums.permute(0, 2, 3, 1).flatten(1, 2))
+        planes = self.image(in_bytes(g.token_noise).T.contiguous(), (*g.shape[:-1], 3))
+        sums = volume.grad_weight(planes, image, kernel, self.geometry)
+        weighted = from_bytes(sums.movedim(1, -1).flatten(1, -2))
         noise = g.token_noise.view(n, *serves.size, 1).long()
-        noise = noise if centre is None else noise * centre.view(n, 1, 1, 1)
+        noise = noise if centre is None else noise * centre.view(n, *[1] * (noise.ndim - 1))
         totals = serves.sums(noise.sum(0)) / DITHER_LEVELS
         return ones, (step * weighted + offset * totals).flatten().float(), of_codes
 
-    def _taps(self, g: torch.Size, x: torch.Size, shape: torch.Size, device: torch.device) -> tuple[_Taps, _Taps]:
+    def taps(self, g: torch.Size, x: torch.Size, shape: torch.Size, device: torch.device) -> tuple[_Taps, _Taps]:
         """The input's pixels that the taps read, and the output's that they serve; of laid-out shapes."""
-        sizes = (in_two(shape[2:], 1), *(in_two(laid[1:-1], 1) for laid in (x, g)))
+        sizes = (at_least_two(shape[2:], 1), *(at_least_two(laid[1:-1], 1) for laid in (x, g)))
         how = (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
         axes: list[Axis] = list(zip(*sizes, *how, strict=True))
-        rows, columns = (_axis(axis, device) for axis in axes)
-        return _Taps(rows[0], columns[0]), _Taps(rows[1], columns[1])
+        reads, serves = zip(*(_axis(axis, device) for axis in axes), strict=True)
+        return _Taps(reads), _Taps(serves)
 
     def sums_by_tap(
         self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor, centre: Tensor | None
     ) -> Tensor:
         """(c − zero)·1 for every tap (O, taps), or with a centre for 1."""
-        _, serves = self._taps(g.shape, x.shape, shape, g.codes.device)
-        (h, w), o = serves.size, g.shape[-1]
-        plain, weighted = ops.column_sums(g.codes.reshape(g.shape[0], h * w * o), centre)
+        _, serves = self.taps(g.shape, x.shape, shape, g.codes.device)
         met = g.shape[0] if centre is None else centre.sum(dtype=torch.int64)
-        sums = serves.sums((plain if weighted is None else weighted).view(h, w, o))
+        sums = serves.sums(sums_over_samples(g.codes, g.shape, centre))
         return (sums - zero * (met * serves.counts())).T.float()
 
     def tap_columns(self, shape: torch.Size, like: Tensor) -> Tensor:
@@ -347,11 +364,11 @@ class ConvCodes:
 
     def values_by_tap(self, sums: Tensor, g: torch.Size, x: torch.Size, shape: torch.Size) -> Tensor:
         """(taps, O) float32, of sums of values over samples (pixels · O,), float64."""
-        _, serves = self._taps(g, x, shape, sums.device)
+        _, serves = self.taps(g, x, shape, sums.device)
         return serves.sums(sums.view(*serves.size, shape[0])).float()
 
     def grad_weight(self, g: Channels, x: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:
         """(O, C, *)."""
-        codes, image = self._image(g.codes, g.shape), self._image(x.matrix_codes, x.shape)
-        product = products.conv2d_grad_weight(codes, image, in_two(shape[2:], 1), self.geometry, epilogue)
-        return self._narrow(product)
+        codes, image = self.image(g.codes, g.shape), self.image(x.matrix_codes, x.shape)
+        product = volume.grad_weight(codes, image, at_least_two(shape[2:], 1), self.geometry, epilogue)
+        return self.narrowed(product)

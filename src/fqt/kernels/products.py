@@ -22,6 +22,7 @@ Each product is one op of `torch.library` (namespace `fqt`), with a plain-torch 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,17 +90,39 @@ class Geometry:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         """Height and width of the output for an input and a kernel of these sizes."""
-        out = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
-        ]
-        return out[0], out[1]
+        height, width = _output_size(self, size, kernel)
+        return height, width
 
     def arguments(self) -> tuple:
         """As the ops take it."""
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
+
+
+@dataclass(frozen=True)
+class Spatial:
+    """The same of any number of axes from two on; products of three are made in `fqt.kernels.volume`."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """Of the output's axes, for an input and a kernel of these sizes."""
+        return _output_size(self, size, kernel)
+
+    @property
+    def plane(self) -> Geometry:
+        """That of the last two axes."""
+        (*_, a, b), (*_, c, d), (*_, e, f) = self.stride, self.padding, self.dilation
+        return Geometry((a, b), (c, d), (e, f), self.groups)
+
+
+def _output_size(geometry: Geometry | Spatial, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+    axes = zip(size, kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
 
 
 def matmul(a: Tensor, b: Tensor, epilogue: Epilogue | None = None) -> Tensor:
@@ -181,34 +204,49 @@ def conv2d_grad_weight(
     )
 
 
-def conv2d_mask(weight: Tensor, input_size: tuple[int, int], geometry: Geometry, of: str) -> Tensor:
+def conv2d_mask(weight: Tensor, input_size: Sequence[int], geometry: Geometry | Spatial, of: str) -> Tensor:
     """The product of the weight's codes with the mask of the taps that are there, for one sample.
 
     It is what a constant added to every value of the other operand adds to the product: times the offset of
     `input` it corrects the output, times that of `grad_output` it corrects grad_input.
 
     Args:
-        weight: (O, C/groups, kh, kw) int8 codes, or floats.
-        input_size: the input's H and W.
+        weight: (O, C/groups, kh, kw) int8 codes, or floats; in three dimensions with kd before kh.
+        input_size: the input's spatial axes.
         geometry: of the convolution.
         of: "output" or "grad_input".
 
     Returns:
-        (H', W', O) or (H, W, C) float32, contiguous: as `Epilogue.right` takes it, less its first axis. Exact
-        for codes while sums stay below 2²⁴.
+        (H', W', O) or (H, W, C), after the depth in three dimensions, float32, contiguous: as `Epilogue.right`
+        takes it, less its first axis. Exact for codes while sums stay below 2²⁴.
     """
     if of not in ("output", "grad_input"):
         raise ValueError(f"unknown product {of!r}; known: output, grad_input")
     # On a GPU float32 convolutions may round their operands to TF32, which does not hold these sums.
     w, groups = weight.to(torch.float64 if weight.is_cuda else torch.float32), geometry.groups
-    rest = (list(geometry.stride), list(geometry.padding), list(geometry.dilation))
+    dilation, zeros = list(geometry.dilation), [0] * len(geometry.stride)
     if of == "output":  # every channel meets the same mask, so the channels can be summed first
-        mask = F.conv2d(w.new_ones(1, 1, *input_size), w.sum(1, keepdim=True), None, *rest)
-    else:
-        size = geometry.output_size(input_size, (w.shape[2], w.shape[3]))
-        summed = w.unflatten(0, (groups, -1)).sum(1).flatten(0, 1).unsqueeze(0)
-        mask = _grad_input(w.new_ones(1, 1, *size), summed, list(input_size), *rest, groups=1)
-    return mask[0].permute(1, 2, 0).float().contiguous()
+        met, filters = w.new_ones(1, 1, *input_size), w.sum(1, keepdim=True)
+        stride, padding = list(geometry.stride), list(geometry.padding)
+    else:  # as a convolution too: torch's three-dimensional gradient takes a hundred times as long
+        summed = w.unflatten(0, (groups, -1)).sum(1).flatten(0, 1).unsqueeze(1)
+        met, filters = _met(w, input_size, geometry), summed.flip(tuple(range(2, w.ndim)))
+        stride, padding = [1] * len(zeros), zeros
+    mask = torch.ops.aten.convolution(met, filters, None, stride, padding, dilation, False, zeros, 1)
+    return mask[0].movedim(0, -1).float().contiguous()
+
+
+def _met(weight: Tensor, input_size: Sequence[int], geometry: Geometry | Spatial) -> Tensor:
+    """(1, 1, *): ones where output pixels are, a stride apart, on a ground that filters turned round slide over."""
+    size, margins = geometry.output_size(input_size, weight.shape[2:]), []
+    pixels = weight.new_zeros(1, 1, *((n - 1) * s + 1 for n, s in zip(size, geometry.stride, strict=True)))
+    apart = (slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))
+    pixels[apart] = 1
+    for axis in range(len(size) - 1, -1, -1):  # the last one first, as `pad` takes them
+        reach = geometry.dilation[axis] * (weight.shape[2 + axis] - 1)
+        before = reach - geometry.padding[axis]
+        margins += [before, input_size[axis] + reach - before - pixels.shape[2 + axis]]
+    return F.pad(pixels, margins)
 
 
 _NOTHING = (None,) * 8
@@ -423,7 +461,8 @@ def _grad_input(
     groups: int,
 ) -> Tensor:
     input = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
-    arguments = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+    zeros = [0] * len(stride)
+    arguments = (None, stride, padding, dilation, False, zeros, groups, [True, False, False])
     return torch.ops.aten.convolution_backward(grad, input, weight, *arguments)[0]
 
 

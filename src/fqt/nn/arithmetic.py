@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -11,17 +12,39 @@ from fqt.kernels import integer
 from fqt.kernels.blocked import GATHERED, MOST_TERMS, common_block
 from fqt.kernels.codes import range_of
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
+from fqt.kernels.narrow_groups import GROUP_CHANNELS
 from fqt.kernels.rounding import DITHERED
 from fqt.nn.product import AGAIN, SAVED
 from fqt.nn.recipe import PRODUCTS, Recipe
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Identity, Rotated
 
-GROUP_CHANNELS = 16
-"""Of a grouped convolution, from which on the integer kernels pay (measured: csrc/LOG.md)."""
-
 LEAST_BLOCK = 16
 """Of the blocks along a contracted axis that are summed as integers: every length is a multiple of it."""
+
+
+FEWEST_TERMS, FEWEST_TERMS_OF_VOLUMES, FEWEST_TAPS = 256, 2048, 49
+"""From which on a training step of a layer takes no longer on integers than in float, on a CPU.
+
+What quantizing takes per number does not depend on how often it is multiplied. Terms are those of an entry of the
+output and of the input's gradient, in the harmonic mean; taps those of a filter for every channel, at which torch's
+own kernels are slower. Measured with AVX-512 VNNI, in CPU time against fp32 with psq8 (csrc/LOG.md): 64 terms 2.0,
+128 terms 1.8, 256 terms 1.0; 3 × 3 taps 3.0, 7 × 7 taps 1.0; in three dimensions 432 terms 4.3, 864 terms
+1.8, and more were not measured. Without VNNI integers gain less: the bound is higher.
+"""
+
+
+def is_slower(map: LinearMap, weight: torch.Size) -> bool:
+    """Whether a training step of a layer with such a weight takes longer on a CPU's integers than in float."""
+    taps = weight[2:].numel()
+    if isinstance(map, DenseMap):
+        terms = (weight[1], weight[0])
+    elif map.groups > 1 and map.group_channels == 1:
+        return taps < FEWEST_TAPS
+    else:  # weight (O, C/groups, *), or of a transposed convolution (C, O/groups, *): the strided side has fewer
+        terms = (weight[1] * taps, weight[0] // map.groups * taps // math.prod(map.stride))
+    fewest = FEWEST_TERMS_OF_VOLUMES if weight.ndim > 4 else FEWEST_TERMS
+    return not min(terms) or 2 / (1 / terms[0] + 1 / terms[1]) < fewest
 
 
 def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) -> bool:
@@ -34,7 +57,17 @@ def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) ->
         return False
     if None in operands(product, map, recipe):
         return False
-    return not obstacle(product, map, recipe)
+    return not obstacle(product, map, recipe) and not untried(map, values.device.type)
+
+
+def untried(map: LinearMap, device: str) -> str:
+    """Why products of this map are not multiplied as integers on such devices, though they could be; else empty."""
+    if device == "cpu" or isinstance(map, DenseMap):
+        return ""
+    narrow = map.groups > 1 and map.group_channels < GROUP_CHANNELS
+    if not (map.transposed or narrow or len(map.stride) > 2):
+        return ""
+    return "transposed and three-dimensional convolutions and narrow groups have integer kernels on the CPU only"
 
 
 def operands(product: str, map: LinearMap, recipe: Recipe) -> tuple[Quantizer | None, Quantizer | None]:
@@ -219,12 +252,8 @@ def _fits_no_byte(q: Quantizer, name: str) -> str:
 def _unsupported(map: LinearMap) -> str:
     if isinstance(map, DenseMap):
         return ""
-    if map.transposed:
-        return "transposed convolutions have no integer kernel"
-    if map.groups > 1 and map.group_channels < GROUP_CHANNELS:
-        return f"groups of fewer than {GROUP_CHANNELS} channels are slower on the integer kernels"
-    if len(map.stride) > 2:
-        return "three-dimensional convolutions have no integer kernel"
+    if any(more >= stride for more, stride in zip(map.output_padding, map.stride, strict=False)):
+        return "output padding of a whole stride has no integer kernel"
     return "padding that differs from side to side has no integer kernel" if map.extra else ""
 
 

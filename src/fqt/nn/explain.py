@@ -17,7 +17,7 @@ from fqt.kernels import integer
 from fqt.kernels.linear_map import LinearMap
 from fqt.kernels.ranges import RangeState
 from fqt.nn import patched
-from fqt.nn.arithmetic import again, gathers, kernel, obstacle, operands, summed_in_blocks
+from fqt.nn.arithmetic import again, gathers, is_slower, kernel, obstacle, operands, summed_in_blocks, untried
 from fqt.nn.between import is_compressed
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
@@ -189,7 +189,7 @@ def _product(layer: str, module: nn.Module, product: str) -> Row:
         exact = "grad_output" if product != "output" else "an operand"
         why = f"{exact if left is None else 'an operand'} stays float"
         return Row(layer, product, "float", words, why + _more(product, map, recipe))
-    why = obstacle(product, map, recipe) or _machine(module)
+    why = obstacle(product, map, recipe) or _machine(module, map)
     if why:
         return Row(layer, product, "simulated", words, why + _more(product, map, recipe))
     block = summed_in_blocks(product, map, recipe)
@@ -211,12 +211,12 @@ def _more(product: str, map: LinearMap, recipe: Recipe) -> str:
     return found if unit.keep is None else f"{found}; rows kept by {unit.keep}"
 
 
-def _machine(module: nn.Module) -> str:
+def _machine(module: nn.Module, map: LinearMap) -> str:
     """What keeps the products of this module's parameters off integer units."""
     weight = next(module.parameters())
     if weight.dtype == torch.float64:
         return "float64 is computed in float64"
-    return integer.machine_obstacle(weight.device.type)
+    return integer.machine_obstacle(weight.device.type) or untried(map, weight.device.type)
 
 
 def _words(entry: str | dict[str, Any]) -> str:
@@ -227,6 +227,11 @@ def _words(entry: str | dict[str, Any]) -> str:
 
 
 def _hints(model: nn.Module, layers: list[Selection]) -> Iterator[str]:
+    if slow := [layer.name for layer in layers if _is_slower(layer.module)]:
+        yield (
+            f"slower on integers here than in float, for so few multiplications per number that is quantized: "
+            f"{_few(slow)}"
+        )
     if found := remembered(model):
         yield _clipped(found)
     if stored_in_configuration(model) and not any(is_converted(layer.module) for layer in layers):
@@ -234,6 +239,18 @@ def _hints(model: nn.Module, layers: list[Selection]) -> Iterator[str]:
             "note: the model's configuration says that it was trained quantized, and no layer is now; "
             "fqt.quantize_(model, fqt.recipe_of(model)) makes it what it was"
         )
+
+
+def _is_slower(layer: nn.Module) -> bool:
+    """Whether a converted layer's step takes longer on the integers of this machine than in float."""
+    if not is_converted(layer) or not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+        return False
+    map, recipe, weight = linear_map(layer), layer.fqt_recipe, layer.weight
+    if weight.device.type != "cpu" or _machine(layer, map) or not is_slower(map, weight.shape):
+        return False
+    assert isinstance(recipe, Recipe)
+    pairs = {product: operands(product, map, recipe) for product in PRODUCTS}
+    return not any(None in pair or obstacle(product, map, recipe) for product, pair in pairs.items())
 
 
 def _between(model: nn.Module) -> Iterator[str]:

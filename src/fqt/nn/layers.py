@@ -281,7 +281,9 @@ def conv_map(
         return values * dims if len(values) == 1 else values
 
     if transposed:
-        return ConvMap(each(stride), each(padding), each(dilation), groups, True, each(output_padding))
+        channels = min(weight.shape[1], weight.shape[0] // groups)
+        how = (each(stride), each(padding), each(dilation))
+        return ConvMap(*how, groups, True, each(output_padding), group_channels=channels)
     extra: tuple[int, ...] = ()
     if padding == "valid":
         padding = 0

@@ -11,14 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fqt.kernels import integer
+from fqt.kernels import integer, transposed
 from fqt.kernels.cpu import quantized as kernels
 from fqt.kernels.cpu.library import BACKEND, narrow_steps, status, takes
 from fqt.kernels.cpu.products import Conv
 from fqt.kernels.fold import Folded
 from fqt.kernels.integer import by_blocks
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
-from fqt.kernels.low_rank import ConvCodes, in_two
+from fqt.kernels.low_rank import ConvCodes, at_least_two
+from fqt.kernels.narrow_groups import Wide
 from fqt.kernels.tensor import QuantizedTensor
 
 _LONGEST_DENSE, _LONGEST_LINE, _LARGEST_KERNEL = 1 << 23, 1 << 15, 1 << 12
@@ -41,6 +42,8 @@ def output(
         _meet("weight", w.shape, (sizes[2], sizes[1]))
         out = kernels.dense_output(_operand(x), _operand(w), bias, sizes, run, dtype)
         return out.view(*x.shape[:-1], w.shape[0])
+    if not _is_planar(map) or Wide.of_laid(map, w.shape) is not None:
+        return None
     conv = _conv(map, x.shape[0], x.shape[1:-1], w.shape)
     if conv is None:
         return None
@@ -63,6 +66,8 @@ def grad_input(
         _meet("input", shape, (*g.shape[:-1], sizes[1]))
         out, ones = kernels.dense_grad_input(_operand(g), _operand(w), sizes, folded, dtype, wants_ones)
         return out.view(shape), ones
+    if not _is_planar(map) or Wide.of_laid(map, w.shape) is not None:
+        return None
     conv = _conv(map, shape[0], shape[2:], w.shape)
     if conv is None or g.view.axis != (0,):
         return None
@@ -88,6 +93,8 @@ def grad_weight(
         _meet("input", x.shape[-1:], (sizes[1],))
         fold, _alive = _fold(folded, sizes[0], (1, sizes[2]))
         return kernels.dense_grad_weight(_operand(g), _operand(x), sizes, fold)
+    if not _is_planar(map) or Wide.of(map, shape) is not None or transposed.serves(map, shape):
+        return None
     conv = _conv(map, x.shape[0], x.shape[1:-1], (shape[0], *shape[2:], shape[1]))
     if conv is None or conv.out_width > _LONGEST_LINE or g.matrix_codes.dtype != torch.uint8:
         return None
@@ -95,6 +102,11 @@ def grad_weight(
     _meet("input", x.shape[-1:], (conv.channels,))
     fold, _alive = _fold(folded, conv.samples, (conv.kernel_height * conv.kernel_width, conv.out_channels))
     return _image(kernels.conv_grad_weight(_operand(g), _operand(x), conv, fold), map)
+
+
+def _is_planar(map: ConvMap) -> bool:
+    """Whether a convolution is one that the kernels have a call for: others are made of such, by the formulas."""
+    return not map.transposed and len(map.stride) < 3
 
 
 def _fold(folded: Folded | None, rows: int, share: tuple[int, int]) -> tuple[kernels.Fold, list[Tensor]]:
@@ -140,7 +152,7 @@ def _conv(map: ConvMap, samples: int, size: tuple[int, ...], weight: tuple[int, 
 
     size: of the input; weight: (O, *, C/groups).
     """
-    how, plane, kernel = ConvCodes.of(map).geometry, in_two(size, 1), in_two(weight[1:-1], 1)
+    how, plane, kernel = ConvCodes.of(map).geometry, at_least_two(size, 1), at_least_two(weight[1:-1], 1)
     out = how.output_size(plane, kernel)
     if min(*out, *kernel) < 1 or max(kernel) > _LARGEST_KERNEL or weight[0] % map.groups:
         return None
