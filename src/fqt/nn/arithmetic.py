@@ -43,7 +43,7 @@ def is_slower(map: LinearMap, weight: torch.Size) -> bool:
         return taps < FEWEST_TAPS
     else:  # weight (O, C/groups, *), or of a transposed convolution (C, O/groups, *): the strided side has fewer
         terms = (weight[1] * taps, weight[0] // map.groups * taps // math.prod(map.stride))
-    fewest = FEWEST_TERMS_OF_VOLUMES if weight.ndim > 4 else FEWEST_TERMS
+    fewest = FEWEST_TERMS_OF_VOLUMES if len(weight) > 4 else FEWEST_TERMS
     return not min(terms) or 2 / (1 / terms[0] + 1 / terms[1]) < fewest
 
 
