@@ -10,6 +10,7 @@ import torch
 from fqt import FqtError
 from fqt.kernels import integer
 from fqt.kernels.linear_map import ConvMap, DenseMap
+from fqt.kernels.op import Op
 
 from .cases import FEW, Case, converted, ids
 
@@ -21,6 +22,8 @@ def _counted(method: Callable, name: str, names: list[str]) -> Callable:
         names.append(name)
         return method(*args, **kwargs)
 
+    if isinstance(method, Op):  # whose definition a backend may fall back on
+        counted.reference = method.reference  # type: ignore[attr-defined]
     return counted
 
 

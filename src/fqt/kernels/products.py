@@ -241,7 +241,7 @@ def _met(weight: Tensor, input_size: Sequence[int], geometry: Geometry | Spatial
     size, margins = geometry.output_size(input_size, weight.shape[2:]), []
     pixels = weight.new_zeros(1, 1, *((n - 1) * s + 1 for n, s in zip(size, geometry.stride, strict=True)))
     apart = (slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))
-    pixels[apart] = 1
+    pixels[apart].fill_(1)  # assigned, the number would be copied from the host
     for axis in range(len(size) - 1, -1, -1):  # the last one first, as `pad` takes them
         reach = geometry.dilation[axis] * (weight.shape[2 + axis] - 1)
         before = reach - geometry.padding[axis]

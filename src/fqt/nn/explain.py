@@ -246,7 +246,8 @@ def _is_slower(layer: nn.Module) -> bool:
     if not is_converted(layer) or not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
         return False
     map, recipe, weight = linear_map(layer), layer.fqt_recipe, layer.weight
-    if weight.device.type != "cpu" or _machine(layer, map) or not is_slower(map, weight.shape):
+    elsewhere = weight.device.type != "cpu" or weight.dtype == torch.float64 or _machine(layer, map)
+    if elsewhere or not is_slower(map, weight.shape):
         return False
     assert isinstance(recipe, Recipe)
     pairs = {product: operands(product, map, recipe) for product in PRODUCTS}
