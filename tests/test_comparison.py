@@ -36,7 +36,8 @@ def test_the_record_has_everyone_or_says_who_was_absent():
         assert part["environment"]["torch"]
         assert part["kernels"]["level"]
         for rival in rivals.taking_part(name):
-            assert rival.key in str(part["results"]) or rival.key in part["absent"]
+            measured_beside_all = name == "speed" and rival is FLOAT  # the first of every pair of times
+            assert measured_beside_all or rival.key in str(part["results"]) or rival.key in part["absent"]
 
 
 def test_a_page_of_nothing_says_so():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -75,8 +76,10 @@ def markdown(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def caption(record: Mapping[str, Any]) -> str:
     """What the columns mean."""
-    seeds, measured = len(record["seeds"]), record["measurement"]
-    text = "Mean ± standard deviation over " + (f"{seeds} seeds." if seeds > 1 else "seeds (here: one, no spread).")
+    measured, runs = record["measurement"], Counter(run["recipe"] for run in record["runs"])
+    least, most = (min(runs.values()), max(runs.values())) if runs else (1, 1)
+    seeds = f"{most} seeds." if least == most else f"{least} to {most} seeds: the comparison is not whole."
+    text = "Mean ± standard deviation over " + (seeds if most > 1 else "seeds (here: one, no spread).")
     if record["baseline"] in record["recipes"]:
         text += f" Against {record['baseline']}: difference between runs of one seed, mean ± standard error."
     if record["gradient"]:
