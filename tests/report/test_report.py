@@ -19,6 +19,7 @@ from fqt.report import (
     terminal_table,
 )
 from fqt.report.figures import comparison_charts
+from fqt.report.tables import caption
 
 from .conftest import ACCURACY
 
@@ -138,6 +139,14 @@ def test_the_cost_of_noise_is_drawn_where_recipes_are_enough(record, tmp_path):
     # An accuracy that falls is a cost that grows.
     assert [y for _, y in ordered] == sorted(y for _, y in ordered)
     assert len(comparison_charts(record, rows)) == before + 1
+
+
+def test_the_caption_counts_the_seeds_that_there_are(record):
+    assert "over 3 seeds." in caption(record)
+    record["runs"].pop()
+    assert "over 2 to 3 seeds: the comparison is not whole." in caption(record)
+    _one_seed(record)
+    assert "one, no spread" in caption(record)
 
 
 def test_how_a_metric_is_computed_is_said(record):

@@ -41,6 +41,20 @@ def test_ranges_of_dtypes_strides_and_factors() -> None:
     check(ranges, ops.value_range, Entries(wide, torch.linspace(-2, 2, 16)), ROW)
 
 
+@pytest.mark.parametrize("parts", [1, 5000, ranges._MOST_SPLITS + 3])
+def test_ranges_of_parts_put_together(parts: int) -> None:
+    """The ends in the last parts; NaN in one is NaN in all."""
+    hi = torch.rand(parts, generator=torch.Generator().manual_seed(2))
+    lo = hi - 2
+    hi[-1], lo[-1] = 7.0, -5.0
+    for bad in (False, True):
+        if bad:
+            lo[parts // 2] = hi[parts // 2] = torch.nan  # as every pass leaves it
+        wanted = reference.parameters(lo.amin()[None, None], hi.amax()[None, None], "affine", 255)
+        found = ranges.merged(lo.to(DEVICE), hi.to(DEVICE), "affine", 255)
+        assert all(same(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("mode", ["affine", "zero", "symmetric"])
 @pytest.mark.parametrize("steps", [1, 3, 12, 127, 254, 255])
 def test_parameters(steps: int, mode: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fqt.report.section import Table
-from fqt.report.summary import MeanStd, Row
+from fqt.report.summary import MeanStd, Row, runs_of
 from fqt.train.results import kinds_of
 from fqt.train.task import Metric
 
@@ -76,8 +75,8 @@ def markdown(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def caption(record: Mapping[str, Any]) -> str:
     """What the columns mean."""
-    measured, runs = record["measurement"], Counter(run["recipe"] for run in record["runs"])
-    least, most = (min(runs.values()), max(runs.values())) if runs else (1, 1)
+    measured, runs = record["measurement"], [len(runs_of(record, recipe)) for recipe in record["recipes"]]
+    least, most = min(filter(None, runs), default=1), max(runs, default=1)
     seeds = f"{most} seeds." if least == most else f"{least} to {most} seeds: the comparison is not whole."
     text = "Mean ± standard deviation over " + (seeds if most > 1 else "seeds (here: one, no spread).")
     if record["baseline"] in record["recipes"]:

@@ -199,8 +199,7 @@ def output(
 ) -> Tensor:
     """As the formulas, bit for bit."""
     (outputs, features), tokens = w.shape, x.matrix_codes.shape[0]
-    given, other = Side(x.matrix_codes), Side(w.matrix_codes)
-    laid = [side.turned(False) if side.shifted or not side.described() else side for side in (given, other)]
+    given = Side(x.matrix_codes)
     left, right = _floats(x, (tokens, 1), (1, outputs))
     shift = x.matrix_codes.new_empty(outputs, dtype=torch.int64) if given.shifted else None
     step, offset = w.matrix_step, x.group_offset
@@ -217,7 +216,9 @@ def output(
         dtype=dtype,
     )
     # A weight's codes are signed, so there is nothing by rows.
-    product = multiplied_signed(laid[0], laid[1], (None, shift), dtype, epilogue.arguments())
+    product = multiplied_signed(
+        given.ready(), Side(w.matrix_codes).ready(), (None, shift), dtype, epilogue.arguments()
+    )
     return product.view(*x.shape[:-1], outputs)
 
 
@@ -240,7 +241,6 @@ def grad_input(
     """As the formulas, bit for bit."""
     tokens, features = g.matrix_codes.shape[0], w.shape[1]
     given = Side(g.matrix_codes)
-    left_side = given.turned(False) if given.shifted or not given.described() else given
     right_side = Side(w.matrix_codes.T).turned(True, None if g.noise is None else g.noise.column.flatten())
     rank = 1 if g.noise is None else 2
     left, right = _floats(g, (tokens, rank), (rank, features))
@@ -260,7 +260,7 @@ def grad_input(
         right=right,
         dtype=written,
     )
-    product = multiplied_signed(left_side, right_side, (None, shift), written, epilogue.arguments()).view(shape)
+    product = multiplied_signed(given.ready(), right_side, (None, shift), written, epilogue.arguments()).view(shape)
     return product if g.mixing is None else integer.unmixed(map, g, product, right[0], dtype)
 
 

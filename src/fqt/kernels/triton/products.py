@@ -283,6 +283,10 @@ class Side:
         aligned = x.data_ptr() % _ALIGNED == 0 and x.stride(0) % _ALIGNED == 0
         return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and aligned
 
+    def ready(self) -> Side:
+        """As the tensor cores want it: itself, or a signed copy with neighbouring terms."""
+        return self.turned(False) if self.shifted or not self.described() else self
+
     def turned(self, totals: bool, fractions: Tensor | None = None) -> Side:
         """The signed codes with neighbouring terms, and in the same pass sums over the terms.
 

@@ -172,6 +172,8 @@ def steps_of(x: Entries, blocks: Blocks, mode: str, steps: int) -> tuple[Tensor,
 
 def merged(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
     """`parameters` (1, 1) of a matrix, from the ranges (parts,) of parts that cover it."""
+    if lo.numel() > _MOST_SPLITS:  # a tile holds no more
+        lo, hi = lo.amin(0, keepdim=True), hi.amax(0, keepdim=True)
     return _put_together(lo, hi, (1, 1), (lo.numel(), 1), mode, steps)
 
 
@@ -180,12 +182,6 @@ def _put_together(
 ) -> tuple[Tensor, Tensor]:
     step, offset = torch.empty((2, *count), dtype=torch.float32, device=lo.device)
     wide = triton.next_power_of_2(splits[0] * splits[1])
-    while wide > _MOST_SPLITS:  # of one block: a tile holds no more
-        parts = triton.cdiv(splits[0] * splits[1], _MOST_SPLITS)
-        pad = parts * _MOST_SPLITS - lo.numel()
-        lo = torch.nn.functional.pad(lo.view(-1), (0, pad), value=float("inf")).view(parts, -1).amin(1)
-        hi = torch.nn.functional.pad(hi.view(-1), (0, pad), value=float("-inf")).view(parts, -1).amax(1)
-        splits, wide = (parts, 1), triton.next_power_of_2(parts)
     how = {"STEPS": steps, "MODE": MODES[mode], "SIZE": max(1, 1024 // wide), "SPLITS": wide}
     programs, warps = triton.cdiv(step.numel(), how["SIZE"]), 4 if wide <= 4096 else 16
     launch(_merged, programs, step, offset, lo, hi, count, splits, on=lo, warps=warps, **how)
