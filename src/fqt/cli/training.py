@@ -86,6 +86,7 @@ def _training_options(command: Command) -> Command:
         click.option("--workers", type=int, help="Processes that read images (imagefolder)."),
         click.option("--amp/--no-amp", default=None, help="bfloat16 autocast."),
         click.option("--compile/--no-compile", default=None, help="Train with torch.compile."),
+        click.option("--graph/--no-graph", default=None, help="On a GPU, replay steps as CUDA graphs."),
         click.option(
             "--checkpointing/--no-checkpointing",
             default=None,

@@ -2,8 +2,8 @@
 
 A configuration is put together from the defaults of the task, a preset and the user's flags, later ones winning.
 Defaults and presets are the same thing, TOML files under ``presets/``; the file that bears a task's name holds its
-defaults. Paths and machine matters (``data``, ``device``, ``workers``, ``fsdp``), and the number of processes, may
-change when a run is continued; everything else would make it a different run.
+defaults. Paths and machine matters (``data``, ``device``, ``workers``, ``fsdp``, ``graph``), and the number of
+processes, may change when a run is continued; everything else would make it a different run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEDULES = ("cosine", "onecycle", "constant", "linear", "inverse-sqrt")
 UNITS = ("step", "epoch")
 FLIPS = ("random", "alternating")
 PADDINGS = ("zeros", "reflect")
-MACHINE_FIELDS = ("data", "device", "workers", "fsdp")
+MACHINE_FIELDS = ("data", "device", "workers", "fsdp", "graph")
 NOT_NEGATIVE = (
     "seed", "warmup_epochs", "warmup_steps", "workers", "weight_decay", "norm_weight_decay", "min_lr", "clip_norm",
     "eval_every", "norm_lr_factor", "average_power", "lookahead", "length_penalty",
@@ -98,6 +98,7 @@ class TrainConfig:
         workers: processes that read images, for tasks that read them from disk.
         amp: run the model under bfloat16 autocast.
         compile: train with ``torch.compile``.
+        graph: on a GPU, replay what a step launches as a CUDA graph, to the same numbers.
         checkpointing: compute the insides of a transformer's blocks again in backward instead of keeping them.
         fsdp: of several processes each keeps a part of the model (`fully_shard`) instead of all of it.
         messages: a quantizer, by name, in whose codes processes send each other gradients; empty: as floats.
@@ -157,6 +158,7 @@ class TrainConfig:
     workers: int = 2
     amp: bool = False
     compile: bool = False
+    graph: bool = False
     checkpointing: bool = False
     fsdp: bool = False
     messages: str = ""
@@ -186,6 +188,11 @@ class TrainConfig:
             self.batch_size > 1 or not self.adapt, "adapt compares halves of a batch: batch_size must be over 1"
         )
         _require(not (self.adapt and self.compile), "adapt changes the model while it trains: leave compile out")
+        others = ("adapt", "compile", "checkpointing", "fsdp")
+        with_graph = [name for name in others if getattr(self, name)] + ["accumulate"] * (self.accumulate > 1)
+        _require(
+            not (self.graph and with_graph), f"graph does not go with {' and '.join(with_graph)}: leave one out"
+        )
         _require(
             not (self.fsdp and self.adapt),
             "a gradient's noise is measured on whole models: leave fsdp or adapt out",

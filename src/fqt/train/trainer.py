@@ -19,6 +19,7 @@ from fqt.train.adapt import Adapter
 from fqt.train.average import Average
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
+from fqt.train.graphs import Graphs
 from fqt.train.optim import learning_rate, make_optimizer, set_rate
 from fqt.train.ranks import Ranks
 from fqt.train.shards import gathered, placed, placed_optimizer, shard, whole
@@ -53,6 +54,10 @@ class Trainer:
         self.config, self.ranks = config, ranks or Ranks()
         _check_processes(config, self.ranks)
         self.device = pick_device(config.device, self.ranks)
+        if config.graph and self.device.type != "cuda":
+            raise FqtError(
+                f"--graph records a step's launches on a GPU, and this run is on {self.device}: leave it out"
+            )
         self.recipe: dict[str, Any] = dump_recipe(load_recipe(config.recipe))
         self.task: Task = load_task(config, self.device)
         self.model = make_model(config, self.task, config.recipe).to(self.device)
@@ -68,6 +73,7 @@ class Trainer:
         self.step = 0
         self.messages = _messages(config)
         self._forward = self._wrapped()
+        self._graphs = Graphs(self._pass) if config.graph else None
         self._window: Tensor | None = None
         self.adapter = self._adapter() if config.adapt else None
         self._events: list[dict[str, Any]] = []
@@ -109,7 +115,7 @@ class Trainer:
         rate = learning_rate(self.config, self.step, self.steps_per_epoch, self.total_steps)
         set_rate(self.optimizer, rate)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self._graphs is None)
         if self.config.fsdp:
             self.ranks.share(self.model.buffers())  # as DDP does
         mine, finite = self._backward(batch)
@@ -136,20 +142,31 @@ class Trainer:
                 f"--adapt on several processes needs equal parts, and these have {counts} {self.task.samples} to "
                 "predict: leave it out, or train on one process"
             )
+        if self._graphs is not None:
+            sums, finite = self._graphs(batch)
+            self._add(sums)
+            return batch, finite
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         mine = list(self.ranks.deal(enumerate(parts)))
         for done, ((i, part), counted) in enumerate(mine, start=1):
             with self._unsent() if done < len(mine) else nullcontext():
-                logits, targets = forward(self.task, self._forward, part, amp=self.config.amp)
-                loss = self.task.loss(logits, targets, self.config.label_smoothing)
                 # Gradients are averaged over processes, hence the factor.
-                (loss * (processes * counted * counts[i]) / sum(counts) if counts else loss).backward()
-            with torch.no_grad():
-                sums = self.task.sums(logits, targets, loss)
-                sums = sums if counted else torch.zeros_like(sums)
-                self._window = sums if self._window is None else self._window + sums
-            finite = finite & torch.isfinite(loss.detach())
+                share = processes * counted * counts[i] / sum(counts) if counts else None
+                sums, good = self._pass(part, share)
+            self._add(sums if counted else torch.zeros_like(sums))
+            finite = finite & good
         return mine[0][0][1] if len(mine) == 1 else batch, finite
+
+    def _pass(self, batch: Any, share: float | None = None) -> tuple[Tensor, Tensor]:
+        """The gradient of a batch, times its share; the task's sums, and whether the loss was finite."""
+        logits, targets = forward(self.task, self._forward, batch, amp=self.config.amp)
+        loss = self.task.loss(logits, targets, self.config.label_smoothing)
+        (loss if share is None else loss * share).backward()
+        with torch.no_grad():
+            return self.task.sums(logits, targets, loss), torch.isfinite(loss.detach())
+
+    def _add(self, sums: Tensor) -> None:
+        self._window = sums if self._window is None else self._window + sums
 
     def _unsent(self) -> AbstractContextManager[None]:
         """Meanwhile each process adds up gradients of its own; those of shards are averaged part by part."""
@@ -338,6 +355,8 @@ def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
                 "--nproc-per-node 2 -m fqt train, or say --no-fsdp"
             )
         return
+    if config.graph:
+        raise FqtError("--graph records the steps of one process: leave it out under torchrun")
     if config.adapt and config.batch_size % ranks.count:
         raise FqtError(
             f"--adapt compares equal parts of a batch: make --batch-size {config.batch_size} a multiple of the "
