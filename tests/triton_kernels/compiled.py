@@ -26,9 +26,10 @@ from triton.runtime.jit import JITFunction
 import fqt
 from fqt.kernels import reference
 from fqt.kernels.codes import COLUMN, ROW, Blocks, Entries, Findings, Levels, Scales
+from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import DenseMap
 from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC, Coding
-from fqt.kernels.triton import encode, fused, noise, quantize, ranges, sums, transform
+from fqt.kernels.triton import best, encode, fused, noise, quantize, ranges, sums, transform
 from fqt.nn import load_recipe
 
 INEXACT = re.compile(r"\bfma\.|\bmad\.f|\bdiv\.(full|approx)|\brcp\.approx|\b(add|sub|mul)\.ftz")
@@ -85,6 +86,9 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
         (Entries(torch.zeros(512, 9000)), ROW, dithered, seed, None, False),
         True,
     )
+    codings = fqt.quantizer("psq8x").codings
+    yield "best", best.quantize_best, (whole, ROW, codings, seed, torch.ones(n).double()), True
+    yield "best of columns", best.quantize_best, (whole, COLUMN, codings, seed), True
     input, weight = fqt.quantizer("ptq8").quantize(torch.ones(n, d), seed=1), torch.ones(64, d)
     of_weight = load_recipe("psq8d").operand("weight")
     assert of_weight is not None
@@ -95,6 +99,10 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     yield "output", fused.output, (dense, input, weight, None, torch.bfloat16), True
     yield "grad_input", fused.grad_input, (dense, grad, weight, False, torch.Size((n, d)), torch.bfloat16), True
     yield "grad_weight", fused.grad_weight, (dense, plain, input, None, torch.Size((64, d))), True
+    rows = fqt.quantizer("psq8").quantize(torch.ones(n, d), seed=1)
+    by_channel = fqt.quantizer("psq8d").quantize(torch.ones(n, 64), seed=1, axis=1)
+    folded = Folded(torch.ones(n, dtype=torch.int32), torch.ones(1, 64))
+    yield "grad_weight, folded", fused.grad_weight, (dense, by_channel, rows, folded, torch.Size((64, d))), True
     yield "sums of codes", sums.column_sums, (codes, order.int()), True
     yield "sums of rows", sums.row_sums, (codes,), True
     yield "sums of values", sums.value_sums, (x,), True

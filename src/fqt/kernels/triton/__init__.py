@@ -3,7 +3,7 @@
 A module here may import Triton at its top, since `device.offer` names it by a string.
 """
 
-from fqt.kernels import ops
+from fqt.kernels import choice, ops
 from fqt.kernels.op import Op
 from fqt.kernels.triton import serving as serving
 from fqt.kernels.triton.device import offer
@@ -15,6 +15,7 @@ _OFFERED: dict[str, tuple[Op, ...]] = {
     "transform": (ops.hadamard, ops.rotate, ops.reflect, ops.replace_rows_),
     "noise": (ops.random_u24, ops.fork_seed),
     "quantize": (ops.quantize,),
+    "best": (choice.quantize_best,),
 }
 for _module, _operations in _OFFERED.items():
     for _operation in _operations:
