@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fqt
 from fqt import Recipe
-from fqt.kernels import integer, low_rank, ops, products
+from fqt.kernels import integer, low_rank, ops, products, taps
 from fqt.kernels.codes import Dither
 from fqt.kernels.cpu import fused
 from fqt.nn.arithmetic import obstacle
@@ -152,7 +152,7 @@ def ones_mask(weight: Tensor, input_size: tuple[int, int], geometry: object, of:
 
 DEFECTS = {
     "border": (products, "conv2d_mask", ones_mask, "psq4"),
-    "taps": (low_rank._Taps, "sums", lambda self, map: map.double().sum((0, 1)).expand(9, -1), "psq4"),
+    "taps": (taps.Taps, "sums", lambda self, map: map.double().sum((0, 1)).expand(9, -1), "psq4"),
     "dither": (low_rank, "from_bytes", lambda sums: sums[0].double() * 0, "dithered"),
     "centre": (Dither, "centre", 0.0, "dithered"),
     "row sums": (
@@ -194,7 +194,7 @@ def test_more_rows_than_a_32_bit_sum_of_codes() -> None:
 
 def test_a_long_line_takes_memory_in_proportion() -> None:
     """Which pixels a tap reads, along one axis of 200,000: a square table would be 40 GB."""
-    reads, serves = low_rank._axis((9, 200_000, 199_992, 1, 0, 1), torch.device("cpu"))
+    reads, serves = taps._met_on((9, 200_000, 199_992, 1, 0, 1), torch.device("cpu"))
     assert reads.shape == (9, 200_000)
     assert (reads[3].nonzero().flatten() == torch.arange(3, 199_995)).all()
     assert serves.all()

@@ -29,7 +29,7 @@ from fqt.kernels.codes import COLUMN, ROW, Blocks, Entries, Findings, Levels, Sc
 from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import DenseMap
 from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC, Coding
-from fqt.kernels.triton import best, encode, fused, noise, quantize, ranges, sums, transform
+from fqt.kernels.triton import best, encode, fused, noise, planes, quantize, ranges, sums, taps, transform
 from fqt.nn import load_recipe
 
 INEXACT = re.compile(r"\bfma\.|\bmad\.f|\bdiv\.(full|approx)|\brcp\.approx|\b(add|sub|mul)\.ftz")
@@ -116,6 +116,10 @@ def calls() -> Iterator[tuple[str, Any, tuple, bool]]:
     yield "reflections", transform.reflect, (x, order, column, column, before), True
     yield "reflections undone", transform.reflect, (x, order, column, column, None, after), True
     yield "rows replaced", transform.replace_rows_, (x.float(), column > 0, x), True
+    axes = ((3, 28, 28, 1, 1, 1), (3, 28, 14, 2, 1, 1))
+    yield "sums by tap", taps.tap_sums, (torch.zeros(28, 28, 64, dtype=torch.int64), axes, True), False
+    yield "planes of bytes", planes.in_bytes, (torch.zeros(n, dtype=torch.int32),), False
+    yield "planes together", planes.from_bytes, (torch.zeros(3, n, dtype=torch.int32),), False
     yield "random numbers", noise.random_u24, (seed, 1, n), False
     yield "forked seeds", noise.fork_seed, (seed, 3), False
 

@@ -7,19 +7,18 @@ by `fqt.kernels.integer`; sums of codes and of codes times 24-bit dither are exa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fqt.kernels import ops, products, volume
 from fqt.kernels.codes import DITHER_LEVELS
 from fqt.kernels.linear_map import ConvMap
+from fqt.kernels.op import Op
 from fqt.kernels.products import Epilogue, Spatial
+from fqt.kernels.taps import Axis, Taps
 from fqt.kernels.tensor import QuantizedTensor
 
 Sizes = tuple[int, ...]
@@ -38,11 +37,13 @@ def integers(fractions: Tensor) -> Tensor:
     return (fractions.flatten() * DITHER_LEVELS).to(torch.int32)
 
 
+@Op
 def in_bytes(noise: Tensor) -> Tensor:
     """(3, …) uint8: the bytes of 24-bit integers, the highest first."""
     return torch.stack([noise >> 16, noise >> 8, noise]).to(torch.uint8)
 
 
+@Op
 def from_bytes(sums: Tensor) -> Tensor:
     """float64: what sums over the three bytes' planes (3, …) stand for, as fractions again."""
     high, middle, low = sums.double()
@@ -168,72 +169,6 @@ class DenseCodes:
         return products.matmul(g.codes.T, self._codes(x), epilogue)
 
 
-Axis = tuple[int, int, int, int, int, int]
-"""Taps, pixels of the input and of the output, stride, padding, dilation."""
-
-
-def _axis(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Along one axis, which pixels of the input a tap reads (taps, size), and which of the output it serves
-    (taps, out): ones in float64.
-
-    Made where they are used: a copy to a GPU would wait for it, and a tensor kept from the capture of a CUDA graph
-    holds nothing before the graph runs.
-    """
-    if device.type == "cpu":
-        reads, serves = _axis_on_cpu(axis)
-        return torch.from_numpy(reads), torch.from_numpy(serves)
-    reads, serves = _met(axis, partial(torch.arange, device=device))
-    return reads.double(), serves.double()
-
-
-@lru_cache(maxsize=256)
-def _axis_on_cpu(axis: Axis) -> tuple[np.ndarray, np.ndarray]:
-    """As arrays: a tensor that was made while torch fakes them must not be kept."""
-    reads, serves = _met(axis, np.arange)
-    return reads.astype(np.float64), serves.astype(np.float64)
-
-
-def _met(axis: Axis, arange: Callable[[int], Any]) -> tuple[Any, Any]:
-    """`_axis` in bool, of tensors or arrays."""
-    taps, size, out, stride, padding, dilation = axis
-    first = (arange(taps) * dilation - padding)[:, None]
-    at, ahead = arange(out) * stride + first, arange(size) - first
-    reads = (ahead >= 0) & (ahead < out * stride) & (ahead % stride == 0)
-    return reads, (at >= 0) & (at < size)
-
-
-@dataclass(frozen=True)
-class _Taps:
-    """Which pixels of a map belong to each tap of a kernel: to those of its row, of its column, and of its depth.
-
-    Attributes:
-        axes: (kh, H) and (kw, W), after (kd, D) in three dimensions; ones and zeros.
-    """
-
-    axes: tuple[Tensor, ...]
-
-    @property
-    def size(self) -> Sizes:
-        """The map's axes."""
-        return tuple(axis.shape[1] for axis in self.axes)
-
-    def sums(self, map: Tensor) -> Tensor:
-        """(taps, D) float64: Σ over a tap's pixels of (*, D); exact for integers while sums stay below 2⁵³."""
-        found, d = map.double().unsqueeze(0), map.shape[-1]
-        for axis in self.axes:  # (taps so far, size, …, D)
-            done, size, rest = found.shape[0], found.shape[1], found.shape[2:]
-            by_tap = axis @ found.reshape(done, size, rest.numel())
-            found = by_tap.view(done * axis.shape[0], *rest)
-        return found.view(-1, d)
-
-    def counts(self) -> Tensor:
-        """(taps, 1): how many they are."""
-        found = self.axes[0].new_ones(1)
-        for axis in self.axes:
-            found = torch.outer(found, axis.sum(1)).flatten()
-        return found.view(-1, 1)
-
-
 def at_least_two(values: Sequence[int], first: int) -> Sizes:
     """One number per spatial axis; `first` stands before that of a single axis."""
     return (first, values[0]) if len(values) == 1 else tuple(values)
@@ -326,9 +261,9 @@ class ConvCodes:
         """
         image, kernel = self.image(x.matrix_codes, x.shape), at_least_two(shape[2:], 1)
         n = image.shape[0]
-        reads, serves = self.taps(g.shape, x.shape, shape, g.codes.device)
+        reads, serves = self.taps(g.shape, x.shape, shape)
         windows = reads.sums(sums_over_samples(x.matrix_codes, x.shape, None))
-        counts = (n if centre is None else centre.sum()) * serves.counts()
+        counts = (n if centre is None else centre.sum()) * serves.counts(g.codes.device)
         step, offset = step.double(), offset.double()
         ones, of_codes = (step * windows + offset * counts).flatten().float(), windows.flatten().to(torch.int64)
         if g.token_noise is None:
@@ -341,22 +276,21 @@ class ConvCodes:
         totals = serves.sums(noise.sum(0)) / DITHER_LEVELS
         return ones, (step * weighted + offset * totals).flatten().float(), of_codes
 
-    def taps(self, g: torch.Size, x: torch.Size, shape: torch.Size, device: torch.device) -> tuple[_Taps, _Taps]:
+    def taps(self, g: torch.Size, x: torch.Size, shape: torch.Size) -> tuple[Taps, Taps]:
         """The input's pixels that the taps read, and the output's that they serve; of laid-out shapes."""
         sizes = (at_least_two(shape[2:], 1), *(at_least_two(laid[1:-1], 1) for laid in (x, g)))
         how = (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
-        axes: list[Axis] = list(zip(*sizes, *how, strict=True))
-        reads, serves = zip(*(_axis(axis, device) for axis in axes), strict=True)
-        return _Taps(reads), _Taps(serves)
+        axes: tuple[Axis, ...] = tuple(zip(*sizes, *how, strict=True))
+        return Taps(axes, True), Taps(axes, False)
 
     def sums_by_tap(
         self, g: Channels, x: QuantizedTensor, shape: torch.Size, zero: Tensor, centre: Tensor | None
     ) -> Tensor:
         """(c − zero)·1 for every tap (O, taps), or with a centre for 1."""
-        _, serves = self.taps(g.shape, x.shape, shape, g.codes.device)
+        _, serves = self.taps(g.shape, x.shape, shape)
         met = g.shape[0] if centre is None else centre.sum(dtype=torch.int64)
         sums = serves.sums(sums_over_samples(g.codes, g.shape, centre))
-        return (sums - zero * (met * serves.counts())).T.float()
+        return (sums - zero * (met * serves.counts(g.codes.device))).T.float()
 
     def tap_columns(self, shape: torch.Size, like: Tensor) -> Tensor:
         """The columns that belong to each tap (taps, taps · C): ones, and zeros elsewhere."""
@@ -364,7 +298,7 @@ class ConvCodes:
 
     def values_by_tap(self, sums: Tensor, g: torch.Size, x: torch.Size, shape: torch.Size) -> Tensor:
         """(taps, O) float32, of sums of values over samples (pixels · O,), float64."""
-        _, serves = self.taps(g, x, shape, sums.device)
+        _, serves = self.taps(g, x, shape)
         return serves.sums(sums.view(*serves.size, shape[0])).float()
 
     def grad_weight(self, g: Channels, x: QuantizedTensor, shape: torch.Size, epilogue: Epilogue) -> Tensor:

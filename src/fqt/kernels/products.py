@@ -225,6 +225,9 @@ def conv2d_mask(weight: Tensor, input_size: Sequence[int], geometry: Geometry | 
     # On a GPU float32 convolutions may round their operands to TF32, which does not hold these sums.
     w, groups = weight.to(torch.float64 if weight.is_cuda else torch.float32), geometry.groups
     dilation, zeros = list(geometry.dilation), [0] * len(geometry.stride)
+    if set(w.shape[2:]) == set(geometry.stride) == {1} and not any(geometry.padding):  # each pixel has the one tap
+        sums = w.flatten(1).sum(1) if of == "output" else w.unflatten(0, (groups, -1)).sum(1).flatten()
+        return sums.float().expand(*input_size, -1).contiguous()
     if of == "output":  # every channel meets the same mask, so the channels can be summed first
         met, filters = w.new_ones(1, 1, *input_size), w.sum(1, keepdim=True)
         stride, padding = list(geometry.stride), list(geometry.padding)

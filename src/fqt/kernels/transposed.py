@@ -94,7 +94,7 @@ class TransposedCodes:
 
     def values_by_tap(self, sums: Tensor, g: torch.Size, x: torch.Size, shape: torch.Size) -> Tensor:
         """(taps, O) float32, of sums of values over samples (pixels · O,), float64."""
-        meets, _ = self.conv.taps(x, g, shape, sums.device)
+        meets, _ = self.conv.taps(x, g, shape)
         return meets.sums(sums.view(*meets.size, g[-1])).float()
 
 
@@ -165,9 +165,9 @@ class _Sums:
         conv, n, kernel = ConvCodes.of(map), x.shape[0], at_least_two(shape[2:], 1)
         image, grad = conv.image(x.matrix_codes, x.shape), conv.image(g.codes, g.shape)
         if map.transposed:
-            of_g, of_x = conv.taps(x.shape, g.shape, shape, g.codes.device)
+            of_g, of_x = conv.taps(x.shape, g.shape, shape)
         else:
-            of_x, of_g = conv.taps(g.shape, x.shape, shape, g.codes.device)
+            of_x, of_g = conv.taps(g.shape, x.shape, shape)
 
         def multiplied(of_grad: Tensor, groups: int) -> Tensor:
             """(groups, O/groups, taps, C/groups), or with one group for grad_output's channels and all of the
@@ -185,7 +185,7 @@ class _Sums:
 
         weights = torch.ones(n, device=image.device, dtype=torch.int64) if centre is None else centre.long()
         codes = of_g.sums(sums_over_samples(g.codes, g.shape, centre)).T
-        met = weights.sum() * of_g.counts().view(1, 1, -1, 1)
+        met = weights.sum() * of_g.counts(weights.device).view(1, 1, -1, 1)
         read = by_group(of_x.sums(sums_over_samples(x.matrix_codes, x.shape, None)))
         found = (multiplied(grad, map.groups), codes.unflatten(0, (map.groups, -1)).unsqueeze(-1), read, met)
         if g.token_noise is None:

@@ -3,8 +3,9 @@
 A module here may import Triton at its top, since `device.offer` names it by a string.
 """
 
-from fqt.kernels import choice, ops
+from fqt.kernels import choice, low_rank, ops
 from fqt.kernels.op import Op
+from fqt.kernels.taps import tap_sums
 from fqt.kernels.triton import serving as serving
 from fqt.kernels.triton.device import offer
 
@@ -16,6 +17,8 @@ _OFFERED: dict[str, tuple[Op, ...]] = {
     "noise": (ops.random_u24, ops.fork_seed),
     "quantize": (ops.quantize,),
     "best": (choice.quantize_best,),
+    "taps": (tap_sums,),
+    "planes": (low_rank.in_bytes, low_rank.from_bytes),
 }
 for _module, _operations in _OFFERED.items():
     for _operation in _operations:

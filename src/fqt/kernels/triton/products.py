@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fqt.kernels.products import CODES, most_terms
 from fqt.kernels.triton import device, tune
 from fqt.kernels.triton.epilogue import LONGEST_PART, ROUNDED, SHIFT, complete, finish, wants
+from fqt.kernels.triton.sums import column_sums, row_sums
 from fqt.kernels.triton.tune import Schedule
 
 _ALIGNED = 16  # bytes: what descriptors ask of an address and of every stride but the last
@@ -315,7 +316,8 @@ class Side:
         """(lines,) int64: Σ over the terms of the signed codes."""
         if self.totals is not None:
             return self.totals
-        total = self.codes.sum(1, dtype=torch.int64)
+        lines = self.codes
+        total = row_sums(lines) if lines.stride(1) == 1 else column_sums(lines.T)[0]
         return total - SHIFT * self.codes.shape[1] if self.shifted else total
 
 

@@ -66,11 +66,14 @@ def column_sums(codes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, T
     """As the reference."""
     shape = (codes.shape[0], codes.shape[1])
     parts, span = _spans(shape)
-    plain, weighted = codes.new_zeros((2, parts, shape[1]), dtype=torch.int64)
+    asked = 1 if weights is None else 2
+    sums = torch.empty if shape[0] and shape[1] else torch.zeros  # a program per column and part writes them all
+    found = sums((asked, parts, shape[1]), dtype=torch.int64, device=codes.device)
     weights = None if weights is None else weights.contiguous()
-    arguments = (plain, weighted, source_of(Entries(codes)), weights, *shape, span)
+    arguments = (found[0], found[-1], source_of(Entries(codes)), weights, *shape, span)
     launch(_code_sums, parts * triton.cdiv(shape[1], _TILE["C"]), *arguments, on=codes, **_TILE)
-    return plain.sum(0), None if weights is None else weighted.sum(0)
+    found = found[:, 0] if parts == 1 else found.sum(1)
+    return found[0], None if weights is None else found[1]
 
 
 @triton.jit
