@@ -254,9 +254,11 @@ def _turn(
     if totals is not None:
         tl.atomic_add(totals + line, tl.sum(x.to(tl.int32), 1).to(tl.int64), line_in, sem="relaxed")
     if weighted is not None:
-        heavy = (tl.load(fractions + term, term < terms, 0.0) * 16777216.0).to(tl.int32).to(tl.int64)
-        sums = tl.sum(code.to(tl.int32) * heavy[None, :], 1)
-        tl.atomic_add(weighted + line, sums, line_in, sem="relaxed")
+        heavy = (tl.load(fractions + term, term < terms, 0.0) * 16777216.0).to(tl.int32)
+        # In halves of 12 bits, whose products' sums over a tile fit int32: products in int64 are several of these.
+        high = tl.sum(code.to(tl.int32) * (heavy >> 12)[None, :], 1).to(tl.int64)
+        low = tl.sum(code.to(tl.int32) * (heavy & 4095)[None, :], 1).to(tl.int64)
+        tl.atomic_add(weighted + line, high * 4096 + low, line_in, sem="relaxed")
 
 
 @dataclass(frozen=True)
