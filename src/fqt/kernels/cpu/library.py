@@ -2,11 +2,10 @@
 
 Shared libraries lie beside this file if a compiler was found at install time; those of the best instruction set
 that the machine runs are loaded at first use. `FQT_KERNELS` may name a lower level: `amx`, `avx512`, `avxvnni`,
-`avx2` on x86, `i8mm`, `neon` on Arm, `portable`, or `reference` for none. A level is a library of all kernels, or one
-of products on top of another level's; AVX2 has a second one, of products of narrow codes.
-ctypes rather than a torch extension: pointers and sizes
-only, so that one build serves every torch version; the price is that this file repeats the C signatures (guarded
-by a version number).
+`avx2` on x86, `i8mm`, `neon` on Arm, `portable`, or `reference` for none. A level is a library of all kernels, or
+one of products on top of another level's; AVX2 has a second one, of products of narrow codes.
+ctypes rather than a torch extension: pointers and sizes only, so that one build serves every torch version; the
+price is that this file repeats the C signatures (guarded by a version number).
 """
 
 from __future__ import annotations
