@@ -113,7 +113,8 @@ inline Plan plan(const Range& left, const Range& right) { return {0, 0, left.is_
 #endif
 
 #if !defined(FQT_NARROW)
-// sum + left · right. In place by name for AVX2: GCC otherwise copies sums to and fro, and spills some.
+// sum + left · right, on NEON of signed operands. In place by name for AVX2: GCC otherwise copies sums to and fro, and
+// spills some.
 inline vi dot(vi sum, vi left, vi right) {
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
@@ -146,6 +147,7 @@ inline vi dot(vi sum, vi left, vi right) {
 // 32 bits of ones, as either operand.
 inline vi ones() { return splat(sizeof(Left) == 1 ? 0x01010101 : 0x00010001); }
 
+// add_left, add_right: sum + Σ over the terms of each of W neighbouring groups of the left, of the right operand.
 #if defined(__ARM_FEATURE_DOTPROD)
 inline vi add_bytes(vi sum, const uint8_t* bytes, bool is_signed) {
   const vi b = load<vi>(bytes);
@@ -160,7 +162,6 @@ inline vi add_groups(vi sum, const uint8_t* groups, bool is_signed) {
 inline vi add_left(vi sum, const Left* groups, const Plan& p) { return add_groups(sum, groups, p.left_signed); }
 inline vi add_right(vi sum, const Right* groups, const Plan& p) { return add_groups(sum, groups, p.right_signed); }
 #else
-// sum + Σ over the terms of each of W neighbouring groups of the left, of the right operand.
 inline vi add_left(vi sum, const Left* groups, const Plan&) { return dot(sum, load<vi>(groups), ones()); }
 inline vi add_right(vi sum, const Right* groups, const Plan&) { return dot(sum, ones(), load<vi>(groups)); }
 #endif
