@@ -7,7 +7,7 @@ PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 SANITIZED = build/sanitized
-.PHONY: help demo bench gpu torture sanitize test lint docs wheel format clean
+.PHONY: help demo bench gpu torture sanitize arm test lint docs wheel format clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -56,6 +56,9 @@ sanitize: $(VENV)/.installed-dev ## Test the native kernels under the address an
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=src $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "not level" \
 		tests/kernels tests/nn/test_fused.py tests/quant/test_mixed_codes.py tests/quant/test_best.py
+
+arm: $(VENV)/.installed-dev ## Test Arm's kernels in an emulator; wants qemu-user and g++-aarch64-linux-gnu (minutes; not in CI)
+	PYTHON=$(BIN)/python tests/arm/run build/arm
 
 wheel: ## Build one wheel for every Python on this platform, and try it where there is no compiler
 	.ci/wheel dist

@@ -1,8 +1,8 @@
 """Builds the native kernels, for several instruction sets; an install without a compiler goes on without them."""
 
 import os
-import platform
 from pathlib import Path
+from sysconfig import get_platform
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -17,13 +17,18 @@ ALL = list(FILES)
 PRODUCTS = [path for path, room in FILES.items() if room in ("common", "products")]
 # Flags and sources of each library. Those of products alone run on top of the others: see fqt/kernels/cpu/library.py.
 LIBRARIES: dict[str, tuple[list[str], list[str]]] = {"portable": ([], ALL)}
-if platform.machine().lower() in ("x86_64", "amd64"):
+PLATFORM = get_platform()  # what is built for: with a cross compiler, _PYTHON_HOST_PLATFORM says it
+if PLATFORM.endswith(("x86_64", "amd64")):
     AVX2, AVX512 = ["-mavx2"], ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
     LIBRARIES["avx2"] = (AVX2, ALL)
     LIBRARIES["avx2_narrow"] = ([*AVX2, "-DFQT_NARROW"], [path for path in PRODUCTS if "blocked" not in path])
     LIBRARIES["avxvnni"] = ([*AVX2, "-mavxvnni"], PRODUCTS)
     LIBRARIES["avx512"] = (AVX512, ALL)
     LIBRARIES["amx"] = ([*AVX512, "-mamx-tile", "-mamx-int8"], PRODUCTS)
+elif PLATFORM == "linux-aarch64":  # no other system is asked what its processor can do
+    CALM = "-fno-schedule-insns"  # as on x86: GCC else loads so far ahead that it spills a tile's sums
+    LIBRARIES["neon"] = (["-march=armv8.2-a+dotprod", CALM], ALL)
+    LIBRARIES["i8mm"] = (["-march=armv8.2-a+dotprod+i8mm", CALM], [path for path in PRODUCTS if "blocked" not in path])
 
 
 class BuildKernels(build_ext):

@@ -21,6 +21,8 @@ inline vh to_bfloat16(vf value) {
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)bits16, (__m256i)bits16);
   return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#elif defined(__aarch64__)
+  return (vh)vmovn_u32((uint32x4_t)bits16);
 #else
   return __builtin_convertvector(bits16, vh);
 #endif

@@ -10,6 +10,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -61,15 +62,26 @@ static int x86_levels() {
   constexpr uint32_t kTileUnit = 1 << 24, kTileBytes = 1 << 25;
   return (d & kTileUnit) && (d & kTileBytes) && may_use_tiles(state) ? found | 1 << kAmx : found;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+// The same. Compilers use the atomic instructions of Armv8.1 where they may use the dot product.
+static int arm_levels() {
+  constexpr uint64_t kAtomics = 1 << 8, kDotProduct = 1 << 20, kMatrixProduct = 1 << 13;  // of HWCAP and HWCAP2
+  int found = 1 << kPortable;
+  if (~getauxval(AT_HWCAP) & (kAtomics | kDotProduct)) return found;
+  found |= 1 << kNeon;
+  return getauxval(AT_HWCAP2) & kMatrixProduct ? found | 1 << kI8mm : found;
+}
 #endif
 
 }  // namespace fqt
 
-// The levels that this machine runs, a bit each: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 with VNNI, 4 that and AMX. A
-// machine with AVX-512 need not have AVX-VNNI.
+// The levels that this machine runs, a bit each: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 with VNNI, 4 that and AMX, 5 NEON
+// with the dot product, 6 that and i8mm. A machine with AVX-512 need not have AVX-VNNI. Of Arm's levels Linux alone tells.
 FQT_API int fqt_cpu_levels() {
 #if defined(__x86_64__)
   return fqt::x86_levels();
+#elif defined(__aarch64__) && defined(__linux__)
+  return fqt::arm_levels();
 #else
   return 1 << fqt::kPortable;
 #endif

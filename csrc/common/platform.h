@@ -6,7 +6,7 @@
 
 namespace fqt {
 
-enum Level : int { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAmx = 4 };
+enum Level : int { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAmx = 4, kNeon = 5, kI8mm = 6 };
 enum OutType : int { kInt32 = 0, kInt64 = 1, kFloat32 = 2, kBfloat16 = 3 };  // of results
 
 }  // namespace fqt

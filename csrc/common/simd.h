@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fqt {
@@ -79,6 +81,11 @@ inline vb to_bytes(vi v) {
   vb bytes;
   std::memcpy(&bytes, &bits, sizeof bytes);
   return bytes;
+#elif defined(__aarch64__)
+  const uint8x8_t low = vmovn_u16(vcombine_u16(vmovn_u32((uint32x4_t)v), vdup_n_u16(0)));
+  vb bytes;
+  std::memcpy(&bytes, &low, sizeof bytes);
+  return bytes;
 #else
   return __builtin_convertvector((vu)v, vb);
 #endif
@@ -98,6 +105,11 @@ inline vi from_bytes(vb v) {
   const __m128i bytes = _mm_cvtsi32_si128(bits), doubled = _mm_unpacklo_epi8(bytes, bytes);
   const __m128i top = _mm_unpacklo_epi16(doubled, doubled);  // each byte four times
   return (vi)(Signed ? _mm_srai_epi32(top, 24) : _mm_srli_epi32(top, 24));
+#elif defined(__aarch64__)
+  uint8x8_t bytes = vdup_n_u8(0);
+  std::memcpy(&bytes, &v, sizeof v);
+  if (Signed) return (vi)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(bytes))));
+  return (vi)vmovl_u16(vget_low_u16(vmovl_u8(bytes)));
 #else
   return Signed ? __builtin_convertvector((vs)v, vi) : __builtin_convertvector(v, vi);
 #endif
@@ -108,6 +120,8 @@ inline vi from_halves(vh v) {
   return (vi)_mm512_cvtepu16_epi32((__m256i)v);
 #elif defined(__AVX2__)
   return (vi)_mm256_cvtepu16_epi32((__m128i)v);
+#elif defined(__aarch64__)
+  return (vi)vmovl_u16((uint16x4_t)v);
 #else
   return (vi)__builtin_convertvector(v, vu);
 #endif
@@ -117,6 +131,8 @@ inline vi from_halves(vh v) {
 inline bool any(vi mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
   int32_t set = 0;
   for (int j = 0; j < W; ++j) set |= mask[j];

@@ -6,7 +6,7 @@
 // the result equals the reference's bit for bit. A tile's integer sums take up the registers, as many as hide the latency
 // of dot; the floats lie in the first-level cache, whose ports have nothing else to do between blocks.
 //
-// The four-term dot product takes unsigned left codes: they are lifted by 128, and a block's sums start at
+// The four-term dot product of x86 takes unsigned left codes: they are lifted by 128, and a block's sums start at
 // −128 · Σ_k b, which costs no instruction more than starting at zero. Of 64 k, a row and a vector of columns, in blocks
 // of 32, the plain product makes 16 dot products; this one the same and twice a conversion, a product and a sum, with a
 // product of the two steps before it where the columns of a vector do not share theirs: 22 or 24.

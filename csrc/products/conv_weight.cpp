@@ -166,7 +166,7 @@ void pack_input(const Task& task, int64_t first_line, int64_t lines, int64_t fir
 void sum_rows(const Left* packed, int64_t groups, int64_t width, int64_t outputs, const Plan& plan, int64_t* sums) {
   for (int64_t i = 0; i < outputs; i += W) {
     vi sum{};
-    for (int64_t g = 0; g < groups; ++g) sum = add_left(sum, load<vi>(packed + (g * width + i) * kGroup), plan);
+    for (int64_t g = 0; g < groups; ++g) sum = add_left(sum, packed + (g * width + i) * kGroup, plan);
     for (int64_t j = 0; j < W && i + j < outputs; ++j) sums[i + j] += sum[j];
   }
 }

@@ -1,10 +1,11 @@
 // The inner kernel of all integer products: a tile of rows × columns, accumulated in int32 without saturation.
 //
 // Both operands come in groups of kGroup neighbouring k, 32 bits per group: four bytes where the processor has a
-// four-term dot product (u8 × s8, VNNI; any signs, AMX), two int16 where it has not. There the library of narrow codes
-// (FQT_NARROW) takes four bytes too: the byte instruction of AVX2 adds two products in 16 bits, and saturates, but not
-// where the codes are known to be small enough (see Plan). A left group is broadcast, a right one is a lane of a
-// vector. AMX (amx.h) multiplies whole tiles of the same right operand by rows of kTerms k that lie together.
+// four-term dot product (u8 × s8, VNNI; equal signs, NEON; any signs, AMX), two int16 where it has not. There the library
+// of narrow codes (FQT_NARROW) takes four bytes too: the byte instruction of AVX2 adds two products in 16 bits, and
+// saturates, but not where the codes are known to be small enough (see Plan). A left group is broadcast, a right one is a
+// lane of a vector; on NEON (neon.h) both are lanes. AMX (amx.h) multiplies whole tiles of the same right operand by rows
+// of kTerms k that lie together; NEON's matrix products (i8mm.h) take groups of eight bytes, two rows by two columns.
 //
 // Bound: |Left|·|Right| ≤ 255·128, so kMaxTerms terms stay below 2³¹. Longer sums are cut by the callers.
 #pragma once
@@ -33,6 +34,12 @@ constexpr int kGroup = 4, kVectors = 2;
 #elif defined(FQT_NARROW)
 typedef uint8_t Left, Right;  // the code's byte; one operand is unsigned, the other signed
 constexpr int kGroup = 4, kVectors = 2;
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+typedef uint8_t Left, Right;  // the code's byte, whatever its sign
+constexpr int kGroup = 8, kVectors = 4;
+#elif defined(__ARM_FEATURE_DOTPROD)
+typedef uint8_t Left, Right;  // the code's byte; both operands are signed, or neither
+constexpr int kGroup = 4, kVectors = 4;
 #else
 typedef int16_t Left;
 typedef int16_t Right;
@@ -89,12 +96,25 @@ inline Plan plan(const Range& left, const Range& right) {
 inline Plan plan(const Range& left, const Range& right) {
   return {left.is_signed() ? 128 : 0, right.high > 127 ? -128 : 0, false, true, 1};
 }
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+// There are products of any signs but of signed left by unsigned right codes: these are lowered.
+inline Plan plan(const Range& left, const Range& right) {
+  const bool lowered = left.is_signed() && right.high > 127;
+  return {0, lowered ? -128 : 0, left.is_signed(), left.is_signed() || right.is_signed(), 1};
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+// Unsigned codes beside signed ones are lowered, unless they fit a signed byte.
+inline Plan plan(const Range& left, const Range& right) {
+  if (!left.is_signed() && !right.is_signed()) return {0, 0, false, false, 1};
+  return {left.high > 127 ? -128 : 0, right.high > 127 ? -128 : 0, true, true, 1};
+}
 #else
 inline Plan plan(const Range& left, const Range& right) { return {0, 0, left.is_signed(), right.is_signed(), 1}; }
 #endif
 
 #if !defined(FQT_NARROW)
-// sum + left · right. In place by name for AVX2: GCC otherwise copies sums to and fro, and spills some.
+// sum + left · right, on NEON of signed operands. In place by name for AVX2: GCC otherwise copies sums to and fro, and
+// spills some.
 inline vi dot(vi sum, vi left, vi right) {
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
@@ -107,6 +127,11 @@ inline vi dot(vi sum, vi left, vi right) {
   return sum;
 #elif defined(__SSE2__)
   return sum + (vi)_mm_madd_epi16((__m128i)left, (__m128i)right);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)left, (int8x16_t)right);
+#elif defined(__aarch64__)
+  const int16x8_t l = (int16x8_t)left, r = (int16x8_t)right;
+  return sum + (vi)vpaddq_s32(vmull_s16(vget_low_s16(l), vget_low_s16(r)), vmull_high_s16(l, r));
 #else
   for (int i = 0; i < W; ++i) {
     int16_t l[2], r[2];
@@ -119,12 +144,27 @@ inline vi dot(vi sum, vi left, vi right) {
 #endif
 }
 
-// A group of ones, as either operand.
-inline vi ones() { return splat(kGroup == 4 ? 0x01010101 : 0x00010001); }
+// 32 bits of ones, as either operand.
+inline vi ones() { return splat(sizeof(Left) == 1 ? 0x01010101 : 0x00010001); }
 
-// sum + Σ over the terms of a left, of a right group.
-inline vi add_left(vi sum, vi group, const Plan&) { return dot(sum, group, ones()); }
-inline vi add_right(vi sum, vi group, const Plan&) { return dot(sum, ones(), group); }
+// add_left, add_right: sum + Σ over the terms of each of W neighbouring groups of the left, of the right operand.
+#if defined(__ARM_FEATURE_DOTPROD)
+inline vi add_bytes(vi sum, const uint8_t* bytes, bool is_signed) {
+  const vi b = load<vi>(bytes);
+  return is_signed ? dot(sum, b, ones()) : (vi)vdotq_u32((uint32x4_t)sum, (uint8x16_t)b, (uint8x16_t)ones());
+}
+
+inline vi add_groups(vi sum, const uint8_t* groups, bool is_signed) {
+  if constexpr (kGroup == 4) return add_bytes(sum, groups, is_signed);
+  const vi first = add_bytes(vi{}, groups, is_signed), last = add_bytes(vi{}, groups + 16, is_signed);
+  return sum + (vi)vpaddq_s32((int32x4_t)first, (int32x4_t)last);
+}
+inline vi add_left(vi sum, const Left* groups, const Plan& p) { return add_groups(sum, groups, p.left_signed); }
+inline vi add_right(vi sum, const Right* groups, const Plan& p) { return add_groups(sum, groups, p.right_signed); }
+#else
+inline vi add_left(vi sum, const Left* groups, const Plan&) { return dot(sum, load<vi>(groups), ones()); }
+inline vi add_right(vi sum, const Right* groups, const Plan&) { return dot(sum, ones(), load<vi>(groups)); }
+#endif
 #else
 // A group's products, two and two, in 16 bits.
 template <bool LeftSigned>
@@ -141,13 +181,13 @@ inline void widen(vi& sum, __m256i halves) {
   __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(terms));
 }
 
-inline vi add_group(vi sum, vi group, bool is_signed) {
-  const vi one = splat(0x01010101);
-  widen(sum, is_signed ? products<false>(one, group) : products<true>(one, group));
+inline vi add_groups(vi sum, const uint8_t* groups, bool is_signed) {
+  const vi one = splat(0x01010101), bytes = load<vi>(groups);
+  widen(sum, is_signed ? products<false>(one, bytes) : products<true>(one, bytes));
   return sum;
 }
-inline vi add_left(vi sum, vi group, const Plan& p) { return add_group(sum, group, p.left_signed); }
-inline vi add_right(vi sum, vi group, const Plan& p) { return add_group(sum, group, p.right_signed); }
+inline vi add_left(vi sum, const Left* groups, const Plan& p) { return add_groups(sum, groups, p.left_signed); }
+inline vi add_right(vi sum, const Right* groups, const Plan& p) { return add_groups(sum, groups, p.right_signed); }
 #endif
 
 // What an operand stands for.
@@ -239,6 +279,17 @@ ByGroup<R> places(const LeftInterleaved& left, int64_t tap, int64_t first_row) {
 
 constexpr int64_t kPanelGroup = kPanel * kGroup;  // a group of a panel
 
+}  // namespace fqt
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#include "products/i8mm.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "products/neon.h"
+#endif
+
+namespace fqt {
+
+#if !defined(__ARM_FEATURE_DOTPROD)
 template <int V>
 inline void load_right(const Right* right, vi (&b)[V]) {
 #pragma GCC unroll 8
@@ -325,7 +376,9 @@ struct Narrower {
   }
 };
 #endif
+#endif
 
+#if !defined(__ARM_FEATURE_MATMUL_INT8)
 // sums (R × V · W, row stride kPanel) = or += Σ left · right over taps × groups. right: [tap][group][kPanel][kGroup].
 template <class How, int R, int V, class Source>
 void tile_of(const Source& left, int64_t first_row, int64_t taps, int64_t groups, int64_t steps, const Right* right,
@@ -337,6 +390,7 @@ void tile_of(const Source& left, int64_t first_row, int64_t taps, int64_t groups
   }
   store_sums(c, sums, add);
 }
+#endif
 
 // Rows of a tile of V vectors: sums enough to hide the latency of dot, and registers for them.
 template <class How, int V>
@@ -387,6 +441,13 @@ inline void block_of(const Source& left, const Plan& p, int64_t rows, int64_t co
   }
   if (n > 1) return panel_of<Narrower<false>>(left, rows, columns, taps, groups, n, right, sums, add, done);
   panel_of<Narrow<false>>(left, rows, columns, taps, groups, n, right, sums, add, done);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  if (p.left_signed) return panel_of<Pairs<true, true>>(left, rows, columns, taps, groups, 1, right, sums, add, done);
+  if (p.right_signed) return panel_of<Pairs<false, true>>(left, rows, columns, taps, groups, 1, right, sums, add, done);
+  panel_of<Pairs<false, false>>(left, rows, columns, taps, groups, 1, right, sums, add, done);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  if (p.left_signed) return panel_of<Lanes<true>>(left, rows, columns, taps, groups, 1, right, sums, add, done);
+  panel_of<Lanes<false>>(left, rows, columns, taps, groups, 1, right, sums, add, done);
 #else
   panel_of<Exact>(left, rows, columns, taps, groups, p.steps, right, sums, add, done);
 #endif

@@ -97,7 +97,7 @@ bool prepare_left(const Matrix& a, const LeftReader& read, const Plan& plan, int
     } else {
       vi sum{};
       for (int64_t g = 0; g < groups; ++g) {
-        sum = add_left(sum, load<vi>(left->interleaved(begin, g)), plan);
+        sum = add_left(sum, left->interleaved(begin, g), plan);
       }
       store_part(left->sums.get() + begin, sum, end - begin);
     }

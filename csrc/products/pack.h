@@ -96,6 +96,25 @@ inline void interleave_some(const uint8_t* const* row, int64_t i, const Read& re
 }
 #endif
 
+#if defined(__ARM_FEATURE_DOTPROD)
+// kGroup rows of 16 codes, shifted modulo 256 and interleaved.
+inline void interleave_16(const uint8_t* const* row, int64_t i, uint8x16_t shift, uint8_t* out) {
+  uint8x16_t r[kGroup];
+  for (int j = 0; j < kGroup; ++j) r[j] = vaddq_u8(vld1q_u8(row[j] + i), shift);
+  if constexpr (kGroup == 4) {
+    vst4q_u8(out, {{r[0], r[1], r[2], r[3]}});
+  } else {
+    uint16x8x4_t low, high;  // columns 0 … 7 and 8 … 15 of two rows each
+    for (int j = 0; j < 4; ++j) {
+      low.val[j] = (uint16x8_t)vzip1q_u8(r[2 * j], r[2 * j + 1]);
+      high.val[j] = (uint16x8_t)vzip2q_u8(r[2 * j], r[2 * j + 1]);
+    }
+    vst4q_u16(reinterpret_cast<uint16_t*>(out), low);
+    vst4q_u16(reinterpret_cast<uint16_t*>(out) + 32, high);
+  }
+}
+#endif
+
 // out[i][kGroup] for i < width: kGroup rows, interleaved. A reader of its own, which no byte stored can alias.
 template <class Operand, class Read>
 inline void interleave_group(const uint8_t* const* row, int64_t width, const Read read, Operand* out) {
@@ -110,6 +129,9 @@ inline void interleave_group(const uint8_t* const* row, int64_t width, const Rea
     const __m128i shift = _mm_set1_epi8(static_cast<char>(read.shift()));
     for (; i + 16 <= width; i += 16) interleave_16(row, i, shift, out + i * 4);
   }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const uint8x16_t shift = vdupq_n_u8(static_cast<uint8_t>(read.shift()));
+  for (; i + 16 <= width; i += 16) interleave_16(row, i, shift, out + i * kGroup);
 #endif
   for (; i < width; ++i) {
     for (int j = 0; j < kGroup; ++j) out[i * kGroup + j] = read(row[j][i]);
@@ -182,6 +204,26 @@ inline void transpose_groups(const uint8_t* first, int64_t column_stride, const 
     store(out + (4 + j) * step, _mm256_permute2x128_si256(r[j], r[4 + j], 0x31));
   }
 }
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kAcross = 16 / kGroup;  // columns
+
+// 16 codes of each of kAcross columns become as many groups of kAcross columns.
+inline void transpose_groups(const uint8_t* first, int64_t column_stride, uint8x16_t shift, uint8_t* out, int64_t step) {
+  uint8x16_t r[kAcross];
+  for (int i = 0; i < kAcross; ++i) r[i] = vaddq_u8(vld1q_u8(first + i * column_stride), shift);
+  if constexpr (kGroup == 4) {
+    const uint32x4x2_t a = vzipq_u32((uint32x4_t)r[0], (uint32x4_t)r[2]);
+    const uint32x4x2_t b = vzipq_u32((uint32x4_t)r[1], (uint32x4_t)r[3]);
+    for (int j = 0; j < 2; ++j) {
+      const uint32x4x2_t groups = vzipq_u32(a.val[j], b.val[j]);
+      vst1q_u8(out + 2 * j * step, (uint8x16_t)groups.val[0]);
+      vst1q_u8(out + (2 * j + 1) * step, (uint8x16_t)groups.val[1]);
+    }
+  } else {
+    vst1q_u8(out, (uint8x16_t)vzip1q_u64((uint64x2_t)r[0], (uint64x2_t)r[1]));
+    vst1q_u8(out + step, (uint8x16_t)vzip2q_u64((uint64x2_t)r[0], (uint64x2_t)r[1]));
+  }
+}
 #endif
 
 // Interleaved left groups as block_of wants them: (groups, padded_rows, kGroup), both multiples of 16, in place.
@@ -223,6 +265,16 @@ inline void pack_columns(const uint8_t* first, int64_t column_stride, int64_t co
                        kPanel * kGroup);
     }
   }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const uint8x16_t shift = vdupq_n_u8(static_cast<uint8_t>(read.shift()));
+  whole_columns = columns / kAcross * kAcross;
+  whole_terms = terms / 16 * 16;
+  for (int64_t n = 0; n < whole_columns; n += kAcross) {
+    for (int64_t k = 0; k < whole_terms; k += 16) {
+      transpose_groups(first + n * column_stride + k, column_stride, shift, out + (k / kGroup * kPanel + n) * kGroup,
+                       kPanel * kGroup);
+    }
+  }
 #endif
   for (int64_t n = 0; n < kPanel; ++n) {
     Right* to = out + n * kGroup;
@@ -260,7 +312,7 @@ inline void sum_columns(const Right* panel, int64_t groups, const Plan& p, int64
   vi sum[kVectors]{};
   for (int64_t g = 0; g < groups; ++g) {
     for (int v = 0; v < kVectors; ++v) {
-      sum[v] = add_right(sum[v], load<vi>(panel + (g * kPanel + v * W) * kGroup), p);
+      sum[v] = add_right(sum[v], panel + (g * kPanel + v * W) * kGroup, p);
     }
   }
   for (int v = 0; v < kVectors; ++v) {

@@ -23,6 +23,8 @@ inline uint32_t bits_of(vi mask) {
   return _mm256_movemask_ps((__m256)mask);
 #elif defined(__SSE2__)
   return _mm_movemask_ps((__m128)mask);
+#elif defined(__aarch64__)
+  return vaddvq_u32((uint32x4_t)(mask & vi{1, 2, 4, 8}));
 #else
   uint32_t bits = 0;
   for (int j = 0; j < W; ++j) bits |= (mask[j] & 1u) << j;

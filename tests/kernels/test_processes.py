@@ -120,12 +120,70 @@ except FqtError as error:
     assert "known: reference, portable" in run(code, "sse")
 
 
-def test_a_level_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AVX-512 does not imply AVX-VNNI: asked for in vain, what runs is the level below, and that is said."""
+@pytest.mark.parametrize(
+    ("runs", "asked", "reason"),
+    [
+        (("portable", "avx512"), "avxvnni", "FQT_KERNELS=avxvnni, which this machine does not run"),
+        (("portable", "neon", "i8mm"), "avx2", "FQT_KERNELS=avx2, which this machine does not run"),
+        (("portable",), "neon", "portable is what this machine has"),
+    ],
+    ids=("AVX-512 does not imply AVX-VNNI", "Arm", "x86"),
+)
+def test_a_level_that_the_machine_lacks(
+    runs: tuple[str, ...], asked: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for in vain, what runs is the level below, and that is said."""
     if library.status().level == "reference":
         pytest.skip("no native kernels")
-    monkeypatch.setattr(library, "machine_levels", lambda: ("portable", "avx512"))
-    monkeypatch.setenv("FQT_KERNELS", "avxvnni")
+    monkeypatch.setattr(library, "machine_levels", lambda: runs)
+    monkeypatch.setenv("FQT_KERNELS", asked)
     found = library._loaded.__wrapped__()[1]
-    assert found.level == "portable"
-    assert found.reason == "FQT_KERNELS=avxvnni, which this machine does not run"
+    assert (found.level, found.reason) == ("portable", reason)
+
+
+@pytest.mark.parametrize(
+    ("runs", "asked", "reason"),
+    [
+        (("portable", "avx2", "avx512", "amx"), "", ""),
+        (("portable", "avx2", "avx512", "amx"), "i8mm", "amx is what this machine has"),
+        (("portable", "neon", "i8mm"), "", ""),
+        (("portable", "neon", "i8mm"), "i8mm", ""),
+    ],
+)
+def test_the_highest_level_needs_no_reason(
+    runs: tuple[str, ...], asked: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where another architecture's was asked for."""
+    monkeypatch.setattr(library, "machine_levels", lambda: runs)
+    monkeypatch.setattr(library, "_kernels", lambda level: (library._Kernels({}, {}), ""))
+    monkeypatch.setenv("FQT_KERNELS", asked)
+    found = library._loaded.__wrapped__()[1]
+    assert (found.level, found.reason) == (runs[-1], reason)
+
+
+@pytest.mark.parametrize(
+    ("platform", "libraries"),
+    [
+        ("linux-x86_64", ["portable", "avx2", "avx2_narrow", "avxvnni", "avx512", "amx"]),
+        ("linux-aarch64", ["portable", "neon", "i8mm"]),
+        ("macosx-14.0-arm64", ["portable"]),
+    ],
+)
+def test_what_is_built(platform: str, libraries: list[str]) -> None:
+    """Each architecture's levels and no other's, also by a cross compiler."""
+    pytest.importorskip("setuptools")
+    code = """
+import setuptools
+from distutils.core import run_setup
+print(*[extension.name for extension in run_setup("setup.py", stop_after="init").ext_modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "_PYTHON_HOST_PLATFORM": platform},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [f"fqt.kernels.cpu._native_{name}" for name in libraries]
+    assert set(libraries) <= {*library.LEVELS, *library._NARROW.values()}

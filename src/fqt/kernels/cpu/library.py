@@ -2,11 +2,10 @@
 
 Shared libraries lie beside this file if a compiler was found at install time; those of the best instruction set
 that the machine runs are loaded at first use. `FQT_KERNELS` may name a lower level: `amx`, `avx512`, `avxvnni`,
-`avx2`, `portable`, or `reference` for none. A level is a library of all kernels, or one of products on top of
-another level's; AVX2 has a second one, of products of narrow codes.
-ctypes rather than a torch extension: pointers and sizes
-only, so that one build serves every torch version; the price is that this file repeats the C signatures (guarded
-by a version number).
+`avx2` on x86, `i8mm`, `neon` on Arm, `portable`, or `reference` for none. A level is a library of all kernels, or
+one of products on top of another level's; AVX2 has a second one, of products of narrow codes.
+ctypes rather than a torch extension: pointers and sizes only, so that one build serves every torch version; the
+price is that this file repeats the C signatures (guarded by a version number).
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from fqt.errors import FqtError
 from fqt.kernels.rounding import STOCHASTIC, Rounding
 
 BACKEND = "cpu"
-LEVELS = ("portable", "avx2", "avxvnni", "avx512", "amx")
-_WITH_PRODUCTS_OF_THEIR_OWN = {"avxvnni": "avx2", "amx": "avx512"}  # all else is that level's
+LEVELS = ("portable", "avx2", "avxvnni", "avx512", "amx", "neon", "i8mm")
+_HIGHEST = ("amx", "i8mm")  # of x86 and of Arm
 _NARROW = {"avx2": "avx2_narrow"}
 _ABI = 16  # FQT_ABI of csrc/common/platform.h
 
@@ -83,6 +82,12 @@ _PRODUCTS: dict[str, tuple[type, ...]] = {
 _BLOCKED: dict[str, tuple[type, ...]] = {
     "fqt_blocked_matmul": (_P, _L, _L, _P, _L, _P, _L, _L, _P, _L, _L, _L, _L, _L, _P, _I, _P, _I),
 }
+# Levels that are another one but for these functions.
+_ON_TOP_OF: dict[str, tuple[str, dict[str, tuple[type, ...]]]] = {
+    "avxvnni": ("avx2", _PRODUCTS | _BLOCKED),
+    "amx": ("avx512", _PRODUCTS | _BLOCKED),
+    "i8mm": ("neon", _PRODUCTS),
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Status:
     """Which kernels run.
 
     Attributes:
-        level: "amx", "avx512", "avxvnni", "avx2", "portable", or "reference" for plain torch.
+        level: one of LEVELS, or "reference" for plain torch.
         reason: why not a better one; empty if there is none.
     """
 
@@ -122,7 +127,8 @@ def _loaded() -> tuple[_Kernels | None, Status]:
         logging.getLogger(__name__).warning("fqt runs on its plain-torch kernels: %s", problem)
         return None, Status("reference", problem)
     best = runs[-1]
-    level, reason = best, "" if best == LEVELS[-1] else f"{best} is what this machine has"
+    nothing_better = best in _HIGHEST and asked in ("", *runs)
+    level, reason = best, "" if nothing_better else f"{best} is what this machine has"
     if asked and LEVELS.index(asked) < LEVELS.index(best):
         level, reason = asked, f"FQT_KERNELS={asked}"
         if asked not in runs:
@@ -147,12 +153,13 @@ def machine_levels() -> tuple[str, ...]:
 
 def _kernels(level: str) -> tuple[_Kernels | None, str]:
     """The functions of a level, or why they cannot be used."""
-    base = _WITH_PRODUCTS_OF_THEIR_OWN.get(level, level)
-    library, problem = _open(base, _SIGNATURES | _PRODUCTS | _BLOCKED)
-    products, other_problem = (library, "") if base == level else _open(level, _PRODUCTS | _BLOCKED)
+    everything = _SIGNATURES | _PRODUCTS | _BLOCKED
+    base, own = _ON_TOP_OF.get(level, (level, {}))
+    library, problem = _open(base, everything)
+    products, other_problem = (library, "") if base == level else _open(level, own)
     if library is None or products is None:
         return None, problem or other_problem
-    functions = _functions(library, _SIGNATURES) | _functions(products, _PRODUCTS | _BLOCKED)
+    functions = _functions(library, everything) | _functions(products, own)
     narrow = _open(_NARROW[level], _PRODUCTS)[0] if level in _NARROW else None
     return _Kernels(functions, {} if narrow is None else _functions(narrow, _PRODUCTS)), ""
 
