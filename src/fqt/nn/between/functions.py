@@ -387,7 +387,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _like(*parameters: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
     """Shape and dtype of a normalization's parameters, which are alike; None without any."""
-    return next(((p.shape, p.dtype) for p in parameters if p is not None), None)
+    found = [(p.shape, p.dtype) for p in parameters if p is not None]
+    return found[0] if found else None
 
 
 def _where(needs: Sequence[bool], found: Sequence[Tensor | None], like: Any) -> _Gradients:
