@@ -127,13 +127,14 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 1, bias=False) for _ in range(4))
+        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 1, bias=False) for _ in range(3))
+        self.last = nn.Conv2d(4, 4, 1, bias=False)
         self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        for convolution, norm in zip(self.convolutions, self.norms, strict=False):
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = torch.relu(norm(convolution(x)) + x)
-        return self.convolutions[3](x)
+        return self.last(x)
 
 
 class Nothing(CustomGraphPass):

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fqt.kernels import ops
+from fqt.kernels import ops, results
 from fqt.kernels.codes import Blocks, Dither, Quantized, Scales, range_of
 from fqt.kernels.mixing import Mixing
 from fqt.kernels.rotation import Rotation
@@ -46,7 +46,7 @@ class RowView:
 
     def matrix(self, x: Tensor) -> Tensor:
         """(N, D) from a tensor of `shape`; (D, N) if transposed."""
-        return x.permute(self.order).reshape(self.size)
+        return results.reshape(x.permute(self.order), self.size)
 
     @cached_property
     def size(self) -> tuple[int, int]:

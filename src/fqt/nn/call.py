@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fqt.kernels import integer, ops
+from fqt.kernels import integer, ops, results
 from fqt.kernels.linear_map import LinearMap
 from fqt.kernels.ranges import RangeState
 from fqt.nn.arithmetic import on_integers, operands
@@ -103,8 +103,8 @@ class Call:
     def as_laid_out(self, x: Tensor) -> Tensor:
         """x in the memory format of this call's results."""
         if not self.channels_last:
-            return x.contiguous()
-        return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+            return results.contiguous(x)
+        return results.contiguous(x, torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
     def noise(self, role: str, device: torch.device) -> Tensor:
         """The seed of one operand's quantizer.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
-from fqt.kernels import integer, ops
+from fqt.kernels import integer, ops, results
 from fqt.kernels.codes import Findings, compute_dtype
 from fqt.kernels.fold import Folded, Split
 from fqt.kernels.linear_map import DenseMap, rows
@@ -80,7 +80,7 @@ def backward(
         if compute_dtype(torch.promote_types(input_dtype, weight_dtype)) == torch.float64:
             grad_output = grad_output.double()
         if call.seed is not None and (call.recipe.grad_input or call.recipe.grad_weight):  # laid out once for both
-            grad_output = call.map.unlay(call.map.lay(grad_output).contiguous())
+            grad_output = call.map.unlay(results.contiguous(call.map.lay(grad_output)))
         known = Findings(channels=shapes[1][0] if needs[2] and not call.map.transposed else 0)
         if needs[0]:
             assert weight is not None

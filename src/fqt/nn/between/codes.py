@@ -145,19 +145,19 @@ class Numbers:
 
     def times(self, grad: Tensor) -> Tensor:
         """The product with a gradient, in its dtype."""
-        return self.layout.shaped(_op(kept.times)(self.layout.flat(grad), self.codes))
+        return self.layout.shaped(chosen(kept.times)(self.layout.flat(grad), self.codes))
 
     def batch_norm(self, grad: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> kept.Gradients:
         """`fqt.kernels.kept.batch_norm` of an input (N, C, *)."""
         inner = torch.Size(
             self.layout.shape[d] for d in self.layout.order[self.layout.order.index(1) + 1 :]
         ).numel()
-        d_x, *rest = _op(kept.batch_norm)(self.layout.flat(grad), self.codes, mean, rstd, weight, inner)
+        d_x, *rest = chosen(kept.batch_norm)(self.layout.flat(grad), self.codes, mean, rstd, weight, inner)
         return self.layout.shaped(d_x), *rest
 
     def row_norm(self, grad: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None) -> kept.Gradients:
         """`fqt.kernels.kept.row_norm` of a contiguous input."""
-        d_x, *rest = _op(kept.row_norm)(self.layout.flat(grad), self.codes, mean, rstd, weight)
+        d_x, *rest = chosen(kept.row_norm)(self.layout.flat(grad), self.codes, mean, rstd, weight)
         return self.layout.shaped(d_x), *rest
 
 
@@ -181,7 +181,7 @@ def unpacked(numbers: Tensor, bits: int, n: int) -> Tensor:
     return (torch.ops.fqt.unpack if torch.compiler.is_compiling() else unpack)(numbers, bits, n)
 
 
-def _op(operation: Any) -> Any:
+def chosen(operation: Any) -> Any:
     """What an operation means, where a compiler is to see it; else the fastest that there is."""
     return operation.reference if torch.compiler.is_compiling() else operation
 

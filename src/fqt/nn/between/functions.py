@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fqt.errors import FqtError
+from fqt.kernels import results
 from fqt.kernels.codes import compute_dtype
 from fqt.kernels.packing import PACKED
-from fqt.nn.between.codes import Flags, Layout, Numbers, packed, unpacked
+from fqt.nn.between.codes import Flags, Layout, Numbers, chosen, packed, unpacked
 
 _aten = torch.ops.aten
 _Gradients = tuple[Tensor | None, ...]
@@ -67,7 +68,7 @@ class Rectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """`function` is torch's own, in place or not."""
-        output = function(x)
+        output = chosen(results.relu)(x) if function is torch.relu else function(x)
         if output is x:
             ctx.mark_dirty(x)
         flags = Flags.positive(output.detach())
@@ -147,13 +148,13 @@ class Pooled(torch.autograd.Function):
             taps.append(packed(layout.flat(_taps(places, x.shape, window)), ctx.bits))
             ctx.layouts.append(layout)
         ctx.save_for_backward(*taps)
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return results.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """To the greatest entry of each window, as torch's own."""
         blank, start = _blank(ctx, grad), 0
-        d_x = torch.empty_like(blank)
+        d_x = chosen(results.empty_like)(blank)
         for taps, layout in zip(ctx.saved_tensors, ctx.layouts, strict=True):
             tap = layout.shaped(unpacked(taps, ctx.bits, layout.count))
             places, end = _places(tap, ctx.input.shape, ctx.window), start + layout.shape[0]
@@ -266,7 +267,8 @@ class BatchNormalized(torch.autograd.Function):
         noise: Noise,
     ) -> Tensor:
         """As `F.batch_norm`."""
-        output, batch_mean, rstd = _aten.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
+        arguments = (x, weight, bias, mean, var, training, momentum, eps)
+        output, batch_mean, rstd = chosen(results.batch_norm)(*arguments)
         if not training:
             assert var is not None
             batch_mean, rstd = mean, torch.rsqrt(var + eps)
@@ -385,7 +387,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _like(*parameters: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
     """Shape and dtype of a normalization's parameters, which are alike; None without any."""
-    return next(((p.shape, p.dtype) for p in parameters if p is not None), None)
+    found = [(p.shape, p.dtype) for p in parameters if p is not None]
+    return found[0] if found else None
 
 
 def _where(needs: Sequence[bool], found: Sequence[Tensor | None], like: Any) -> _Gradients:

@@ -47,13 +47,11 @@ class Call:
 
 
 def _differentiable(x: Tensor) -> bool:
-    return (
-        x.requires_grad
-        and torch.is_grad_enabled()
-        and x.dtype in _FLOATS
-        and x.layout == torch.strided
-        and x.numel() > 0
-    )
+    return x.requires_grad and _can_be_kept(x)
+
+
+def _can_be_kept(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.dtype in _FLOATS and x.layout == torch.strided and x.numel() > 0
 
 
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
@@ -224,7 +222,7 @@ def _asks(*tensors: Tensor | None) -> bool:
     """Whether the first is a batch to be kept, for itself or for parameters after it."""
     first = tensors[0]
     asked = any(t is not None and t.requires_grad for t in tensors)
-    return asked and first is not None and _differentiable(first.detach().requires_grad_())
+    return asked and first is not None and _can_be_kept(first)
 
 
 @_row(F.batch_norm)
