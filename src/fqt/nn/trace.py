@@ -33,7 +33,7 @@ from fqt.nn.convert import is_converted
 from fqt.nn.keeping import Keeping, Kept
 from fqt.nn.observe import eagerly
 from fqt.nn.witness import Count, Witness
-from fqt.nn.wrappers import named_modules, named_tensors
+from fqt.nn.wrappers import alone, named_modules, named_tensors
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 OUTSIDE = "(outside the model)"
@@ -76,6 +76,9 @@ class Trace:
 def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
     """Runs one forward and backward pass in the mode the model is in, and leaves no trace of it in the model.
 
+    A model that averages gradients over processes (`DistributedDataParallel`) runs as this process has it, so that
+    one process may look alone.
+
     Parameters' `.grad`, buffers, random states (torch's, NumPy's, Python's), every module's mode, and hooks on
     `.grad` are as before; what the model's own forward writes into plain attributes stays written. Compiled parts
     run uncompiled.
@@ -93,6 +96,7 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
     """
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise FqtError("the model has lazy layers without parameters yet: run one batch through it first")
+    model = alone(model)
     at_work: list[Witness] = []
     converted = {name: module for name, module in named_modules(model) if is_converted(module)}
     seen = Trace({name: Witness(at_work) for name in converted})
@@ -101,7 +105,7 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
         stack.enter_context(_undisturbed(model))
         stack.enter_context(_witnessed(converted, seen.layers))
         stack.enter_context(_uncompiled())
-        stack.enter_context(_alone(model))
+        stack.enter_context(_unsynced(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(watch.modules())
         stack.enter_context(watch)
@@ -216,8 +220,8 @@ def _witnessed(converted: Mapping[str, nn.Module], witnesses: Mapping[str, Witne
             module.__dict__.pop("fqt_witness", None)
 
 
-def _alone(model: Any) -> AbstractContextManager:
-    """Keeps a wrapper that averages gradients over processes from waiting for a backward pass that it would see."""
+def _unsynced(model: Any) -> AbstractContextManager:
+    """Keeps a wrapper that shards parameters from summing gradients over processes."""
     no_sync = getattr(model, "no_sync", None)
     return no_sync() if callable(no_sync) else nullcontext()
 

@@ -46,6 +46,29 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module if name is None else unwrapped(module.get_submodule(name))
 
 
+def alone(model: nn.Module, *, outermost: bool = False) -> nn.Module:
+    """The model as one process has it, out of the wrappers that average gradients over processes or devices.
+
+    Their forward talks to the other processes (`DistributedDataParallel` broadcasts buffers), which are not there
+    where one process alone looks at its model.
+
+    Args:
+        model: wrapped or not; other wrappers, torch.compile's for one, may lie around the one that averages.
+        outermost: whether only one that is outermost is taken off.
+    """
+    outer, name = model, inside(model)
+    while name is not None:
+        within = outer.get_submodule(name)
+        if _averages(outer) and (outer is model or not outermost):
+            model = within
+        outer, name = within, inside(within)
+    return model
+
+
+def _averages(module: nn.Module) -> bool:
+    return any(kind.__name__ in ("DistributedDataParallel", "DataParallel") for kind in type(module).__mro__)
+
+
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """As `torch.nn.Module.named_modules`, without wrappers and the words that they add."""
     return ((name, module) for name, module in _walk(model, remove_duplicate) if inside(module) is None)
