@@ -129,7 +129,8 @@ def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) 
     product that no converted layer made (a layer left float, `F.linear` or attention with somebody's weights,
     `matmul`, `einsum`), with its share of all multiplications. Kernels of other libraries that torch does not
     dispatch as a matrix product are not seen. The pass leaves no trace: `.grad`, buffers, random states and modes
-    are as before. A model in `DistributedDataParallel` runs as this process has it; a sharded one needs all of them.
+    are as before. A model in `DistributedDataParallel` runs as this process has it; a sharded one needs all
+    processes.
 
     Args:
         model: any module, converted or not.
