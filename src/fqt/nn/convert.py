@@ -41,7 +41,7 @@ class Selection:
         name: its qualified name ("" is the model itself).
         module: the module.
         recipe: what it gets; None if it stays as it is.
-        reason: why it stays as it is; empty if it does not.
+        reason: why it stays as it is, or becomes float by a rule; else empty.
         by_request: whether it would stay float even if it could be converted.
     """
 
@@ -112,6 +112,8 @@ def quantize_(
     if not any(is_converted(selection.module) for selection in selections):
         stored.compare_configuration(model, resolved)
     _switch(model, {s.module: s.recipe for s in selections if s.recipe is not None})
+    for s in selections:
+        _remember(s.module, "" if is_converted(s.module) else s.reason)
     converted = any(is_converted(selection.module) for selection in selections)
     stored.attach(selection.module for selection in selections)
     stored.write_configuration(model, resolved if converted else None)
@@ -130,6 +132,7 @@ def restore_(model: Model) -> Model:
     _switch(model, dict.fromkeys(filter(is_converted, model.modules()), load_recipe("none")))
     for module in model.modules():
         stored.detach(module, keep_comparing=True)
+        _remember(module, "")
     stored.write_configuration(model, None)
     return model
 
@@ -158,7 +161,8 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
         asked = rule is not None and not load_recipe(rule.recipe).is_float
         if reason is None:
             left = filter_fn is not None and not filter_fn(module, aliases[0])
-            why = _FILTERED if left else ""
+            floats = rule is not None and wanted.is_float
+            why = _FILTERED if left else f"rule {rule.pattern!r} says 'none'" if rule and floats else ""
             selections.append(Selection(aliases[0], module, None if left else wanted, why, by_request=left))
             # A rule in another one's shadow does no harm where both say the same, of a layer with two names.
             used.update(r for r in recipe.rules if rule and r.recipe == rule.recipe and _match_any(r, aliases))
@@ -260,6 +264,13 @@ def _no_form(module: nn.Module) -> str:
     if "router" in kind.lower():
         return f"{kind} chooses experts by the products of its {', '.join(own)}, which rounding would change"
     return f"{kind} has parameters of its own ({', '.join(own)}) that fqt cannot see the use of"
+
+
+def _remember(module: nn.Module, reason: str) -> None:
+    """Keeps on a module why the last conversion left it in float, for `explain`."""
+    module.__dict__.pop("fqt_reason", None)
+    if reason and not isinstance(module, torch.jit.ScriptModule):
+        module.__dict__["fqt_reason"] = reason
 
 
 def is_converted(module: nn.Module) -> bool:
