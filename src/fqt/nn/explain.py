@@ -146,8 +146,8 @@ def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) 
         A table with one row per product of every layer that has one, and per float product beside them.
 
     Raises:
-        FqtError: a batch is given, and the model has lazy layers without parameters yet or checkpoints activations
-            with use_reentrant=True.
+        FqtError: a batch is given, and the model has lazy layers without parameters yet, checkpoints activations
+            with use_reentrant=True, or does not take it.
     """
     layers = [replace(s, name=_shown(s.name)) for s in select(model, load_recipe("none"))[0]]
     if batch is None and loss_fn is None:

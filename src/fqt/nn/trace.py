@@ -11,11 +11,12 @@ while one is active. So were hooks on the modules themselves, for the same reaso
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,7 +34,7 @@ from fqt.nn.convert import is_converted
 from fqt.nn.keeping import Keeping, Kept
 from fqt.nn.observe import eagerly
 from fqt.nn.witness import Count, Witness
-from fqt.nn.wrappers import alone, named_modules, named_tensors
+from fqt.nn.wrappers import alone, named_modules, named_tensors, unwrapped
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 OUTSIDE = "(outside the model)"
@@ -92,8 +93,11 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
 
     Raises:
         FqtError: the model has lazy layers without parameters yet, or checkpoints activations with
-            use_reentrant=True, or loss_fn returns no tensor.
+            use_reentrant=True, loss_fn is none or returns no tensor, or the batch is not what the model's forward
+            takes.
     """
+    if loss_fn is not None and not callable(loss_fn):
+        raise FqtError(f"loss_fn is a function, loss_fn(model, batch) -> scalar, not {type(loss_fn).__name__}")
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise FqtError("the model has lazy layers without parameters yet: run one batch through it first")
     model = alone(model)
@@ -124,9 +128,27 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+    words = batch if isinstance(batch, Mapping) else {}
+    parts = () if words is batch else batch if isinstance(batch, list | tuple) else (batch,)
+    try:
+        return model(*parts, **words)
+    except TypeError as error:
+        if _takes(unwrapped(model), parts, words):
+            raise
+        raise FqtError(
+            f"the model does not take this batch ({error}): without loss_fn a batch is what its forward takes, "
+            "explain(model, inputs); with one, what loss_fn takes, explain(model, (inputs, targets), loss_fn) with "
+            "loss_fn(model, batch) -> scalar"
+        ) from None
+
+
+def _takes(model: nn.Module, parts: Sequence[Any], words: Mapping[str, Any]) -> bool:
+    """Whether a forward has as many arguments, of these names."""
+    try:
+        inspect.signature(model.forward).bind(*parts, **words)
+    except TypeError:
+        return False
+    return True
 
 
 def _loss(output: Any, is_loss: bool) -> Tensor | None:
