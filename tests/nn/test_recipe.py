@@ -88,7 +88,14 @@ SAYS = {
     "bits": (lambda: load_recipe({"grad_input": {"bits": "8"}}), ("8", "2 to 8")),
     "rule key": (lambda: load_recipe({"rules": [{"pattern": "a", "name": "b"}]}), ("name", "recipe")),
     "half a rule": (lambda: load_recipe({"rules": [{"pattern": "a"}]}), ("pattern", "recipe")),
-    "not a recipe": (lambda: load_recipe(8), ("8", "TOML")),
+    "not a recipe": (lambda: load_recipe(8), ("not int", "TOML")),
+    "swapped letters": (lambda: load_recipe("bqh5"), ("unknown recipe 'bqh5'; did you mean 'bhq5'?",)),
+    "a paper's": (lambda: load_recipe("jetfir"), ("did you mean 'jetfire'?",)),
+    "with an axis": (lambda: load_recipe("PSQ8@channel"), ("did you mean 'psq8'?",)),
+    "a width": (lambda: load_recipe("int8"), ("'default' is 8-bit training",)),
+    "a narrow width": (lambda: load_recipe("5-bit"), ("'psq5' has gradients of 5 bits",)),
+    "a recipe for an operand": (lambda: Recipe(grad_input="default"), ("a recipe", "grad_input takes a quantizer")),
+    "nothing near": (lambda: load_recipe("bf16"), ("none, qat, default", "TOML")),
     "no file": (lambda: load_recipe("missing.toml"), ("missing.toml",)),
 }
 
