@@ -31,5 +31,5 @@ class RecipeWarning(FqtWarning):
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant: letters swapped, left out or in capitals; None if none is near."""
-    found = difflib.get_close_matches(name.strip().lower(), list(known), n=1, cutoff=0.65)
+    found = difflib.get_close_matches(name.strip().lower(), list(known), n=1, cutoff=0.7)
     return found[0] if found else None

@@ -56,13 +56,13 @@ def test_a_name_never_means_something_else(name: str) -> None:
 
 
 SAYS = {
-    "unknown name": (lambda: load_recipe("qta"), ("qta", "qat", "default", "none", "bhq", "psq")),
+    "unknown name": (lambda: load_recipe("qta"), ("did you mean 'qat'?",)),
     "unknown method bits": (lambda: load_recipe("psq9"), ("9", "2 to 8")),
     "no bits": (lambda: load_recipe("psq"), ("psq", "bits")),
     "unknown axis": (lambda: load_recipe("psq4@row"), ("row", "sample", "token", "channel")),
     "fold": (lambda: Recipe(fold="yes"), ("yes", "never", "auto", "always")),
     "operand type": (lambda: Recipe(grad_input=4), ("grad_input", "4")),
-    "operand name": (lambda: Recipe(weight="int8"), ("int8", "ptq", "psq")),
+    "operand name": (lambda: Recipe(weight="int8"), ("int8", "psq8")),
     "input channel": (lambda: Recipe(input="psq8@channel"), ("input", "sample", "token")),
     "weight sample": (lambda: Recipe(weight="psq8@sample"), ("weight", "channel")),
     "input stochastic": (lambda: Recipe(input=q("tensor")), ("input", "nearest")),
@@ -70,7 +70,7 @@ SAYS = {
     "weight transform": (lambda: Recipe(weight="bhq8n"), ("weight", "transform")),
     "pattern": (lambda: Rule(3, "psq4"), ("pattern", "3")),
     "nested rules": (lambda: Rule("a", Recipe(rules=[Rule("b", "psq4")])), ("a", "rules")),
-    "rule recipe": (lambda: Rule("a", "int8"), ("int8", "bhq")),
+    "rule recipe": (lambda: Rule("a", "int8"), ("int8", "8-bit training")),
     "key": (lambda: load_recipe({"grad": "psq4"}), ("grad", "grad_input", "base", "rules")),
     "base": (lambda: load_recipe({"base": "qta"}), ("qta", "qat")),
     "quantizer key": (lambda: load_recipe({"input": {"bit": 8}}), ("bit", "bits", "rounding")),
