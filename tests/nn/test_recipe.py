@@ -56,7 +56,7 @@ def test_a_name_never_means_something_else(name: str) -> None:
 
 
 SAYS = {
-    "unknown name": (lambda: load_recipe("qta"), ("did you mean 'qat'?",)),
+    "unknown name": (lambda: load_recipe("qta"), ("qta", "qat", "default", "none")),
     "unknown method bits": (lambda: load_recipe("psq9"), ("9", "2 to 8")),
     "no bits": (lambda: load_recipe("psq"), ("psq", "bits")),
     "unknown axis": (lambda: load_recipe("psq4@row"), ("row", "sample", "token", "channel")),

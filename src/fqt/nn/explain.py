@@ -28,7 +28,7 @@ from fqt.nn.ranges import remembered
 from fqt.nn.recipe import INPUT_AGAIN, PRODUCTS, WEIGHT_AGAIN, Recipe, dump_operand, load_recipe
 from fqt.nn.stored import stored_in_configuration
 from fqt.nn.trace import OUTSIDE, LossFn, Site, Trace, trace
-from fqt.nn.wrappers import named_modules, named_tensors
+from fqt.nn.wrappers import check_module, named_modules, named_tensors
 
 ARITHMETIC = ("integer", "simulated", "float", "unknown", "not run")
 _INTEGER = "both operands are integer codes"
@@ -149,6 +149,7 @@ def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) 
         FqtError: a batch is given, and the model has lazy layers without parameters yet, checkpoints activations
             with use_reentrant=True, or does not take it.
     """
+    check_module(model, "explain")
     layers = [replace(s, name=_shown(s.name)) for s in select(model, load_recipe("none"))[0]]
     if batch is None and loss_fn is None:
         rows = tuple(product for layer in layers for product in _conversion(layer))

@@ -195,8 +195,12 @@ class Recipe:
         return all(getattr(self, operand) is None for operand in OPERANDS)
 
     def __str__(self) -> str:
-        words = [f"{k}={v}" for k, v in dump_recipe(self).items() if k != "rules"]
-        return recipe_name(self) or ", ".join([*words, f"{len(self.rules)} rules"] if self.rules else words)
+        base = replace(self, rules=()) if self.rules else self
+        words = recipe_name(base) or ", ".join(f"{k}={v}" for k, v in dump_recipe(base).items())
+        layers: dict[str, list[str]] = {}
+        for rule in self.rules:
+            layers.setdefault(str(rule.recipe), []).append(rule.pattern)
+        return "; ".join([words, *(f"{recipe} for {', '.join(names)}" for recipe, names in layers.items())])
 
 
 def _product(recipe: Recipe, name: str) -> Product:

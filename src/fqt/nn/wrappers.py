@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from fqt.errors import FqtError
+
 # By the class's own name: none of their modules has to be imported for it.
 _INSIDE = {
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
@@ -23,6 +25,12 @@ _INSIDE = {
         "_checkpoint_wrapped_module"
     ),
 }
+
+
+def check_module(model: object, function: str) -> None:
+    """Raises FqtError, of types only, where a function of the public interface is not given a module first."""
+    if not isinstance(model, nn.Module):
+        raise FqtError(f"{function} takes the model first, a torch.nn.Module, not {type(model).__name__}")
 
 
 def bare(name: str) -> str:
