@@ -1,4 +1,5 @@
-"""Builds the native kernels, for several instruction sets; an install without a compiler goes on without them."""
+"""Builds the native kernels, for several instruction sets; an install without a compiler goes on without them, and so
+does one with FQT_COMPILE=0 in the environment."""
 
 import os
 import platform
@@ -24,6 +25,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LIBRARIES["avxvnni"] = ([*AVX2, "-mavxvnni"], PRODUCTS)
     LIBRARIES["avx512"] = (AVX512, ALL)
     LIBRARIES["amx"] = ([*AVX512, "-mamx-tile", "-mamx-int8"], PRODUCTS)
+if os.environ.get("FQT_COMPILE") == "0":  # plain torch, at once
+    LIBRARIES.clear()
 
 
 class BuildKernels(build_ext):
