@@ -1,4 +1,5 @@
-"""Builds the native kernels, for several instruction sets; an install without a compiler goes on without them."""
+"""Builds the native kernels, for several instruction sets; an install without a compiler goes on without them, and so
+does one with FQT_COMPILE=0 in the environment."""
 
 import os
 from pathlib import Path
@@ -29,6 +30,8 @@ elif PLATFORM == "linux-aarch64":  # no other system is asked what its processor
     CALM = "-fno-schedule-insns"  # as on x86: GCC else loads so far ahead that it spills a tile's sums
     LIBRARIES["neon"] = (["-march=armv8.2-a+dotprod", CALM], ALL)
     LIBRARIES["i8mm"] = (["-march=armv8.2-a+dotprod+i8mm", CALM], [path for path in PRODUCTS if "blocked" not in path])
+if os.environ.get("FQT_COMPILE") == "0":  # plain torch, at once
+    LIBRARIES.clear()
 
 
 class BuildKernels(build_ext):

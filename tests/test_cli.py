@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -280,9 +281,24 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
     assert trainer.step == before + 1
 
 
+@pytest.mark.parametrize(
+    ("command", "how"), [("train", "command with --resume (not --force)"), ("compare", "command (not --force)")]
+)
+def test_a_stopped_training_says_how_its_command_continues(run, monkeypatch, command, how):
+    def stopped(*_, **__):
+        raise fqt.train.Interrupted(Path("r"), 3)
+
+    monkeypatch.setattr(fqt.cli.training, command, stopped)
+    status, _, err = run(command, "digits", "--out", "r", *FAST)
+    assert (status, err.strip()) == (
+        130,
+        f"fqt: interrupted after step 3; the state is saved in r; the same {how} continues",
+    )
+
+
 def test_help_and_version(run):
     assert "compare" in run("--help")[1]
-    assert "--recipes" in run("compare", "-h")[1]
+    assert {"--recipes", "--resume"} <= set(run("compare", "-h")[1].split())
     assert fqt.__version__ in run("--version")[1]
 
 

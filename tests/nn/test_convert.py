@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fqt
-from fqt import Recipe, Rule
+from fqt import FqtError, Recipe, Rule
 from fqt.nn import load_recipe
 
 from .cases import LAYERS, Case, equal, gradients, ids, small_net
@@ -176,3 +178,49 @@ def test_pruning_keeps_working() -> None:
     layer(torch.randn(5, 4)).sum().backward()
     assert layer.weight_orig.grad.isfinite().all()
     assert (layer.weight_orig.grad == 0).sum() == 6
+
+
+def test_layers_and_mixed_recipes_print_what_they_are() -> None:
+    class Own(nn.Linear):
+        def extra_repr(self) -> str:
+            return "of one's own"
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Own(4, 2), nn.Linear(2, 2))
+    recipe = load_recipe({"base": "shq4d", "rules": [Rule("0", "none"), Rule("1", "psq8"), Rule("3", "psq8")]})
+    assert str(recipe) == "shq4d; none for 0; psq8 for 1, 3"
+    fqt.quantize_(model, recipe)
+    assert str(fqt.recipe_of(model)) == "none; psq8 for 1, 3; shq4d for 2"
+    assert [repr(layer) for layer in model] == [
+        "Linear(in_features=4, out_features=4, bias=True)",
+        "QuantizedLinear(in_features=4, out_features=4, bias=True, recipe=psq8)",
+        "QuantizedOwn(of one's own, recipe=shq4d)",
+        "QuantizedLinear(in_features=2, out_features=2, bias=True, recipe=psq8)",
+    ]
+    assert "recipe" not in repr(fqt.restore_(model))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_asks_for_the_restored_model() -> None:
+    model = fqt.quantize_(nn.Sequential(nn.Conv2d(2, 3, 1), nn.MultiheadAttention(4, 2)), "psq8")
+    for module in (model, *model):
+        with pytest.raises(FqtError, match="restore_"):
+            torch.jit.script(module)
+    torch.jit.script(fqt.restore_(model)[0])
+
+
+@pytest.mark.parametrize("function", [fqt.quantize_, fqt.restore_, fqt.compress_, fqt.explain])
+def test_what_is_no_model_is_named_by_its_type(function: Callable[..., object]) -> None:
+    with pytest.raises(FqtError, match=r"^\w+ takes the model first, a torch.nn.Module, not str$"):
+        function("psq8")
+    if function is fqt.quantize_:  # arguments swapped
+        with pytest.raises(FqtError, match=r"not str$"):
+            function("psq8", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("filter_fn", ["0", lambda module: True, lambda module, name, more: True])
+def test_a_filter_of_other_arguments_is_refused(filter_fn: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(FqtError, match=r"filter_fn\(module, name\): "):
+        fqt.quantize_(model, filter_fn=filter_fn)
+    assert type(model[0]) is nn.Linear
+    assert type(fqt.quantize_(model, filter_fn=lambda *both: True)[0]) is not nn.Linear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -201,5 +202,32 @@ def test_layers_that_are_slower_on_integers_are_named() -> None:
         }
     )
     fqt.quantize_(model, "psq8", filter_fn=lambda layer, name: name != "skipped")
-    (note,) = [note for note in fqt.explain(model).notes if "slower on integers here" in note]
+    explained = fqt.explain(model)
+    assert explained.slower == ("pointwise", "depthwise", "up", "narrow")
+    (note,) = [note for note in explained.notes if "slower on integers here" in note]
     assert note.endswith(": pointwise, depthwise, up, narrow")
+    assert fqt.explain(model["linear"], torch.randn(3, 256)).slower == ()
+
+
+@pytest.mark.skipif(bool(machine_obstacle("cpu")), reason="no integer kernels")
+def test_all_slower_layers_are_named_and_can_be_left_float_by_rules() -> None:
+    model = fqt.quantize_(nn.Sequential(*(nn.Linear(4, 4) for _ in range(11)), nn.Linear(4, 512)), "psq8")
+    explained = fqt.explain(model, torch.randn(3, 4))
+    assert explained.slower == fqt.explain(model).slower == tuple(map(str, range(12)))
+    rules = [fqt.Rule(name, "none") for name in explained.slower[:-1]]
+    fqt.quantize_(model, {"base": "psq8", "rules": rules})
+    assert fqt.explain(model).slower == ("11",)
+    assert [p.why for p in fqt.explain(model).products if p.layer == "3"] == ["rule '3' says 'none'"]
+
+
+def test_why_a_layer_was_left_float_on_request() -> None:
+    """As long as it is so: not after a second conversion, nor after the model was restored."""
+    why = lambda *batch: {p.layer: p.why for p in fqt.explain(model, *batch).products if p.arithmetic == "float"}
+    model = fqt.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "psq8", filter_fn=lambda m, n: n != "0")
+    assert why() == why(torch.randn(3, 4)) == {"0": "filter_fn left it out"}
+    assert why() == {p.layer: p.why for p in fqt.explain(copy.deepcopy(model)).products if p.arithmetic == "float"}
+    fqt.quantize_(model, {"base": "psq8", "rules": [fqt.Rule("1", "none")]})
+    assert why() == {"1": "rule '1' says 'none'"}
+    fqt.restore_(model)
+    assert why() == dict.fromkeys("01", "not converted")
+    assert all("fqt_reason" not in vars(m) for m in model)

@@ -145,7 +145,7 @@ def test_a_subclass_is_pickled_by_its_own_class() -> None:
 def test_layers_of_one_class_share_their_quantized_class() -> None:
     model = fqt.quantize_(nn.Sequential(Named("a"), Named("b")), "psq4")
     assert type(model[0]) is type(model[1])
-    assert str(model[0]) == "QuantizedNamed(a, in_features=8, out_features=8, bias=True)"
+    assert str(model[0]) == "QuantizedNamed(a, in_features=8, out_features=8, bias=True, recipe=psq4)"
 
 
 def test_a_parametrization_may_come_and_go_while_converted() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -217,3 +219,19 @@ def test_outputs_can_be_modified_in_place(case: Case, dtype: torch.dtype, last: 
         torch.manual_seed(1)
         found.append(gradients(nn.Sequential(layer, nn.ReLU(inplace=inplace)), x))
     assert equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(4, 2), lambda: nn.Conv1d(4, 2, 1)])
+def test_inputs_that_are_no_real_numbers(kind: Any, dtype: torch.dtype) -> None:
+    """Autocast would not help, and is not said to; of another floating-point dtype it is."""
+    layer, x = fqt.quantize_(kind(), "psq8"), torch.ones(3, 4, 4)
+    for enabled in (False, True):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled),
+            pytest.raises(RuntimeError, match=r"float\(\)") as error,
+        ):
+            layer(x.to(dtype))
+        assert "autocast" not in str(error.value)
+    with pytest.raises(RuntimeError, match=r"use torch\.autocast"):
+        layer(x.double())

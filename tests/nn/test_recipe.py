@@ -56,13 +56,13 @@ def test_a_name_never_means_something_else(name: str) -> None:
 
 
 SAYS = {
-    "unknown name": (lambda: load_recipe("qta"), ("qta", "qat", "default", "none", "bhq", "psq")),
+    "unknown name": (lambda: load_recipe("qta"), ("qta", "qat", "default", "none")),
     "unknown method bits": (lambda: load_recipe("psq9"), ("9", "2 to 8")),
     "no bits": (lambda: load_recipe("psq"), ("psq", "bits")),
     "unknown axis": (lambda: load_recipe("psq4@row"), ("row", "sample", "token", "channel")),
     "fold": (lambda: Recipe(fold="yes"), ("yes", "never", "auto", "always")),
     "operand type": (lambda: Recipe(grad_input=4), ("grad_input", "4")),
-    "operand name": (lambda: Recipe(weight="int8"), ("int8", "ptq", "psq")),
+    "operand name": (lambda: Recipe(weight="int8"), ("int8", "psq8")),
     "input channel": (lambda: Recipe(input="psq8@channel"), ("input", "sample", "token")),
     "weight sample": (lambda: Recipe(weight="psq8@sample"), ("weight", "channel")),
     "input stochastic": (lambda: Recipe(input=q("tensor")), ("input", "nearest")),
@@ -70,7 +70,7 @@ SAYS = {
     "weight transform": (lambda: Recipe(weight="bhq8n"), ("weight", "transform")),
     "pattern": (lambda: Rule(3, "psq4"), ("pattern", "3")),
     "nested rules": (lambda: Rule("a", Recipe(rules=[Rule("b", "psq4")])), ("a", "rules")),
-    "rule recipe": (lambda: Rule("a", "int8"), ("int8", "bhq")),
+    "rule recipe": (lambda: Rule("a", "int8"), ("int8", "8-bit training")),
     "key": (lambda: load_recipe({"grad": "psq4"}), ("grad", "grad_input", "base", "rules")),
     "base": (lambda: load_recipe({"base": "qta"}), ("qta", "qat")),
     "quantizer key": (lambda: load_recipe({"input": {"bit": 8}}), ("bit", "bits", "rounding")),
@@ -88,7 +88,14 @@ SAYS = {
     "bits": (lambda: load_recipe({"grad_input": {"bits": "8"}}), ("8", "2 to 8")),
     "rule key": (lambda: load_recipe({"rules": [{"pattern": "a", "name": "b"}]}), ("name", "recipe")),
     "half a rule": (lambda: load_recipe({"rules": [{"pattern": "a"}]}), ("pattern", "recipe")),
-    "not a recipe": (lambda: load_recipe(8), ("8", "TOML")),
+    "not a recipe": (lambda: load_recipe(8), ("not int", "TOML")),
+    "swapped letters": (lambda: load_recipe("bqh5"), ("unknown recipe 'bqh5'; did you mean 'bhq5'?",)),
+    "a paper's": (lambda: load_recipe("jetfir"), ("did you mean 'jetfire'?",)),
+    "with an axis": (lambda: load_recipe("PSQ8@channel"), ("did you mean 'psq8'?",)),
+    "a width": (lambda: load_recipe("int8"), ("'default' is 8-bit training",)),
+    "a narrow width": (lambda: load_recipe("5-bit"), ("'psq5' has gradients of 5 bits",)),
+    "a recipe for an operand": (lambda: Recipe(grad_input="default"), ("a recipe", "grad_input takes a quantizer")),
+    "nothing near": (lambda: load_recipe("bf16"), ("none, qat, default", "TOML")),
     "no file": (lambda: load_recipe("missing.toml"), ("missing.toml",)),
 }
 

@@ -109,6 +109,7 @@ def test_sources_without_a_recipe() -> None:
         with pytest.raises(FqtError, match="metadata") as error:
             fqt.recipe_of(source)
         assert "\n" not in str(error.value)
+        assert ("pass checkpoint['model']" in str(error.value)) == ("model" in source)
 
 
 LOADS = {

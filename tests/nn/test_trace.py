@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,6 +99,27 @@ def test_batches_as_the_forward_takes_them() -> None:
     assert ran(left, "b")["grad_weight"] == ("not run", 0, 0)
     with pytest.raises(FqtError, match="loss_fn"):
         fqt.explain(model, (x, y), lambda model, batch: model(*batch))
+
+
+@pytest.mark.parametrize(
+    "batch", [(torch.ones(3, 4), torch.zeros(3)), [torch.ones(3, 4)] * 3, {"images": torch.ones(3, 4)}, ()]
+)
+def test_a_batch_with_targets_and_without_loss_fn_is_refused(batch: Any) -> None:
+    model = fqt.quantize_(nn.Sequential(nn.Linear(4, 2)), "psq4")
+    for wrapped in (model, AveragedModel(model)):
+        with pytest.raises(FqtError, match=r"does not take this batch .*loss_fn"):
+            fqt.explain(wrapped, batch)
+
+
+def test_a_type_error_of_the_models_own_is_raised_as_it_is() -> None:
+    class Faulty(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return len(7)
+
+    with pytest.raises(TypeError, match="has no len"):
+        fqt.explain(Faulty(), torch.ones(2))
+    with pytest.raises(FqtError, match=r"loss_fn is a function, .*, not Tensor"):
+        fqt.explain(nn.Linear(4, 2), torch.ones(3, 4), torch.zeros(3))
 
 
 def test_an_output_with_a_loss_is_differentiated_by_it() -> None:

@@ -100,6 +100,16 @@ def test_what_ran_and_the_recipe_are_those_of_the_model_inside(name: str) -> Non
     assert {p.layer for p in fqt.explain(fqt.quantize_(net(), fqt.recipe_of(model))).products} == LAYERS
 
 
+@pytest.mark.parametrize("name", ["distributed", "compiled distributed", "data parallel"])
+@pytest.mark.parametrize("loss_fn", [None, lambda model, batch: model(batch).square().mean()])
+def test_one_process_explains_alone(name: str, loss_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the wrapper's forward, which waits for the other processes."""
+    model = fqt.quantize_(WRAPPERS[name](net()), HALF)
+    for wrapper in (DistributedDataParallel, DataParallel):
+        monkeypatch.setattr(wrapper, "forward", lambda *_: pytest.fail("the wrapper's forward was called"))
+    assert {p.layer for p in fqt.explain(model, BATCHES[0], loss_fn).products if p.calls} == LAYERS
+
+
 def test_names_of_the_wrapped_model_will_do_too() -> None:
     model = compiled(net())
     fqt.quantize_(model, Recipe(grad_input="psq4", grad_weight="ptq8", rules=[Rule("_orig_mod.0", "none")]))

@@ -61,32 +61,29 @@ def test_what_has_no_name() -> None:
     assert quantizer_name(Quantizer(scale=Scale("column"))) is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "foo4",
-        "PSQ4",
-        "psq4 ",
-        " psq4",
-        "psq4q",
-        "psq4@",
-        "psq4@@token",
-        "4psq",
-        "psq4dd",
-        "psq-4",
-        "psq4\n",
-        None,
-        4,
-    ],
-)
-def test_unknown_names_list_the_known(name: object) -> None:
+UNKNOWN: dict[object, str | None] = {
+    **dict.fromkeys(("", "foo4", "topk4", "default", None, 4), None),
+    **dict.fromkeys(("PSQ4", "psq4 ", " psq4", "psq4q", "psq4@", "psq4@@token", "psq-4", "psq4\n"), "psq4"),
+    **dict.fromkeys(("int4", "4-bit", "4"), "psq4"),
+    "psq4dd": "psq4d",
+    "bqh5": "bhq5",
+    "fp8": "psq8",
+    "mxfp_4": "mxfp4",
+}
+"""What is no name, and the one that was meant."""
+
+
+@pytest.mark.parametrize(("name", "meant"), UNKNOWN.items(), ids=repr)
+def test_unknown_names_say_what_was_meant_or_what_there_is(name: object, meant: str | None) -> None:
     with pytest.raises(FqtError) as error:
         quantizer(name)  # type: ignore[arg-type]
     text = str(error.value)
     assert "\n" not in text.replace(repr(name), "")
-    for method in METHODS:
-        assert method in text
+    if meant:
+        assert text == f"unknown quantizer {name!r}; did you mean {meant!r}?"
+    else:
+        assert len(text) < 400
+        assert all(method in text for method in METHODS)
 
 
 @pytest.mark.parametrize("name", ["psq4@pixel", "psq99", "psq1", "psq9d", "psq0", "psq"])

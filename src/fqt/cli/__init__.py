@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -74,8 +75,8 @@ def _status(arguments: list[str]) -> int:
     except OSError as error:  # of the system, not of ours: where it was is all that there is to say
         where = f" ({shown(os.fsdecode(error.filename))})" if isinstance(error.filename, str | bytes) else ""
         line = f"{error.strerror or error}{where}"
-    except Interrupted as stop:
-        line, status = f"{stop}; the same command with --resume (not --force) continues", 130
+    except _Stopped as stop:
+        line, status = str(stop), 130
     except (KeyboardInterrupt, click.Abort):
         line, status = "interrupted", 130
     if claims("the end"):
@@ -83,8 +84,20 @@ def _status(arguments: list[str]) -> int:
     return status
 
 
-class _InSections(click.Group):
+class _Stopped(Exception):
+    """A training that the user stopped, with what goes on with it."""
+
+
+class _Commands(click.Group):
     """A group whose help lists commands under the titles of `SECTIONS`, in its order."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Runs a command; says of a training that was stopped how this command goes on."""
+        try:
+            return super().invoke(context)
+        except Interrupted as stop:
+            resume = "with --resume " if context.invoked_subcommand == train_command.name else ""
+            raise _Stopped(f"{stop}; the same command {resume}(not --force) continues") from stop
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes one list for each title, all with one width of names."""
@@ -96,7 +109,7 @@ class _InSections(click.Group):
 
 
 @click.group(
-    cls=_InSections,
+    cls=_Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

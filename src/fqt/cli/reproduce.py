@@ -49,7 +49,7 @@ RECORD = Path("results/cifar10-resnet20")
 @click.option("--seed", default=0, show_default=True, help="Of the network and of all noise.")
 @click.option("--quick", is_flag=True, help="Fewer bits, batches and repeats: to see that it works.")
 @click.option("--force", is_flag=True, help="Discard the figures' records in the folder (not the network).")
-@click.option("--resume", is_flag=True, hidden=True, help="It always continues.")
+@click.option("--resume", is_flag=True, help="Not needed: it always continues.")
 def reproduce_command(
     figures: tuple[str, ...],
     run: Path | None,

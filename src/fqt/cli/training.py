@@ -160,7 +160,7 @@ def _explicit(config: TrainConfig, task: str | None, preset: str | None, given: 
 @click.option(
     "--draws", type=click.IntRange(min=2), default=8, show_default=True, help="Backward passes per batch."
 )
-@click.option("--resume", is_flag=True, hidden=True, help="A comparison always continues.")
+@click.option("--resume", is_flag=True, help="Not needed: a comparison always continues.")
 def compare_command(
     task: str | None, preset: str | None, out: Path | None, force: bool, resume: bool, **given: Any
 ) -> None:

@@ -68,6 +68,7 @@ class _Parts:
 
     call: Call
     shapes: tuple[torch.Size, torch.Size]
+    stride: tuple[int, ...]  # of the weight
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None]
     needs: tuple[bool, ...]
     view: _View = None
@@ -83,7 +84,7 @@ class _Products(torch.autograd.Function):
         needs = ctx.needs_input_grad
         output, saved, view = _forward(input, weight, bias, call, keep=needs[1])
         dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.parts = _Parts(call, (input.shape, weight.shape), dtypes, needs[:3], view)
+        ctx.parts = _Parts(call, (input.shape, weight.shape), weight.stride(), dtypes, needs[:3], view)
         # The input is needed only for the weight's gradient, and the other way round.
         ctx.save_for_backward(weight if needs[0] else None, link, *saved)
         return output
@@ -142,7 +143,8 @@ class _Transformable(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 5
         input, weight, seed = ctx.saved_tensors
-        parts = _Parts(ctx.call, (input.shape, weight.shape), ctx.dtypes, ctx.needs_input_grad[:3])
+        shapes = input.shape, weight.shape
+        parts = _Parts(ctx.call, shapes, weight.stride(), ctx.dtypes, ctx.needs_input_grad[:3])
         return *_gradients(grad_output, input, weight, seed, None, None, None, parts), None, None
 
     @staticmethod
@@ -384,5 +386,8 @@ def _forward(
 def _backward(grad: Tensor, weight: Tensor | None, saved: _Saved, parts: _Parts) -> tuple[Tensor | None, ...]:
     call, rest = parts.call, (parts.shapes, parts.dtypes, parts.needs)
     if _as_ops(grad, call):
-        return compiled.layer_backward(grad, weight, saved, *rest, compiled.arguments(call))
-    return backward(grad, weight, saved, parts.view, *rest, call)
+        found = compiled.layer_backward(grad, weight, saved, *rest, compiled.arguments(call))
+    else:
+        found = backward(grad, weight, saved, parts.view, *rest, call)
+    to_weight = compiled.strided_as(found[1], parts.stride)
+    return found[0], None if to_weight is None else to_weight.data, found[2]  # no view, as above

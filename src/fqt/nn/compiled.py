@@ -93,7 +93,9 @@ def _check_target() -> None:
 def _layer(
     input: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output, x = forward(input, weight, bias, _call(*rest))
+    call = _call(*rest)
+    output, x = forward(input, weight, bias, call)
+    output = _as_told(output, call)
     if not keep or x.codes is None:
         return output, input.new_empty(0), input.new_empty(0), input.new_empty(0)
     return output, x.codes.matrix_codes, x.codes.matrix_step, x.codes.group_offset
@@ -122,7 +124,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(
         None if has_codes or not needs[1] else input, weight if needs[0] else None, seed, *output[1:]
     )
-    ctx.rest, ctx.shapes = rest, (input.shape, weight.shape)
+    ctx.rest, ctx.shapes, ctx.stride = rest, (input.shape, weight.shape), weight.stride()
     ctx.dtypes = [input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
     ctx.set_materialize_grads(False)
 
@@ -133,7 +135,20 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         return (None,) * 9
     input, weight, seed, codes, step, offset = ctx.saved_tensors
     saved = (codes, step, offset) if input is None else (input,)
-    return *layer_backward(grad, weight, saved, ctx.shapes, ctx.dtypes, needs, (seed, *ctx.rest)), *(None,) * 6
+    found = layer_backward(grad, weight, saved, ctx.shapes, ctx.dtypes, needs, (seed, *ctx.rest))
+    return found[0], strided_as(found[1], ctx.stride), found[2], *(None,) * 6
+
+
+def strided_as(grad: Tensor | None, stride: Sequence[int]) -> Tensor | None:
+    """The gradient of a weight with that weight's strides, where sizes of 1 leave it open which they are.
+
+    Autograd takes such strides for equal and hands the gradient on; who compares them (`DistributedDataParallel`,
+    with the view of its bucket) warns and copies. Where they really differ autograd itself lays `.grad` out.
+    """
+    if grad is None or grad.stride() == stride:
+        return grad
+    same = all(a == b or n == 1 for a, b, n in zip(grad.stride(), stride, grad.shape, strict=True))
+    return grad.as_strided(grad.shape, stride) if same else grad
 
 
 def _no_second(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -178,8 +193,16 @@ def _layer_backward(
         saved, parts = input_parts(input, call)
     found = backward(grad, weight, saved, parts, shapes, dtypes, needs, call)
     none = grad.new_empty(0)
-    grad_weight = None if found[1] is None else call.as_laid_out(found[1])
-    return tuple(none if g is None else g for g in (found[0], grad_weight, found[2]))  # type: ignore[return-value]
+    laid = (None if g is None else _as_told(g, call) for g in found[:2])
+    return tuple(none if g is None else g for g in (*laid, found[2]))  # type: ignore[return-value]
+
+
+def _as_told(x: Tensor, call: Call) -> Tensor:
+    """A result laid out as its fake one was, down to the strides of sizes of 1: a compiler has planned by them."""
+    told = call.as_laid_out(x.new_empty(x.shape, device="meta"))
+    found = strided_as(call.as_laid_out(x), told.stride())
+    assert found is not None
+    return found
 
 
 def _layer_backward_shape(

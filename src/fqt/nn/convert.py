@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from fqt.nn.arithmetic import misfit
 from fqt.nn.forms import float_form, is_quantized, known, quantized_form, replaced
 from fqt.nn.layers import linear_map
 from fqt.nn.recipe import DEFAULT, Recipe, Rule, load_recipe
-from fqt.nn.wrappers import named_modules
+from fqt.nn.wrappers import check_module, named_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
@@ -41,7 +42,7 @@ class Selection:
         name: its qualified name ("" is the model itself).
         module: the module.
         recipe: what it gets; None if it stays as it is.
-        reason: why it stays as it is; empty if it does not.
+        reason: why it stays as it is, or becomes float by a rule; else empty.
         by_request: whether it would stay float even if it could be converted.
     """
 
@@ -82,13 +83,13 @@ def quantize_(
         The model.
 
     Raises:
-        FqtError: the recipe is wrong.
+        FqtError: there is no module, the recipe is wrong, or the filter takes other arguments.
         ConversionError: no layer can be converted, a rule selects nothing, or names a layer that cannot be
             converted; with `strict`, a layer would stay float. All problems are listed, and the model is unchanged.
     """
+    check_module(model, "quantize_")
     resolved = load_recipe(recipe)
-    if not isinstance(model, nn.Module):
-        raise FqtError(f"quantize_ takes a torch.nn.Module, not {type(model).__name__}")
+    _check_filter(filter_fn, model)
     selections, problems = select(model, resolved, filter_fn)
     problems += [
         f"{s.name or '(model)'!r} is {several}, which cannot share one remembered range: give it another recipe "
@@ -112,6 +113,9 @@ def quantize_(
     if not any(is_converted(selection.module) for selection in selections):
         stored.compare_configuration(model, resolved)
     _switch(model, {s.module: s.recipe for s in selections if s.recipe is not None})
+    for s in selections:
+        asked = s.recipe is not None or s.reason == _FILTERED  # what is found by looking, explain finds again
+        _remember(s.module, s.reason if asked and not is_converted(s.module) else "")
     converted = any(is_converted(selection.module) for selection in selections)
     stored.attach(selection.module for selection in selections)
     stored.write_configuration(model, resolved if converted else None)
@@ -125,13 +129,28 @@ def restore_(model: Model) -> Model:
     They still warn when weights are loaded into them that were saved quantized.
 
     Raises:
+        FqtError: it is no module.
         ConversionError: a layer's class cannot be changed; the model is unchanged.
     """
+    check_module(model, "restore_")
     _switch(model, dict.fromkeys(filter(is_converted, model.modules()), load_recipe("none")))
     for module in model.modules():
         stored.detach(module, keep_comparing=True)
+        _remember(module, "")
     stored.write_configuration(model, None)
     return model
+
+
+def _check_filter(filter_fn: Any, model: nn.Module) -> None:
+    try:
+        if filter_fn is not None:
+            inspect.signature(filter_fn).bind(model, "")
+    except TypeError as error:
+        raise FqtError(
+            f"filter_fn is a function of a module and its name, filter_fn(module, name): {error}"
+        ) from None
+    except ValueError:
+        pass  # a signature that cannot be read, as of some functions written in C
 
 
 def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) -> tuple[list[Selection], list[str]]:
@@ -158,7 +177,8 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
         asked = rule is not None and not load_recipe(rule.recipe).is_float
         if reason is None:
             left = filter_fn is not None and not filter_fn(module, aliases[0])
-            why = _FILTERED if left else ""
+            floats = rule is not None and wanted.is_float
+            why = _FILTERED if left else f"rule {rule.pattern!r} says 'none'" if rule and floats else ""
             selections.append(Selection(aliases[0], module, None if left else wanted, why, by_request=left))
             # A rule in another one's shadow does no harm where both say the same, of a layer with two names.
             used.update(r for r in recipe.rules if rule and r.recipe == rule.recipe and _match_any(r, aliases))
@@ -260,6 +280,13 @@ def _no_form(module: nn.Module) -> str:
     if "router" in kind.lower():
         return f"{kind} chooses experts by the products of its {', '.join(own)}, which rounding would change"
     return f"{kind} has parameters of its own ({', '.join(own)}) that fqt cannot see the use of"
+
+
+def _remember(module: nn.Module, reason: str) -> None:
+    """Keeps on a module why the last conversion left it in float, for `explain`."""
+    module.__dict__.pop("fqt_reason", None)
+    if reason and not isinstance(module, torch.jit.ScriptModule):
+        module.__dict__["fqt_reason"] = reason
 
 
 def is_converted(module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from fqt.nn.ranges import remembered
 from fqt.nn.recipe import INPUT_AGAIN, PRODUCTS, WEIGHT_AGAIN, Recipe, dump_operand, load_recipe
 from fqt.nn.stored import stored_in_configuration
 from fqt.nn.trace import OUTSIDE, LossFn, Site, Trace, trace
-from fqt.nn.wrappers import named_modules, named_tensors
+from fqt.nn.wrappers import check_module, named_modules, named_tensors
 
 ARITHMETIC = ("integer", "simulated", "float", "unknown", "not run")
 _INTEGER = "both operands are integer codes"
@@ -73,6 +73,8 @@ class Explanation:
         repeated: layers that were called more than once, with how often.
         kept: what the forward pass keeps for backward, by module and operation, the largest first; empty without a
             batch.
+        slower: converted layers whose training step takes longer on this CPU's integers than in float: an estimate
+            from the layer's size, nothing is measured (`fqt.nn.arithmetic.is_slower`).
     """
 
     products: tuple[Row, ...]
@@ -81,6 +83,7 @@ class Explanation:
     never_ran: tuple[str, ...] = ()
     repeated: tuple[tuple[str, int], ...] = ()
     kept: tuple[Kept, ...] = ()
+    slower: tuple[str, ...] = ()
 
     @property
     def totals(self) -> dict[str, float]:
@@ -129,7 +132,8 @@ def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) 
     product that no converted layer made (a layer left float, `F.linear` or attention with somebody's weights,
     `matmul`, `einsum`), with its share of all multiplications. Kernels of other libraries that torch does not
     dispatch as a matrix product are not seen. The pass leaves no trace: `.grad`, buffers, random states and modes
-    are as before.
+    are as before. A model in `DistributedDataParallel` runs as this process has it; a sharded one needs all
+    processes.
 
     Args:
         model: any module, converted or not.
@@ -142,13 +146,15 @@ def explain(model: nn.Module, batch: Any = None, loss_fn: LossFn | None = None) 
         A table with one row per product of every layer that has one, and per float product beside them.
 
     Raises:
-        FqtError: a batch is given, and the model has lazy layers without parameters yet or checkpoints activations
-            with use_reentrant=True.
+        FqtError: a batch is given, and the model has lazy layers without parameters yet, checkpoints activations
+            with use_reentrant=True, or does not take it.
     """
+    check_module(model, "explain")
     layers = [replace(s, name=_shown(s.name)) for s in select(model, load_recipe("none"))[0]]
     if batch is None and loss_fn is None:
         rows = tuple(product for layer in layers for product in _conversion(layer))
-        return Explanation(rows, notes=(*_between(model), *_hints(model, layers)))
+        slower = _slower(layers)
+        return Explanation(rows, notes=(*_between(model), *_hints(model, layers, slower)), slower=slower)
     return _Traced(model, layers, trace(model, batch, loss_fn)).explanation()
 
 
@@ -173,7 +179,7 @@ def _conversion(layer: Selection) -> Iterator[Row]:
 
 
 def _unconverted(layer: Selection) -> str:
-    return layer.reason or "not converted"
+    return layer.reason or layer.module.__dict__.get("fqt_reason") or "not converted"
 
 
 def _product(layer: str, module: nn.Module, product: str) -> Row:
@@ -226,11 +232,15 @@ def _words(entry: str | dict[str, Any]) -> str:
     return "{" + ", ".join(f"{key}={value}" for key, value in entry.items()) + "}"
 
 
-def _hints(model: nn.Module, layers: list[Selection]) -> Iterator[str]:
-    if slow := [layer.name for layer in layers if _is_slower(layer.module)]:
+def _slower(layers: list[Selection]) -> tuple[str, ...]:
+    return tuple(layer.name for layer in layers if _is_slower(layer.module))
+
+
+def _hints(model: nn.Module, layers: list[Selection], slower: tuple[str, ...]) -> Iterator[str]:
+    if slower:
         yield (
-            f"slower on integers here than in float, for so few multiplications per number that is quantized: "
-            f"{_few(slow)}"
+            f"slower on integers here than in float, as estimated from the size of {len(slower)} of the layers "
+            f"(`.slower` names all; rules can leave them float): {_few(slower)}"
         )
     if found := remembered(model):
         yield _clipped(found)
@@ -308,8 +318,9 @@ class _Traced:
         ran = {p.layer for p in rows if p.calls}
         never = tuple(name for name in self.layers if name not in ran and not self._is_idle_matrix(name))
         repeated = tuple((name, n) for name, n in self.entered.items() if n > 1 and name in self.layers)
-        notes = tuple(self._notes(never, repeated))
-        return Explanation(tuple(rows), True, notes, never, repeated, self.seen.kept)
+        slower = _slower(list(self.layers.values()))
+        notes = tuple(self._notes(never, repeated, slower))
+        return Explanation(tuple(rows), True, notes, never, repeated, self.seen.kept, slower)
 
     def _layer(self, layer: Selection) -> Iterator[Row]:
         """A converted layer's products, or one row for a layer that did not run."""
@@ -367,7 +378,9 @@ class _Traced:
         )
         return _ACTIVATIONS if attends else "neither operand is a parameter of the model"
 
-    def _notes(self, never: tuple[str, ...], repeated: tuple[tuple[str, int], ...]) -> Iterator[str]:
+    def _notes(
+        self, never: tuple[str, ...], repeated: tuple[tuple[str, int], ...], slower: tuple[str, ...]
+    ) -> Iterator[str]:
         if never:
             yield f"never ran on this batch: {_few(never)}"
         if repeated:
@@ -381,7 +394,7 @@ class _Traced:
             yield f"in eval mode, where gradients are exact: {_few(asleep)}; training runs after model.train()"
         if self.seen.kept and any(map(is_compressed, self.model.modules())):
             yield summary(self.seen.kept)
-        yield from _hints(self.model, list(self.layers.values()))
+        yield from _hints(self.model, list(self.layers.values()), slower)
 
 
 def _shown(name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copyreg
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -95,7 +96,25 @@ def register(kind: Kind, form: Kind | Callable[..., Any] | None = None, *, overw
 
 def _add(kind: Kind, form: Kind) -> None:
     form.fqt_float_form = kind  # type: ignore[attr-defined]
+    for name, method in (("extra_repr", _extra_repr), ("__prepare_scriptable__", _refuse_script)):
+        if name not in vars(form):
+            setattr(form, name, method)
     QUANTIZED[kind] = form
+
+
+def _extra_repr(layer: nn.Module) -> str:
+    """What the float layer says of itself, and the recipe."""
+    words = type(layer).fqt_float_form.extra_repr(layer)  # type: ignore[attr-defined]
+    own = replace(layer.fqt_recipe, rules=())  # type: ignore[type-var]
+    return ", ".join(filter(None, (words, f"recipe={own}")))
+
+
+def _refuse_script(layer: nn.Module) -> None:
+    """What `torch.jit.script` asks of a module before it reads its source."""
+    raise FqtError(
+        f"TorchScript cannot express a layer that fqt converted ({type(layer).__name__}): call fqt.restore_(model) "
+        "before scripting"
+    )
 
 
 for _form in (

@@ -32,6 +32,11 @@ _SEED_RANGE = 2**63 - 1
 def _output_dtype(layer: nn.Module, input: Tensor, weight: Tensor) -> torch.dtype:
     """What the float layer would return; the float layer's error where it would raise one."""
     device = input.device.type
+    if not input.is_floating_point():
+        raise RuntimeError(
+            f"{type(layer).__name__}: input is {input.dtype}, and must be real floating-point numbers: convert it, "
+            "for instance by input.float()"
+        )
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) if input.dtype != torch.float64 else torch.float64
     if input.dtype != weight.dtype:

@@ -23,13 +23,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fqt.errors import FqtError
+from fqt.errors import FqtError, UnknownName
 from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
 from fqt.nn.product import SAVED, Product, check_block, check_fold
 from fqt.quant.best import Best
-from fqt.quant.catalog import METHODS, quantizer, quantizer_name, rounded
+from fqt.quant.catalog import name_meant, quantizer, quantizer_name, rounded, width_meant
 from fqt.quant.grid import Integers, grid_from
 from fqt.quant.keep import WORDS, Sampled, keep_from
 from fqt.quant.quantizer import Quantizer
@@ -195,8 +195,12 @@ class Recipe:
         return all(getattr(self, operand) is None for operand in OPERANDS)
 
     def __str__(self) -> str:
-        words = [f"{k}={v}" for k, v in dump_recipe(self).items() if k != "rules"]
-        return recipe_name(self) or ", ".join([*words, f"{len(self.rules)} rules"] if self.rules else words)
+        base = replace(self, rules=()) if self.rules else self
+        words = recipe_name(base) or ", ".join(f"{k}={v}" for k, v in dump_recipe(base).items())
+        layers: dict[str, list[str]] = {}
+        for rule in self.rules:
+            layers.setdefault(str(rule.recipe), []).append(rule.pattern)
+        return "; ".join([words, *(f"{recipe} for {', '.join(names)}" for recipe, names in layers.items())])
 
 
 def _product(recipe: Recipe, name: str) -> Product:
@@ -284,6 +288,8 @@ def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
 def _named_operand(operand: str, name: str) -> Quantizer | None:
     if name in ("none", "float"):
         return None
+    if name in RECIPES:
+        raise FqtError(f"{name!r} is a recipe, and {operand} takes a quantizer, such as 'psq8'")
     value = quantizer(name)
     if operand == WEIGHT_AGAIN and value.rounding != DITHERED and not isinstance(value, Best):
         return replace(value, scale=replace(value.scale, mode="symmetric"))
@@ -303,13 +309,19 @@ def _named(name: str) -> Recipe:
         return Recipe(**RECIPES[name])
     try:
         return Recipe(grad_input=quantizer(name), grad_weight="ptq8")
-    except FqtError:
-        if any(name.startswith(method.name.partition("*")[0]) for method in METHODS.values()):
-            raise
-        raise FqtError(
-            f"unknown recipe {name!r}; known: {', '.join(RECIPES)}; a TOML file; or a quantizer, such as 'psq4' or "
-            "'bhq8d' (fqt catalog lists them)"
-        ) from None
+    except UnknownName:
+        raise UnknownName(f"unknown recipe {name!r}; {_meant(name)}") from None
+
+
+def _meant(name: str) -> str:
+    """What who wrote this name for a recipe probably wants, else what there is."""
+    bits = width_meant(name)
+    if bits:
+        return "'default' is 8-bit training" if bits == "8" else f"'psq{bits}' has gradients of {bits} bits, say"
+    meant = name_meant(name, RECIPES)
+    if meant is not None:
+        return f"did you mean {meant!r}?"
+    return f"known: {', '.join(RECIPES)}; a TOML file; or a quantizer, such as 'psq4' (fqt catalog lists them)"
 
 
 def recipe_name(recipe: Recipe) -> str | None:
@@ -340,7 +352,7 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
         return _named(source)
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    raise FqtError(f"a recipe is a Recipe, a name, a TOML file or a mapping, not {source!r}")
+    raise FqtError(f"a recipe is a Recipe, a name, a TOML file or a mapping, not {type(source).__name__}")
 
 
 def _from_file(path: Path) -> Recipe:

@@ -54,15 +54,25 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
     """
     if isinstance(source, nn.Module):
         return _of_model(source)
-    metadata = getattr(source, "_metadata", None)
-    if not isinstance(metadata, Mapping):
+    if not _has_metadata(source):
+        inside = (f"pass checkpoint[{key!r}]" for key, value in _items(source) if _has_metadata(value))
         raise FqtError(
             "recipe_of takes a model or its state dict as model.state_dict() or torch.load returned it; this "
-            f"{type(source).__name__} has no metadata, where the recipe is kept (safetensors and copies lose it)"
+            f"{type(source).__name__} has no metadata, where the recipe is kept: "
+            + next(inside, "safetensors and copies, such as those without their prefixes, lose it")
         )
+    metadata: Mapping[str, Any] = source._metadata  # type: ignore[attr-defined]
     found = {bare(name): load_recipe(entry[KEY]) for name, entry in metadata.items() if KEY in entry}
     matrices = (key for key, value in source.items() if isinstance(value, Tensor) and value.ndim > 1)
     return _assemble(found, (bare(key.rpartition(".")[0]) for key in matrices))
+
+
+def _items(source: Any) -> Iterable[tuple[Any, Any]]:
+    return source.items() if isinstance(source, Mapping) else ()
+
+
+def _has_metadata(value: Any) -> bool:
+    return isinstance(getattr(value, "_metadata", None), Mapping)
 
 
 def _of_model(model: nn.Module) -> Recipe:

@@ -11,11 +11,12 @@ while one is active. So were hooks on the modules themselves, for the same reaso
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,7 +34,7 @@ from fqt.nn.convert import is_converted
 from fqt.nn.keeping import Keeping, Kept
 from fqt.nn.observe import eagerly
 from fqt.nn.witness import Count, Witness
-from fqt.nn.wrappers import named_modules, named_tensors
+from fqt.nn.wrappers import alone, named_modules, named_tensors, unwrapped
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 OUTSIDE = "(outside the model)"
@@ -76,6 +77,9 @@ class Trace:
 def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
     """Runs one forward and backward pass in the mode the model is in, and leaves no trace of it in the model.
 
+    A model that averages gradients over processes (`DistributedDataParallel`) runs as this process has it, so that
+    one process may look alone.
+
     Parameters' `.grad`, buffers, random states (torch's, NumPy's, Python's), every module's mode, and hooks on
     `.grad` are as before; what the model's own forward writes into plain attributes stays written. Compiled parts
     run uncompiled.
@@ -89,10 +93,14 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
 
     Raises:
         FqtError: the model has lazy layers without parameters yet, or checkpoints activations with
-            use_reentrant=True, or loss_fn returns no tensor.
+            use_reentrant=True, loss_fn is none or returns no tensor, or the batch is not what the model's forward
+            takes.
     """
+    if loss_fn is not None and not callable(loss_fn):
+        raise FqtError(f"loss_fn is a function, loss_fn(model, batch) -> scalar, not {type(loss_fn).__name__}")
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise FqtError("the model has lazy layers without parameters yet: run one batch through it first")
+    model = alone(model)
     at_work: list[Witness] = []
     converted = {name: module for name, module in named_modules(model) if is_converted(module)}
     seen = Trace({name: Witness(at_work) for name in converted})
@@ -101,7 +109,7 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
         stack.enter_context(_undisturbed(model))
         stack.enter_context(_witnessed(converted, seen.layers))
         stack.enter_context(_uncompiled())
-        stack.enter_context(_alone(model))
+        stack.enter_context(_unsynced(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(watch.modules())
         stack.enter_context(watch)
@@ -120,9 +128,27 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+    words = batch if isinstance(batch, Mapping) else {}
+    parts = () if words is batch else batch if isinstance(batch, list | tuple) else (batch,)
+    try:
+        return model(*parts, **words)
+    except TypeError as error:
+        if _takes(unwrapped(model), parts, words):
+            raise
+        raise FqtError(
+            f"the model does not take this batch ({error}): without loss_fn a batch is what its forward takes, "
+            "explain(model, inputs); with one, what loss_fn takes, explain(model, (inputs, targets), loss_fn) with "
+            "loss_fn(model, batch) -> scalar"
+        ) from None
+
+
+def _takes(model: nn.Module, parts: Sequence[Any], words: Mapping[str, Any]) -> bool:
+    """Whether a forward has as many arguments, of these names."""
+    try:
+        inspect.signature(model.forward).bind(*parts, **words)
+    except TypeError:
+        return False
+    return True
 
 
 def _loss(output: Any, is_loss: bool) -> Tensor | None:
@@ -216,8 +242,8 @@ def _witnessed(converted: Mapping[str, nn.Module], witnesses: Mapping[str, Witne
             module.__dict__.pop("fqt_witness", None)
 
 
-def _alone(model: Any) -> AbstractContextManager:
-    """Keeps a wrapper that averages gradients over processes from waiting for a backward pass that it would see."""
+def _unsynced(model: Any) -> AbstractContextManager:
+    """Keeps a wrapper that shards parameters from summing gradients over processes."""
     no_sync = getattr(model, "no_sync", None)
     return no_sync() if callable(no_sync) else nullcontext()
 

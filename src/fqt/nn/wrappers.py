@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from fqt.errors import FqtError
+
 # By the class's own name: none of their modules has to be imported for it.
 _INSIDE = {
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
@@ -23,6 +25,12 @@ _INSIDE = {
         "_checkpoint_wrapped_module"
     ),
 }
+
+
+def check_module(model: object, function: str) -> None:
+    """Raises FqtError, of types only, where a function of the public interface is not given a module first."""
+    if not isinstance(model, nn.Module):
+        raise FqtError(f"{function} takes the model first, a torch.nn.Module, not {type(model).__name__}")
 
 
 def bare(name: str) -> str:
@@ -44,6 +52,29 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside all wrappers."""
     name = inside(module)
     return module if name is None else unwrapped(module.get_submodule(name))
+
+
+def alone(model: nn.Module, *, outermost: bool = False) -> nn.Module:
+    """The model as one process has it, out of the wrappers that average gradients over processes or devices.
+
+    Their forward talks to the other processes (`DistributedDataParallel` broadcasts buffers), which are not there
+    where one process alone looks at its model.
+
+    Args:
+        model: wrapped or not; other wrappers, torch.compile's for one, may lie around the one that averages.
+        outermost: whether only one that is outermost is taken off.
+    """
+    outer, name = model, inside(model)
+    while name is not None:
+        within = outer.get_submodule(name)
+        if _averages(outer) and (outer is model or not outermost):
+            model = within
+        outer, name = within, inside(within)
+    return model
+
+
+def _averages(module: nn.Module) -> bool:
+    return any(kind.__name__ in ("DistributedDataParallel", "DataParallel") for kind in type(module).__mro__)
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -8,17 +8,17 @@ an axis. A new method is a new row.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fqt.errors import FqtError
+from fqt.errors import FqtError, UnknownName, nearest
 from fqt.kernels.rounding import MOST_BITS, ROUNDINGS, FewBits
 from fqt.quant.best import Best
 from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.keep import ByRange
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.scale import AXES, Scale
+from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
 
 ROUNDING_SUFFIX = {"": "stochastic", "d": "dithered", "x": "best", "n": "nearest"}
@@ -449,14 +449,17 @@ _LONGEST_FIRST = sorted(_ROWS, key=lambda method: -len(method.stem))
 
 def known_names() -> str:
     """One line that says which names there are."""
-    many = [m.name.removesuffix("*") for m in _ROWS if m.roundings == _ALL and m.name.endswith("*")]
-    others = [m.names[0] if len(m.widths) == 1 else f"{m.names[0]}…{m.widths[-1]}" for m in _ROWS]
-    rest = [name for m, name in zip(_ROWS, others, strict=True) if m.name.removesuffix("*") not in many]
     return (
-        f"{', '.join(many)}, with bits 2–8 ('psq4'), then 'd' for dithered, 'x' for the best of stochastic "
-        f"and dithered or 'n' for nearest rounding; {', '.join(rest)}, of which sru and sruc take 'k' and "
-        f"1–{MOST_BITS} random bits; then '@' and an axis ({', '.join(AXES)})"
+        f"{', '.join(method.name for method in _ROWS)}, with bits for *, as in 'psq4', and often 'd' (dithered), "
+        "'x' (best), 'n' (nearest) and @axis behind; `fqt catalog` says what they are"
     )
+
+
+def name_meant(name: object, others: Iterable[str] = ()) -> str | None:
+    """The name, without an axis, of a quantizer or of these others that is nearest to what was written, if any."""
+    endings = "".join(ROUNDING_SUFFIX)
+    names = [name + ending for m in _ROWS for name in m.names for ending in ("", *endings) if ending in m.suffixes]
+    return nearest(name.partition("@")[0], [*others, *names]) if isinstance(name, str) else None
 
 
 def quantizer(name: str, bits: int | None = None) -> Quantizer:
@@ -484,7 +487,19 @@ def _match(name: str) -> tuple[Method, tuple[str, str, str | None]]:
         match = method.pattern.fullmatch(name) if isinstance(name, str) else None
         if match is not None:
             return method, (match[1], match[2], match[3])
-    raise FqtError(f"unknown quantizer {name!r}; known: {known_names()}")
+    bits = width_meant(name)
+    meant = f"psq{bits}" if bits else name_meant(name)
+    near = f"did you mean {meant!r}?" if meant else f"known: {known_names()}; recipes are for quantize_"
+    raise UnknownName(f"unknown quantizer {name!r}; {near}")
+
+
+_WIDTH = re.compile(r"(?:u?int|bits?|fp(?=8))?[ _-]?([2-8])[ _-]?(?:bits?)?")
+
+
+def width_meant(name: object) -> str:
+    """The number of bits if a name says no more: "8", "int8", "8-bit"; else empty."""
+    match = _WIDTH.fullmatch(name.strip().lower()) if isinstance(name, str) else None
+    return match[1] if match else ""
 
 
 def _width(name: str, method: Method, digits: str, bits: int | None) -> int:

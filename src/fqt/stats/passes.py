@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
-from fqt.nn import GradientOperand, Recipe, observe
+from fqt.nn import GradientOperand, Recipe, observe, wrappers
 from fqt.nn.convert import is_converted
 from fqt.nn.observe import eagerly
 from fqt.nn.ranges import held
-from fqt.nn.wrappers import inside, named_modules, named_parameters
+from fqt.nn.wrappers import named_modules, named_parameters
 
 __all__ = [
     "Backward",
@@ -96,18 +96,8 @@ def alone(model: nn.Module, averaged: bool = False) -> nn.Module:
             f"the model's parameters are sharded over processes ({', '.join(sorted(sharded))}), and a gradient's "
             "statistics need all of it: measure the model before it is sharded"
         )
-    outer, name = model, inside(model)
-    while name is not None:  # others, torch.compile's for one, may lie around the one that averages
-        within = outer.get_submodule(name)
-        # What made .grad stays as it is: a compiled model's hooks are outside.
-        if _averages(outer) and (outer is model or not averaged):
-            model = within
-        outer, name = within, inside(within)
-    return model
-
-
-def _averages(module: nn.Module) -> bool:
-    return any(kind.__name__ in ("DistributedDataParallel", "DataParallel") for kind in type(module).__mro__)
+    # What made .grad stays as it is: a compiled model's hooks are outside.
+    return wrappers.alone(model, outermost=averaged)
 
 
 def check_model(model: nn.Module, awake: bool = True) -> dict[str, nn.Module]:

@@ -146,7 +146,7 @@ def read_result(folder: Path) -> RunResult:
     """
     records = read_metrics(folder)
     if not records or records[-1]["kind"] != "end":
-        raise FqtError(f"the run in {folder} is not finished; continue it with --resume")
+        raise FqtError(f"the run in {folder} is not finished: `fqt train --out {folder} --resume` continues it")
     windows = [record for record in records if record["kind"] == "train"]
     evals = [record for record in records if record["kind"] == "eval"]
     last = [record for record in windows if record["epoch"] == windows[-1]["epoch"]]

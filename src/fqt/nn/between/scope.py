@@ -31,7 +31,7 @@ from fqt.nn.between.codes import WIDTHS
 from fqt.nn.between.operations import OPERATIONS, Call
 from fqt.nn.convert import all_or_nothing
 from fqt.nn.forms import known
-from fqt.nn.wrappers import named_modules
+from fqt.nn.wrappers import check_module, named_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 Kind = type[nn.Module]
@@ -120,8 +120,7 @@ def compress_(model: Model, bits: int | None = 8) -> Model:
         ConversionError: nothing in the model runs between products, or a class cannot be changed (back); the model
             is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise FqtError(f"compress_ takes a torch.nn.Module, not {type(model).__name__}")
+    check_module(model, "compress_")
     if bits is not None and bits not in WIDTHS:
         raise FqtError(f"bits must be {', '.join(map(str, WIDTHS))} or None, not {bits!r}")
     modules = [module for _, module in named_modules(model) if is_compressed(module) or _may_hold(module)]
