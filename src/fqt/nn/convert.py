@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,7 @@ class Selection:
         recipe: what it gets; None if it stays as it is.
         reason: why it stays as it is; empty if it does not.
         by_request: whether it would stay float even if it could be converted.
+        rule: the recipe's rule that is about it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Selection:
     recipe: Recipe | None
     reason: str = ""
     by_request: bool = False
+    rule: Rule | None = None
 
 
 def quantize_(
@@ -75,7 +77,7 @@ def quantize_(
         model: any module.
         recipe: a name ("bhq4"), a `Recipe`, a TOML file, or a mapping with its words.
         filter_fn: ``filter_fn(module, name) -> bool``, asked for every layer that could be converted; one that it
-            refuses stays as it is, whatever the rules say.
+            refuses stays as it is, whatever the rules say. What is stored says so by a rule for each.
         strict: whether a layer that would stay float without having been asked to is an error.
 
     Returns:
@@ -109,12 +111,13 @@ def quantize_(
     if problems:
         raise ConversionError("cannot convert the model; nothing was changed:\n  " + "\n  ".join(problems))
     compiled.count_flops()
+    whole = _whole(resolved, selections)
     if not any(is_converted(selection.module) for selection in selections):
-        stored.compare_configuration(model, resolved)
+        stored.compare_configuration(model, whole)
     _switch(model, {s.module: s.recipe for s in selections if s.recipe is not None})
     converted = any(is_converted(selection.module) for selection in selections)
     stored.attach(selection.module for selection in selections)
-    stored.write_configuration(model, resolved if converted else None)
+    stored.write_configuration(model, whole if converted else None)
     coverage.tell(selections)
     return model
 
@@ -159,7 +162,7 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
         if reason is None:
             left = filter_fn is not None and not filter_fn(module, aliases[0])
             why = _FILTERED if left else ""
-            selections.append(Selection(aliases[0], module, None if left else wanted, why, by_request=left))
+            selections.append(Selection(aliases[0], module, None if left else wanted, why, left, rule))
             # A rule in another one's shadow does no harm where both say the same, of a layer with two names.
             used.update(r for r in recipe.rules if rule and r.recipe == rule.recipe and _match_any(r, aliases))
             used.update([rule] if rule else [])  # also by a wrapper's word
@@ -167,7 +170,7 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
             problems.append(f"rule {rule.pattern!r} names a layer that cannot be converted: {reason}")
             used.add(rule)
         elif reason != _NO_PRODUCT:
-            selections.append(Selection(aliases[0], module, None, reason, wanted.is_float))
+            selections.append(Selection(aliases[0], module, None, reason, wanted.is_float, rule))
             used.update([rule] if rule and not asked else [])
     for rule in recipe.rules:
         if rule not in used:
@@ -177,6 +180,24 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
         found = "; ".join(f"{s.name or '(model)'}: {s.reason}" for s in selections) or "it has no products"
         problems.append(f"the model has no layer that can be converted ({_shorten(found)})")
     return selections, problems
+
+
+def _whole(recipe: Recipe, selections: list[Selection]) -> Recipe:
+    """The recipe that does without `filter_fn` what was done with it: layers that it left out have rules."""
+    left = [s for s in selections if s.reason == _FILTERED and s.name]
+    if not left:
+        return recipe
+    rules = [_exception(s, selections) for s in left]
+    used = {s.rule for s in selections if s.reason != _FILTERED}
+    return replace(recipe, rules=(*rules, *(rule for rule in recipe.rules if rule in used)))
+
+
+def _exception(left: Selection, selections: list[Selection]) -> Rule:
+    """That a layer keeps what it has; a pattern, which means it alone, where others are inside it."""
+    pattern = stored.literal(left.name)
+    if pattern == left.name and any(s.name.startswith(left.name + ".") for s in selections):
+        pattern = f"[{pattern[0]}]{pattern[1:]}"
+    return Rule(pattern, stored.own_recipe(left.module) if is_converted(left.module) else "none")
 
 
 def _several(module: nn.Module) -> str:

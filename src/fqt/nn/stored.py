@@ -66,7 +66,7 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
 
 
 def _of_model(model: nn.Module) -> Recipe:
-    found = {name: _own(module) for name, module in named_modules(model) if KEY in module.__dict__}
+    found = {name: own_recipe(module) for name, module in named_modules(model) if KEY in module.__dict__}
     config = None if found else getattr(_configuration(model), KEY, None)
     if config is not None:
         return load_recipe(config)
@@ -83,7 +83,7 @@ def _assemble(found: Mapping[str, Recipe], with_matrices: Iterable[str]) -> Reci
     others = [name for name in with_matrices if not any(_within(name, layer) for layer in found)]
     if not others and len(set(found.values())) == 1:
         return next(iter(found.values()))
-    rules = tuple(Rule(_literal(name), recipe) for name, recipe in found.items())
+    rules = tuple(Rule(literal(name), recipe) for name, recipe in found.items())
     return replace(load_recipe("none"), rules=rules)
 
 
@@ -91,12 +91,12 @@ def _within(name: str, layer: str) -> bool:
     return name == layer or name.startswith(layer + ".")
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """The pattern that only this name matches."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _own(module: nn.Module) -> Recipe:
+def own_recipe(module: nn.Module) -> Recipe:
     """A converted layer's recipe without the rules for others."""
     recipe = module.__dict__[KEY]
     return replace(recipe, rules=()) if recipe.rules else recipe
@@ -143,7 +143,7 @@ def without_recipe(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
 
 def _write(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
     if KEY in module.__dict__:
-        local_metadata[KEY] = dump_recipe(_own(module))
+        local_metadata[KEY] = dump_recipe(own_recipe(module))
 
 
 class _Compare:
@@ -169,7 +169,7 @@ class _Compare:
         if KEY not in local_metadata or missing_keys is self._load:
             return
         saved = local_metadata[KEY]
-        own = _own(module) if KEY in module.__dict__ else None
+        own = own_recipe(module) if KEY in module.__dict__ else None
         try:
             recipe: Recipe | None = load_recipe(saved)
         except FqtError:
