@@ -92,7 +92,18 @@ def test_the_recipe_is_the_one_at_the_time_of_saving() -> None:
     fqt.quantize_(model, "shq3")
     assert fqt.recipe_of(saved(model)) == load_recipe("shq3")
     fqt.restore_(model)
-    assert fqt.recipe_of(saved(model)) == fqt.recipe_of(model) == load_recipe("none")
+    for source in (model, saved(model)):
+        with pytest.raises(FqtError, match="holds no recipe"):
+            fqt.recipe_of(source)
+
+
+def test_none_is_a_recipe_too() -> None:
+    """Of a model that it was given to, saved or not; another one has no recipe."""
+    model = fqt.quantize_(small_net(), "none")
+    for source in (model, copy.deepcopy(model), saved(model)):
+        assert fqt.recipe_of(source) == load_recipe("none")
+    fqt.quantize_(small_net(), "psq4").load_state_dict(saved(model))  # float weights are no reason to warn
+    model.load_state_dict(saved(small_net()))
 
 
 def test_a_part_of_a_model_and_a_model_that_is_a_part() -> None:
@@ -104,7 +115,10 @@ def test_a_part_of_a_model_and_a_model_that_is_a_part() -> None:
 
 
 def test_sources_without_a_recipe() -> None:
-    assert fqt.recipe_of(small_net()) == fqt.recipe_of(small_net().state_dict()) == load_recipe("none")
+    for source in (small_net(), small_net().state_dict()):
+        with pytest.raises(FqtError, match=r"holds no recipe: .* give quantize_ a recipe by name") as error:
+            fqt.recipe_of(source)
+        assert "\n" not in str(error.value)
     for source in ({}, dict(fqt.quantize_(small_net(), "bhq4").state_dict()), {"model": small_net().state_dict()}):
         with pytest.raises(FqtError, match="metadata") as error:
             fqt.recipe_of(source)

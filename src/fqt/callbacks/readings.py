@@ -169,7 +169,7 @@ def check_converted(model: nn.Module) -> None:
 
 def saved_recipe(model: nn.Module) -> dict[str, Any]:
     """The model's recipe as a checkpoint keeps it."""
-    return dump_recipe(whole_recipe(model))
+    return dump_recipe(whole_recipe(model) if any(map(is_converted, model.modules())) else load_recipe("none"))
 
 
 def restore_recipe(model: nn.Module, saved: Mapping[str, Any]) -> None:

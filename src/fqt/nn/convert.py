@@ -197,7 +197,7 @@ def _exception(left: Selection, selections: list[Selection]) -> Rule:
     pattern = stored.literal(left.name)
     if pattern == left.name and any(s.name.startswith(left.name + ".") for s in selections):
         pattern = f"[{pattern[0]}]{pattern[1:]}"
-    return Rule(pattern, stored.own_recipe(left.module) if is_converted(left.module) else "none")
+    return Rule(pattern, stored.own_recipe(left.module))
 
 
 def _several(module: nn.Module) -> str:

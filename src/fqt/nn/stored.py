@@ -50,7 +50,9 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
         quantized, on top of "none". Other layers stay float.
 
     Raises:
-        FqtError: the mapping has no metadata (torch's own state dicts do), or a recipe in it cannot be read.
+        FqtError: the model has not met `quantize_`, nor had the one that was saved (one that met it with "none"
+            says "none"), or was restored; the mapping has no metadata (torch's own state dicts do); a recipe cannot
+            be read.
     """
     if isinstance(source, nn.Module):
         return _of_model(source)
@@ -61,21 +63,32 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
             f"{type(source).__name__} has no metadata, where the recipe is kept (safetensors and copies lose it)"
         )
     found = {bare(name): load_recipe(entry[KEY]) for name, entry in metadata.items() if KEY in entry}
+    if not found:
+        raise FqtError(
+            "the state dict holds no recipe: the model that it was saved from had not met fqt.quantize_, or was "
+            "restored; give quantize_ a recipe by name"
+        )
     matrices = (key for key, value in source.items() if isinstance(value, Tensor) and value.ndim > 1)
     return _assemble(found, (bare(key.rpartition(".")[0]) for key in matrices))
 
 
 def _of_model(model: nn.Module) -> Recipe:
-    found = {name: own_recipe(module) for name, module in named_modules(model) if KEY in module.__dict__}
-    config = None if found else getattr(_configuration(model), KEY, None)
-    if config is not None:
-        return load_recipe(config)
+    found = {name: own_recipe(module) for name, module in named_modules(model) if _met(module)}
+    if all(recipe.is_float for recipe in found.values()):
+        config = configured_recipe(model)
+        if config is None and not found:
+            raise FqtError(
+                "the model holds no recipe: it has not met fqt.quantize_, or was restored, and its configuration "
+                "names none (a folder of adapters holds none, either); give quantize_ a recipe by name"
+            )
+        return config or load_recipe("none")
     matrices = (name for name, module in named_modules(model) if any(p.ndim > 1 for p in module.parameters(False)))
     return _assemble(found, matrices)
 
 
 def _assemble(found: Mapping[str, Recipe], with_matrices: Iterable[str]) -> Recipe:
     """One recipe from those of layers: `with_matrices` names the modules that could have been converted too."""
+    found = {name: recipe for name, recipe in found.items() if not recipe.is_float}
     if not found:
         return load_recipe("none")
     if "" in found:
@@ -96,9 +109,14 @@ def literal(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
+def _met(module: nn.Module) -> bool:
+    """Whether a layer is converted, or met `quantize_` and was left float."""
+    return KEY in module.__dict__ or _write in module._state_dict_hooks.values()
+
+
 def own_recipe(module: nn.Module) -> Recipe:
-    """A converted layer's recipe without the rules for others."""
-    recipe = module.__dict__[KEY]
+    """A layer's recipe without the rules for others."""
+    recipe = module.__dict__.get(KEY) or load_recipe("none")
     return replace(recipe, rules=()) if recipe.rules else recipe
 
 
@@ -142,8 +160,7 @@ def without_recipe(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
 
 
 def _write(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-    if KEY in module.__dict__:
-        local_metadata[KEY] = dump_recipe(own_recipe(module))
+    local_metadata[KEY] = dump_recipe(own_recipe(module))
 
 
 class _Compare:
@@ -174,7 +191,7 @@ class _Compare:
             recipe: Recipe | None = load_recipe(saved)
         except FqtError:
             recipe = None  # of a later version
-        if own is not None and own == recipe:
+        if recipe is not None and (recipe == own or recipe.is_float):
             return
         self._load = missing_keys
         warnings.warn(
