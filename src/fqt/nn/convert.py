@@ -68,10 +68,11 @@ def quantize_(
     experts of transformers, and classes that `fqt.register` was told of. Modules of other kinds that own a matrix
     stay float and are listed by `explain`; so does a layer whose forward was replaced on the instance by something
     that cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
-    hundredth of the weights that are multiplied and no rule asked for it. Names are those of the model inside
-    `torch.compile`, `DistributedDataParallel` and the like. State dicts hold each layer's recipe beside the weights
-    (`recipe_of`), and so does a Hugging Face model's configuration. Convert a `nn.TransformerEncoder` as a whole:
-    the switch that keeps torch's fused inference path from bypassing converted layers sits in the encoder.
+    hundredth of the weights that are multiplied and no rule asked for it, or if a filter left nothing out. Names
+    are those of the model inside `torch.compile`, `DistributedDataParallel` and the like. State dicts hold each
+    layer's recipe beside the weights (`recipe_of`), and so does a Hugging Face model's configuration. A converted
+    model may be converted again, with another recipe. Convert a `nn.TransformerEncoder` as a whole: the switch that
+    keeps torch's fused inference path from bypassing converted layers sits in the encoder.
 
     Args:
         model: any module.
@@ -118,7 +119,8 @@ def quantize_(
     converted = any(is_converted(selection.module) for selection in selections)
     stored.attach(selection.module for selection in selections)
     stored.write_configuration(model, whole if converted else None)
-    coverage.tell(selections)
+    idle = filter_fn is not None and not any(s.reason == _FILTERED for s in selections)
+    coverage.tell(selections, idle_filter=idle)
     return model
 
 
