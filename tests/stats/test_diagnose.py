@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -58,6 +59,16 @@ def test_the_two_estimators_of_quantization_variance_are_one() -> None:
         slow = quantization_variance(model, loss, data, draws=3, seed=1).total
         assert ours.value == pytest.approx(slow.value, rel=1e-6)
         assert ours.error == pytest.approx(slow.error, rel=1e-5)
+
+
+def test_columns_stand_below_each_other_whatever_the_names() -> None:
+    found = fqt.diagnose(make(), loss, batches(3))
+    long = lambda named: {f"encoder.block.{name}.projection.dense": value for name, value in named.items()}
+    lines = str(dataclasses.replace(found, layers=long(found.layers))).splitlines()
+    assert len({len(line.removesuffix("  ‖g‖ < √3·noise")) for line in lines}) == 1
+    planned = fqt.plan(found, mean_width=4)
+    lines = str(dataclasses.replace(planned, widths=long(planned.widths))).splitlines()[:-1]
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_right_operands_that_are_quantized_again_are_said() -> None:

@@ -104,11 +104,13 @@ class Diagnosis:
     again: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{'layer':24} {'sampling':>10} {'quantization':>12} {'ρ':>10}"]
-        for name, noise in (*self.layers.items(), ("(whole gradient)", self.total)):
+        rows = {**{name or "(model)": noise for name, noise in self.layers.items()}, "(whole gradient)": self.total}
+        width = max(map(len, rows))
+        lines = [f"{'layer':{width}} {'sampling':>10} {'quantization':>12} {'ρ':>10}"]
+        for name, noise in rows.items():
             figures = f"{noise.sampling.value:10.3g} {noise.quantization.value:12.3g} {noise.rho.value:10.3g}"
             kept = f"  of it kept codes {noise.kept.value:.3g}" if noise.kept.value else ""
-            lines.append(f"{name or '(model)':24} {figures}{kept}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
+            lines.append(f"{name:{width}} {figures}{kept}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
         if self.again:
             lines.append(f"right operands quantized again, which no operand figure has: {', '.join(self.again)}")
         return "\n".join(lines)
