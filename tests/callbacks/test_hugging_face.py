@@ -17,7 +17,7 @@ import fqt.callbacks
 from fqt.errors import FqtWarning
 from tests.hugging_face import IDS, MODELS, VOCABULARY, transformers
 
-pytest.importorskip("accelerate", reason="pip install 'fqt[hf]'")
+pytest.importorskip("accelerate", reason="pip install '.[hf]'")
 HuggingFaceCallback = fqt.callbacks.HuggingFaceCallback
 
 pytestmark = [
