@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", reason="pip install 'fqt[hf]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[hf]'")
 transformers.logging.set_verbosity_error()  # of configurations that are odd because they are small
 transformers.logging.disable_progress_bar()
 

@@ -146,6 +146,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+SOURCES = sorted((ROOT / "src" / "fqt").rglob("*.py"))
+
+
+@pytest.mark.parametrize("files", [DOCUMENTS, SOURCES], ids=["documents", "sources"])
+def test_nothing_sends_to_a_package_of_the_same_name(files: list[Path]) -> None:
+    """`fqt` on PyPI is another package."""
+    for file in files:
+        assert not re.search(r"pip install ['\"]?fqt\b", file.read_text(encoding="utf-8")), file
+
+
 @pytest.mark.parametrize("page", DOCUMENTS, ids=_name)
 def test_command_lines_are_ones(page: Path) -> None:
     shells = [block.text for block in blocks(page) if block.language in ("", "console", "bash", "sh")]

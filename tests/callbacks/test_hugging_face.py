@@ -17,7 +17,7 @@ import fqt.callbacks
 from fqt.errors import FqtWarning
 from tests.hugging_face import IDS, MODELS, VOCABULARY, transformers
 
-pytest.importorskip("accelerate", reason="pip install 'fqt[hf]'")
+pytest.importorskip("accelerate", reason="pip install '.[hf]'")
 HuggingFaceCallback = fqt.callbacks.HuggingFaceCallback
 
 pytestmark = [
@@ -179,8 +179,10 @@ def test_the_recipe_is_kept_and_given_back(tmp_path: Path) -> None:
 
 def refused(folder: Path, model: nn.Module, match: str, every: int | None = 2, **options: Any) -> None:
     found = trainer(folder, model, HuggingFaceCallback(every), **options)
-    with pytest.raises(fqt.FqtError, match=match):
+    with pytest.raises(fqt.FqtError, match=match) as error:
         found.train()
+    assert "\n" not in str(error.value)
+    assert every is None or "converted" in match or "every=None" in str(error.value)
 
 
 def test_a_model_without_converted_layers(tmp_path: Path) -> None:
@@ -197,10 +199,30 @@ def test_label_smoothing(tmp_path: Path) -> None:
     refused(tmp_path, llama(), "label smoothing outside the model", label_smoothing_factor=0.1)
 
 
+def test_a_batch_of_one_sample(tmp_path: Path) -> None:
+    refused(tmp_path, llama(), "no halves .* accumulate several", per_device_train_batch_size=1)
+    found = trainer(
+        tmp_path, llama(), HuggingFaceCallback(2), per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    found.train()
+    assert readings(found)
+
+
+def test_reentrant_checkpoints(tmp_path: Path) -> None:
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    refused(tmp_path, llama(), "pass use_reentrant=False", **options)
+
+
+def test_rho_of_the_whole_alone(tmp_path: Path) -> None:
+    found = trainer(tmp_path, llama(), HuggingFaceCallback(2, layers=False), max_steps=2)
+    found.train()
+    assert {key for key in readings(found)[2] if key.startswith("rho")} == {"rho"}
+
+
 def test_a_loss_outside_the_model(tmp_path: Path) -> None:
     found = trainer(tmp_path, llama(), HuggingFaceCallback(every=2))
     found.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs["logits"].square().mean()
-    with pytest.raises(fqt.FqtError, match="the model returns no loss"):
+    with pytest.raises(fqt.FqtError, match=r"the model returns no loss.*pass every=None"):
         found.train()
 
 
@@ -208,7 +230,9 @@ def test_another_loss_than_the_models(tmp_path: Path) -> None:
     found = trainer(tmp_path, llama(), HuggingFaceCallback(every=2), max_grad_norm=0.0)
     own = found.compute_loss
     found.compute_loss = lambda *args, **more: own(*args, **more) * 3
-    with pytest.raises(fqt.FqtError, match="the gradients are 3 times those of this batch"):
+    with pytest.raises(
+        fqt.FqtError, match=r"the gradients are 3 times those of this batch.*overridden compute_loss"
+    ):
         found.train()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fqt
 import fqt.callbacks
 
-lightning = pytest.importorskip("lightning.pytorch", reason="pip install 'fqt[lightning]'")
+lightning = pytest.importorskip("lightning.pytorch", reason="pip install '.[lightning]'")
 LightningCallback = fqt.callbacks.LightningCallback
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ def test_a_missing_library(name: str, library: str, extra: str, monkeypatch: pyt
     with pytest.raises(fqt.FqtError) as error:
         getattr(fqt.callbacks, name)
     assert str(error.value).startswith(f"{name} needs {library}")
-    assert str(error.value).endswith(f"which is not installed: pip install 'fqt[{extra}]'")
+    assert str(error.value).endswith(f"which is not installed: in a checkout of fqt, pip install '.[{extra}]'")
 
 
 def test_an_unknown_name() -> None:

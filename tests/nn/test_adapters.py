@@ -81,9 +81,28 @@ def test_adapters_are_saved_and_merged(name: str, tmp_path: Path) -> None:
     model, batch = adapted(name, "adapt, quantize")
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(MODELS[CASES[name][0]]()[0], tmp_path)
+    with pytest.raises(fqt.FqtError, match="a folder of adapters holds none"):
+        fqt.recipe_of(again)
     fqt.quantize_(again, "psq4")
     assert torch.equal(again.eval()(**batch).loss, model.eval()(**batch).loss)
     merged = model.merge_and_unload()
     whole = fqt.quantize_(MODELS[CASES[name][0]]()[0], "psq4")
     assert [type(m) for m in merged.modules()] == [type(m) for m in whole.modules()]
     torch.testing.assert_close(merged(**batch).loss, again(**batch).loss, rtol=0.02, atol=0)
+
+
+def test_a_merged_model_is_converted_once_more_before_it_is_saved(tmp_path: Path) -> None:
+    """What a filter left out has a rule by name, and adapters change names: until then it matches nothing."""
+    kind = type(MODELS["llama"]()[0])
+    keep = lambda _, name: "lm_head" not in name
+    model = peft.get_peft_model(MODELS["llama"]()[0], peft.LoraConfig(r=4, task_type="CAUSAL_LM", **ATTENTION))
+    merged = fqt.quantize_(model, "psq4", filter_fn=keep).merge_and_unload()
+    merged.save_pretrained(tmp_path / "as it is")
+    again = kind.from_pretrained(tmp_path / "as it is")
+    with pytest.raises(fqt.ConversionError, match=r"rule 'base_model.model.lm_head' selects no layer"):
+        fqt.quantize_(again, fqt.recipe_of(again))
+    fqt.quantize_(merged, "psq4", filter_fn=keep).save_pretrained(tmp_path / "once more")
+    again = kind.from_pretrained(tmp_path / "once more")
+    fqt.quantize_(again, fqt.recipe_of(again))
+    assert type(again.lm_head) is nn.Linear
+    assert [type(m) for m in again.modules()] == [type(m) for m in merged.modules()]

@@ -63,6 +63,18 @@ def test_what_was_asked_for_is_not_warned_of(caplog: pytest.LogCaptureFixture) -
     assert line(caplog)[0] == "INFO"
 
 
+def test_a_filter_that_leaves_nothing_out_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As one does that takes the name first."""
+    fqt.quantize_(small_net(), "bhq4", filter_fn=lambda name, module: name != "3")
+    level, text = line(caplog)
+    assert level == "WARNING"
+    assert text.endswith("; filter_fn(module, name) left no layer out")
+    fqt.quantize_(small_net(), "bhq4", filter_fn=lambda module, name: name != "3")
+    level, text = line(caplog)
+    assert level == "INFO"
+    assert text.endswith("; 1 left in float by request")
+
+
 @pytest.mark.parametrize(("size", "level"), [(100, "INFO"), (4, "WARNING")])
 def test_a_hundredth_may_stay_float_without_a_warning(
     caplog: pytest.LogCaptureFixture, size: int, level: str

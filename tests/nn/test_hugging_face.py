@@ -116,6 +116,17 @@ def test_a_saved_model_comes_back(name: str, tmp_path: Path) -> None:
         assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
+def test_a_head_that_was_left_out_comes_back_float(tmp_path: Path) -> None:
+    model, batch = MODELS["llama"]()
+    fqt.quantize_(model, "shq4", filter_fn=lambda _, name: name != "lm_head")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    fqt.quantize_(again, fqt.recipe_of(again))
+    assert type(again.lm_head) is nn.Linear
+    assert type(again.model.layers[0].mlp.up_proj) is not nn.Linear
+    assert torch.equal(again.eval()(**batch).loss, model.eval()(**batch).loss)
+
+
 @pytest.mark.parametrize("name", WRITES)
 def test_a_converted_model_generates(name: str) -> None:
     """With a cache and without it: the same tokens, since no token's codes depend on another's."""

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from fqt import FqtError, Recipe, Rule, quantizer
+from fqt import FqtError, Product, Recipe, Rule, quantizer
 from fqt.nn import dump_recipe, load_recipe
 from fqt.quant import Integers, Quantizer, Rotated, Scale, ScaledHadamard
 
 from .cases import q
 
 
-def test_frozen_keyword_only_hashable() -> None:
+def test_frozen_hashable() -> None:
     recipe, rule = Recipe(grad_input="bhq4"), Rule("a", "psq4")
     for thing, field in ((recipe, "input"), (rule, "pattern")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(thing, field, None)
     with pytest.raises(TypeError):
-        Recipe("ptq8")
+        Recipe("ptq8", "psq4")
     assert len({recipe, Recipe(grad_input="bhq4"), Recipe(grad_input="bhq5")}) == 2
     assert rule == Rule("a", load_recipe("psq4"))
     assert dataclasses.replace(recipe, fold="auto").fold == "auto"
@@ -39,6 +39,31 @@ def test_the_papers_recipes() -> None:
     assert (qat.input, qat.weight) == (load_recipe("ptq8").input, load_recipe("ptq8").weight)
     assert none.is_float
     assert not qat.is_float
+
+
+@pytest.mark.parametrize("name", ["none", "qat", "default", "jetfire", "hlq", "ufp4", "shq4d", "mxfp4"])
+def test_a_base_says_what_is_not_given(name: str) -> None:
+    base = load_recipe(name)
+    assert Recipe(name) == Recipe(base=name) == base
+    rules = (Rule("head", "none"),)
+    assert (
+        Recipe(name, rules=rules)
+        == dataclasses.replace(base, rules=rules)
+        == load_recipe({"base": name, "rules": [{"pattern": "head", "recipe": "none"}]})
+    )
+    changes = {"input": "psq8", "weight": None, "grad_input": None, "grad_weight": "psq4", "rotate": None}
+    for field, value in changes.items():
+        more = {"rotate": None} if field == "weight" else {}  # that of a rotated input cannot stay
+        assert Recipe(name, **{**more, field: value}) == dataclasses.replace(base, **{**more, field: value})
+    output = Product("psq4", "psq4@channel", rotate=32)
+    assert Recipe(name, output=output).product("output").rotate == 32
+    assert Recipe(name, output=output).grad_input == base.grad_input
+
+
+def test_without_a_base_gradients_are_float() -> None:
+    assert Recipe() == Recipe("qat") == load_recipe({})
+    assert Recipe(grad_input="shq4d").grad_weight is None
+    assert Recipe("shq4d", fold="always").grad_weight == quantizer("ptq8")
 
 
 def test_the_default_is_unbiased_and_integer() -> None:
@@ -73,6 +98,7 @@ SAYS = {
     "rule recipe": (lambda: Rule("a", "int8"), ("int8", "8-bit training")),
     "key": (lambda: load_recipe({"grad": "psq4"}), ("grad", "grad_input", "base", "rules")),
     "base": (lambda: load_recipe({"base": "qta"}), ("qta", "qat")),
+    "base of a recipe": (lambda: Recipe(Recipe()), ("not a Recipe", "dataclasses.replace")),
     "quantizer key": (lambda: load_recipe({"input": {"bit": 8}}), ("bit", "bits", "rounding")),
     "output twice": (
         lambda: load_recipe({"output": {"left": "psq4", "right": "psq4"}, "input": "ptq8"}),

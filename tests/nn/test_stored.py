@@ -92,7 +92,18 @@ def test_the_recipe_is_the_one_at_the_time_of_saving() -> None:
     fqt.quantize_(model, "shq3")
     assert fqt.recipe_of(saved(model)) == load_recipe("shq3")
     fqt.restore_(model)
-    assert fqt.recipe_of(saved(model)) == fqt.recipe_of(model) == load_recipe("none")
+    for source in (model, saved(model)):
+        with pytest.raises(FqtError, match="holds no recipe"):
+            fqt.recipe_of(source)
+
+
+def test_none_is_a_recipe_too() -> None:
+    """Of a model that it was given to, saved or not; another one has no recipe."""
+    model = fqt.quantize_(small_net(), "none")
+    for source in (model, copy.deepcopy(model), saved(model)):
+        assert fqt.recipe_of(source) == load_recipe("none")
+    fqt.quantize_(small_net(), "psq4").load_state_dict(saved(model))  # float weights are no reason to warn
+    model.load_state_dict(saved(small_net()))
 
 
 def test_a_part_of_a_model_and_a_model_that_is_a_part() -> None:
@@ -104,7 +115,10 @@ def test_a_part_of_a_model_and_a_model_that_is_a_part() -> None:
 
 
 def test_sources_without_a_recipe() -> None:
-    assert fqt.recipe_of(small_net()) == fqt.recipe_of(small_net().state_dict()) == load_recipe("none")
+    for source in (small_net(), small_net().state_dict()):
+        with pytest.raises(FqtError, match=r"holds no recipe: .* give quantize_ a recipe by name") as error:
+            fqt.recipe_of(source)
+        assert "\n" not in str(error.value)
     for source in ({}, dict(fqt.quantize_(small_net(), "bhq4").state_dict()), {"model": small_net().state_dict()}):
         with pytest.raises(FqtError, match="metadata") as error:
             fqt.recipe_of(source)
@@ -216,6 +230,57 @@ def test_a_configuration_holds_the_recipe_as_json() -> None:
     assert fresh.config.to_dict() == {"width": 4}
     fqt.quantize_(model, "none")
     assert model.config.to_dict() == {"width": 4}
+
+
+class Nested(nn.Linear):
+    """A layer that holds another one."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.inside = nn.Linear(4, 4)
+
+
+FILTERS: dict[str, tuple[str | Recipe, Any]] = {
+    "one layer": ("psq4", lambda name: name != "net.3"),
+    "under rules": (
+        Recipe(grad_input="psq4", rules=[Rule("net.0", "bhq4"), Rule("*.3", "shq3"), Rule("net.6", "none")]),
+        lambda name: name != "net.3",  # whose rule has then no layer
+    ),
+    "nearly all": ("default", lambda name: name == "net.6"),
+    "around a layer": ("psq4", lambda name: name != "nested"),
+    "nothing": ("psq4", lambda name: True),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_configuration_knows_what_a_filter_left_out(name: str) -> None:
+    """As the state dict does: both make the same model of a float one."""
+
+    def fresh(config: Config) -> nn.Module:
+        model = Pretrained(config)
+        model.nested = Nested()
+        return model
+
+    recipe, keep = FILTERS[name]
+    model = fqt.quantize_(fresh(Config()), recipe, filter_fn=lambda _, layer: keep(layer))
+    again = fresh(Config(**json.loads(json.dumps(model.config.to_dict()))))
+    assert "configuration says" in str(fqt.explain(again))
+    fqt.quantize_(again, fqt.recipe_of(again))
+    assert recipes(again) == recipes(model)
+    assert again.config.to_dict() == model.config.to_dict()
+    by_hand = fresh(Config(**model.config.to_dict()))
+    fqt.quantize_(by_hand, recipe, filter_fn=lambda _, layer: keep(layer))  # the same again is no reason to warn
+    assert recipes(by_hand) == recipes(model)
+    with_weights = fqt.quantize_(fresh(Config()), fqt.recipe_of(saved(model)))
+    assert recipes(with_weights) == recipes(model)
+
+
+def test_a_filter_that_leaves_a_layer_what_it_was() -> None:
+    model = fqt.quantize_(Pretrained(Config()), "shq4")
+    fqt.quantize_(model, "psq4", filter_fn=lambda _, layer: layer != "net.3")
+    again = Pretrained(Config(**model.config.to_dict()))
+    assert recipes(fqt.quantize_(again, fqt.recipe_of(again))) == recipes(model)
+    assert recipes(again)["net.3"]["grad_input"] == "shq4"
 
 
 def test_a_configuration_that_says_otherwise() -> None:

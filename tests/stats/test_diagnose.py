@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fqt
 from fqt.errors import FqtError
@@ -55,6 +59,16 @@ def test_the_two_estimators_of_quantization_variance_are_one() -> None:
         slow = quantization_variance(model, loss, data, draws=3, seed=1).total
         assert ours.value == pytest.approx(slow.value, rel=1e-6)
         assert ours.error == pytest.approx(slow.error, rel=1e-5)
+
+
+def test_columns_stand_below_each_other_whatever_the_names() -> None:
+    found = fqt.diagnose(make(), loss, batches(3))
+    long = lambda named: {f"encoder.block.{name}.projection.dense": value for name, value in named.items()}
+    lines = str(dataclasses.replace(found, layers=long(found.layers))).splitlines()
+    assert len({len(line.removesuffix("  ‖g‖ < √3·noise")) for line in lines}) == 1
+    planned = fqt.plan(found, mean_width=4)
+    lines = str(dataclasses.replace(planned, widths=long(planned.widths))).splitlines()[:-1]
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_right_operands_that_are_quantized_again_are_said() -> None:
@@ -298,13 +312,89 @@ def test_bad_input_is_refused() -> None:
             fqt.diagnose(model, bad_loss, data)
 
 
+class Jitter(nn.Module):
+    """Noise of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rand(1) if self.training else x
+
+
 def test_other_noise_is_refused_and_eval_mode_of_its_module_helps() -> None:
     torch.manual_seed(0)
-    model = fqt.quantize_(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3)), "psq4")
+    model = fqt.quantize_(nn.Sequential(nn.Linear(6, 8), Jitter(), nn.Linear(8, 3)), "psq4")
     with pytest.raises(FqtError, match="random even without gradient quantizers"):
         fqt.diagnose(model, loss, batches(3))
     model[1].eval()
     assert fqt.diagnose(model, loss, batches(3)).total.rho.value > 0
+
+
+class Dropping(nn.Module):
+    """Dropout by modules and by functions, in attentions that are converted and not, and in a checkpoint."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p, self.inner = p, nn.Linear(8, 8)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.attention, self.plain = (nn.MultiheadAttention(8, 2, p, batch_first=True) for _ in range(2))
+        self.drop, self.alpha = nn.Dropout(p), nn.AlphaDropout(p)
+
+    def again(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(F.dropout(x, self.p, self.training))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.alpha(self.drop(F.gelu(self.first(x))))[None]
+        x = x + checkpoint(self.again, x, use_reentrant=False)
+        p = self.p if self.training else 0.0
+        x = x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], dropout_p=p)[:, 0]
+        x = x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], None, p)[:, 0]
+        x = x + self.attention(x, x, x, need_weights=False)[0] + self.plain(x, x, x)[0]
+        return self.last(torch.dropout(x, p, self.training))[0]
+
+
+def masked(p: float) -> nn.Module:
+    """Between its products only masks are kept, which draw nothing."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(p), nn.Linear(8, 8), nn.Dropout(p), nn.Linear(8, 3))
+    return fqt.compress_(fqt.quantize_(net, "psq4"))
+
+
+def dropping(p: float) -> nn.Module:
+    return fqt.quantize_(Dropping(p), "psq4", filter_fn=lambda _, name: name != "plain")
+
+
+@pytest.mark.parametrize("net", [dropping, masked])
+def test_dropout_is_off(net: Callable[[float], nn.Module]) -> None:
+    """Wherever it is called: the figures are those of the network without it; and afterwards it is on again."""
+    found = []
+    for p in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = net(p)
+        found.append(fqt.diagnose(model, loss, batches(3)).total)
+        slow = quantization_variance(model, loss, batches(3), 2).total
+        assert slow.value == pytest.approx(found[-1].quantization.value, rel=1e-5)
+    for figure in ("sampling", "quantization", "energy"):
+        without, off = (getattr(each, figure).value for each in found)
+        assert off == pytest.approx(without, rel=1e-6)
+    assert not torch.equal(*(model(batches(1)[0][0]) for _ in range(2)))
+
+
+def test_reentrant_checkpoints_are_refused_in_one_line() -> None:
+    class Again(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(nn.Linear.forward, self, x.requires_grad_(), use_reentrant=True)
+
+    model = nn.Sequential(fqt.quantize_(nn.Linear(6, 8), "psq4"), Again(8, 3))
+    with pytest.raises(FqtError, match="pass use_reentrant=False") as error:
+        fqt.diagnose(model, loss, batches(3))
+    assert "\n" not in str(error.value)
+
+
+def test_the_noise_of_kept_codes_is_measured_by_both_estimators() -> None:
+    torch.manual_seed(0)
+    model = fqt.compress_(fqt.quantize_(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)), "psq8"), 2)
+    found = fqt.diagnose(model, loss, batches(3), table=0).total
+    assert found.kept.value > 0
+    slow = quantization_variance(model, loss, batches(3), 2).total
+    assert slow.value == pytest.approx(found.quantization.value, rel=1e-5)
 
 
 def test_a_batch_of_one_sample_is_measured() -> None:

@@ -31,4 +31,6 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fqt"):
             raise
-        raise FqtError(f"{name} needs {error.name}, which is not installed: pip install 'fqt[{extra}]'") from error
+        raise FqtError(
+            f"{name} needs {error.name}, which is not installed: in a checkout of fqt, pip install '.[{extra}]'"
+        ) from error

@@ -29,6 +29,12 @@ _IGNORED = -100
 """The label of tokens that do not count, throughout transformers."""
 
 
+_ADVICE = (
+    "pass every=None for no readings, as where Trainer's loss is not the model's own (an overridden compute_loss), "
+    "and measure with fqt.diagnose"
+)
+
+
 class HuggingFaceCallback(TrainerCallback, ExportableState):
     """ρ by layer in the logs of a `transformers.Trainer`, misuse refused, the recipe kept with the checkpoint.
 
@@ -47,6 +53,7 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
 
     Args:
         every: optimizer steps between readings; None for none.
+        layers: whether ρ is logged by layer, too.
 
     Raises:
         FqtError: when training begins, or at its first step: the model has no converted layer, or none that
@@ -54,9 +61,9 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
             a loss that is computed outside the model; gradients that are not those of the batches.
     """
 
-    def __init__(self, every: int | None = 100) -> None:
+    def __init__(self, every: int | None = 100, layers: bool = True) -> None:
         check_every(every)
-        self.every = every
+        self.every, self.layers = every, layers
         self.saved: dict[str, Any] | None = None
         """Of the checkpoint that training goes on from: its recipe, and the readings' averages."""
         self._model: nn.Module | None = None
@@ -76,7 +83,7 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
             saved = {RECIPE: saved_recipe(self._model)}
             if self._step is not None:
                 saved["readings"] = self._step.readings.state_dict()
-        return {"args": {"every": self.every}, "attributes": {"saved": saved}}
+        return {"args": {"every": self.every, "layers": self.layers}, "attributes": {"saved": saved}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -102,7 +109,7 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
                 "Trainer computes label smoothing outside the model, where no callback sees it: pass every=None "
                 "for no readings, or smooth in the model"
             )
-        self._step = _Step(model, self.every)
+        self._step = _Step(model, self.every, self.layers)
         if self.saved is not None and "readings" in self.saved:
             self._step.readings.load_state_dict(self.saved["readings"])
 
@@ -154,8 +161,8 @@ def _of_checkpoint(state: TrainerState, name: str) -> dict[str, Any] | None:
 class _Step:
     """One optimizer step after the other: what the model is given, and how large gradients are before clipping."""
 
-    def __init__(self, model: nn.Module, every: int) -> None:
-        self.readings = Readings(model, _loss, every, _half)
+    def __init__(self, model: nn.Module, every: int, layers: bool) -> None:
+        self.readings = Readings(model, _loss, every, _half, layers, _ADVICE)
         self._batches: list[dict[str, Any]] = []
         self._squares: dict[str, Tensor] = {}
         self._reading = False  # while passes are made again
@@ -220,7 +227,7 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if not isinstance(loss, Tensor):
         raise FqtError(
             "the model returns no loss: where Trainer computes it (compute_loss, compute_loss_func), no callback "
-            "sees it: pass every=None for no readings, or measure with fqt.diagnose"
+            "sees it"
         )
     return loss
 

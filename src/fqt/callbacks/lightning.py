@@ -43,6 +43,7 @@ class LightningCallback(Callback):
 
     Args:
         every: optimizer steps between readings; None for none.
+        layers: whether ρ is logged by layer, too.
 
     Raises:
         FqtError: when fitting begins, or at its first step: the model has no converted layer, or none that
@@ -50,9 +51,9 @@ class LightningCallback(Callback):
             without a loss; gradients that are not those of the batches.
     """
 
-    def __init__(self, every: int | None = 100) -> None:
+    def __init__(self, every: int | None = 100, layers: bool = True) -> None:
         check_every(every)
-        self.every = every
+        self.every, self.layers = every, layers
         self._step: TrainingStep | None = None
         self._readings: Readings | None = None
         self._saved: dict[str, Any] | None = None
@@ -87,7 +88,7 @@ class LightningCallback(Callback):
                 "call fqt.Monitor.step in training_step"
             )
         self._step = TrainingStep(pl_module)
-        self._readings = Readings(self._step, _loss(trainer), self.every)
+        self._readings = Readings(self._step, _loss(trainer), self.every, layers=self.layers)
         if self._saved is not None:
             self._readings.load_state_dict(self._saved)
 
@@ -163,7 +164,7 @@ def _loss(trainer: Trainer) -> Any:
             output = step(*batch)
         found = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(found, Tensor):
-            raise FqtError("training_step returned no loss for a batch that is measured: pass every=None")
+            raise FqtError("training_step returned no loss for a batch that is measured")
         return found
 
     return loss

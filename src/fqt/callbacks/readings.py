@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ class Readings:
     Args:
         model, loss_fn, half: as `Monitor` has them.
         every: steps between readings, at multiples of it.
+        layers: whether a reading has ρ by layer, too.
+        advice: what to do where readings are refused, for the end of the message.
+
+    Raises:
+        FqtError: as `Monitor`; several processes.
     """
 
     def __init__(
@@ -38,14 +44,25 @@ class Readings:
         loss_fn: LossFn,
         every: int,
         half: Callable[[Any], tuple[Any, float]] | None = None,
+        layers: bool = True,
+        advice: str = "pass every=None for no readings",
     ) -> None:
         refuse_several_processes()
-        self.monitor = Monitor(model, loss_fn, every=every, half=half)
-        self.every = every
+        self.every, self.layers, self.advice = every, layers, advice
+        with self._advised():
+            self.monitor = Monitor(model, loss_fn, every=every, half=half)
         self._tried = False
         self._usual: tuple[int, int] | None = None
         self.monitor.count = every - 1  # the first step is due
         self.monitor.skip()
+
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        """Says at the end of an error how to train without readings."""
+        try:
+            yield
+        except FqtError as error:
+            raise FqtError(f"{error}; {self.advice}") from error
 
     @property
     def is_due(self) -> bool:
@@ -73,7 +90,8 @@ class Readings:
             self.monitor.skip()
             return None
         try:
-            found = self.monitor.step(*batches, **how)
+            with self._advised():
+                found = self.monitor.step(*batches, **how)
         except FqtError as error:
             if not self._tried:
                 raise
@@ -82,7 +100,7 @@ class Readings:
         self._tried = True
         self.monitor.count = number
         self.monitor.skip()
-        return None if found is None else _flat(found)
+        return None if found is None else _flat(found, self.layers)
 
     def _is_usual(self, batches: Sequence[Any]) -> bool:
         """Whether this step is as large as the first: an epoch's smaller last one has another sampling variance."""
@@ -104,8 +122,8 @@ class Readings:
         self.monitor.close()
 
 
-def _flat(reading: Mapping[str, Any]) -> dict[str, float]:
-    named = {f"rho/{name or 'model'}": value for name, value in reading["layers"].items()}
+def _flat(reading: Mapping[str, Any], layers: bool) -> dict[str, float]:
+    named = {f"rho/{name or 'model'}": value for name, value in reading["layers"].items() if layers}
     return {name: value for name, value in {"rho": reading["rho"], **named}.items() if not math.isnan(value)}
 
 
@@ -115,8 +133,9 @@ def refuse_several_processes() -> None:
         ranks = torch.distributed.get_world_size()
         if ranks > 1:
             raise FqtError(
-                f"ρ is measured in one process, and gradients are averages over {ranks}: pass every=None, which "
-                "keeps the recipe with the checkpoint, and measure with fqt.diagnose"
+                f"a callback measures ρ in one process, and gradients are averages over {ranks}: pass every=None, "
+                "which keeps the recipe with the checkpoint; in a loop of your own fqt.Monitor measures under "
+                "DistributedDataParallel"
             )
 
 
@@ -150,7 +169,7 @@ def check_converted(model: nn.Module) -> None:
 
 def saved_recipe(model: nn.Module) -> dict[str, Any]:
     """The model's recipe as a checkpoint keeps it."""
-    return dump_recipe(whole_recipe(model))
+    return dump_recipe(whole_recipe(model) if any(map(is_converted, model.modules())) else load_recipe("none"))
 
 
 def restore_recipe(model: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +44,7 @@ class Selection:
         recipe: what it gets; None if it stays as it is.
         reason: why it stays as it is, or becomes float by a rule; else empty.
         by_request: whether it would stay float even if it could be converted.
+        rule: the recipe's rule that is about it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Selection:
     recipe: Recipe | None
     reason: str = ""
     by_request: bool = False
+    rule: Rule | None = None
 
 
 def quantize_(
@@ -67,16 +69,17 @@ def quantize_(
     experts of transformers, and classes that `fqt.register` was told of. Modules of other kinds that own a matrix
     stay float and are listed by `explain`; so does a layer whose forward was replaced on the instance by something
     that cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
-    hundredth of the weights that are multiplied and no rule asked for it. Names are those of the model inside
-    `torch.compile`, `DistributedDataParallel` and the like. State dicts hold each layer's recipe beside the weights
-    (`recipe_of`), and so does a Hugging Face model's configuration. Convert a `nn.TransformerEncoder` as a whole:
-    the switch that keeps torch's fused inference path from bypassing converted layers sits in the encoder.
+    hundredth of the weights that are multiplied and no rule asked for it, or if a filter left nothing out. Names
+    are those of the model inside `torch.compile`, `DistributedDataParallel` and the like. State dicts hold each
+    layer's recipe beside the weights (`recipe_of`), and so does a Hugging Face model's configuration. A converted
+    model may be converted again, with another recipe. Convert a `nn.TransformerEncoder` as a whole: the switch that
+    keeps torch's fused inference path from bypassing converted layers sits in the encoder.
 
     Args:
         model: any module.
         recipe: a name ("bhq4"), a `Recipe`, a TOML file, or a mapping with its words.
         filter_fn: ``filter_fn(module, name) -> bool``, asked for every layer that could be converted; one that it
-            refuses stays as it is, whatever the rules say.
+            refuses stays as it is, whatever the rules say. What is stored says so by a rule for each.
         strict: whether a layer that would stay float without having been asked to is an error.
 
     Returns:
@@ -110,16 +113,18 @@ def quantize_(
     if problems:
         raise ConversionError("cannot convert the model; nothing was changed:\n  " + "\n  ".join(problems))
     compiled.count_flops()
+    whole = _whole(resolved, selections)
     if not any(is_converted(selection.module) for selection in selections):
-        stored.compare_configuration(model, resolved)
+        stored.compare_configuration(model, whole)
     _switch(model, {s.module: s.recipe for s in selections if s.recipe is not None})
     for s in selections:
         asked = s.recipe is not None or s.reason == _FILTERED  # what is found by looking, explain finds again
         _remember(s.module, s.reason if asked and not is_converted(s.module) else "")
     converted = any(is_converted(selection.module) for selection in selections)
     stored.attach(selection.module for selection in selections)
-    stored.write_configuration(model, resolved if converted else None)
-    coverage.tell(selections)
+    stored.write_configuration(model, whole if converted else None)
+    idle = filter_fn is not None and not any(s.reason == _FILTERED for s in selections)
+    coverage.tell(selections, idle_filter=idle)
     return model
 
 
@@ -179,7 +184,7 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
             left = filter_fn is not None and not filter_fn(module, aliases[0])
             floats = rule is not None and wanted.is_float
             why = _FILTERED if left else f"rule {rule.pattern!r} says 'none'" if rule and floats else ""
-            selections.append(Selection(aliases[0], module, None if left else wanted, why, by_request=left))
+            selections.append(Selection(aliases[0], module, None if left else wanted, why, left, rule))
             # A rule in another one's shadow does no harm where both say the same, of a layer with two names.
             used.update(r for r in recipe.rules if rule and r.recipe == rule.recipe and _match_any(r, aliases))
             used.update([rule] if rule else [])  # also by a wrapper's word
@@ -187,7 +192,7 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
             problems.append(f"rule {rule.pattern!r} names a layer that cannot be converted: {reason}")
             used.add(rule)
         elif reason != _NO_PRODUCT:
-            selections.append(Selection(aliases[0], module, None, reason, wanted.is_float))
+            selections.append(Selection(aliases[0], module, None, reason, wanted.is_float, rule))
             used.update([rule] if rule and not asked else [])
     for rule in recipe.rules:
         if rule not in used:
@@ -197,6 +202,24 @@ def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) ->
         found = "; ".join(f"{s.name or '(model)'}: {s.reason}" for s in selections) or "it has no products"
         problems.append(f"the model has no layer that can be converted ({_shorten(found)})")
     return selections, problems
+
+
+def _whole(recipe: Recipe, selections: list[Selection]) -> Recipe:
+    """The recipe that does without `filter_fn` what was done with it: layers that it left out have rules."""
+    left = [s for s in selections if s.reason == _FILTERED and s.name]
+    if not left:
+        return recipe
+    rules = [_exception(s, selections) for s in left]
+    used = {s.rule for s in selections if s.reason != _FILTERED}
+    return replace(recipe, rules=(*rules, *(rule for rule in recipe.rules if rule in used)))
+
+
+def _exception(left: Selection, selections: list[Selection]) -> Rule:
+    """That a layer keeps what it has; a pattern, which means it alone, where others are inside it."""
+    pattern = stored.literal(left.name)
+    if pattern == left.name and any(s.name.startswith(left.name + ".") for s in selections):
+        pattern = f"[{pattern[0]}]{pattern[1:]}"
+    return Rule(pattern, stored.own_recipe(left.module))
 
 
 def _several(module: nn.Module) -> str:

@@ -67,7 +67,7 @@ def left_float(selections: Sequence[Selection]) -> list[Selection]:
     return [s for s in unasked if is_layer(s.module) or held[type(s.module)] > least]
 
 
-def summary(selections: Sequence[Selection]) -> str:
+def summary(selections: Sequence[Selection], idle_filter: bool = False) -> str:
     """One line: how much runs quantized, what stays float unasked, and how much by request."""
     converted = [s for s in selections if s.recipe is not None and not s.recipe.is_float]
     unasked = left_float(selections)
@@ -78,6 +78,8 @@ def summary(selections: Sequence[Selection]) -> str:
     by_request = sum(s.by_request or (s.recipe is not None and s.recipe.is_float) for s in selections)
     if by_request:
         line += f"; {by_request} left in float by request"
+    if idle_filter:
+        line += "; filter_fn(module, name) left no layer out"
     if unasked:
         largest = sorted(unasked, key=lambda s: -(multiplied_weights(s.module) or 0))
         named = [f"{s.name or '(model)'} ({s.reason})" for s in largest[:_NAMED]]
@@ -86,12 +88,15 @@ def summary(selections: Sequence[Selection]) -> str:
     return line
 
 
-def tell(selections: Sequence[Selection]) -> None:
-    """Logs the summary to the logger "fqt": as a warning if more than `NEGLIGIBLE` stays float unasked."""
+def tell(selections: Sequence[Selection], idle_filter: bool = False) -> None:
+    """Logs the summary to the logger "fqt": as a warning if more than `NEGLIGIBLE` stays float unasked.
+
+    Or if a filter left nothing out: one that takes its arguments in the other order does not.
+    """
     sizes = [multiplied_weights(s.module) for s in left_float(selections)]
     known, total = sum(size or 0 for size in sizes), _weights(selections)
-    matters = None in sizes or known > NEGLIGIBLE * total
-    LOG.log(logging.WARNING if matters else logging.INFO, "%s", summary(selections))
+    matters = idle_filter or None in sizes or known > NEGLIGIBLE * total
+    LOG.log(logging.WARNING if matters else logging.INFO, "%s", summary(selections, idle_filter))
 
 
 def percent(part: float, whole: float) -> str:

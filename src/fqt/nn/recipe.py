@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,16 @@ PRODUCTS = {
 """What each product multiplies, by field of `Recipe`."""
 
 
-class _Unsaid(str):
-    """An operand's name that stands where none was given."""
+class _Unsaid:
+    """What stands where nothing was given."""
+
+    def __repr__(self) -> str:
+        return "as base"
 
 
-_FORWARD = _Unsaid("ptq8")
+_UNSAID: Any = _Unsaid()
+_QAT = {"input": "ptq8", "weight": "ptq8", "grad_input": None, "grad_weight": None, "rotate": None, "fold": "never"}
+"""What fields are that neither are given nor have a base."""
 
 WEIGHT_AGAIN = "the right operand of grad_input"
 INPUT_AGAIN = "the right operand of grad_weight"
@@ -83,8 +88,17 @@ class Rule:
 class Recipe:
     """What a layer's three products multiply: the four operands' quantizers, and what a product says beside them.
 
+    >>> Recipe("shq4d") == Recipe(grad_input="shq4d", grad_weight="ptq8")
+    True
+    >>> Recipe(grad_input="shq4d").grad_weight is None
+    True
+
     A quantizer, its name, or None for float; of a backward product also a `Product`. An attribute is what was
     written there; `operand(name)` is the quantizer of an operand, `product(name)` the whole of a product.
+
+    Args:
+        base: the name of the recipe that says what is not given here; the only argument by position. Without it
+            that is "qat": 8 bits forward, and both gradients in float.
 
     Attributes:
         input, weight: nearest rounding, no transform; a name ("psq8") means that here, and symmetric codes for
@@ -106,19 +120,21 @@ class Recipe:
             process. Compiled graphs and exported programs hold it. Empty if a transform has no words for it.
     """
 
-    input: Quantizer | str | None = _FORWARD
-    weight: Quantizer | str | None = _FORWARD
-    grad_input: Quantizer | Product | str | None = None
-    grad_weight: Quantizer | Product | str | None = None
-    rotate: int | None = None
-    fold: str = "never"
+    base: InitVar[str | None] = field(default=None, kw_only=False)
+    input: Quantizer | str | None = _UNSAID
+    weight: Quantizer | str | None = _UNSAID
+    grad_input: Quantizer | Product | str | None = _UNSAID
+    grad_weight: Quantizer | Product | str | None = _UNSAID
+    rotate: int | None = _UNSAID
+    fold: str = _UNSAID
     rules: tuple[Rule, ...] = ()
     output: Product | None = field(compare=False, repr=False, default=None)
     text: str = field(init=False, compare=False, repr=False, default="")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, base: str | None) -> None:
         if self.output is not None:
             self._take_apart(self.output)
+        self._begin_with(base)
         for operand in OPERANDS:
             object.__setattr__(self, operand, _entry(operand, getattr(self, operand)))
         check_fold(self.fold)
@@ -141,13 +157,24 @@ class Recipe:
         unfit = not isinstance(output, Product) or output.right == SAVED
         if unfit or output.fold is not None or output.keep is not None:
             raise FqtError(f"output must be Product(left, right, rotate), of input and of weight, not {output!r}")
-        twice = [name for name in ("input", "weight") if not isinstance(getattr(self, name), _Unsaid)]
-        twice += ["rotate"] if self.rotate is not None else []
+        twice = [name for name in ("input", "weight") if getattr(self, name) is not _UNSAID]
+        twice += [] if self.rotate is _UNSAID or self.rotate is None else ["rotate"]
         if twice:
             raise FqtError(f"output says what {' and '.join(twice)} {'is' if len(twice) == 1 else 'are'}: say one")
         for name, value in (("input", output.left), ("weight", output.right), ("rotate", output.rotate)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "output", None)
+
+    def _begin_with(self, base: str | None) -> None:
+        if base is not None and not isinstance(base, str):
+            raise FqtError(
+                f"base must be a recipe's name, not a {type(base).__name__}: dataclasses.replace changes a Recipe, "
+                "and fqt.quantize_ takes files and mappings"
+            )
+        start = _QAT if base is None else vars(_named(base))
+        for name, value in start.items():
+            if getattr(self, name, None) is _UNSAID:
+                object.__setattr__(self, name, value)
 
     def _derive(self) -> None:
         """Sets what layers need at every call, and `text`, which a traced layer must only read."""
@@ -168,7 +195,7 @@ class Recipe:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}  # the hash is this process's
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(_QAT | state)  # what was written before a field was there has its plain value
         self._derive()
 
     def operand(self, name: str) -> Quantizer | None:
@@ -376,14 +403,7 @@ def _from_mapping(table: Mapping[str, Any]) -> Recipe:
             values[key] = _rules_from(value)
         elif key != "base":
             values[key] = value
-    base = table.get("base", "qat")
-    if not isinstance(base, str):
-        raise FqtError(f"base must be a recipe's name, not {base!r}")
-    if values.get("output") is not None:  # what the base says of these is not beside it
-        said = {key: values.pop(key) for key in ("input", "weight", "rotate", "output") if key in values}
-        written = Recipe(**said)
-        values |= {"input": written.input, "weight": written.weight, "rotate": written.rotate}
-    return replace(_named(base), **values)
+    return Recipe(table.get("base", "qat"), **values)
 
 
 def _rules_from(tables: Any) -> tuple[Rule, ...]:

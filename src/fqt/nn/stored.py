@@ -50,7 +50,9 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
         quantized, on top of "none". Other layers stay float.
 
     Raises:
-        FqtError: the mapping has no metadata (torch's own state dicts do), or a recipe in it cannot be read.
+        FqtError: the model has not met `quantize_`, nor had the one that was saved (one that met it with "none"
+            says "none"), or was restored; the mapping has no metadata (torch's own state dicts do); a recipe cannot
+            be read.
     """
     if isinstance(source, nn.Module):
         return _of_model(source)
@@ -63,6 +65,11 @@ def recipe_of(source: nn.Module | Mapping[str, Any]) -> Recipe:
         )
     metadata: Mapping[str, Any] = source._metadata  # type: ignore[attr-defined]
     found = {bare(name): load_recipe(entry[KEY]) for name, entry in metadata.items() if KEY in entry}
+    if not found:
+        raise FqtError(
+            "the state dict holds no recipe: the model that it was saved from had not met fqt.quantize_, or was "
+            "restored; give quantize_ a recipe by name"
+        )
     matrices = (key for key, value in source.items() if isinstance(value, Tensor) and value.ndim > 1)
     return _assemble(found, (bare(key.rpartition(".")[0]) for key in matrices))
 
@@ -76,16 +83,22 @@ def _has_metadata(value: Any) -> bool:
 
 
 def _of_model(model: nn.Module) -> Recipe:
-    found = {name: _own(module) for name, module in named_modules(model) if KEY in module.__dict__}
-    config = None if found else getattr(_configuration(model), KEY, None)
-    if config is not None:
-        return load_recipe(config)
+    found = {name: own_recipe(module) for name, module in named_modules(model) if _met(module)}
+    if all(recipe.is_float for recipe in found.values()):
+        config = configured_recipe(model)
+        if config is None and not found:
+            raise FqtError(
+                "the model holds no recipe: it has not met fqt.quantize_, or was restored, and its configuration "
+                "names none (a folder of adapters holds none, either); give quantize_ a recipe by name"
+            )
+        return config or load_recipe("none")
     matrices = (name for name, module in named_modules(model) if any(p.ndim > 1 for p in module.parameters(False)))
     return _assemble(found, matrices)
 
 
 def _assemble(found: Mapping[str, Recipe], with_matrices: Iterable[str]) -> Recipe:
     """One recipe from those of layers: `with_matrices` names the modules that could have been converted too."""
+    found = {name: recipe for name, recipe in found.items() if not recipe.is_float}
     if not found:
         return load_recipe("none")
     if "" in found:
@@ -93,7 +106,7 @@ def _assemble(found: Mapping[str, Recipe], with_matrices: Iterable[str]) -> Reci
     others = [name for name in with_matrices if not any(_within(name, layer) for layer in found)]
     if not others and len(set(found.values())) == 1:
         return next(iter(found.values()))
-    rules = tuple(Rule(_literal(name), recipe) for name, recipe in found.items())
+    rules = tuple(Rule(literal(name), recipe) for name, recipe in found.items())
     return replace(load_recipe("none"), rules=rules)
 
 
@@ -101,14 +114,19 @@ def _within(name: str, layer: str) -> bool:
     return name == layer or name.startswith(layer + ".")
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """The pattern that only this name matches."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _own(module: nn.Module) -> Recipe:
-    """A converted layer's recipe without the rules for others."""
-    recipe = module.__dict__[KEY]
+def _met(module: nn.Module) -> bool:
+    """Whether a layer is converted, or met `quantize_` and was left float."""
+    return KEY in module.__dict__ or _write in module._state_dict_hooks.values()
+
+
+def own_recipe(module: nn.Module) -> Recipe:
+    """A layer's recipe without the rules for others."""
+    recipe = module.__dict__.get(KEY) or load_recipe("none")
     return replace(recipe, rules=()) if recipe.rules else recipe
 
 
@@ -152,8 +170,7 @@ def without_recipe(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
 
 
 def _write(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-    if KEY in module.__dict__:
-        local_metadata[KEY] = dump_recipe(_own(module))
+    local_metadata[KEY] = dump_recipe(own_recipe(module))
 
 
 class _Compare:
@@ -179,12 +196,12 @@ class _Compare:
         if KEY not in local_metadata or missing_keys is self._load:
             return
         saved = local_metadata[KEY]
-        own = _own(module) if KEY in module.__dict__ else None
+        own = own_recipe(module) if KEY in module.__dict__ else None
         try:
             recipe: Recipe | None = load_recipe(saved)
         except FqtError:
             recipe = None  # of a later version
-        if own is not None and own == recipe:
+        if recipe is not None and (recipe == own or recipe.is_float):
             return
         self._load = missing_keys
         warnings.warn(

@@ -24,6 +24,7 @@ from fqt.errors import FqtError
 from fqt.nn import Recipe
 from fqt.nn.arithmetic import again
 from fqt.nn.between import is_compressed, uncompressed
+from fqt.nn.dropout import WithoutDropout
 from fqt.nn.layers import linear_map
 from fqt.seeds import derive_seed
 from fqt.stats.decomposition import Decomposition, decompose
@@ -103,11 +104,13 @@ class Diagnosis:
     again: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{'layer':24} {'sampling':>10} {'quantization':>12} {'ρ':>10}"]
-        for name, noise in (*self.layers.items(), ("(whole gradient)", self.total)):
+        rows = {**{name or "(model)": noise for name, noise in self.layers.items()}, "(whole gradient)": self.total}
+        width = max(map(len, rows))
+        lines = [f"{'layer':{width}} {'sampling':>10} {'quantization':>12} {'ρ':>10}"]
+        for name, noise in rows.items():
             figures = f"{noise.sampling.value:10.3g} {noise.quantization.value:12.3g} {noise.rho.value:10.3g}"
             kept = f"  of it kept codes {noise.kept.value:.3g}" if noise.kept.value else ""
-            lines.append(f"{name or '(model)':24} {figures}{kept}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
+            lines.append(f"{name:{width}} {figures}{kept}" + ("  ‖g‖ < √3·noise" if noise.drowned else ""))
         if self.again:
             lines.append(f"right operands quantized again, which no operand figure has: {', '.join(self.again)}")
         return "\n".join(lines)
@@ -135,7 +138,8 @@ def diagnose(
     itself in `Noise.kept`; the exact gradient and the table are without it. `quantization_variance` has the same
     estimate of the total from the same draws, in float64; here it is good to the rounding of float32.
 
-    Parameters, buffers, `.grad` and the random state are left as they were.
+    Dropout is off in all passes: what is measured is the network without it. Parameters, buffers, `.grad` and the
+    random state are left as they were.
 
     Defined cases: a frozen parameter has no gradient and no column, its layer's `grad_input` still counts; a layer
     used several times reports sums over its uses, but has no place in the table if other layers come between;
@@ -160,7 +164,7 @@ def diagnose(
         FqtError: no converted layer, none that quantizes its gradient, one in eval mode, one that keeps a part of
             grad_output's rows, no trainable parameter,
             parameters sharded over processes, too few batches or draws, batches of unequal size, a loss that is not
-            a finite scalar, active dropout.
+            a finite scalar, a gradient that is random by other noise than that of quantizers and dropout.
     """
     if draws < 2:
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
@@ -169,7 +173,7 @@ def diagnose(
     batches = batches if isinstance(batches, Sequence) else list(batches)
     check_batches(batches, 2, equal)
     layers = check_model(model)
-    with measuring(model, loss_fn) as backward:
+    with WithoutDropout(), measuring(model, loss_fn) as backward:
         with uncompressed(model):
             variance, energies = _sampling(backward, batches, layers, seed)
         operands = Operands(model)

@@ -16,6 +16,7 @@ one is usually a hundred times the other; it can come out negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
+from fqt.nn.between import uncompressed
+from fqt.nn.dropout import WithoutDropout
 from fqt.seeds import derive_seed
 from fqt.stats.moments import Moments
 from fqt.stats.passes import Backward, LossFn, converted, measuring, without
@@ -63,7 +66,8 @@ def quantization_variance(
     estimate up to the rounding of float32 (measured: 1e-7 of it), since it keeps one copy of the gradient in the
     gradient's own precision; here are two in float64, which see noise of any size.
 
-    The model must be in training mode where noise is drawn: quantized layers are deterministic in eval mode.
+    The model must be in training mode where noise is drawn: quantized layers are deterministic in eval mode. In a
+    model with converted layers dropout is off; in another one its noise is what is measured.
     Parameters, buffers (running statistics of batch norm), ``.grad`` and the random state are left as they were.
 
     Args:
@@ -80,7 +84,7 @@ def quantization_variance(
     Raises:
         FqtError: fewer than 2 draws or batches, no trainable parameter, a model entirely in eval mode, or a loss
             that is not a finite scalar; converted layers in a model whose gradient is random without their
-            noise too, such as one with active dropout; parameters sharded over processes.
+            noise and that of dropout; parameters sharded over processes.
     """
     if draws < 2:
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
@@ -88,7 +92,8 @@ def quantization_variance(
         raise FqtError("the model is in eval mode, where quantized layers draw no noise: call model.train() first")
     _check_number(batches)
     per_batch = Moments()
-    with measuring(model, loss_fn) as backward:
+    without_dropout = WithoutDropout() if converted(model) else nullcontext()
+    with without_dropout, measuring(model, loss_fn) as backward:
         _refuse_other_noise(backward, batches[0], seed)
         for b, batch in enumerate(batches):
             gradient = _Gradient(backward)
@@ -154,7 +159,7 @@ def _refuse_other_noise(backward: Backward, batch: Any, seed: int) -> None:
     if not layers:
         return  # whatever this model's noise is, the caller wants it measured
     first: dict[str, Tensor] = {}
-    with without(layers):
+    with without(layers), uncompressed(backward.model):
         backward(batch, first.__setitem__, derive_seed(seed, "other", 0))
         backward.refuse_other_noise(batch, first, derive_seed(seed, "other", 1))
 

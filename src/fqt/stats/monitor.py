@@ -300,7 +300,10 @@ class Monitor:
             return batches[:count], count / len(batches), len(batches) / count
         part, share = self.half(batches[0])
         if not 0 < share < 1:
-            raise FqtError("a batch of one sample has no halves to tell its sampling variance from")
+            raise FqtError(
+                "a batch of one sample has no halves to tell its sampling variance from: take larger ones, or "
+                "accumulate several"
+            )
         return [part], share, 1.0
 
     def _gradients(self, batches: Sequence[Any], factor: float, names: Mapping[str, Any], sink: Sink) -> None:

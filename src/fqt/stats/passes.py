@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 OTHER_NOISE = (
-    "the gradient is random even without gradient quantizers (dropout?): put the modules that draw noise "
-    "of their own in eval mode (in nn.MultiheadAttention set dropout to 0), so that what is measured is "
-    "quantization"
+    "the gradient is random even without gradient quantizers and without dropout, which is off here: put the "
+    "modules that draw noise of their own (stochastic depth, a recurrent layer's dropout) in eval mode, so that "
+    "what is measured is quantization"
 )
 
 ROLES = ("grad_input", "grad_weight")
@@ -205,7 +205,7 @@ class Backward:
             with observing, torch.enable_grad():
                 loss = self.loss_fn(self.model, batch)
                 _check_loss(loss)
-                loss.reshape(()).backward(inputs=list(self.parameters.values()))
+                _run_backward(loss, tuple(self.parameters.values()))
         finally:
             for handle in handles:
                 handle.remove()
@@ -252,6 +252,24 @@ def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Backward]:
     backward = Backward(model, loss_fn, trainable(model))
     with undisturbed(model), eagerly():
         yield backward
+
+
+def _run_backward(loss: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    """As `loss.backward(inputs=inputs)`, but under the modes in force, in which checkpoints are computed again.
+
+    Torch's own is a function like others, which modes see and inside of which they are off.
+    """
+    loss = loss.reshape(())
+    run = torch.autograd.Variable._execution_engine.run_backward
+    try:
+        run((loss,), (torch.ones_like(loss),), False, False, inputs, allow_unreachable=True, accumulate_grad=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise FqtError(
+            "reentrant activation checkpoints cannot be measured: pass use_reentrant=False "
+            '(transformers: gradient_checkpointing_kwargs={"use_reentrant": False})'
+        ) from error
 
 
 def _drop(name: str, gradient: Tensor) -> None:

@@ -123,10 +123,9 @@ class Plan:
     costs: Costs
 
     def __str__(self) -> str:
-        lines = [
-            f"{'layer':24} {'bits':>4}",
-            *(f"{layer or '(model)':24} {b:4d}" for layer, b in self.widths.items()),
-        ]
+        rows = [("layer", "bits"), *((layer or "(model)", str(bits)) for layer, bits in self.widths.items())]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:{width}} {bits:>4}" for name, bits in rows]
         return "\n".join([*lines, self._heading()])
 
     def save(self, path: str | Path) -> None:

@@ -72,7 +72,9 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise FqtError(f"translation needs {name} ({error}): pip install 'fqt[translation]'") from error
+        raise FqtError(
+            f"translation needs {name} ({error}): in a checkout of fqt, pip install '.[translation]'"
+        ) from error
 
 
 def read_pairs(data: str, stems: Sequence[str], languages: tuple[str, str]) -> tuple[str, list[str], list[str]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fqt.nn import dropout
 from fqt.nn.between import functions
 from fqt.nn.between.functions import Noise
 from fqt.nn.layers import drawn_seeds
@@ -105,7 +106,7 @@ def _leaky_relu(call: Call, input: Tensor, negative_slope: float = 0.01, inplace
 
 @_row(F.dropout)
 def _dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not training or inplace or not 0 < p <= 1 or not _differentiable(input):
+    if not training or inplace or not 0 < p <= 1 or not _differentiable(input) or dropout.is_off():
         return NotImplemented
     return functions.Dropped.apply(input, p)
 
