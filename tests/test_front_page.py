@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +38,11 @@ def ratios(name: str) -> dict[tuple[str, str, str], float]:
 
 def noise(name: str, key: str = "noise") -> float:
     return record("noise.json")["rows"][name][key]
+
+
+def _widths(method: str) -> list[int]:
+    """Of the method's rows in the picture."""
+    return [int(name[3]) for name in record("noise.json")["rows"] if re.fullmatch(rf"{method}\dd", name)]
 
 
 def rho(recipe: str) -> float:
@@ -67,6 +74,13 @@ FIGURES: list[tuple[str, list[Figure]]] = [
     (
         "one step per tensor needs more than # bits for as little",
         [lambda: max(b for b in range(2, 9) if noise(f"ptq{b}") > noise("thq4d"))],
+    ),
+    (
+        "The curve is `thq#d` to `thq#d`, then `shq#d` to `shq#d`",
+        [
+            *(lambda pick=pick: pick(_widths("thq")) for pick in (min, max)),
+            *(lambda pick=pick: pick(_widths("shq")) for pick in (min, max)),
+        ],
     ),
     (
         "took # minutes and # seconds",
@@ -190,11 +204,21 @@ def script() -> Any:
         return importlib.import_module("noise")
 
 
-@pytest.mark.parametrize("name", ["psq4", "thq4d", "nvfp4"])
+@pytest.mark.parametrize("name", ["psq4", "thq4d", "shq8d", "nvfp4"])
 def test_the_picture_is_of_today(name):
     found, noted = script().row(name), record("noise.json")["rows"][name]
     assert found["noise"] == pytest.approx(noted["noise"], rel=1e-5)
     assert (found["bits"], found["bias"]) == (noted["bits"], noted["bias"])
+
+
+def test_nothing_in_the_picture_is_below_our_curve():
+    rows = record("noise.json")["rows"]
+    ours = [rows[name] for name in rows if re.fullmatch(r"[ts]hq\dd", name)]
+    bits, noises = ([row[key] for row in ours] for key in ("bits", "noise"))
+    assert bits == sorted(bits)
+    for name, row in rows.items():
+        if row not in ours and row["bits"] >= bits[0]:
+            assert math.log(row["noise"]) > np.interp(row["bits"], bits, np.log(noises)), name
 
 
 def test_the_picture_draws_its_record(tmp_path):
