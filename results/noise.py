@@ -37,10 +37,8 @@ CURVES = {  # of integers, a name for each width
     "a step per tensor": [f"ptq{bits}" for bits in WIDTHS],
     "a step per row": [f"psq{bits}" for bits in WIDTHS],
     "block Householder (StatQuant)": [f"bhq{bits}" for bits in WIDTHS],
-    # A rotation of features has the weight rounded again, to 8 bits, which costs more than it saves above 5.
-    "fqt: Hadamard over rows, to 5 bits over features too; dither": [
-        f"thq{bits}d" if bits <= 5 else f"shq{bits}d" for bits in WIDTHS
-    ],
+    # Features are mixed to 5 bits only: above, rounding their weight again costs more.
+    "fqt: Hadamard matrices, dither": [f"{'thq' if bits <= 5 else 'shq'}{bits}d" for bits in WIDTHS],
 }
 POINTS = {  # the field's others: where the label goes, in points
     "luq4": (6, 2),
@@ -132,7 +130,7 @@ def _finish(axes: Axes) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
-    axes.legend(fontsize=9, labelcolor=INK, frameon=False)
+    axes.legend(loc="lower left", fontsize=9, labelcolor=INK, frameon=False)
 
 
 def main() -> None:
