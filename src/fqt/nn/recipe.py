@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError
-from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC
+from fqt.kernels.rounding import DITHERED, NEAREST, ROUNDINGS, STOCHASTIC, Rounding
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
 from fqt.nn.product import SAVED, Product, check_block, check_fold
 from fqt.quant.best import Best
 from fqt.quant.catalog import METHODS, quantizer, quantizer_name, rounded
-from fqt.quant.grid import Integers, grid_from
+from fqt.quant.grid import Integers, grid_from, grid_words
 from fqt.quant.keep import WORDS, Sampled, keep_from
+from fqt.quant.own import own, words_of
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
@@ -424,6 +425,7 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
         "scale": {"group", "mode", "axis", "store", "range"},
         "grid": {"grid", "bits"},
         "rounding": {"rounding"},
+        "class": {"class"},
     }
     _only(table, set().union(*words.values()), "quantizer")
     name = table.get("transform", "none")
@@ -435,12 +437,21 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
     options = {k: table[k] for k in words["options"] if k in table}
     _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
     transform = keep or _TRANSFORMS[name](**options)
-    return rounded(
+    rounding = table.get("rounding", "stochastic")
+    if isinstance(rounding, Mapping) or (isinstance(rounding, str) and ":" in rounding):
+        rounding = own(Rounding, rounding, "rounding")
+    found = rounded(
         Rotated(transform, table["rotate"]) if "rotate" in table else transform,
         Scale(**{k: table[k] for k in words["scale"] if k in table}),
         grid_from(table),
-        table.get("rounding", "stochastic"),
+        rounding,
     )
+    if "class" not in table:
+        return found
+    return own(Quantizer, table["class"], "quantizer", **{name: getattr(found, name) for name in _CHOICES})
+
+
+_CHOICES = frozenset({"transform", "scale", "grid", "rounding"})
 
 
 def _sampled(table: Any) -> Sampled:
@@ -539,4 +550,13 @@ def dump_operand(operand: str, value: Quantizer | str | None) -> Any:
         table["store"] = value.scale.store
     if value.scale.remembers:
         table["range"] = value.scale.range
-    return {**table, **value.grid.words, "rounding": value.rounding_name}
+    if type(value) not in (Quantizer, Best):
+        table["class"] = words_of(value, but=_CHOICES)
+    return {**table, **grid_words(value.grid), "rounding": _rounding_words(value)}
+
+
+def _rounding_words(q: Quantizer) -> str | dict[str, Any]:
+    """What `_quantizer_from` knows the rounding by; of a choice that it does not make, what it refuses."""
+    if isinstance(q, Best):
+        return "best" if rounded(q.transform, q.scale, q.grid, "best") == q else f"best of {len(q.candidates)}"
+    return str(q.rounding) if ROUNDINGS.get(str(q.rounding)) == q.rounding else words_of(q.rounding)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fqt.errors import FqtError
-from fqt.kernels.rounding import MOST_BITS, ROUNDINGS, FewBits
+from fqt.kernels.rounding import MOST_BITS, ROUNDINGS, FewBits, Rounding
 from fqt.quant.best import Best
 from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.keep import ByRange
@@ -501,7 +501,7 @@ def _width(name: str, method: Method, digits: str, bits: int | None) -> int:
     return method.widths[0]
 
 
-def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: str) -> Quantizer:
+def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: Rounding | str) -> Quantizer:
     """The quantizer of these choices.
 
     Args:

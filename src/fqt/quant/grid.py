@@ -24,6 +24,7 @@ import torch
 from fqt.errors import FqtError
 from fqt.kernels.codes import Levels
 from fqt.quant.abstract import Abstract
+from fqt.quant.own import own, words_of
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Grid(Abstract):
 
     @property
     def words(self) -> dict[str, Any]:
-        """As a recipe's table has it: what `grid_from` reads, or refuses of a grid that it does not know."""
-        return {"grid": repr(self)}
+        """As a recipe's table has it."""
+        return {"grid": words_of(self)}
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Floats(Grid):
         """ "e2m1" and the like."""
         name = f"e{self.exponent}m{self.mantissa}"
         known = _FLOATS.get(name, Floats(self.exponent, self.mantissa))
-        return {"grid": name if known == self else repr(self)}
+        return {"grid": name if known == self else words_of(self)}
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ _FLOATS = {"e4m3": E4M3, "e5m2": E5M2}
 def grid_from(table: Mapping[str, Any]) -> Grid:
     """The grid that a recipe's table names by `grid` and `bits`.
 
-    `grid` is "integers" (the default), "pairs" or "log8", with `bits`, 8 by default; or "e2m1" and the like.
+    `grid` is "integers" (the default), "pairs" or "log8", with `bits`, 8 by default; or "e2m1" and the like; or a
+    class of one's own, as `words_of` writes it.
     """
     name, bits = table.get("grid", "integers"), table.get("bits", 8)
     floats = re.fullmatch(r"e(\d)m(\d)", name) if isinstance(name, str) else None
@@ -229,11 +231,21 @@ def grid_from(table: Mapping[str, Any]) -> Grid:
         if bits != found.bits and "bits" in table:
             raise FqtError(f"grid {name!r} has {found.bits} bits, not {bits!r}")
         return found
+    if isinstance(name, Mapping) or (isinstance(name, str) and ":" in name):
+        mine = own(Grid, name, "grid")  # type: ignore[type-abstract]
+        return mine.with_bits(bits) if "bits" in table else mine
     kinds: dict[str, type[Integers] | type[Pairs] | type[Logarithmic]] = {
         "integers": Integers,
         "pairs": Pairs,
         "log8": Logarithmic,
     }
     if not isinstance(name, str) or name not in kinds:
-        raise FqtError(f"unknown grid {name!r}; known: {', '.join(kinds)}, e2m1 and other floats of that form")
+        raise FqtError(
+            f"unknown grid {name!r}; known: {', '.join(kinds)}, e2m1 and other floats of that form, module:Class"
+        )
     return kinds[name](bits)
+
+
+def grid_words(grid: Grid) -> dict[str, Any]:
+    """As a recipe's table has it: what `grid_from` reads; one's own class by its path, not as what it extends."""
+    return grid.words if type(grid).__module__ == __name__ else {"grid": words_of(grid)}
