@@ -269,7 +269,7 @@ def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
     if value is None:
         return None
     if not isinstance(value, Quantizer):
-        raise FqtError(f"{operand} must be a Quantizer, its name or None, not {value!r}")
+        raise FqtError(f"{operand} must be a Quantizer, its name or None, not {_named_kind(value)}")
     if forward and (value.draws or not isinstance(value.transform, Identity)):
         raise FqtError(f"{operand} must be rounded to nearest without transform: the forward pass is deterministic")
     if forward and value.scale.remembers:
@@ -303,7 +303,7 @@ def _named(name: str) -> Recipe:
     if name in RECIPES:
         return Recipe(**RECIPES[name])
     try:
-        return Recipe(grad_input=quantizer(name), grad_weight="ptq8")
+        return _of_quantizer(quantizer(name))
     except FqtError:
         if any(name.startswith(method.name.partition("*")[0]) for method in METHODS.values()):
             raise
@@ -311,6 +311,11 @@ def _named(name: str) -> Recipe:
             f"unknown recipe {name!r}; known: {', '.join(RECIPES)}; a TOML file; or a quantizer, such as 'psq4' or "
             "'bhq8d' (fqt catalog lists them)"
         ) from None
+
+
+def _of_quantizer(q: Quantizer) -> Recipe:
+    """The recipe that goes by a quantizer's name: it for grad_input, the rest as the paper has it."""
+    return Recipe(grad_input=q, grad_weight="ptq8")
 
 
 def recipe_name(recipe: Recipe) -> str | None:
@@ -321,8 +326,18 @@ def recipe_name(recipe: Recipe) -> str | None:
     return next((name for name in candidates if _named(name) == recipe), None)
 
 
-def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
-    """A recipe from its name, a TOML file, or a mapping with the same words.
+def _named_kind(value: object) -> str:
+    """What somebody gave, in words; of a function, what to do."""
+    if not callable(value) or isinstance(value, type):
+        return repr(value)
+    return (
+        f"the function {getattr(value, '__qualname__', type(value).__name__)}: a layer needs codes; write it as "
+        "fqt.Quantizer(transform=, scale=, grid=, rounding=); a function can only be certified"
+    )
+
+
+def load_recipe(source: Recipe | Quantizer | str | Path | Mapping[str, Any]) -> Recipe:
+    """A recipe from its name, a TOML file, or a mapping with the same words; from a quantizer as from its name.
 
     The mapping's keys are the fields of `Recipe`, and `base`, the name of the recipe to start from. An operand
     is a name ("psq8@channel", "none") or a table with the words of `Quantizer`: transform ("none",
@@ -335,13 +350,15 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
     """
     if isinstance(source, Recipe):
         return source
+    if isinstance(source, Quantizer):
+        return _of_quantizer(source)
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".toml")):
         return _from_file(Path(source))
     if isinstance(source, str):
         return _named(source)
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    raise FqtError(f"a recipe is a Recipe, a name, a TOML file or a mapping, not {source!r}")
+    raise FqtError(f"a recipe is a Recipe, a Quantizer, a name, a TOML file, a mapping, not {_named_kind(source)}")
 
 
 def _from_file(path: Path) -> Recipe:

@@ -8,9 +8,10 @@ an axis. A new method is a new row.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from fqt.errors import FqtError
 from fqt.kernels.rounding import MOST_BITS, ROUNDINGS, FewBits, Rounding
@@ -441,8 +442,8 @@ _ROWS = (
     ),
 )
 
-METHODS: dict[str, Method] = {method.stem: method for method in _ROWS}
-"""All methods, by name without bits."""
+METHODS: Mapping[str, Method] = MappingProxyType({method.stem: method for method in _ROWS})
+"""All methods, by name without bits; read only: a new one is a row above, or a `Quantizer` without a name."""
 
 _LONGEST_FIRST = sorted(_ROWS, key=lambda method: -len(method.stem))
 
