@@ -26,10 +26,13 @@ from fqt.kernels.codes import Levels
 from fqt.quant.abstract import Abstract
 from fqt.quant.own import own, words_of
 
+MOST_BITS = 16
+"""Of a code."""
+
 
 @dataclass(frozen=True)
 class Grid(Abstract):
-    """A set of integers; `bits` says how many a code takes."""
+    """A set of numbers in units of a step; `bits` says how many a code takes."""
 
     instead: ClassVar[str] = "Integers(8), Floats(2, 1), Pairs(4) or Logarithmic(8)"
 
@@ -40,7 +43,7 @@ class Grid(Abstract):
 
     @abstractmethod
     def levels(self, mode: str) -> Levels:
-        """The levels on a scale of that mode ("affine", "zero", "symmetric")."""
+        """The levels on a scale of that mode: from −L to L if it is "symmetric"; if "affine" or "zero", 0 … B."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -200,6 +203,34 @@ class Logarithmic(Grid):
     def words(self) -> dict[str, Any]:
         """The bits."""
         return {"grid": "log8", "bits": self.width}
+
+
+def check_levels(grid: Grid, mode: str, headroom: int) -> None:
+    """Raises FqtError unless a grid's bits and levels on a scale of that mode fit each other and the scale.
+
+    Args:
+        grid: whose.
+        mode: of the scale.
+        headroom: how many levels the rounding leaves free at the upper end.
+    """
+    bits, levels = grid.bits, grid.levels(mode)
+    if not isinstance(levels, Levels):
+        raise FqtError(f"{grid}: levels() returns a fqt.kernels.codes.Levels, not {type(levels).__name__}")
+    if type(bits) is not int or bits not in range(1, MOST_BITS + 1):
+        raise FqtError(f"{grid}: a code has 1 to {MOST_BITS} bits, a whole number, not {bits!r}")
+    if mode == "symmetric" and levels.low != -levels.high:
+        raise FqtError(
+            f"{grid}: levels on a symmetric scale go from −L to L, not from {levels.low} to {levels.high}"
+        )
+    if mode != "symmetric" and (levels.low != 0 or not levels.uniform):
+        raise FqtError(
+            f"{grid}: levels on a scale that is {mode!r} are the integers from 0 on; make it 'symmetric'"
+        )
+    if levels.high - headroom < (2 if mode == "zero" else 1):
+        raise FqtError(f"{grid}: too few levels for a scale that is {mode!r} with this rounding")
+    count = levels.high - levels.low + 1 if levels.uniform else len(levels.numbers)
+    if count > 2**bits:
+        raise FqtError(f"{grid}: {bits} bits do not tell {count} levels apart")
 
 
 def _only_symmetric(what: str, mode: str) -> None:
