@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tomli_w
 from torch import nn
 
-from fqt import FqtError, Quantizer, Recipe, Rule, quantize_, quantizer
+from fqt import FqtError, Quantizer, Recipe, RecipeWarning, Rule, quantize_, quantizer, recipe_of
 from fqt.nn import dump_recipe, load_recipe
 from fqt.quant import METHODS as CATALOG
 from fqt.quant import (
+    Best,
     BlockHouseholder,
     Floats,
     Identity,
@@ -22,9 +26,10 @@ from fqt.quant import (
     Rotated,
     Scale,
     ScaledHadamard,
+    Stochastic,
 )
 from fqt.quant.catalog import rounded
-from fqt.quant.grid import E5M2, Grid
+from fqt.quant.grid import E5M2
 
 METHODS = ("ptq", "psq", "bhq", "shq")
 AXES = ("", "@sample", "@token", "@channel")
@@ -187,19 +192,76 @@ def test_by_hand(tmp_path: Path) -> None:
     assert recipe.rules == (Rule("first", Recipe(input=None, weight="ptq4")),)
 
 
+@dataclass(frozen=True)
 class Own(Integers):
-    """A grid of somebody's own."""
+    """A grid of somebody's own, which is not the one that it extends."""
 
-    @property
-    def words(self) -> dict:
-        return Grid.words.fget(self)  # type: ignore[attr-defined]
+    marks: tuple[float, ...] = (0.5, 2.0)
 
 
-def test_a_grid_that_no_table_knows_is_written_and_refused_by_name() -> None:
-    """So that its layers' weights can be saved, and whoever loads them is told."""
-    recipe = Recipe(grad_input=Quantizer(grid=Own(4)))
+class Fewer(Integers):
+    """One without fields of its own."""
+
+
+class Coin(Stochastic):
+    """A rounding of somebody's own, under the name of the one that it extends."""
+
+
+class Counted(Quantizer):
+    """A quantizer of somebody's own."""
+
+
+OWN = {
+    "grid with fields": Quantizer(grid=Own(4, (0.25, 3.0))),
+    "grid": Quantizer(grid=Fewer(5)),
+    "rounding": Quantizer(rounding=Coin()),
+    "quantizer": Counted(grid=Integers(4)),
+    "float": Quantizer(scale=Scale("row", "symmetric"), grid=Floats(4, 3)),
+}
+
+
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_own_classes_go_by_their_import_path(own: Quantizer, tmp_path: Path) -> None:
+    recipe = Recipe(grad_input=own, grad_weight=own)
+    read = through_a_file(recipe, tmp_path)
+    assert read == recipe
+    assert type(read.grad_input) is type(own)
+    assert Recipe.of_text(recipe.text) == recipe
     layer = quantize_(nn.Linear(3, 2), recipe)
-    assert layer.state_dict()["weight"].shape == (2, 3)
-    with pytest.raises(FqtError, match="unknown grid 'Own") as error:
-        load_recipe(dump_recipe(recipe))
+    assert recipe_of(layer.state_dict()) == recipe
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_(nn.Linear(3, 2), recipe).load_state_dict(layer.state_dict())
+
+
+def test_an_own_class_at_another_width(tmp_path: Path) -> None:
+    table = {**dump_recipe(Recipe(grad_input=OWN["grid"]))["grad_input"], "bits": 5}
+    assert load_recipe({"grad_input": table}).operand("grad_input").bits == 5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "grid", ["os:system", {"class": "elsewhere:Own", "bits": 4}, {"class": f"{__name__}:Own", "colour": 3}], ids=str
+)
+def test_a_class_that_is_not_there_is_refused_and_nothing_is_imported(grid: object) -> None:
+    with pytest.raises(FqtError, match=r"import its module first|cannot be made of colour") as error:
+        load_recipe({"grad_input": {"grid": grid}})
     assert "\n" not in str(error.value)
+    assert "elsewhere" not in sys.modules
+
+
+def test_what_has_no_words_is_saved_and_not_read_as_something_else() -> None:
+    """So that its layers' weights can be saved, and whoever loads them is told; the same recipe fits silently."""
+    halves = Quantizer(grid=Integers(4)), Quantizer(grid=Integers(4), rounding="dithered")
+    for own in (Quantizer(grid=Own(4, nn.Identity())), Best(candidates=halves[::-1])):  # type: ignore[arg-type]
+        recipe = Recipe(grad_input=own)
+        layer = quantize_(nn.Linear(3, 2), recipe)
+        state = layer.state_dict()
+        assert state["weight"].shape == (2, 3)
+        with pytest.raises(FqtError, match=r"unknown (grid 'Own|rounding 'best of 2')") as error:
+            recipe_of(state)
+        assert "\n" not in str(error.value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            layer.load_state_dict(state)
+        with pytest.warns(RecipeWarning, match="quantized with psq4"):
+            quantize_(nn.Linear(3, 2), "psq4").load_state_dict(state)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +109,45 @@ def test_the_declared_variance_is_checked(monkeypatch: pytest.MonkeyPatch) -> No
     wide(monkeypatch)
     found = fqt.certify("psq4", draws=64).convicted
     assert "variance law" in {f.test for f in found["gaussian"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misdeclared(fqt.Quantizer):
+    """Rounds rightly, and says another variance, or bound."""
+
+    variance_factor: float = 1.0
+    bound_factor: float = 1.0
+
+    def variance(self, *arguments: Any, **more: Any) -> Tensor:
+        return self.variance_factor * super().variance(*arguments, **more)
+
+    def variance_bound(self, *arguments: Any, **more: Any) -> Tensor:
+        return self.bound_factor * super().variance_bound(*arguments, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "variance", "bound", "verdict"),
+    [
+        ("psq4", 0.5, 1.0, "dependent"),
+        ("psq4", 1.1, 2.0, "dependent"),
+        ("shq4d", 0.9, 1.0, "dependent"),  # one that depends on the seed, by its signs
+        ("psq4", 1.0, 0.5, "dependent"),
+        ("psq4", 1.0, 2.0, "exact"),
+    ],
+)
+def test_what_variance_says_is_held_against_the_draws(
+    name: str, variance: float, bound: float, verdict: str
+) -> None:
+    q = fqt.quantizer(name)
+    choices = {field: getattr(q, field) for field in ("transform", "scale", "grid", "rounding")}
+    wrong = Misdeclared(**choices, variance_factor=variance, bound_factor=bound)
+    certificate = fqt.certify(wrong, draws=64)
+    assert certificate.verdict == verdict, str(certificate)
+    failed = {f.test for found in certificate.convicted.values() for f in found}
+    assert failed == ({"declared variance"} if verdict != "exact" else set())
+    if variance != 1.0:
+        effect = next(f.effect for f in certificate.convicted["gaussian"])
+        assert effect == pytest.approx(1 / variance - 1, abs=0.05)
 
 
 @pytest.mark.parametrize("draws", [64, 256, 1024, 4096])

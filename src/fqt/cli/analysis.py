@@ -26,7 +26,9 @@ __all__ = ["diagnose_command", "explain_command", "plan_command"]
 @click.command("explain", short_help="Say which products of a model run on integers, and why.")
 @click.argument("task", required=False)
 @click.option("--model", help="A model's name, or package.module:ClassOrFactory.")
-@click.option("--recipe", default="default", show_default=True, help="A recipe's name, or a TOML file.")
+@click.option(
+    "--recipe", default="default", show_default=True, help="A recipe's name, a TOML file, or package.module:name."
+)
 @click.option("--data", help="Folder with the task's files.")
 @click.option("--batch", is_flag=True, help="Run one training batch: what really runs, what in float beside it.")
 def explain_command(task: str | None, model: str | None, recipe: str, data: str | None, batch: bool) -> None:

@@ -105,7 +105,9 @@ def _training_options(command: Command) -> Command:
 
 @click.command("train", short_help="Train on a task and keep the record in a folder.")
 @_training_options
-@click.option("--recipe", help="none, qat, default, int4all, a quantizer such as bhq4, or a TOML file.")
+@click.option(
+    "--recipe", help="none, qat, default, int4all, a quantizer such as bhq4, a TOML file, or package.module:name."
+)
 @click.option("--adapt/--no-adapt", default=None, help="Let the widths of grad_input follow the noise.")
 @click.option("--rho", type=float, help="With --adapt: quantization over sampling variance to stay at [0.1].")
 @click.option("--adapt-every", type=int, help="With --adapt: steps between measurements [50].")
@@ -147,7 +149,12 @@ def _explicit(config: TrainConfig, task: str | None, preset: str | None, given: 
 
 @click.command("compare", short_help="Train with several recipes and seeds: a table, a plot, a page.")
 @_training_options
-@click.option("--recipes", default=RECIPES, show_default=True, help="Recipes to compare, separated by commas.")
+@click.option(
+    "--recipes",
+    default=RECIPES,
+    show_default=True,
+    help="Recipes to compare, separated by commas, as `fqt train --recipe` takes them.",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds.")
 @click.option("--baseline", default="qat", show_default=True, help="What runs and noise are measured against.")
 @click.option(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fqt.errors import FqtError
 
 DITHER_LEVELS = 1 << 24
 LEAST_STEP = 2.0**-126
@@ -132,15 +136,34 @@ class Levels:
         low, high: the least and the greatest.
         mantissa: None if every integer between is one. Else those that a float with so many bits after its leading
             one holds: every integer up to 2^(mantissa + 1), then twice as far apart with every power of two.
-        table: instead of either, the magnitudes themselves, from 0 to `high` and mirrored: float32 numbers, above 0
-            each at most twice the one before, so that their differences are exact. Integers that fit a byte are
-            multiplied as such.
+        table: instead of either, the magnitudes themselves, from 0 up to `high` and mirrored: a tuple of float32
+            numbers whose differences are float32 numbers too. Integers that fit a byte are multiplied as such.
+
+    Raises:
+        FqtError: says what is wrong with them.
     """
 
     low: int
     high: int
     mantissa: int | None = None
     table: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.low) is not int or type(self.high) is not int or not self.low < self.high:
+            raise FqtError(f"levels go from an integer up to a larger one, not from {self.low!r} to {self.high!r}")
+        if self.table is not None:
+            self._check(self.table)
+
+    def _check(self, table: tuple[float, ...]) -> None:
+        numbers = isinstance(table, tuple) and all(isinstance(x, int | float) for x in table) and len(table) > 1
+        if not numbers or table[0] != 0 or any(a >= b for a, b in pairwise(table)):
+            raise FqtError(f"a table of levels is a tuple of rising magnitudes from 0 on, not {table!r}")
+        if (table[-1], -table[-1]) != (self.high, self.low):
+            raise FqtError(
+                f"a table up to {table[-1]} has levels from {self.low} to {self.high}: make them ± its last"
+            )
+        if not all(map(_is_float32, (*table, *(b - a for a, b in pairwise(table))))):
+            raise FqtError("a table's levels and their differences must be float32 numbers: round them")
 
     @property
     def uniform(self) -> bool:
@@ -212,6 +235,13 @@ class Levels:
         inner, outer = levels[place], levels[place + 1]
         below = torch.where((size == inner) | (size == outer), t, torch.where(t < 0, -outer, inner))
         return below, outer - inner
+
+
+def _is_float32(x: float) -> bool:
+    try:
+        return struct.unpack("f", struct.pack("f", x))[0] == x
+    except OverflowError:
+        return False
 
 
 def range_of(dtype: torch.dtype) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from fqt.nn.forms import float_form, is_quantized, known, quantized_form, replac
 from fqt.nn.layers import linear_map
 from fqt.nn.recipe import DEFAULT, Recipe, Rule, load_recipe
 from fqt.nn.wrappers import check_module, named_modules
+from fqt.quant.quantizer import Quantizer
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
@@ -57,7 +58,7 @@ class Selection:
 
 def quantize_(
     model: Model,
-    recipe: Recipe | str | Path | Mapping[str, Any] = DEFAULT,
+    recipe: Recipe | Quantizer | str | Path | Mapping[str, Any] = DEFAULT,
     *,
     filter_fn: Filter | None = None,
     strict: bool = False,
@@ -77,7 +78,8 @@ def quantize_(
 
     Args:
         model: any module.
-        recipe: a name ("bhq4"), a `Recipe`, a TOML file, or a mapping with its words.
+        recipe: a name ("bhq4"), a `Recipe`, a TOML file, or a mapping with its words; a `Quantizer` as its name
+            would be: it for `grad_input`, the rest as the paper has it.
         filter_fn: ``filter_fn(module, name) -> bool``, asked for every layer that could be converted; one that it
             refuses stays as it is, whatever the rules say. What is stored says so by a rule for each.
         strict: whether a layer that would stay float without having been asked to is an error.

@@ -16,6 +16,7 @@ was rejected, since every new idea would then need four new fields.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
@@ -24,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError, UnknownName
-from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC
+from fqt.kernels.rounding import DITHERED, NEAREST, ROUNDINGS, STOCHASTIC, Rounding
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
 from fqt.nn.product import SAVED, Product, check_block, check_fold
 from fqt.quant.best import Best
 from fqt.quant.catalog import name_meant, quantizer, quantizer_name, rounded, width_meant
-from fqt.quant.grid import Integers, grid_from
+from fqt.quant.grid import Integers, grid_from, grid_words
 from fqt.quant.keep import WORDS, Sampled, keep_from
+from fqt.quant.own import own, words_of
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import Scale
 from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
@@ -299,7 +301,7 @@ def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
     if value is None:
         return None
     if not isinstance(value, Quantizer):
-        raise FqtError(f"{operand} must be a Quantizer, its name or None, not {value!r}")
+        raise FqtError(f"{operand} must be a Quantizer, its name or None, not {_named_kind(value)}")
     if forward and (value.draws or not isinstance(value.transform, Identity)):
         raise FqtError(f"{operand} must be rounded to nearest without transform: the forward pass is deterministic")
     if forward and value.scale.remembers:
@@ -335,7 +337,7 @@ def _named(name: str) -> Recipe:
     if name in RECIPES:
         return Recipe(**RECIPES[name])
     try:
-        return Recipe(grad_input=quantizer(name), grad_weight="ptq8")
+        return _of_quantizer(quantizer(name))
     except UnknownName:
         raise UnknownName(f"unknown recipe {name!r}; {_meant(name)}") from None
 
@@ -351,6 +353,11 @@ def _meant(name: str) -> str:
     return f"known: {', '.join(RECIPES)}; a TOML file; or a quantizer, such as 'psq4' (fqt catalog lists them)"
 
 
+def _of_quantizer(q: Quantizer) -> Recipe:
+    """The recipe that goes by a quantizer's name: it for grad_input, the rest as the paper has it."""
+    return Recipe(grad_input=q, grad_weight="ptq8")
+
+
 def recipe_name(recipe: Recipe) -> str | None:
     """The name that `load_recipe` would build this recipe from, or None."""
     candidates = list(RECIPES)
@@ -359,8 +366,18 @@ def recipe_name(recipe: Recipe) -> str | None:
     return next((name for name in candidates if _named(name) == recipe), None)
 
 
-def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
-    """A recipe from its name, a TOML file, or a mapping with the same words.
+def _named_kind(value: object) -> str:
+    """What somebody gave, in words; of a function, what to do."""
+    if not callable(value) or isinstance(value, type):
+        return repr(value)
+    return (
+        f"the function {getattr(value, '__qualname__', type(value).__name__)}: a layer needs codes; write it as "
+        "fqt.Quantizer(transform=, scale=, grid=, rounding=); a function can only be certified"
+    )
+
+
+def load_recipe(source: Recipe | Quantizer | str | Path | Mapping[str, Any]) -> Recipe:
+    """A recipe from its name, a TOML file, or a mapping with the same words; from a quantizer as from its name.
 
     The mapping's keys are the fields of `Recipe`, and `base`, the name of the recipe to start from. An operand
     is a name ("psq8@channel", "none") or a table with the words of `Quantizer`: transform ("none",
@@ -373,13 +390,16 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
     """
     if isinstance(source, Recipe):
         return source
+    if isinstance(source, Quantizer):
+        return _of_quantizer(source)
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".toml")):
         return _from_file(Path(source))
     if isinstance(source, str):
         return _named(source)
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    raise FqtError(f"a recipe is a Recipe, a name, a TOML file or a mapping, not {type(source).__name__}")
+    what = _named_kind(source) if inspect.isroutine(source) else type(source).__name__
+    raise FqtError(f"a recipe is a Recipe, a Quantizer, a name, a TOML file or a mapping, not {what}")
 
 
 def _from_file(path: Path) -> Recipe:
@@ -456,6 +476,7 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
         "scale": {"group", "mode", "axis", "store", "range"},
         "grid": {"grid", "bits"},
         "rounding": {"rounding"},
+        "class": {"class"},
     }
     _only(table, set().union(*words.values()), "quantizer")
     name = table.get("transform", "none")
@@ -467,12 +488,21 @@ def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
     options = {k: table[k] for k in words["options"] if k in table}
     _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
     transform = keep or _TRANSFORMS[name](**options)
-    return rounded(
+    rounding = table.get("rounding", "stochastic")
+    if isinstance(rounding, Mapping) or (isinstance(rounding, str) and ":" in rounding):
+        rounding = own(Rounding, rounding, "rounding")
+    found = rounded(
         Rotated(transform, table["rotate"]) if "rotate" in table else transform,
         Scale(**{k: table[k] for k in words["scale"] if k in table}),
         grid_from(table),
-        table.get("rounding", "stochastic"),
+        rounding,
     )
+    if "class" not in table:
+        return found
+    return own(Quantizer, table["class"], "quantizer", **{name: getattr(found, name) for name in _CHOICES})
+
+
+_CHOICES = frozenset({"transform", "scale", "grid", "rounding"})
 
 
 def _sampled(table: Any) -> Sampled:
@@ -571,4 +601,13 @@ def dump_operand(operand: str, value: Quantizer | str | None) -> Any:
         table["store"] = value.scale.store
     if value.scale.remembers:
         table["range"] = value.scale.range
-    return {**table, **value.grid.words, "rounding": value.rounding_name}
+    if type(value) not in (Quantizer, Best):
+        table["class"] = words_of(value, but=_CHOICES)
+    return {**table, **grid_words(value.grid), "rounding": _rounding_words(value)}
+
+
+def _rounding_words(q: Quantizer) -> str | dict[str, Any]:
+    """What `_quantizer_from` knows the rounding by; of a choice that it does not make, what it refuses."""
+    if isinstance(q, Best):
+        return "best" if rounded(q.transform, q.scale, q.grid, "best") == q else f"best of {len(q.candidates)}"
+    return str(q.rounding) if ROUNDINGS.get(str(q.rounding)) == q.rounding else words_of(q.rounding)

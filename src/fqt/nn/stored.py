@@ -130,6 +130,22 @@ def own_recipe(module: nn.Module) -> Recipe:
     return replace(recipe, rules=()) if recipe.rules else recipe
 
 
+def _is(recipe: Recipe, saved: Any) -> bool:
+    """Whether this is what was saved: the same words, or others for the same (of another version, say).
+
+    The words alone decide where they cannot be read, or lead to a class of one's own that was defined again.
+    """
+    return dump_recipe(recipe) == saved or _readable(saved) == recipe
+
+
+def _readable(saved: Any) -> Any:
+    """The recipe that was saved; the words as they are if this version cannot read them."""
+    try:
+        return load_recipe(saved)
+    except FqtError:
+        return saved
+
+
 # ---- state dicts ---------------------------------------------------------------------------------------------
 
 
@@ -197,15 +213,12 @@ class _Compare:
             return
         saved = local_metadata[KEY]
         own = own_recipe(module) if KEY in module.__dict__ else None
-        try:
-            recipe: Recipe | None = load_recipe(saved)
-        except FqtError:
-            recipe = None  # of a later version
-        if recipe is not None and (recipe == own or recipe.is_float):
+        recipe = _readable(saved)
+        if (own is not None and _is(own, saved)) or (isinstance(recipe, Recipe) and recipe.is_float):
             return
         self._load = missing_keys
         warnings.warn(
-            f"fqt: weights saved from a model quantized with {recipe or saved} go into "
+            f"fqt: weights saved from a model quantized with {_readable(saved)} go into "
             f"{'a float layer' if own is None else f'one quantized with {own}'} ({prefix[:-1] or 'the model'}, and "
             "perhaps others); fqt.quantize_(model, fqt.recipe_of(state_dict)) makes it what it was",
             RecipeWarning,
@@ -260,13 +273,10 @@ def compare_configuration(model: nn.Module, recipe: Recipe) -> None:
     saved = getattr(_configuration(model), KEY, None)
     if saved is None:
         return
-    try:
-        known: Recipe | None = load_recipe(saved)
-    except FqtError:
-        known = None  # of a later version
-    if known != recipe:
+    if not _is(recipe, saved):
         warnings.warn(
-            f"fqt: the model's configuration says that its weights were trained quantized with {known or saved}, "
+            "fqt: the model's configuration says that its weights were trained quantized with "
+            f"{_readable(saved)}, "
             f"and it gets {recipe}; fqt.quantize_(model, fqt.recipe_of(model)) makes it what it was",
             RecipeWarning,
             stacklevel=3,

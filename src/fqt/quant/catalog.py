@@ -8,12 +8,13 @@ an axis. A new method is a new row.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from fqt.errors import FqtError, UnknownName, nearest
-from fqt.kernels.rounding import MOST_BITS, ROUNDINGS, FewBits
+from fqt.kernels.rounding import MOST_BITS, ROUNDINGS, FewBits, Rounding
 from fqt.quant.best import Best
 from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
 from fqt.quant.keep import ByRange
@@ -441,8 +442,8 @@ _ROWS = (
     ),
 )
 
-METHODS: dict[str, Method] = {method.stem: method for method in _ROWS}
-"""All methods, by name without bits."""
+METHODS: Mapping[str, Method] = MappingProxyType({method.stem: method for method in _ROWS})
+"""All methods, by name without bits; read only: a new one is a row above, or a `Quantizer` without a name."""
 
 _LONGEST_FIRST = sorted(_ROWS, key=lambda method: -len(method.stem))
 
@@ -516,7 +517,7 @@ def _width(name: str, method: Method, digits: str, bits: int | None) -> int:
     return method.widths[0]
 
 
-def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: str) -> Quantizer:
+def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: Rounding | str) -> Quantizer:
     """The quantizer of these choices.
 
     Args:

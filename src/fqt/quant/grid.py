@@ -24,11 +24,15 @@ import torch
 from fqt.errors import FqtError
 from fqt.kernels.codes import Levels
 from fqt.quant.abstract import Abstract
+from fqt.quant.own import own, words_of
+
+MOST_BITS = 16
+"""Of a code."""
 
 
 @dataclass(frozen=True)
 class Grid(Abstract):
-    """A set of integers; `bits` says how many a code takes."""
+    """A set of numbers in units of a step; `bits` says how many a code takes."""
 
     instead: ClassVar[str] = "Integers(8), Floats(2, 1), Pairs(4) or Logarithmic(8)"
 
@@ -39,7 +43,7 @@ class Grid(Abstract):
 
     @abstractmethod
     def levels(self, mode: str) -> Levels:
-        """The levels on a scale of that mode ("affine", "zero", "symmetric")."""
+        """The levels on a scale of that mode: from −L to L if it is "symmetric"; if "affine" or "zero", 0 … B."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -54,8 +58,8 @@ class Grid(Abstract):
 
     @property
     def words(self) -> dict[str, Any]:
-        """As a recipe's table has it: what `grid_from` reads, or refuses of a grid that it does not know."""
-        return {"grid": repr(self)}
+        """As a recipe's table has it."""
+        return {"grid": words_of(self)}
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Floats(Grid):
         """ "e2m1" and the like."""
         name = f"e{self.exponent}m{self.mantissa}"
         known = _FLOATS.get(name, Floats(self.exponent, self.mantissa))
-        return {"grid": name if known == self else repr(self)}
+        return {"grid": name if known == self else words_of(self)}
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,34 @@ class Logarithmic(Grid):
         return {"grid": "log8", "bits": self.width}
 
 
+def check_levels(grid: Grid, mode: str, headroom: int) -> None:
+    """Raises FqtError unless a grid's bits and levels on a scale of that mode fit each other and the scale.
+
+    Args:
+        grid: whose.
+        mode: of the scale.
+        headroom: how many levels the rounding leaves free at the upper end.
+    """
+    bits, levels = grid.bits, grid.levels(mode)
+    if not isinstance(levels, Levels):
+        raise FqtError(f"{grid}: levels() returns a fqt.kernels.codes.Levels, not {type(levels).__name__}")
+    if type(bits) is not int or bits not in range(1, MOST_BITS + 1):
+        raise FqtError(f"{grid}: a code has 1 to {MOST_BITS} bits, a whole number, not {bits!r}")
+    if mode == "symmetric" and levels.low != -levels.high:
+        raise FqtError(
+            f"{grid}: levels on a symmetric scale go from −L to L, not from {levels.low} to {levels.high}"
+        )
+    if mode != "symmetric" and (levels.low != 0 or not levels.uniform):
+        raise FqtError(
+            f"{grid}: levels on a scale that is {mode!r} are the integers from 0 on; make it 'symmetric'"
+        )
+    if levels.high - headroom < (2 if mode == "zero" else 1):
+        raise FqtError(f"{grid}: too few levels for a scale that is {mode!r} with this rounding")
+    count = levels.high - levels.low + 1 if levels.uniform else len(levels.numbers)
+    if count > 2**bits:
+        raise FqtError(f"{grid}: {bits} bits do not tell {count} levels apart")
+
+
 def _only_symmetric(what: str, mode: str) -> None:
     if mode != "symmetric":
         raise FqtError(f"a grid of {what} is symmetric about 0: its scale cannot be {mode!r}")
@@ -220,7 +252,8 @@ _FLOATS = {"e4m3": E4M3, "e5m2": E5M2}
 def grid_from(table: Mapping[str, Any]) -> Grid:
     """The grid that a recipe's table names by `grid` and `bits`.
 
-    `grid` is "integers" (the default), "pairs" or "log8", with `bits`, 8 by default; or "e2m1" and the like.
+    `grid` is "integers" (the default), "pairs" or "log8", with `bits`, 8 by default; or "e2m1" and the like; or a
+    class of one's own, as `words_of` writes it.
     """
     name, bits = table.get("grid", "integers"), table.get("bits", 8)
     floats = re.fullmatch(r"e(\d)m(\d)", name) if isinstance(name, str) else None
@@ -229,11 +262,21 @@ def grid_from(table: Mapping[str, Any]) -> Grid:
         if bits != found.bits and "bits" in table:
             raise FqtError(f"grid {name!r} has {found.bits} bits, not {bits!r}")
         return found
+    if isinstance(name, Mapping) or (isinstance(name, str) and ":" in name):
+        mine = own(Grid, name, "grid")  # type: ignore[type-abstract]
+        return mine.with_bits(bits) if "bits" in table else mine
     kinds: dict[str, type[Integers] | type[Pairs] | type[Logarithmic]] = {
         "integers": Integers,
         "pairs": Pairs,
         "log8": Logarithmic,
     }
     if not isinstance(name, str) or name not in kinds:
-        raise FqtError(f"unknown grid {name!r}; known: {', '.join(kinds)}, e2m1 and other floats of that form")
+        raise FqtError(
+            f"unknown grid {name!r}; known: {', '.join(kinds)}, e2m1 and other floats of that form, module:Class"
+        )
     return kinds[name](bits)
+
+
+def grid_words(grid: Grid) -> dict[str, Any]:
+    """As a recipe's table has it: what `grid_from` reads; one's own class by its path, not as what it extends."""
+    return grid.words if type(grid).__module__ == __name__ else {"grid": words_of(grid)}

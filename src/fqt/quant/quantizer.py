@@ -24,7 +24,7 @@ from fqt.kernels.philox import as_seed
 from fqt.kernels.ranges import RangeState, reach
 from fqt.kernels.rounding import CORRECTED, DITHERED, KNOWN_ROUNDINGS, ROUNDINGS, Coding, Rounding
 from fqt.kernels.tensor import QuantizedTensor, RowView
-from fqt.quant.grid import Grid, Integers, Pairs
+from fqt.quant.grid import Grid, Integers, Pairs, check_levels
 from fqt.quant.remembering import Remembering
 from fqt.quant.scale import Scale
 from fqt.quant.transform import Identity, Transform, Undo
@@ -72,7 +72,8 @@ class Quantizer(Remembering):
             raise FqtError(f"a transform over rows needs row scales, not {self.scale.group!r}")
         if self.rounding == CORRECTED and self.scale.remembers:
             raise FqtError("corrected rounding needs the tensor's own range")
-        self.grid.levels(self.scale.mode)
+        assert isinstance(self.rounding, Rounding)
+        check_levels(self.grid, self.scale.mode, self.rounding.headroom)
 
     @cached_property
     def coding(self) -> Coding:

@@ -30,11 +30,11 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.files import check_path, locked
-from fqt.nn import load_recipe
 from fqt.records import MAYBE, TEXT, check_shape, environment, read_json, write_json
 from fqt.stats import quantization_variance, sampling_variance
 from fqt.stats.spread import ratio
 from fqt.train.config import TrainConfig, differing
+from fqt.train.named import named_recipe
 from fqt.train.results import METRICS, RunResult, is_share
 from fqt.train.run import Observer, Silent, discard, train
 from fqt.train.snapshot import Snapshot
@@ -97,7 +97,7 @@ class Comparison:
         if twice:
             raise FqtError(f"the recipes {', '.join(twice)} are named twice")
         for recipe in (*self.recipes, self.baseline):
-            load_recipe(recipe)
+            named_recipe(recipe)
         if self.batches and (self.batches < 2 or self.draws < 2 or self.sampling_batches < 2):
             raise FqtError("a variance needs at least 2 batches, 2 draws and 2 sampling batches")
 

@@ -48,7 +48,8 @@ class TrainConfig:
     Attributes:
         task: name of the data and what is asked of it, e.g. ``digits``, or ``package.module:function``.
         model: a model's name, or ``package.module:ClassOrFactory``.
-        recipe: a quantization recipe: a name, or the path of a TOML file.
+        recipe: a quantization recipe: a name, the path of a TOML file, or "package.module:name" of a recipe, a
+            mapping or a `Quantizer`.
         seed: the only source of randomness: weights, data order, crops and quantization noise derive from it.
         epochs: passes over the training data.
         steps: if set, the run ends after this many optimizer steps; the schedule spans the shorter run.

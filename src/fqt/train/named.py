@@ -10,8 +10,26 @@ from typing import Any
 from torch import nn
 
 from fqt.errors import FqtError
+from fqt.nn import Recipe, load_recipe
 
-__all__ = ["asked_for", "construct", "imported"]
+__all__ = ["asked_for", "construct", "imported", "named_recipe"]
+
+
+def named_recipe(source: Any) -> Recipe:
+    """What `load_recipe` makes of it; of ``package.module:name`` what stands there.
+
+    Recipes that come out of files of weights never import anything: only what a user names does.
+
+    Raises:
+        FqtError: it cannot be imported, or is no recipe.
+    """
+    if not isinstance(source, str) or ":" not in source or source.endswith(".toml"):
+        return load_recipe(source)
+    found = _found("recipe", source)
+    try:
+        return load_recipe(found)
+    except FqtError as error:
+        raise FqtError(f"recipe {source}: {error}") from None
 
 
 def imported(kind: str, path: str) -> Callable[..., Any]:
@@ -24,6 +42,13 @@ def imported(kind: str, path: str) -> Callable[..., Any]:
     Raises:
         FqtError: it cannot be imported, or is not callable.
     """
+    found = _found(kind, path)
+    if not callable(found):
+        raise FqtError(f"{kind} {path}: is not a class or a function")
+    return found
+
+
+def _found(kind: str, path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
@@ -31,8 +56,6 @@ def imported(kind: str, path: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: a module named ".."
         raise FqtError(f"{kind} {path}: cannot be imported ({error})") from error
-    if not callable(found):
-        raise FqtError(f"{kind} {path}: is not a class or a function")
     return found
 
 

@@ -43,6 +43,7 @@ from fqt.nn import load_recipe
 from fqt.records import RecordLog, check_shape, environment, read_json, read_toml, write_json, write_toml
 from fqt.train.checkpoint import load_checkpoint, save_checkpoint
 from fqt.train.config import MACHINE_FIELDS, TrainConfig, differing
+from fqt.train.named import named_recipe
 from fqt.train.ranks import Ranks, launched
 from fqt.train.results import RunResult, is_finished, read_result
 from fqt.train.trainer import Trainer
@@ -233,7 +234,8 @@ def _check_same(folder: Path, saved: TrainConfig, wanted: TrainConfig) -> None:
 def _check_recipe(folder: Path, config: TrainConfig) -> None:
     """A recipe file may have been edited since: its name alone does not say that it is the same run."""
     was = read_toml(folder / "config.toml").get("resolved_recipe")
-    if was is not None and load_recipe(was) != load_recipe(config.recipe):
+    now = named_recipe(config.recipe)  # first: it may import the classes that the other names
+    if was is not None and load_recipe(was) != now:
         raise FqtError(
             f"the recipe {config.recipe} is no longer what the run was started with; put the old recipe back, "
             f"name another --out, or discard the run in {folder} with --force"

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
-from fqt.nn import Recipe, load_recipe
+from fqt.nn import Recipe
 from fqt.train.checkpoint import load_checkpoint
 from fqt.train.config import TrainConfig
+from fqt.train.named import named_recipe
 from fqt.train.results import is_finished, read_result
 from fqt.train.run import continue_config
 from fqt.train.task import Task
@@ -95,7 +96,7 @@ class Snapshot:
     def model(self, recipe: str | Path | Recipe | None = None) -> nn.Module:
         """The network under a recipe [default: its own], in training mode but for dropout, whose noise is not
         quantization's."""
-        model = make_model(self.config, self.task, load_recipe(self.recipe if recipe is None else recipe))
+        model = make_model(self.config, self.task, named_recipe(self.recipe if recipe is None else recipe))
         load_weights(model, self.weights)
         model = model.to(pick_device(self.config.device)).train()
         for module in model.modules():

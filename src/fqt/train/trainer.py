@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fqt.errors import FqtError
-from fqt.nn import Recipe, dump_recipe, load_recipe, quantize_
+from fqt.nn import Recipe, dump_recipe, quantize_
 from fqt.nn.stored import without_recipe
 from fqt.seeds import derive_seed
 from fqt.stats.passes import LossFn
@@ -20,6 +20,7 @@ from fqt.train.average import Average
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
 from fqt.train.graphs import Graphs
+from fqt.train.named import named_recipe
 from fqt.train.optim import learning_rate, make_optimizer, set_rate
 from fqt.train.ranks import Ranks
 from fqt.train.shards import gathered, placed, placed_optimizer, shard, whole
@@ -58,7 +59,7 @@ class Trainer:
             raise FqtError(
                 f"--graph records a step's launches on a GPU, and this run is on {self.device}: leave it out"
             )
-        self.recipe: dict[str, Any] = dump_recipe(load_recipe(config.recipe))
+        self.recipe: dict[str, Any] = dump_recipe(named_recipe(config.recipe))
         self.task: Task = load_task(config, self.device)
         self.model = make_model(config, self.task, config.recipe).to(self.device)
         self.steps_per_epoch = self.task.steps_per_epoch
@@ -381,7 +382,7 @@ def make_model(config: TrainConfig, task: Task, recipe: str | Recipe) -> nn.Modu
             raise FqtError(f"model {config.model}: has no attribute `checkpointing`; leave --checkpointing out")
         model.checkpointing = True  # type: ignore[assignment]
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return quantize_(model, load_recipe(recipe))
+    return quantize_(model, named_recipe(recipe))
 
 
 def forward(task: Task, model: nn.Module, batch: Any, *, amp: bool) -> tuple[Tensor, Tensor]:

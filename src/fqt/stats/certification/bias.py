@@ -8,15 +8,18 @@ is exact bookkeeping and nothing is chosen after looking.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fqt.quant import Quantizer
 from fqt.stats.certification.certificate import Finding
 from fqt.stats.certification.sample import Sample
 from fqt.stats.certification.statistic import Significance, moments
 
 BATCHES = 64
+_FEW_SEEDS, _SEEDS = 8, 64  # at which a declared variance is asked for, if it is the same for all and if not
 
 
 def entry_mean(sample: Sample, alpha: Significance) -> Finding:
@@ -131,6 +134,50 @@ def variance_law(sample: Sample, alpha: Significance) -> Finding | None:
     effect = float(gap.sum()) / declared if declared > 0 else 0.0
     where = "all entries" if at == gap.shape[1] else _where(at, sample.x)
     return Finding("variance law", sample.input.name, largest, effect, where)
+
+
+def declared_variance(sample: Sample, q: Quantizer, seeds: Sequence[int], alpha: Significance) -> Finding | None:
+    """E‖error‖² is what `variance` says for the same seed, plus ‖`mean_error`‖². 1 test; None if nothing is drawn.
+
+    And, without chance: `variance_bound` is not below it. What a transform draws is given by the seed; where the
+    variance is the same for the first seeds, it is taken to depend on none, and all draws count.
+
+    Effect: measured over declared variance, less 1.
+
+    Args:
+        sample: draws of these seeds, in their order.
+        q: says what is declared.
+        seeds: of the draws.
+        alpha: its rate is shared with the other tests of the variance.
+    """
+    if not sample.unit.ne(sample.unit[0]).any():
+        return None
+    declared, below = _declared(q, sample.input.x, seeds[:_FEW_SEEDS])
+    if declared.ne(declared[0]).any():
+        declared = _declared(q, sample.input.x, seeds[:_SEEDS])[0]
+        square = sample.error[:_SEEDS].square()
+    else:
+        declared, square = declared[:1], sample.error.square()
+    of = moments((square.sum(1) - declared).unsqueeze(1))
+    widths = sample.width.view(sample.shape).square()
+    still = (widths * sample.still.view(sample.shape)).sum(1).amax()  # rows that were never taken come as a whole
+    jump = torch.maximum(of.jump, torch.maximum(widths.amax(), still))
+    slack = (2 * square.mean(0).sqrt() * sample.slack + sample.slack.square()).sum()
+    score = float(alpha.score(of, jump, len(square), slack)[0])
+    size = float(declared.mean())
+    wrong = below or not torch.isfinite(declared).all()
+    where = "variance_bound below variance" if below else "all entries"
+    effect = float(of.mean[0]) / size if size > 0 else 0.0
+    return Finding("declared variance", sample.input.name, math.inf if wrong else score, effect, where)
+
+
+def _declared(q: Quantizer, x: Tensor, seeds: Sequence[int]) -> tuple[Tensor, bool]:
+    """(seeds,) float64: mean square errors as declared; and whether a bound is below its variance."""
+    variances = torch.tensor([float(q.variance(x, seed)) for seed in seeds], dtype=torch.float64)
+    bounds = torch.tensor([float(q.variance_bound(x, seed)) for seed in seeds], dtype=torch.float64)
+    biased = len(q.codings) == 1 and not q.coding.rounding.settles and q.coding.rounding.unit_bias > 0
+    offsets = [float(q.mean_error(x, seed).double().square().sum()) if biased else 0.0 for seed in seeds]
+    return variances + torch.tensor(offsets, dtype=torch.float64), bool((bounds < variances * (1 - 1e-6)).any())
 
 
 def _projection(sample: Sample, projected: Tensor, weights: Tensor, alpha: Significance) -> tuple[Tensor, Tensor]:

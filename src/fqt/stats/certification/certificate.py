@@ -15,6 +15,7 @@ DENSE = COLUMNS / 4  # entries that carry a row's energy
 BIAS_TESTS = ("finite", "mean, each entry", "mean, each row", "mean, all entries", "magnitude", "no clipping")
 NOISE_TESTS = (
     "variance law",
+    "declared variance",
     "pairs of errors",
     "sums of errors",
     "seeds",
@@ -32,6 +33,7 @@ _EFFECTS = {
     "magnitude": "⟨E[x̂], x⟩/‖x‖² − 1",
     "no clipping": "inward shift of rows' extremes, in ranges",
     "variance law": "measured over declared variance − 1",
+    "declared variance": "measured over declared variance − 1",
     "pairs of errors": "correlation",
     "sums of errors": "variance of a sum, independent = 1",
     "seeds": "correlation between seeds",

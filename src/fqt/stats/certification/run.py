@@ -89,6 +89,9 @@ def _certify(
             odd = seeding.odd_draw(near.sample, sample, alphas["alike"], seed, axis)
             findings += [found, odd]
         findings += _judge(replace(sample, distinct=distinct), alphas, axis)
+        if isinstance(target, Quantizer) and torch.isfinite(sample.error).all():
+            declared = bias.declared_variance(sample, target, spread_seeds, alphas["law"])
+            findings += [] if declared is None else [declared]
     if distinct < 0.5 * draws:
         notes.append(f"seeds repeat draws: bias is tested with the force of {distinct:.0f} draws only")
     tell("", len(inputs), len(inputs))
@@ -136,7 +139,7 @@ def _alphas(
         "all": len(inputs),
         "magnitude": len(inputs),
         "clipping": 3 * len(inputs),
-        "law": entries + len(inputs) if of_quantizer else 0,
+        "law": entries + 2 * len(inputs) if of_quantizer else 0,
         "pairs": sum(i.x.numel() * (i.x.numel() - 1) // 2 for i in inputs),
         "sums": rows + columns + len(inputs),
         "seeds": len(seeding.LAGS) * len(seeding.SHIFTS),
