@@ -194,7 +194,7 @@ def _run(page: Path, namespace: dict[str, Any]) -> None:
 
 def test_the_three_lines(one_thread, capsys):
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
-    _run(ROOT / "README.md", {"__name__": "readme", "model": model, "batch": torch.randn(32, 64)})
+    _run(ROOT / "README.md", {"__name__": "readme", "model": model, "inputs": torch.randn(32, 64)})
     assert "integer" in capsys.readouterr().out
 
 

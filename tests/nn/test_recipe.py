@@ -119,7 +119,7 @@ SAYS = {
     "a paper's": (lambda: load_recipe("jetfir"), ("did you mean 'jetfire'?",)),
     "with an axis": (lambda: load_recipe("PSQ8@channel"), ("did you mean 'psq8'?",)),
     "a width": (lambda: load_recipe("int8"), ("'default' is 8-bit training",)),
-    "a narrow width": (lambda: load_recipe("5-bit"), ("'psq5' has gradients of 5 bits",)),
+    "a narrow width": (lambda: load_recipe("5-bit"), ("'psq5' has 5 bits in grad_input",)),
     "a recipe for an operand": (lambda: Recipe(grad_input="default"), ("a recipe", "grad_input takes a quantizer")),
     "nothing near": (lambda: load_recipe("bf16"), ("none, qat, default", "TOML")),
     "no file": (lambda: load_recipe("missing.toml"), ("missing.toml",)),

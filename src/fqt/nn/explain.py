@@ -240,7 +240,7 @@ def _hints(model: nn.Module, layers: list[Selection], slower: tuple[str, ...]) -
     if slower:
         yield (
             f"slower on integers here than in float, as estimated from the size of {len(slower)} of the layers "
-            f"(`.slower` names all; rules can leave them float): {_few(slower)}"
+            f"(explain(model).slower has all names; rules leave them float): {_few(slower)}"
         )
     if found := remembered(model):
         yield _clipped(found)

@@ -346,7 +346,7 @@ def _meant(name: str) -> str:
     """What who wrote this name for a recipe probably wants, else what there is."""
     bits = width_meant(name)
     if bits:
-        return "'default' is 8-bit training" if bits == "8" else f"'psq{bits}' has gradients of {bits} bits, say"
+        return "'default' is 8-bit training" if bits == "8" else f"'psq{bits}' has {bits} bits in grad_input, say"
     meant = name_meant(name, RECIPES)
     if meant is not None:
         return f"did you mean {meant!r}?"
