@@ -177,6 +177,20 @@ def test_the_recipe_is_kept_and_given_back(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_part_that_was_restored_is_float_again(tmp_path: Path) -> None:
+    """A part has no configuration of its own, and the model's does not hear of it; the checkpoint does."""
+    model = llama()
+    fqt.restore_(model.lm_head)
+    with pytest.warns(FqtWarning, match="float, though the recipe means them: lm_head"):
+        trainer(
+            tmp_path, model, HuggingFaceCallback(None), max_steps=1, save_strategy="steps", save_steps=1
+        ).train()
+    again = trainer(tmp_path, llama(None), HuggingFaceCallback(None), max_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert type(again.model.lm_head) is nn.Linear
+    assert type(again.model.model.layers[0].mlp.up_proj) is not nn.Linear
+
+
 def refused(folder: Path, model: nn.Module, match: str, every: int | None = 2, **options: Any) -> None:
     found = trainer(folder, model, HuggingFaceCallback(every), **options)
     with pytest.raises(fqt.FqtError, match=match) as error:

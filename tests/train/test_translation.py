@@ -367,7 +367,8 @@ def test_bad_input_is_told_in_one_line(config, files, spoil, changes, message):
 @pytest.mark.parametrize("name", ["tokenizers", "sacrebleu"])
 def test_a_missing_library(config, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(FqtError, match=rf"translation needs {name} .*: pip install 'fqt\[translation\]'"):
+    wanted = rf"translation needs {name} .*: in a checkout of fqt, pip install '.\[translation\]'"
+    with pytest.raises(FqtError, match=wanted):
         _task(config())
 
 

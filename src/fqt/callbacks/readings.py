@@ -13,8 +13,8 @@ from torch import nn
 
 from fqt.errors import FqtError, FqtWarning, RecipeWarning
 from fqt.nn import dump_recipe, load_recipe, quantize_
-from fqt.nn.convert import is_converted, select
-from fqt.nn.stored import configured_recipe, whole_recipe
+from fqt.nn.convert import is_converted, select, whole_recipe
+from fqt.nn.stored import configured_recipe
 from fqt.stats import Monitor
 from fqt.stats.passes import LossFn, tensors
 

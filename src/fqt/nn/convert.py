@@ -160,6 +160,19 @@ def _check_filter(filter_fn: Any, model: nn.Module) -> None:
         pass  # a signature that cannot be read, as of some functions written in C
 
 
+def whole_recipe(model: nn.Module) -> Recipe:
+    """What a converted model's layers have: in the words of its configuration where they say that, else by layer.
+
+    They do not if a part of the model was converted or restored by itself, or a layer came later.
+    """
+    said = stored.configured_recipe(model)
+    if said is None:
+        return stored.recipe_of(model)
+    wanted = {s.module: load_recipe("none") if s.recipe is None else s.recipe for s in select(model, said)[0]}
+    true = all(stored.own_recipe(module) == replace(recipe, rules=()) for module, recipe in wanted.items())
+    return said if true else stored.recipe_of(model)
+
+
 def select(model: nn.Module, recipe: Recipe, filter_fn: Filter | None = None) -> tuple[list[Selection], list[str]]:
     """What `quantize_` would do with every layer that has products, and the problems it would raise."""
     names: dict[nn.Module, list[str]] = {}

@@ -258,11 +258,6 @@ def configured_recipe(model: nn.Module) -> Recipe | None:
     return None if saved is None else load_recipe(saved)
 
 
-def whole_recipe(model: nn.Module) -> Recipe:
-    """What a model was converted with, in the words of its configuration if it has one, else `recipe_of`."""
-    return configured_recipe(model) or recipe_of(model)
-
-
 def stored_in_configuration(model: nn.Module) -> bool:
     """Whether a Hugging Face model's configuration holds a recipe."""
     return getattr(_configuration(model), KEY, None) is not None
