@@ -120,7 +120,9 @@ class Blocks:
         down, across = self.count((x.shape[0], x.shape[1]))
         rows, columns = self.rows or x.shape[0], self.columns or x.shape[1]
         more = (0, across * columns - x.shape[1], 0, down * rows - x.shape[0])
-        if any(more):
+        if not x.numel():  # torch 2.8 pads nothing that is empty
+            x = x.new_full((down * rows, across * columns), fill)
+        elif any(more):
             x = torch.nn.functional.pad(x, more, value=fill)
         return x.reshape(down, rows, across, columns)
 
