@@ -242,7 +242,32 @@ def test_the_noise_budget_is_the_records() -> None:
         noise = float(measured[row["recipe"]]["noise ρ"].split()[0])
         assert noise == pytest.approx(float(row["ρ"]), rel=0.05)
     said = [float(number) for number in re.findall(r"(\d\.\d+) times", text)]
-    assert said == [round((2**b - 1) ** 2 / (2 ** (b - 1) - 1) ** 2, digits) for b, digits in ((8, 2), (4, 1))]
+    law = ((8, 2, 1), (4, 1, 1), (4, 1, 2))  # from so many bits to one less; digits; codes that are no steps
+    assert said == [round((2**b - c) ** 2 / (2 ** (b - 1) - c) ** 2, digits) for b, digits, c in law]
+
+
+def test_what_dither_costs_and_the_bounds_of_the_three() -> None:
+    text = " ".join((DOCS / "concepts" / "quantizer.md").read_text(encoding="utf-8").split())
+    ratios = [f"{((2**b - 1) / (2**b - 2)) ** 2 / 3:.3g}" for b in (2, 3, 4, 8)]
+    assert "which is {}, {}, {} and {} at 2, 3, 4 and 8 bits".format(*ratios) in text
+    x = torch.randn(256, 192, generator=torch.Generator().manual_seed(0))
+    gains = [
+        f"{float(fqt.quantizer(f'psq{b}d').variance(x) / fqt.quantizer(f'psq{b}').variance(x)):.2f}"
+        for b in (2, 3, 4, 8)
+    ]
+    said = "`psq2d` has {} times the variance of `psq2` (`psq3d` {}, `psq4d` {}, `psq8d` {})"
+    assert said.format(*gains) in text
+    (n, d), B = x.shape, 15
+    rounded, quantized = fqt.quantizer("bhq4").rounded(x, seed=0)
+    ranges = [m.double().amax(1) - m.double().amin(1) for m in (x, rounded)]
+    bounds = {
+        "ptq4": n * d / (4 * B**2) * (x.double().max() - x.double().min()) ** 2,
+        "psq4": d / (4 * B**2) * ranges[0].square().sum(),
+        "psq4d": d / (12 * (B - 1) ** 2) * ranges[0].square().sum(),
+        "bhq4": d / (4 * B**2) * (quantized.mixing.cost.double() * ranges[1].square()).sum(),  # type: ignore[union-attr]
+    }
+    for name, bound in bounds.items():
+        assert float(fqt.quantizer(name).variance_bound(x)) == pytest.approx(float(bound), rel=1e-6), name
 
 
 def _section(record: str) -> str:

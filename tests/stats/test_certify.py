@@ -277,6 +277,7 @@ def test_what_mixes_is_reported_and_not_judged() -> None:
         return q.quantize(x, seed).dequantize()
 
     assert fqt.certify(mixed, draws=64, mixes=0).verdict == "exact"
+    assert fqt.certify(mixed, draws=64, mixes="rows").verdict == "exact"
     certificate = fqt.certify(mixed, draws=64)
     assert certificate.verdict == "dependent"
     assert {"sums of errors"} <= {f.test for found in certificate.convicted.values() for f in found}
@@ -373,7 +374,7 @@ def test_command_line(capsys, tmp_path) -> None:
     assert json.loads(file.read_text())["verdict"] == "exact"
     path = "tests.stats.defects:noise_per_row"
     assert run(path, "--draws", "64", "--mixes", "none")[0] == 1
-    for arguments, message in ((("bhq",), "needs its bits"), (("psq4", "--mixes", "2"), "--mixes must be")):
+    for arguments, message in ((("bhq",), "needs its bits"), (("psq4", "--mixes", "2"), "mixes must be")):
         status, out, err = run(*arguments)
         assert (status, out) == (2, "")
         assert message in err

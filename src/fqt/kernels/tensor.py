@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fqt.errors import FqtError
 from fqt.kernels import ops, results
 from fqt.kernels.codes import Blocks, Dither, Quantized, Scales, range_of
 from fqt.kernels.mixing import Mixing
@@ -87,6 +89,14 @@ class QuantizedTensor:
     mixing: Mixing | None = None
     rotation: Rotation | None = None
     bounds: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        more = [name for name in ("noise", "mixing", "rotation") if getattr(self, name) is not None]
+        codes = f"{self.matrix_codes.dtype} codes from {self.code_range[0]} to {self.code_range[1]}"
+        return f"QuantizedTensor({tuple(self.shape)} of {self.dtype}, {', '.join([codes, *more])})"
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise FqtError("a QuantizedTensor is no array: take .dequantize().numpy(), or .codes.numpy()")
 
     @staticmethod
     def of(

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fqt.errors import FqtError
+
 FAMILIES = ("convolution", "transformer")
 
 
@@ -19,7 +21,12 @@ def gradients(family: str) -> dict[str, Tensor]:
 
     Args:
         family: "convolution", rows are samples; or "transformer", rows are tokens.
+
+    Raises:
+        FqtError: there is no such family.
     """
+    if family not in FAMILIES:
+        raise FqtError(f"there are no gradients of {family!r}; known: {', '.join(FAMILIES)}")
     source = resources.files("fqt.quant") / "data" / f"{family}.npz"
     with source.open("rb") as file, np.load(file) as arrays:
         exponents = {name: int(arrays[f"{name}, exponent"]) for name in arrays if f"{name}, exponent" in arrays}

@@ -133,7 +133,12 @@ class Quantizer(Remembering):
         Args:
             shape: of the tensor.
             axis: which of its axes are the rows.
+
+        Raises:
+            FqtError: the shape is none.
         """
+        if not isinstance(shape, Sequence) or not all(type(size) is int and size >= 0 for size in shape):
+            raise FqtError(f"a shape is a sequence of sizes such as (1024, 1024), not {shape!r}")
         view = _view_of(torch.Size(shape), (axis,) if isinstance(axis, int) else tuple(axis), False)
         blocks = math.prod(self.scale.blocks().count(view.size))
         codes = math.prod(view.size) * self.bits * self.scale.stored.code_share(blocks)
@@ -427,8 +432,11 @@ def _row_weight(weight: Tensor, view: RowView, mixing: Mixing | None) -> Tensor:
 
 
 def _view(x: Tensor, axis: int | tuple[int, ...], may_transpose: bool) -> RowView:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise FqtError(f"cannot quantize {getattr(x, 'dtype', type(x).__name__)}: give a floating-point tensor")
+    if not isinstance(x, Tensor):
+        how = ", which torch.from_numpy makes" if type(x).__module__ == "numpy" else ""
+        raise FqtError(f"cannot quantize a {type(x).__name__}: give a floating-point tensor{how}")
+    if not x.is_floating_point():
+        raise FqtError(f"cannot quantize {x.dtype}: give a floating-point tensor")
     axes = (axis,) if isinstance(axis, int) else axis
     if not isinstance(axes, tuple | list) or not all(isinstance(a, int) for a in axes):
         raise FqtError(f"axis must be an int or a tuple of ints, not {axis!r}")

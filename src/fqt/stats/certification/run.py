@@ -24,6 +24,7 @@ DRAWS = 1024
 RATE = 1e-3
 _KINDS = 13  # kinds of tests that share the false-alarm rate equally
 _SEEDS = 2**31
+_MIXES: dict[int | str | None, int | None] = {0: 0, "rows": 0, 1: 1, "features": 1, None: None, "none": None}
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,7 +35,7 @@ def certify(
     draws: int = DRAWS,
     rate: float = RATE,
     seed: int = 0,
-    mixes: int | None = None,
+    mixes: int | str | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
     """Tests whether an estimate of x is unbiased, and its noise independent, on inputs chosen to break it.
@@ -51,18 +52,22 @@ def certify(
         rate: probability at most, of convicting an exact quantizer, over all tests and inputs.
         seed: what the inputs and the seeds of the draws derive from; below 2³¹ − draws.
         mixes: of a function: the axis along which it may mix entries, so that errors there are rightly
-            correlated: 0 (a transform over rows), 1 (over features) or None (none; the default). Correlation
-            along it is reported and not judged. A `Quantizer` is judged before its transform is undone.
+            correlated: 0 or "rows" (a transform over rows), 1 or "features", None or "none" (the default).
+            Correlation along it is reported and not judged. A `Quantizer`, which is judged before its transform is
+            undone, takes no other than the default.
         progress: called with (input's name, inputs done, inputs in all).
 
     Raises:
         FqtError: the subject cannot be found or called; it fails on plain Gaussian data; it returns what is no
             estimate of x; or an option is out of range.
     """
-    _check(draws, rate, seed, mixes)
+    _check(draws, rate, seed)
     name, target = _resolve(subject)
+    axis = _axis(mixes)
+    if axis is not None and isinstance(target, Quantizer):
+        raise FqtError("mixes is of a function: a Quantizer is judged before its transform is undone")
     with torch.random.fork_rng(devices=[]):
-        return _certify(name, target, draws, rate, seed, mixes, progress or (lambda *_: None))
+        return _certify(name, target, draws, rate, seed, axis, progress or (lambda *_: None))
 
 
 def _certify(
@@ -251,15 +256,19 @@ def _more_notes(
     return notes
 
 
-def _check(draws: int, rate: float, seed: int, mixes: int | None) -> None:
+def _axis(mixes: int | str | None) -> int | None:
+    if isinstance(mixes, bool) or not isinstance(mixes, int | str | None) or mixes not in _MIXES:
+        raise FqtError(f'mixes must be 0 or "rows", 1 or "features", None or "none", not {mixes!r}')
+    return _MIXES[mixes]
+
+
+def _check(draws: int, rate: float, seed: int) -> None:
     if type(draws) is not int or draws < 64:
         raise FqtError(f"draws must be an integer of at least 64, not {draws!r}")
     if not isinstance(rate, float) or not 0 < rate < 0.5:
         raise FqtError(f"the false-alarm rate must lie between 0 and 0.5, not {rate!r}")
     if type(seed) is not int or not 0 <= seed < _SEEDS - draws:
         raise FqtError(f"the seed must be an integer from 0 up to 2³¹ less the draws, not {seed!r}")
-    if mixes not in (0, 1, None) or isinstance(mixes, bool):
-        raise FqtError(f"mixes must be 0 (rows), 1 (features) or None, not {mixes!r}")
 
 
 def _resolve(subject: object) -> tuple[str, Quantizer | Function]:
@@ -267,10 +276,17 @@ def _resolve(subject: object) -> tuple[str, Quantizer | Function]:
     if isinstance(subject, Quantizer):
         return quantizer_name(subject) or str(subject), subject
     if isinstance(subject, str):
-        return subject, load_function(subject) if ":" in subject else quantizer(subject)
+        return subject, load_function(subject) if ":" in subject else _named(subject)
     if isinstance(subject, type) or not callable(subject):
         raise FqtError(f"cannot certify {subject!r}: give a quantizer, its name, or a function f(x, seed)")
     return getattr(subject, "__qualname__", type(subject).__name__), subject
+
+
+def _named(name: str) -> Quantizer:
+    try:
+        return quantizer(name)
+    except FqtError as error:
+        raise FqtError(f"{error}; a function goes by package.module:function") from None
 
 
 def load_function(path: str) -> Quantizer | Function:
