@@ -25,8 +25,8 @@ SAVED = "saved"
 AGAIN = Quantizer(scale=Scale("tensor", "symmetric"), grid=Integers(8))
 """What a saved operand is quantized by that is turned along the contraction, where its codes are of no use.
 
-Unbiased, so that the product remains an unbiased estimate; it adds some 1e-4 of the product's energy, which gradients
-of more than 5 bits notice.
+Unbiased, so that the product remains an unbiased estimate; it adds some 1e-4 of the product's energy, which
+gradients of more than 5 bits notice.
 """
 
 FOLDS = ("never", "auto", "always")
