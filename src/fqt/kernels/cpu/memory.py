@@ -7,8 +7,7 @@ becomes one with its free neighbours when it is gone. What a step keeps for its 
 reverse order, so that this comes to little more than what was in use at one time; where it comes to more than half
 as much again, free pages go back to the system.
 
-Rejected: free blocks by size (a layer's are no use to the next, whose sizes differ), and the smallest range that
-fits: codes that are kept for long then lie where the largest results must go, and twice the memory is needed.
+Rejected: free blocks by size: a layer's are no use to the next, whose sizes differ.
 """
 
 from __future__ import annotations
