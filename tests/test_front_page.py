@@ -93,7 +93,7 @@ FIGURES: list[tuple[str, list[Figure]]] = [
     ),
     (
         "a Linear of 1024 trains # times as fast as in fp32 and # times as fast as in bf16 with `psq8`, "
-        "# and # times with the default recipe",
+        "# and # times with the default recipe of then",
         [layers("psq8", "fp32"), layers("psq8", "bf16"), layers("default", "fp32"), layers("default", "bf16")],
     ),
     (

@@ -488,7 +488,7 @@ def test_refusals() -> None:
     for bits in (1, 3, 16, "8", 2.5, True):
         with pytest.raises(FqtError, match="bits must be"):
             fqt.compress_(Net(), bits)  # type: ignore[arg-type]
-    with pytest.raises(FqtError, match=r"takes a torch\.nn\.Module"):
+    with pytest.raises(FqtError, match=r"takes the model first, a torch\.nn\.Module"):
         fqt.compress_(3)  # type: ignore[type-var]
     with pytest.raises(ConversionError, match="nothing runs between"):
         fqt.compress_(nn.Linear(3, 3))

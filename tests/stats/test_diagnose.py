@@ -477,3 +477,21 @@ def test_it_holds_the_gradient_less_than_twice() -> None:
 def test_it_prints_as_a_table() -> None:
     lines = str(fqt.diagnose(make(), loss, batches(2), table=0)).splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "0", "1", "3", "5", "(whole"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        ([torch.zeros(2, 4)], r"loss_fn is a list, and no function: loss_fn\(model, batch\) gives the loss"),
+        (nn.CrossEntropyLoss(), "loss_fn is CrossEntropyLoss, which knows no model"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss, says):
+    """Arguments that were swapped, and a loss of torch's, wherever one is taken."""
+    model = fqt.quantize_(nn.Linear(4, 3), "psq8")
+    with pytest.raises(FqtError, match=says):
+        fqt.diagnose(model, loss, [torch.zeros(2, 4)] * 2)
+    with pytest.raises(FqtError, match=says):
+        fqt.Monitor(model, loss)
+    with pytest.raises(FqtError, match=says):
+        quantization_variance(model, loss, [torch.zeros(2, 4)] * 2)

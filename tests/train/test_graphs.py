@@ -8,12 +8,19 @@ from fqt.train.trainer import Trainer
 
 
 class Recorded:
-    """Stands in for a CUDA graph: a recording runs nothing, a replay runs the call into the same tensors."""
+    """Stands in for CUDA graphs: a recording leaves the generator as it was, a replay runs the call into the same
+    tensors."""
 
-    def __init__(self):
+    def __init__(self, memory=100):
         self.made = self.replayed = 0
+        self.memory = memory
+
+    def before(self, call):
+        return call()
 
     def __call__(self, call):
+        if self.made == self.memory:
+            raise torch.cuda.OutOfMemoryError("no memory for a graph")
         self.made += 1
         state = torch.get_rng_state()
         found = tuple(torch.full_like(tensor, torch.nan) for tensor in call())
@@ -56,6 +63,16 @@ def test_shapes_beyond_what_memory_is_kept_for_run_as_they_are():
         for n in range(1, 12):
             assert graphs(torch.ones(n)) == (n,)
     assert record.made == 8
+
+
+def test_without_memory_for_another_graph_training_goes_on():
+    record = Recorded(memory=1)
+    graphs = Graphs(lambda batch: (batch.sum(),), record)
+    for _ in range(4):
+        for n in (1, 2, 3):
+            assert graphs(torch.ones(n)) == (n,)
+    assert record.made == 1
+    assert record.replayed == 2
 
 
 def test_gradients_that_stay_where_they_are_train_to_the_same_numbers():

@@ -56,6 +56,19 @@ def test_codes_steps_and_dither_are_those_of_the_coding_taken(codings, blocks, m
         assert torch.equal(found.dither.column.cpu(), dither.column * taken)
 
 
+def test_what_a_row_costs_decides():
+    """Zeros in one row, which a coding leaves alone, noise in the other: the coding of the one that counts."""
+    x = torch.cat([sparse((1, 136)), spread((1, 136), seed=2)])
+    taken = []
+    for cost in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])):
+        wanted = choice.quantize_best.reference(Entries(x), ROW, THREE, SEED, cost.double())
+        arguments = (Entries(x.to(DEVICE)), ROW, THREE, SEED.to(DEVICE), cost.double().to(DEVICE))
+        found = best.quantize_best(*arguments)
+        assert torch.equal(found.codes.cpu(), wanted.codes)
+        taken.append(float(found.dither.half) > 0)
+    assert taken == [False, True]
+
+
 def test_each_of_the_codings_is_taken_somewhere():
     """So that the test above compares all of them."""
     entries = [Entries(make((40, 136))) for make in (sparse, few, spread)]

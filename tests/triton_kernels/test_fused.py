@@ -23,6 +23,13 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def signed(q):
+    """The same values by int8 codes."""
+    codes = (q.matrix_codes.int() - 128).to(torch.int8)
+    scales = replace(q.scales, offset=q.scales.offset + 128 * q.scales.step)
+    return replace(q, matrix_codes=codes, scales=scales)
+
+
 def grad(name):
     """One whose rows are channels; one whose dither is known on the device alone; one that has one step."""
     g = normal(TOKENS, OUTPUTS, seed=1) * normal(1, OUTPUTS, seed=2).exp()
@@ -48,9 +55,11 @@ def input(how):
 
 @pytest.mark.parametrize("given", ["plain", "one step", "dithered", "on the device", "none taken"])
 @pytest.mark.parametrize("how", ["one step", "folded", "centred", "shared"])
-def test_the_weight_s_gradient_has_the_formulas_bits(given, how, monkeypatch):
+@pytest.mark.parametrize("in_int8", ["neither", "grad_output", "input", "both"])
+def test_the_weight_s_gradient_has_the_formulas_bits(given, how, in_int8, monkeypatch):
     monkeypatch.setattr(fused, "_worth", lambda *_: True)
     g, (x, folded) = grad(given), input(how)
+    g, x = signed(g) if in_int8 in ("grad_output", "both") else g, signed(x) if in_int8 in ("input", "both") else x
     with reference_only():
         wanted = integer.grad_weight(DenseMap(), g, x, folded, SHAPE)
     arguments = (DenseMap(), moved(g, DEVICE), moved(x, DEVICE), moved(folded, DEVICE), SHAPE)

@@ -89,7 +89,8 @@ class Choice:
 
 
 def _in_order(blocks: Tensor, cost: Tensor | None) -> Tensor:
-    """float64 scalar: the blocks' sum, added in one order on every backend: no choice may depend on the machine."""
+    """float64 scalar: the blocks' sum, added in one order on every number of threads; another backend's may move
+    it by 2⁻⁵⁰ of it, which decides only between codings that are as good."""
     weighted = blocks if cost is None else blocks * cost[:, None]
     return weighted.flatten().cumsum(0)[-1:].sum()
 

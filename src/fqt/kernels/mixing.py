@@ -190,7 +190,7 @@ def scaled_hadamard(x: Tensor, block: int, seed: Tensor, guard: Guard) -> tuple[
     blocks = hadamard_blocks(n, block)[0]
     # To copy them makes the host wait for a GPU. Tensors of a trace or of a function's transform must not be kept.
     plain = type(x) is Tensor and torch._C._functorch.maybe_current_level() is None
-    deal, block_of, sizes = (_kept_positions if x.is_cuda and plain else _positions)(n, block, x.device)
+    deal, block_of, sizes = (_placed if x.is_cuda and plain else _positions)(n, block, x.device)
     by_size = torch.sort(rows.range, descending=True, stable=True).indices
     order = by_size[deal]
     group = torch.empty_like(order).index_copy_(0, order, block_of)
@@ -362,3 +362,12 @@ def _positions(n: int, largest: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 _kept_positions = lru_cache(maxsize=64)(_positions)
+_in_graphs: dict[tuple[int, int, torch.device], tuple[Tensor, ...]] = {}
+
+
+def _placed(n: int, largest: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`_positions` on a GPU, kept; for ever where a CUDA graph is captured, which holds their addresses only."""
+    found = _kept_positions(n, largest, device)
+    if torch.cuda.is_current_stream_capturing():
+        _in_graphs[n, largest, device] = found
+    return found

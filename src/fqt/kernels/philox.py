@@ -138,7 +138,7 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
         number = operator.index(seed)
     except TypeError:
         raise FqtError(f"a seed must be an int or an int64 tensor with one number, not {seed!r}") from None
-    return torch.tensor(_signed(number & _WORD), dtype=torch.int64, device=device)
+    return torch.full((), _signed(number & _WORD), dtype=torch.int64, device=device)  # not copied from the host
 
 
 def fork_seed(seed: Tensor, index: int) -> Tensor:

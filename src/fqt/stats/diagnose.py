@@ -35,6 +35,7 @@ from fqt.stats.passes import (
     Backward,
     LossFn,
     check_batches,
+    check_loss,
     check_model,
     converted,
     measuring,
@@ -172,6 +173,7 @@ def diagnose(
         raise FqtError(f"table is a number of draws, got {table}")
     batches = batches if isinstance(batches, Sequence) else list(batches)
     check_batches(batches, 2, equal)
+    check_loss(loss_fn)
     layers = check_model(model)
     with WithoutDropout(), measuring(model, loss_fn) as backward:
         with uncompressed(model):

@@ -28,7 +28,7 @@ from fqt.nn.between import uncompressed
 from fqt.nn.dropout import WithoutDropout
 from fqt.seeds import derive_seed
 from fqt.stats.moments import Moments
-from fqt.stats.passes import Backward, LossFn, converted, measuring, without
+from fqt.stats.passes import Backward, LossFn, check_loss, converted, measuring, without
 from fqt.stats.spread import Estimate
 
 __all__ = ["GradientVariance", "quantization_variance", "sampling_variance"]
@@ -90,6 +90,7 @@ def quantization_variance(
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
     if not any(module.training for module in model.modules()):
         raise FqtError("the model is in eval mode, where quantized layers draw no noise: call model.train() first")
+    check_loss(loss_fn)
     _check_number(batches)
     per_batch = Moments()
     without_dropout = WithoutDropout() if converted(model) else nullcontext()

@@ -40,6 +40,7 @@ from fqt.stats.passes import (
     LossFn,
     Sink,
     alone,
+    check_loss,
     check_model,
     energy,
     owner,
@@ -118,6 +119,7 @@ class Monitor:
         if not 0 <= memory < 1:
             raise FqtError(f"memory must lie in [0, 1), got {memory}")
         _check_messages(messages)
+        check_loss(loss_fn)
         check_model(model, awake=False)
         self.model, self.loss_fn, self.every, self.memory = alone(model, averaged=True), loss_fn, every, memory
         self.half, self.messages, self._processes = half or first_half, messages, Processes.of(model)

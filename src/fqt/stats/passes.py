@@ -100,6 +100,19 @@ def alone(model: nn.Module, averaged: bool = False) -> nn.Module:
     return wrappers.alone(model, outermost=averaged)
 
 
+def check_loss(loss_fn: Any) -> None:
+    """Refuses what is no function of a model and a batch: arguments that were swapped, a loss of torch's.
+
+    Raises:
+        FqtError: with what to write.
+    """
+    how = "loss_fn(model, batch) gives the loss, such as lambda model, batch: loss(model(batch[0]), batch[1])"
+    if not callable(loss_fn):
+        raise FqtError(f"loss_fn is a {type(loss_fn).__name__}, and no function: {how}")
+    if isinstance(loss_fn, nn.Module):
+        raise FqtError(f"loss_fn is {type(loss_fn).__name__}, which knows no model: {how}")
+
+
 def check_model(model: nn.Module, awake: bool = True) -> dict[str, nn.Module]:
     """The converted layers that quantize a gradient.
 

@@ -99,7 +99,8 @@ class TrainConfig:
         workers: processes that read images, for tasks that read them from disk.
         amp: run the model under bfloat16 autocast.
         compile: train with ``torch.compile``.
-        graph: on a GPU, replay what a step launches as a CUDA graph, to the same numbers.
+        graph: on a GPU, replay what a step launches as a CUDA graph; to the same numbers, if every step has a
+            gradient for every parameter (one that has none is not left alone, but has a gradient of zeros).
         checkpointing: compute the insides of a transformer's blocks again in backward instead of keeping them.
         fsdp: of several processes each keeps a part of the model (`fully_shard`) instead of all of it.
         messages: a quantizer, by name, in whose codes processes send each other gradients; empty: as floats.

@@ -8,20 +8,31 @@ itself would, so that it is new in every step, and the same as without graphs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fqt.errors import FqtError
 
-__all__ = ["Graphs"]
+__all__ = ["Capture", "Graphs"]
 
 Found = tuple[Tensor, ...]
 Call = Callable[[Any], Found]
-Record = Callable[[Callable[[], Found]], tuple[Found, Callable[[], None]]]
+
+
+class Record(Protocol):
+    """How calls are recorded."""
+
+    def before(self, call: Callable[[], Found]) -> Found:
+        """Makes a call that is not recorded, but will be."""
+
+    def __call__(self, call: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
+        """What the call returns at the first replay, and what runs it again into the same tensors."""
+
+
 _WARM = 2  # calls as they are: kernels are compiled and measured, and gradients get the memory that they keep
-_MOST = 8  # graphs: each keeps the memory of its step's tensors
+_MOST = 8  # graphs
 
 
 class Graphs:
@@ -32,12 +43,12 @@ class Graphs:
 
     Args:
         call: from a batch on the GPU, a tensor or nested tuples of tensors, to tensors.
-        record: takes a function without arguments and returns what it returned and a function that runs it again
-            into the same tensors; a CUDA graph of it.
+        record: makes the calls before a recording, and recordings: `Capture`.
     """
 
-    def __init__(self, call: Call, record: Record | None = None) -> None:
-        self._call, self._record = call, record or _captured
+    def __init__(self, call: Call, record: Record) -> None:
+        self._call, self._record = call, record
+        self._most = _MOST
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, tuple[Any, Found, Callable[[], None]]] = {}
 
@@ -45,38 +56,65 @@ class Graphs:
         """What the call returns for a batch; the tensors are the caller's own."""
         shape = _shape(batch)
         if shape not in self._graphs:
+            if len(self._graphs) == self._most:
+                return self._call(batch)
             self._seen[shape] = self._seen.get(shape, 0) + 1
-            if self._seen[shape] <= _WARM or len(self._graphs) == _MOST:
-                return _beside(self._call, batch)
+            if self._seen[shape] <= _WARM:
+                return self._record.before(lambda: self._call(batch))
             given = _map(batch, torch.clone)
-            self._graphs[shape] = (given, *self._record(lambda: self._call(given)))
+            try:
+                self._graphs[shape] = (given, *self._record(lambda: self._call(given)))
+            except torch.cuda.OutOfMemoryError:  # of a further shape: what is recorded goes on
+                self._most = len(self._graphs)
+                return self._call(batch)
         given, found, replay = self._graphs[shape]
         _copy(given, batch)
         replay()
         return tuple(tensor.clone() for tensor in found)
 
 
-def _captured(call: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            found = call()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise FqtError(f"--graph: this step cannot be recorded ({reason}); leave --graph out") from error
-    return found, graph.replay
+class Capture:
+    """CUDA graphs of one device, in one pool of memory: they run one at a time, and what they return is copied.
 
+    A step lies in the memory of the stream that it first ran on, so all run on one.
+    """
 
-def _beside(call: Call, batch: Any) -> Found:
-    """The call on a stream of its own, as a capture wants the calls before it."""
-    if not torch.cuda.is_available():
-        return call(batch)
-    stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(stream)
-    with torch.cuda.stream(side):
-        found = call(batch)
-    stream.wait_stream(side)
-    return found
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._side = device, torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def before(self, call: Callable[[], Found]) -> Found:
+        """The call on a stream of its own, as a capture wants the calls before it."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            self._side.wait_stream(stream)
+            with torch.cuda.stream(self._side):
+                found = call()
+            stream.wait_stream(self._side)
+        return found
+
+    def __call__(self, call: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
+        """Other threads, such as those that pin batches, may go on meanwhile.
+
+        Raises:
+            FqtError: what the call does cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
+            ):
+                found = call()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cause = error.__context__ or error  # ending a broken capture raises a second one
+            reason = str(cause).splitlines()[0]
+            raise FqtError(
+                f"--graph: this step cannot be recorded ({reason}); continue with --resume --no-graph"
+            ) from error
+        return found, graph.replay
 
 
 def _map(batch: Any, function: Callable[[Tensor], Any]) -> Any:

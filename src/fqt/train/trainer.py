@@ -19,7 +19,7 @@ from fqt.train.adapt import Adapter
 from fqt.train.average import Average
 from fqt.train.checkpoint import restore_rng, rng_state, seed_all
 from fqt.train.config import TrainConfig
-from fqt.train.graphs import Graphs
+from fqt.train.graphs import Capture, Graphs
 from fqt.train.named import named_recipe
 from fqt.train.optim import learning_rate, make_optimizer, set_rate
 from fqt.train.ranks import Ranks
@@ -74,7 +74,7 @@ class Trainer:
         self.step = 0
         self.messages = _messages(config)
         self._forward = self._wrapped()
-        self._graphs = Graphs(self._pass) if config.graph else None
+        self._graphs = Graphs(self._pass, Capture(self.device)) if config.graph else None
         self._window: Tensor | None = None
         self.adapter = self._adapter() if config.adapt else None
         self._events: list[dict[str, Any]] = []

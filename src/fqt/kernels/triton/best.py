@@ -42,6 +42,7 @@ def _all_parameters(
     SIZE: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    n = tl.full((), 1, tl.int64) * n
     inside = at < n
     least, most = tl.load(lo + at, mask=inside, other=0.0), tl.load(hi + at, mask=inside, other=0.0)
     for each in tl.static_range(len(STEPS)):
@@ -64,7 +65,7 @@ def _choose(
     SIZE: tl.constexpr,
 ):
     """One program, so that equal variances are found equal. Else the order of its sums matters to 2⁻⁵⁰ of them."""
-    n = count[0] * count[1]
+    n = tl.full((), 1, tl.int64) * count[0] * count[1]
     place, least = tl.zeros((), tl.int64), tl.zeros((), tl.float64)
     for each in tl.static_range(len(VARIES)):
         total = tl.zeros((SIZE,), tl.float64)
@@ -179,7 +180,7 @@ def quantize_best(
     cost: Tensor | None = None,
     known: Findings | None = None,
 ) -> Quantized:
-    """As the reference, bit for bit."""
+    """As the reference, bit for bit, but where two codings' variances differ by less than their sums' rounding."""
     assert seed is not None
     lo, hi = (v.contiguous() for v in ops.value_range(x, blocks))
     device, (rows, columns), n = x.matrix.device, x.shape, lo.numel()
@@ -195,6 +196,7 @@ def quantize_best(
         given = (x, Scales(scales[0], scales[1], blocks), coding.levels)
         sums.append(ops.variance_sums(*given) if varying else lo)
     taken = torch.empty((), dtype=torch.int64, device=device)
+    cost = None if cost is None else cost.contiguous()
     sizes = (x.shape, (blocks.rows or rows, blocks.columns or columns), tuple(lo.shape))
     how = {"VARIES": varies, "BOUND": DITHERED.unit_bound, "SIZE": 1024}
     launch(_choose, 1, taken, steps, tuple(sums), cost, *sizes, on=lo, warps=8, **how)

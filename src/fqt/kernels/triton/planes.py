@@ -52,7 +52,7 @@ def takes_from_bytes(sums: Tensor) -> bool:
 
 
 def from_bytes(sums: Tensor) -> Tensor:
-    """As the reference: all is exact while the sums stay below 2²⁹."""
+    """As the reference: all is exact while the sums stay below 2³⁶."""
     out = torch.empty(sums.shape[1:], dtype=torch.float64, device=sums.device)
     n = out.numel()
     launch(_from_bytes, triton.cdiv(n, _SIZE), out, sums.contiguous(), n, on=sums, SIZE=_SIZE)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fqt.kernels.codes import Entries, Findings, Levels, Scales
 from fqt.kernels.triton.device import launch, takes
 from fqt.kernels.triton.encode import CODES, takes_code_variance, variance
-from fqt.kernels.triton.levels import even, levels_of, position, whole
+from fqt.kernels.triton.levels import even, levels_of, near, position, whole
 from fqt.kernels.triton.source import VALUES, parameter, parameter_of, source_of, values
 from fqt.kernels.triton.tiling import Tiling, entries, place, result
 
@@ -194,7 +194,7 @@ def _variance_sums(
             t = position(value, steps, offsets, LOW, HIGH)
             shares = tl.where(inside, variance(t, MANTISSA, TABLE) * 16777216.0, 0.0)
             # At most 2²² where levels are one apart: by additions, without the slow conversion to int64.
-            counts = whole(shares) if MANTISSA < 0 and len(TABLE) == 0 else even(shares)
+            counts = whole(near(shares)) if MANTISSA < 0 and len(TABLE) == 0 else even(shares)
             total += counts.to(tl.int64)
     where, there = result(down, across, row_split, column_split, count, splits)
     tl.store(sums + where, tl.sum(tl.sum(total, 3), 1), mask=there)

@@ -122,7 +122,7 @@ class Dropped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """The same mask."""
         flags = Flags(ctx.layout, *ctx.saved_tensors).values()
-        return grad * (flags * torch.tensor(ctx.scale, dtype=grad.dtype, device=grad.device)), None
+        return grad * (flags * torch.full((), ctx.scale, dtype=grad.dtype, device=grad.device)), None
 
 
 class Pooled(torch.autograd.Function):

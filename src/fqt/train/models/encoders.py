@@ -108,18 +108,18 @@ class ViT(Stacked):
                 f"images of {height}×{width} are not made of patches of {side}×{side}: choose another --model"
             )
         y = self.patches(x)
-        positions = plane_positions(y.shape[2], y.shape[3], y.shape[1]).to(y)
+        positions = plane_positions(y.shape[2], y.shape[3], y.shape[1], y.device).to(y)
         return self.head(self.stack((y + positions).flatten(2).transpose(1, 2)).mean(1))
 
 
-def plane_positions(height: int, width: int, size: int) -> Tensor:
+def plane_positions(height: int, width: int, size: int, device: torch.device | None = None) -> Tensor:
     """Sines and cosines of the rows and columns of a grid, float32 (size, height, width).
 
     Frequencies fall from 1 to 1/10,000 in geometric steps, size/4 of each kind and coordinate.
     """
-    frequencies = 10_000.0 ** -torch.linspace(0, 1, size // 4)
-    rows = frequencies[:, None] * torch.arange(height)
-    columns = frequencies[:, None] * torch.arange(width)
+    frequencies = 10_000.0 ** -torch.linspace(0, 1, size // 4, device=device)
+    rows = frequencies[:, None] * torch.arange(height, device=device)
+    columns = frequencies[:, None] * torch.arange(width, device=device)
     grids = rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1)
     return torch.cat([wave for grid in grids for wave in (grid.sin(), grid.cos())])
 
