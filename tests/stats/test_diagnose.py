@@ -494,4 +494,4 @@ def test_a_loss_that_is_none_is_refused(loss, says):
     with pytest.raises(FqtError, match=says):
         fqt.Monitor(model, loss)
     with pytest.raises(FqtError, match=says):
-        quantization_variance(model, loss, [torch.zeros(2, 4)] * 2)
+        quantization_variance(model, loss, [torch.zeros(2, 4)] * 2, draws=2)
