@@ -109,7 +109,7 @@ def check_loss(loss_fn: Any) -> None:
     how = "loss_fn(model, batch) gives the loss, such as lambda model, batch: loss(model(batch[0]), batch[1])"
     if not callable(loss_fn):
         raise FqtError(f"loss_fn is a {type(loss_fn).__name__}, and no function: {how}")
-    if isinstance(loss_fn, nn.Module):
+    if isinstance(loss_fn, nn.modules.loss._Loss):
         raise FqtError(f"loss_fn is {type(loss_fn).__name__}, which knows no model: {how}")
 
 

@@ -19,6 +19,8 @@ __all__ = ["Capture", "Graphs"]
 
 Found = tuple[Tensor, ...]
 Call = Callable[[Any], Found]
+_WARM = 2  # calls as they are: kernels are compiled and measured, and gradients get the memory that they keep
+_MOST = 8  # graphs
 
 
 class Record(Protocol):
@@ -29,10 +31,6 @@ class Record(Protocol):
 
     def __call__(self, call: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
         """What the call returns at the first replay, and what runs it again into the same tensors."""
-
-
-_WARM = 2  # calls as they are: kernels are compiled and measured, and gradients get the memory that they keep
-_MOST = 8  # graphs
 
 
 class Graphs:

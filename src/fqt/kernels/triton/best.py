@@ -20,35 +20,14 @@ from fqt.kernels.rounding import DITHERED, STOCHASTIC, Coding, dither_streams
 from fqt.kernels.triton.device import launch, takes
 from fqt.kernels.triton.encode import TILE, programs_of, tile
 from fqt.kernels.triton.levels import ROUNDINGS, position, rounded
-from fqt.kernels.triton.noise import u24
+from fqt.kernels.triton.noise import dither_at
 from fqt.kernels.triton.quantize import takes_quantize
-from fqt.kernels.triton.ranges import MODES, step_and_offset
+from fqt.kernels.triton.ranges import parameters_of
 from fqt.kernels.triton.source import parameter, parameter_of, source_of, values
 
 _LEVELS = tl.constexpr(float(DITHER_LEVELS))
 _DITHERED = tl.constexpr(ROUNDINGS[DITHERED.name])
 _SIZE = 256
-
-
-@triton.jit
-def _all_parameters(
-    steps,  # (codings, n)
-    offsets,
-    lo,
-    hi,
-    n,
-    STEPS: tl.constexpr,
-    MODES: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    n = tl.full((), 1, tl.int64) * n
-    inside = at < n
-    least, most = tl.load(lo + at, mask=inside, other=0.0), tl.load(hi + at, mask=inside, other=0.0)
-    for each in tl.static_range(len(STEPS)):
-        step, offset = step_and_offset(least, most, STEPS[each], MODES[each])
-        tl.store(steps + each * n + at, step, mask=inside)
-        tl.store(offsets + each * n + at, offset, mask=inside)
 
 
 @triton.jit
@@ -117,9 +96,7 @@ def _settled(
     for each in tl.static_range(len(VARIES)):
         if not VARIES[each]:
             dithered = tl.where(place == each, 1.0, dithered)
-    key = tl.load(seed)
-    along = tl.where(at < rows, u24(key, ROW, at), u24(key, COLUMN, tl.maximum(at - rows, 0)))
-    tl.store(noise + at, along.to(tl.float32) * (1.0 / _LEVELS) * dithered, at < rows + columns)
+    tl.store(noise + at, dither_at(seed, at, rows, ROW, COLUMN) * dithered, at < rows + columns)
     tl.store(half + at, tl.zeros((SIZE,), tl.float32) + 0.5 * dithered, at < 1)
 
 
@@ -184,11 +161,8 @@ def quantize_best(
     assert seed is not None
     lo, hi = (v.contiguous() for v in ops.value_range(x, blocks))
     device, (rows, columns), n = x.matrix.device, x.shape, lo.numel()
-    steps, offsets = torch.empty((2, len(codings), *lo.shape), dtype=torch.float32, device=device)
-    modes = tuple(MODES[coding.mode] for coding in codings)
-    how: dict[str, Any] = {"STEPS": tuple(coding.levels.high for coding in codings), "MODES": modes, "SIZE": _SIZE}
-    programs = triton.cdiv(n, _SIZE)
-    launch(_all_parameters, programs, steps, offsets, lo, hi, n, on=lo, **how)
+    grids = [(coding.mode, coding.levels.high) for coding in codings]
+    steps, offsets = parameters_of(lo, hi, grids)
 
     varies = tuple(coding.rounding.varies for coding in codings)
     sums: list[Tensor] = []
@@ -198,7 +172,7 @@ def quantize_best(
     taken = torch.empty((), dtype=torch.int64, device=device)
     cost = None if cost is None else cost.contiguous()
     sizes = (x.shape, (blocks.rows or rows, blocks.columns or columns), tuple(lo.shape))
-    how = {"VARIES": varies, "BOUND": DITHERED.unit_bound, "SIZE": 1024}
+    how: dict[str, Any] = {"VARIES": varies, "BOUND": DITHERED.unit_bound, "SIZE": 1024}
     launch(_choose, 1, taken, steps, tuple(sums), cost, *sizes, on=lo, warps=8, **how)
 
     step, offset = torch.empty((2, *lo.shape), dtype=torch.float32, device=device)

@@ -123,12 +123,18 @@ def fork_seed(seed: Tensor, index: int) -> Tensor:
 
 
 @triton.jit
+def dither_at(seed, place, rows, ROW: tl.constexpr, COLUMN: tl.constexpr):
+    """The dither of the rows, and behind them that of the columns."""
+    key = tl.load(seed)
+    along = tl.where(place < rows, u24(key, ROW, place), u24(key, COLUMN, tl.maximum(place - rows, 0)))
+    return along.to(tl.float32) * (1.0 / 16777216)
+
+
+@triton.jit
 def _dither(out, seed, n, rows, ROW: tl.constexpr, COLUMN: tl.constexpr, SIZE: tl.constexpr):
     """The dither of all rows, then that of all columns: both streams are made, and one is kept."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    key = tl.load(seed)
-    along = tl.where(place < rows, u24(key, ROW, place), u24(key, COLUMN, tl.maximum(place - rows, 0)))
-    tl.store(out + place, along.to(tl.float32) * (1.0 / 16777216), mask=place < n)
+    tl.store(out + place, dither_at(seed, place, rows, ROW, COLUMN), mask=place < n)
 
 
 def dither_of(seed: Tensor, shape: tuple[int, int], transposed: bool) -> Tensor:

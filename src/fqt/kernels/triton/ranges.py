@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -133,13 +135,16 @@ def step_and_offset(lo, hi, STEPS: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _parameters(step, offset, lo, hi, n, STEPS: tl.constexpr, MODE: tl.constexpr, SIZE: tl.constexpr):
+def _parameters(step, offset, lo, hi, n, STEPS: tl.constexpr, MODES: tl.constexpr, SIZE: tl.constexpr):
+    """On each of some grids: (grids, n)."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    n = tl.full((), 1, tl.int64) * n
     inside = place < n
     lo, hi = tl.load(lo + place, mask=inside, other=0.0), tl.load(hi + place, mask=inside, other=0.0)
-    found_step, found_offset = step_and_offset(lo, hi, STEPS, MODE)
-    tl.store(step + place, found_step, mask=inside)
-    tl.store(offset + place, found_offset, mask=inside)
+    for grid in tl.static_range(len(STEPS)):
+        found_step, found_offset = step_and_offset(lo, hi, STEPS[grid], MODES[grid])
+        tl.store(step + grid * n + place, found_step, mask=inside)
+        tl.store(offset + grid * n + place, found_offset, mask=inside)
 
 
 @triton.jit
@@ -195,8 +200,15 @@ def takes_parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> bool:
 
 def parameters(lo: Tensor, hi: Tensor, mode: str, steps: int) -> tuple[Tensor, Tensor]:
     """As the reference on the CPU, bit for bit; torch on a GPU multiplies by 1/steps where it divides there."""
+    step, offset = parameters_of(lo, hi, [(mode, steps)])
+    return step[0], offset[0]
+
+
+def parameters_of(lo: Tensor, hi: Tensor, grids: Sequence[tuple[str, int]]) -> tuple[Tensor, Tensor]:
+    """`parameters` for each mode and number of steps, stacked, in one launch."""
     lo, hi = lo.contiguous(), hi.contiguous()
-    step, offset = torch.empty_like(lo), torch.empty_like(lo)
-    arguments, how = (step, offset, lo, hi, lo.numel()), {"STEPS": steps, "MODE": MODES[mode], "SIZE": _SIZE}
-    launch(_parameters, triton.cdiv(lo.numel(), _SIZE), *arguments, on=lo, **how)
+    step, offset = torch.empty((2, len(grids), *lo.shape), dtype=torch.float32, device=lo.device)
+    modes, steps = tuple(MODES[mode] for mode, _ in grids), tuple(steps for _, steps in grids)
+    arguments, programs = (step, offset, lo, hi, lo.numel()), triton.cdiv(lo.numel(), _SIZE)
+    launch(_parameters, programs, *arguments, on=lo, STEPS=steps, MODES=modes, SIZE=_SIZE)
     return step, offset
