@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import fqt
 import fqt.cli
 from fqt.bench import Request, failures, markdown, read_bench, results, run, terminal_tables
 from fqt.bench import cases as registry
@@ -25,8 +26,9 @@ from fqt.bench.summary import Quantiles, _floor, _ratio
 from fqt.bench.timing import rounds
 from fqt.errors import FqtError
 from fqt.kernels.cpu import library
+from fqt.kernels.integer import machine_obstacle
 
-from .conftest import BLOCKS, LINEAR, MATRIX, TINY, Silent
+from .conftest import BLOCKS, IMAGES, LINEAR, MATRIX, TINY, Silent
 
 SHAPES = ((32, 48, 64),)
 
@@ -201,7 +203,7 @@ def test_a_wrong_contestant_is_reported_and_not_timed(monkeypatch, tmp_path):
 
     def wrong(model, recipe):
         model = right(model, recipe)
-        if recipe == "psq8":
+        if recipe == fqt.Recipe("psq8"):
             model.register_forward_hook(lambda module, args, out: out + 1)
         return model
 
@@ -214,6 +216,18 @@ def test_a_wrong_contestant_is_reported_and_not_timed(monkeypatch, tmp_path):
     assert "output is" in found["psq8"]["reason"]
     assert "| failed |" in markdown(record)
     assert not any(r.recipe == "psq8" and not r.measure.startswith(("kept", "all")) for r in results(record))
+
+
+@pytest.mark.skipif(bool(machine_obstacle("cpu")), reason="no integer kernels")
+def test_layers_that_lose_are_spared():
+    """With `spare` each recipe takes part once more, some of its layers float."""
+    record = run(request(replace(IMAGES, spare=True)), None, Silent())
+    found = {row["name"]: row for row in record["cases"][0]["contestants"]}
+    assert [row.get("recipe") for row in found.values()].count("psq8 spared") == 2
+    assert found["psq8 spared bf16"]["autocast"]
+    assert found["psq8"]["arithmetic"] == {"integer": 12}
+    assert found["psq8 spared"]["arithmetic"] == {"float": 3, "integer": 3}
+    assert {"psq8", "psq8 spared"} <= {r.recipe for r in results(record) if r.measure == "fp32"}
 
 
 def test_what_does_not_run_is_recorded(monkeypatch):

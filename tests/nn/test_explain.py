@@ -207,6 +207,9 @@ def test_layers_that_are_slower_on_integers_are_named() -> None:
     (note,) = [note for note in explained.notes if "slower on integers here" in note]
     assert note.endswith(": pointwise, depthwise, up, narrow")
     assert fqt.explain(model["linear"], torch.randn(3, 256)).slower == ()
+    # Gradients are read more often there.
+    fqt.quantize_(model, "default", filter_fn=lambda layer, name: name != "skipped")
+    assert fqt.explain(model).slower == ("pointwise", "depthwise", "patches", "wide", "up", "narrow")
 
 
 @pytest.mark.skipif(bool(machine_obstacle("cpu")), reason="no integer kernels")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.bench.workloads import SEED, Layer, Step, build, draw
-from fqt.nn import Recipe, Rule, compress_, inductor_options, load_recipe, quantize_
+from fqt.nn import Recipe, Rule, compress_, explain, inductor_options, load_recipe, quantize_
 
 Outcome = dict[str, Tensor]
 
@@ -63,7 +63,8 @@ class Contestant:
         name: unique within a case.
         group: "fp32", "bf16", "torchao" or "ours".
         convert: what is done to the float model, in place; raises `Unavailable`.
-        recipe: of ours.
+        recipe: of ours, as a user names it.
+        spares: whether ours leaves the layers float that `fqt.explain(model).slower` names.
         autocast: whether the forward pass runs under bfloat16 autocast.
         compiled: whether `torch.compile` is applied.
         graphed: whether a pass is captured as a CUDA graph once and replayed, so that the host launches one thing.
@@ -76,6 +77,7 @@ class Contestant:
     group: str
     convert: Callable[[nn.Module], nn.Module] = lambda model: model
     recipe: str | None = None
+    spares: bool = False
     autocast: bool = False
     compiled: bool = False
     graphed: bool = False
@@ -83,9 +85,16 @@ class Contestant:
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     slack: float = 1.0
 
+    @property
+    def label(self) -> str | None:
+        """The recipe in records and tables."""
+        return f"{self.recipe} spared" if self.spares else self.recipe
 
-def contestants(recipes: Sequence[str], device: str = "cpu", keep: int | None = None) -> list[Contestant]:
-    """All that take part on devices of this type, the fp32 reference first; `keep` as in `Case`."""
+
+def contestants(
+    recipes: Sequence[str], device: str = "cpu", keep: int | None = None, spare: bool = False
+) -> list[Contestant]:
+    """All that take part on devices of this type, the fp32 reference first; `keep` and `spare` as in `Case`."""
     found = [
         Contestant(name="fp32", group="fp32"),
         Contestant(name="bf16", group="bf16", autocast=True),
@@ -105,13 +114,24 @@ def contestants(recipes: Sequence[str], device: str = "cpu", keep: int | None = 
         ]
         if device == "cuda":
             found += [replace(each, name=f"{each.name} graphed", graphed=True) for each in found[-2:]]
+        if spare:
+            spared = replace(ours, name=f"{recipe} spared", convert=_ours(recipe, keep, spares=True), spares=True)
+            found += [spared, replace(spared, name=f"{spared.name} bf16", autocast=True)]
     return found
 
 
-def _ours(recipe: str | Recipe, keep: int | None = None) -> Callable[[nn.Module], nn.Module]:
-    if keep is None:
-        return lambda model: quantize_(model, recipe)
-    return lambda model: compress_(quantize_(model, recipe), keep)
+def _ours(
+    recipe: str, keep: int | None = None, spares: bool = False, noisy: bool = True
+) -> Callable[[nn.Module], nn.Module]:
+    def converted(model: nn.Module) -> nn.Module:
+        whole = load_recipe(recipe)
+        if spares:
+            rules = tuple(Rule(name, "none") for name in explain(quantize_(model, whole)).slower)
+            whole = replace(whole, rules=(*whole.rules, *rules))
+        quantize_(model, whole if noisy else _noiseless(whole))
+        return model if keep is None else compress_(model, keep)
+
+    return converted
 
 
 def noiseless(contestant: Contestant) -> Contestant:
@@ -120,8 +140,8 @@ def noiseless(contestant: Contestant) -> Contestant:
     Compiled if the contestant is: fusing moves bfloat16 roundings, and with them the forward codes.
     """
     assert contestant.recipe is not None
-    recipe = _noiseless(load_recipe(contestant.recipe))
-    return replace(contestant, convert=_ours(recipe), graphed=False)
+    convert = _ours(contestant.recipe, spares=contestant.spares, noisy=False)
+    return replace(contestant, convert=convert, graphed=False)
 
 
 def _noiseless(recipe: Recipe) -> Recipe:

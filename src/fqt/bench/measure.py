@@ -245,7 +245,7 @@ def _prepare(
 ) -> Calls:
     """Builds and verifies the contestants of a layer or a step."""
     assert isinstance(case.workload, Layer | Step)
-    everyone, at = contestants(recipes, request.at.type, case.keep), request.at
+    everyone, at = contestants(recipes, request.at.type, case.keep, case.spare), request.at
     observer.case(case.title, len(everyone) + request.repeats)
     entry |= {"macs": count_macs(case.workload), "kept": {}}
     calls: Calls = {}
@@ -257,7 +257,7 @@ def _prepare(
             entry,
             contestant.name,
             contestant.group,
-            recipe=contestant.recipe,
+            recipe=contestant.label,
             autocast=contestant.autocast,
             compiled=contestant.compiled,
         )

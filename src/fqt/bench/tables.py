@@ -28,7 +28,8 @@ CAPTION = (
     "the better of eager and compiled bf16 autocast. × fp32: ours in float32 against eager float32. Integer limit: "
     "the case's products alone at the best rate of torch._int_mm in the same run (of our own where that is a "
     "scalar loop). Copy rate: bytes in and out per second, against those of a copy of the same matrices. Kept: "
-    "bytes the layers keep for backward, weights left out."
+    "bytes the layers keep for backward, weights left out. Spared: with the layers float that "
+    "fqt.explain(model).slower names."
 )
 
 

@@ -23,28 +23,33 @@ LEAST_BLOCK = 16
 """Of the blocks along a contracted axis that are summed as integers: every length is a multiple of it."""
 
 
-FEWEST_TERMS, FEWEST_TERMS_OF_VOLUMES, FEWEST_TAPS = 256, 2048, 49
+FEWEST_TERMS, FEWEST_TERMS_OF_VOLUMES, FEWEST_TAPS, DEARER = 256, 2048, 49, 1.5
 """From which on a training step of a layer takes no longer on integers than in float, on a CPU.
 
 What quantizing takes per number does not depend on how often it is multiplied. Terms are those of an entry of the
 output and of the input's gradient, in the harmonic mean; taps those of a filter for every channel, at which torch's
 own kernels are slower. Measured with AVX-512 VNNI, in CPU time against fp32 with psq8 (csrc/LOG.md): 64 terms 2.0,
 128 terms 1.8, 256 terms 1.0; 3 × 3 taps 3.0, 7 × 7 taps 1.0; in three dimensions 432 terms 4.3, 864 terms
-1.8, and more were not measured. Without VNNI integers gain less: the bound is higher.
+1.8, and more were not measured. Without VNNI integers gain less: the bound is higher. Convolutions whose gradients
+are rotated or choose their coding ask for more by a factor: with `default` 288 terms 1.2, 432 terms 0.96 (`psq8`:
+0.8, 0.7), 7 × 7 taps 1.2 to 1.6; a Linear with 256 terms takes 0.9 all the same.
 """
 
 
-def is_slower(map: LinearMap, weight: torch.Size) -> bool:
+def is_slower(map: LinearMap, weight: torch.Size, recipe: Recipe) -> bool:
     """Whether a training step of a layer with such a weight takes longer on a CPU's integers than in float."""
     taps = weight[2:].numel()
+    gradients = [q for q in (recipe.operand("grad_input"), recipe.operand("grad_weight")) if q is not None]
+    dearer = any(len(q.codings) > 1 or not isinstance(q.transform, Identity) for q in gradients)
+    factor = DEARER if dearer and not isinstance(map, DenseMap) else 1
     if isinstance(map, DenseMap):
         terms = (weight[1], weight[0])
     elif map.groups > 1 and map.group_channels == 1:
-        return taps < FEWEST_TAPS
+        return taps < factor * FEWEST_TAPS
     else:  # weight (O, C/groups, *), or of a transposed convolution (C, O/groups, *): the strided side has fewer
         terms = (weight[1] * taps, weight[0] // map.groups * taps // math.prod(map.stride))
     fewest = FEWEST_TERMS_OF_VOLUMES if len(weight) > 4 else FEWEST_TERMS
-    return not min(terms) or 2 / (1 / terms[0] + 1 / terms[1]) < fewest
+    return not min(terms) or 2 / (1 / terms[0] + 1 / terms[1]) < factor * fewest
 
 
 def on_integers(product: str, map: LinearMap, recipe: Recipe, values: Tensor) -> bool:

@@ -257,9 +257,9 @@ def _is_slower(layer: nn.Module) -> bool:
         return False
     map, recipe, weight = linear_map(layer), layer.fqt_recipe, layer.weight
     elsewhere = weight.device.type != "cpu" or weight.dtype == torch.float64 or _machine(layer, map)
-    if elsewhere or not is_slower(map, weight.shape):
-        return False
     assert isinstance(recipe, Recipe)
+    if elsewhere or not is_slower(map, weight.shape, recipe):
+        return False
     pairs = {product: operands(product, map, recipe) for product in PRODUCTS}
     return not any(None in pair or obstacle(product, map, recipe) for product, pair in pairs.items())
 
