@@ -1,7 +1,7 @@
 // The C interface: pointers and sizes only, no torch headers, so that one build serves every torch version.
 #pragma once
 
-#define FQT_ABI 16  // raised with every change of an exported signature or its meaning; kernels/cpu/library.py holds the same
+#define FQT_ABI 17  // raised with every change of an exported signature or its meaning; kernels/cpu/library.py holds the same
 #define FQT_API extern "C" __attribute__((visibility("default")))
 
 namespace fqt {

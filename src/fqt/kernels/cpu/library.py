@@ -29,7 +29,7 @@ BACKEND = "cpu"
 LEVELS = ("portable", "avx2", "avxvnni", "avx512", "amx", "neon", "i8mm")
 _HIGHEST = ("amx", "i8mm")  # of x86 and of Arm
 _NARROW = {"avx2": "avx2_narrow"}
-_ABI = 16  # FQT_ABI of csrc/common/platform.h
+_ABI = 17  # FQT_ABI of csrc/common/platform.h
 
 
 class Range(ctypes.Structure):
@@ -59,6 +59,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "fqt_positive": (_P, _L, _P, _I),
     "fqt_gate": (_P, _L, _P, _P, _I),
     "fqt_pack": (_P, _L, _I, _P, _I),
+    "fqt_taps": (_P, _L, _L, _L, _L, _P, _P, _I),
+    "fqt_places": (_P, _L, _L, _L, _L, _P, _P, _I),
     "fqt_kept_times": (_P, _L, _P, _I, _P, _P, _P, _P, _I),
     "fqt_kept_batch_norm": (_P, _L, _P, _I, _P, _P, _P, _L, _L, *[_P] * 6, _I),
     "fqt_kept_row_norm": (_P, _L, _L, _P, _I, *[_P] * 9, _I),

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fqt.errors import FqtError
-from fqt.kernels import results
+from fqt.kernels import pooling, results
 from fqt.kernels.codes import compute_dtype
 from fqt.kernels.packing import PACKED
+from fqt.kernels.pooling import Windows
 from fqt.nn.between.codes import Flags, Layout, Numbers, chosen, packed, unpacked
 
 _aten = torch.ops.aten
@@ -139,14 +140,15 @@ class Pooled(torch.autograd.Function):
         """(N, C, H, W); sizes as pairs."""
         window = (list(size), list(stride), list(padding), list(dilation), ceil)
         ctx.window, ctx.bits = window, next(bits for bits in PACKED if size[0] * size[1] <= 2**bits)
+        ctx.windows = Windows(size, stride, padding, dilation, x.shape[-1])
         ctx.input, ctx.dtype = Layout.of(x), x.dtype
         outputs, taps, ctx.layouts = [], [], []
         for part in _parts(x):
             output, places = _aten.max_pool2d_with_indices(part, *window)
-            layout = Layout.of(places)
+            pixels = _pixels(places)
             outputs.append(output)
-            taps.append(packed(layout.flat(_taps(places, x.shape, window)), ctx.bits))
-            ctx.layouts.append(layout)
+            taps.append(packed(chosen(pooling.taps)(pixels, ctx.windows).view(-1), ctx.bits))
+            ctx.layouts.append((places.shape, pixels.shape))
         ctx.save_for_backward(*taps)
         return results.cat(outputs) if len(outputs) > 1 else outputs[0]
 
@@ -155,9 +157,9 @@ class Pooled(torch.autograd.Function):
         """To the greatest entry of each window, as torch's own."""
         blank, start = _blank(ctx, grad), 0
         d_x = chosen(results.empty_like)(blank)
-        for taps, layout in zip(ctx.saved_tensors, ctx.layouts, strict=True):
-            tap = layout.shaped(unpacked(taps, ctx.bits, layout.count))
-            places, end = _places(tap, ctx.input.shape, ctx.window), start + layout.shape[0]
+        for taps, (shape, pixels) in zip(ctx.saved_tensors, ctx.layouts, strict=True):
+            tap = unpacked(taps, ctx.bits, pixels.numel()).view(pixels)
+            places, end = _images(chosen(pooling.places)(tap, ctx.windows), shape), start + shape[0]
             found = _aten.max_pool2d_with_indices_backward(grad[start:end], blank[start:end], *ctx.window, places)
             if len(ctx.layouts) == 1:
                 return found, *(None,) * 5
@@ -176,21 +178,17 @@ def _parts(x: Tensor) -> tuple[Tensor, ...]:
     return (x,) if whole else x.split(max(1, x.shape[0] * _PART // x.numel()))
 
 
-def _taps(places: Tensor, shape: Sequence[int], window: Sequence[Any]) -> Tensor:
-    """uint8: the number of the tap of its window that lies at each place, which is row · width + column."""
-    (_, across), _, _, dilation, _ = window
-    row, column = _starts(places, shape, window)
-    tap = (torch.div(places, shape[-1], rounding_mode="floor") - row) // dilation[0] * across
-    return (tap + (places % shape[-1] - column) // dilation[1]).to(torch.uint8)
+def _pixels(images: Tensor) -> Tensor:
+    """(N, C, H, W) as contiguous (N, H, W, C) if they lie so, else as (N · C, H, W, 1)."""
+    last = images.permute(0, 2, 3, 1)
+    return last if last.is_contiguous() else images.reshape(-1, *images.shape[2:], 1)
 
 
-def _places(tap: Tensor, shape: Sequence[int], window: Sequence[Any]) -> Tensor:
-    """int64: the inverse."""
-    (_, across), _, _, dilation, _ = window
-    row, column = _starts(tap, shape, window)
-    tap = tap.long()
-    row = torch.div(tap, across, rounding_mode="floor") * dilation[0] + row
-    return row * shape[-1] + tap % across * dilation[1] + column
+def _images(pixels: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse, of the shape (N, C, H, W)."""
+    if pixels.shape == (shape[0], *shape[2:], shape[1]):
+        return pixels.permute(0, 3, 1, 2)
+    return pixels.view(shape)
 
 
 class Averaged(torch.autograd.Function):
@@ -211,14 +209,6 @@ class Averaged(torch.autograd.Function):
 def _blank(ctx: Any, grad: Tensor) -> Tensor:
     """A tensor of the input's shape and layout whose values nobody reads: memory that is never touched."""
     return ctx.input.shaped(torch.empty(ctx.input.count, dtype=ctx.dtype, device=grad.device))
-
-
-def _starts(places: Tensor, shape: Sequence[int], window: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """The row (H', 1) and column (W',) of each window's first tap; it may lie in the padding."""
-    _, stride, padding, _, _ = window
-    device = places.device
-    down = torch.arange(places.shape[-2], device=device)[:, None] * stride[0] - padding[0]
-    return down, torch.arange(places.shape[-1], device=device) * stride[1] - padding[1]
 
 
 # ---- elementwise functions: linear in the derivative ---------------------------------------------------------
