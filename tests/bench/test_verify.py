@@ -90,9 +90,13 @@ def test_a_wrong_shape_or_a_missing_gradient():
     want = {"output": torch.ones(3, 4)}
     assert relative_error(torch.ones(4, 3), want["output"], by_row=True) == math.inf
     assert relative_error(torch.full((3, 4), torch.nan), want["output"], by_row=True) == math.inf
-    frozen = lambda runner: runner.plain.weight.requires_grad_(False)
+
+    def detached(runner):
+        weight, bias = runner.plain.weight.detach(), runner.plain.bias
+        runner.model = lambda x: torch.nn.functional.linear(x, weight, bias)
+
     with pytest.raises(RuntimeError, match="no gradient came back: grad weight"):
-        verdict(LINEAR, OURS["psq8"], frozen)
+        verdict(LINEAR, OURS["psq8"], detached)
 
 
 def test_one_wrong_row_of_many():

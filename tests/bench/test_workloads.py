@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fqt.bench.cases import CASES, MEASURES, select
 from fqt.bench.contestants import Runner, contestants
 from fqt.bench.products import BlockedProduct
-from fqt.bench.workloads import Layer, Product, Quantize, Step, build, count_macs
+from fqt.bench.workloads import Layer, Product, Quantize, Step, build, count_macs, images
 from fqt.errors import FqtError
 from fqt.nn import load_recipe
 
@@ -145,3 +145,13 @@ def test_an_outcome_leaves_the_weights_and_a_step_moves_them():
     assert all(torch.equal(a, b) for a, b in zip(before, runner.plain.parameters(), strict=True))
     runner()
     assert not any(torch.equal(a, b) for a, b in zip(before, runner.plain.parameters(), strict=True) if a.ndim > 1)
+
+
+def test_what_is_frozen_has_no_gradient_to_verify():
+    def frozen():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.Linear(12, 10))
+        model[1].weight.requires_grad_(False)
+        return model
+
+    found = Runner(contestants(())[0], images(frozen, samples=2, side=2)).outcome()
+    assert set(found) == {"output", "grad 1.bias", "grad 2.weight", "grad 2.bias"}

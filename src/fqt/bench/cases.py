@@ -228,6 +228,10 @@ CASES: tuple[Case, ...] = (
         *("translator", "encoder-decoder of 4 + 4 blocks, width 128, 64 × 32 tokens"),
         *(translation("translator-4x128", samples=64, tokens=32, vocabulary=4096), 0.2),
     ),
+    _net(
+        *("speedrun", "the net that reaches 94 % on CIFAR-10 in 475 steps, batch 1024"),
+        *(image_classifier("speedrun", samples=1024, side=32), _TURNED),
+    ),
     Case(
         name="quantize",
         title="row quantizer, 2048×1024 fp32, from memory to memory",

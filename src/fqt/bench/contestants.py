@@ -290,7 +290,8 @@ class Runner:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             found = {"output": self.backward()}
-        gradients = {f"grad {name}": p.grad for name, p in self.plain.named_parameters()}
+        trained = [(name, p) for name, p in self.plain.named_parameters() if p.requires_grad]
+        gradients = {f"grad {name}": p.grad for name, p in trained}
         if isinstance(self.workload, Layer):
             gradients["grad_input"] = self.input.grad
         missing = [name for name, gradient in gradients.items() if gradient is None]

@@ -104,19 +104,20 @@ def count_macs(workload: Layer | Step) -> int:
     """Multiply–accumulates of the layers' three products in one pass, taps on padding included.
 
     Counted by hooks over a forward pass on the meta device. The products that autograd does not ask for (the first
-    layer's grad_input in a step) and products of two activations are not in it. (`torch.utils.flop_counter` counts
-    a grouped convolution's grad_weight `groups` times.)
+    layer's grad_input in a step, a frozen layer's grad_weight) and products of two activations are not in it.
+    (`torch.utils.flop_counter` counts a grouped convolution's grad_weight `groups` times.)
     """
     found = 0
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         nonlocal found
-        products = 2 + inputs[0].requires_grad
         if isinstance(module, nn.MultiheadAttention):
+            products = 2 + inputs[0].requires_grad
             projected = sum(x.numel() for x in inputs[:3]) * module.embed_dim
             found += products * projected + 3 * output[0].numel() * module.embed_dim
         else:
             assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+            products = 1 + inputs[0].requires_grad + module.weight.requires_grad
             # A transposed convolution meets its filters once per input position, the others once per output.
             places = inputs[0] if getattr(module, "transposed", False) else output
             found += products * places.numel() * module.weight[0].numel()
