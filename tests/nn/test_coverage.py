@@ -75,6 +75,17 @@ def test_a_filter_that_leaves_nothing_out_is_warned_of(caplog: pytest.LogCapture
     assert text.endswith("; 1 left in float by request")
 
 
+def test_a_filter_turns_no_converted_layer_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = fqt.quantize_(small_net(), "psq8")
+    line(caplog)
+    fqt.quantize_(model, "bhq4", filter_fn=lambda module, name: name != "3")
+    level, text = line(caplog)
+    assert level == "WARNING"
+    assert "3 of 3 layers run quantized, 100 %" in text
+    assert "float by request" not in text
+    assert "1 that filter_fn left out keep the recipe they had: fqt.restore_(model) first" in text
+
+
 @pytest.mark.parametrize(("size", "level"), [(100, "INFO"), (4, "WARNING")])
 def test_a_hundredth_may_stay_float_without_a_warning(
     caplog: pytest.LogCaptureFixture, size: int, level: str

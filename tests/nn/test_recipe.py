@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import fqt
 from fqt import FqtError, Product, Recipe, Rule, quantizer
 from fqt.nn import dump_recipe, load_recipe
+from fqt.nn.named import RECIPES
 from fqt.quant import Integers, Quantizer, Rotated, Scale, ScaledHadamard
 
 from .cases import q
@@ -225,3 +227,27 @@ def test_a_quantizer_of_ones_own_is_an_operand() -> None:
     assert "hadamard" in str(recipe)
     assert str(load_recipe("bhq4")) == "bhq4"
     assert str(load_recipe("default")) == "default"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *map(Recipe, RECIPES),
+        Recipe("bhq5", rules=[Rule("head", "none"), Rule("*.conv", "psq8d")]),
+        Recipe(input="psq8@token", grad_input="shq4d", grad_weight=None),
+        Recipe("psq8", rotate=64, fold="never"),
+        Recipe(grad_weight=Product(left="psq8d", right="psq4n", rotate=32)),
+    ],
+    ids=str,
+)
+def test_what_a_recipe_shows_makes_it_again(recipe: Recipe) -> None:
+    names = {**vars(fqt), **vars(fqt.quant), "Product": Product}
+    assert eval(repr(recipe), names) == recipe
+
+
+def test_a_named_recipe_shows_its_name() -> None:
+    assert repr(Recipe("default")) == "Recipe('default')"
+    assert (
+        repr(Recipe(grad_input="shq4d"))
+        == "Recipe(input='ptq8n', weight='ptq8n', grad_input='shq4d', grad_weight=None)"
+    )

@@ -26,7 +26,7 @@ from fqt.quant import (
     quantizer,
     quantizer_name,
 )
-from fqt.quant.catalog import known_names, method_of
+from fqt.quant.catalog import method_of
 from tests.backends import reference_only
 
 from .cases import FAMILIES, SHAPES, gaussian, gen
@@ -74,10 +74,6 @@ def test_what_there_is_not_is_said_in_one_line(name: str, says: str) -> None:
     with pytest.raises(FqtError, match=says) as error:
         quantizer(name)
     assert "\n" not in str(error.value)
-
-
-def test_the_line_of_known_names_has_every_method() -> None:
-    assert all(method.name in known_names() for method in METHODS.values())
 
 
 @pytest.mark.parametrize(

@@ -40,3 +40,17 @@ def test_errors_of_two_batches_are_nan_again(tmp_path):
 def test_what_is_no_record_is_refused(damage):
     with pytest.raises(FqtError, match=r"no record of fqt diagnose|is damaged"):
         diagnosis_from(json.loads(json.dumps(damage)))
+
+
+def test_a_recipe_of_somebodys_own_class_is_not_called_damage():
+    torch.manual_seed(0)
+    model = fqt.quantize_(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), "psq4")
+    record = json.loads(json.dumps(diagnosis_record(fqt.diagnose(model, loss, batches(2)))))
+    record["recipes"]["0"]["grad_input"] = {
+        "transform": "none",
+        "group": "row",
+        "mode": "zero",
+        "class": "mine:Own",
+    }
+    with pytest.raises(FqtError, match=r"recipes .* cannot be made here: .*mine:Own.* import its module first"):
+        diagnosis_from(record)

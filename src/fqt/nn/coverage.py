@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from fqt.nn.forms import is_quantized
+
 if TYPE_CHECKING:
     from fqt.nn.convert import Selection
 
@@ -67,17 +69,28 @@ def left_float(selections: Sequence[Selection]) -> list[Selection]:
     return [s for s in unasked if is_layer(s.module) or held[type(s.module)] > least]
 
 
+def kept(selections: Sequence[Selection]) -> list[Selection]:
+    """The layers that a filter left out and that were converted before: it turns none back."""
+    return [s for s in selections if s.recipe is None and is_quantized(type(s.module))]
+
+
 def summary(selections: Sequence[Selection], idle_filter: bool = False) -> str:
     """One line: how much runs quantized, what stays float unasked, and how much by request."""
-    converted = [s for s in selections if s.recipe is not None and not s.recipe.is_float]
+    as_before = kept(selections)
+    converted = [*as_before, *(s for s in selections if s.recipe is not None and not s.recipe.is_float)]
     unasked = left_float(selections)
     line = f"fqt: {len(converted)} of {len(selections)} layers run quantized"
     total = _weights(selections)
     if total:
         line += f", {percent(_weights(converted), total)} of the weights that are multiplied"
     by_request = sum(s.by_request or (s.recipe is not None and s.recipe.is_float) for s in selections)
-    if by_request:
-        line += f"; {by_request} left in float by request"
+    if by_request > len(as_before):
+        line += f"; {by_request - len(as_before)} left in float by request"
+    if as_before:
+        line += (
+            f"; {len(as_before)} that filter_fn left out keep the recipe they had: fqt.restore_(model) first, or a "
+            "rule that says 'none', makes them float"
+        )
     if idle_filter:
         line += "; filter_fn(module, name) left no layer out"
     if unasked:
@@ -91,11 +104,12 @@ def summary(selections: Sequence[Selection], idle_filter: bool = False) -> str:
 def tell(selections: Sequence[Selection], idle_filter: bool = False) -> None:
     """Logs the summary to the logger "fqt": as a warning if more than `NEGLIGIBLE` stays float unasked.
 
-    Or if a filter left nothing out: one that takes its arguments in the other order does not.
+    Or if a filter left nothing out, as one does that takes its arguments in the other order, or layers that go on
+    as they were converted before.
     """
     sizes = [multiplied_weights(s.module) for s in left_float(selections)]
     known, total = sum(size or 0 for size in sizes), _weights(selections)
-    matters = idle_filter or None in sizes or known > NEGLIGIBLE * total
+    matters = idle_filter or bool(kept(selections)) or None in sizes or known > NEGLIGIBLE * total
     LOG.log(logging.WARNING if matters else logging.INFO, "%s", summary(selections, idle_filter))
 
 

@@ -223,6 +223,18 @@ class Recipe:
         """Whether no operand is quantized."""
         return all(getattr(self, operand) is None for operand in OPERANDS)
 
+    def __repr__(self) -> str:
+        """A call that makes an equal recipe, of names where there are."""
+        name = recipe_name(replace(self, rules=()) if self.rules else self)
+        if name is not None:
+            words = [repr(name)]
+        else:
+            words = [f"{operand}={_shown(operand, getattr(self, operand))}" for operand in OPERANDS]
+            words += [
+                f"{key}={getattr(self, key)!r}" for key in ("rotate", "fold") if getattr(self, key) != _QAT[key]
+            ]
+        return f"Recipe({', '.join([*words, *([f'rules={self.rules!r}'] if self.rules else [])])})"
+
     def __str__(self) -> str:
         base = replace(self, rules=()) if self.rules else self
         words = recipe_name(base) or ", ".join(f"{k}={v}" for k, v in dump_recipe(base).items())
@@ -372,7 +384,8 @@ def _named_kind(value: object) -> str:
         return repr(value)
     return (
         f"the function {getattr(value, '__qualname__', type(value).__name__)}: a layer needs codes; write it as "
-        "fqt.Quantizer(transform=, scale=, grid=, rounding=); a function can only be certified"
+        "fqt.Quantizer(transform=, scale=, grid=, rounding=), a function can only be certified; one that chooses "
+        "layers is given as filter_fn="
     )
 
 
@@ -572,6 +585,12 @@ def _dump_product(operand: str, unit: Product) -> dict[str, Any]:
     table |= {"left": dump_operand(operand, unit.left), "right": dump_operand(again, unit.right)}
     table["keep"] = None if unit.keep is None else unit.keep.words
     return {k: v for k, v in table.items() if v is not None}
+
+
+def _shown(operand: str, value: Quantizer | Product | None) -> str:
+    """An operand as it can be given to `Recipe`."""
+    name = dump_operand(operand, value) if isinstance(value, Quantizer) else None
+    return repr(name if isinstance(name, str) else value)
 
 
 def dump_operand(operand: str, value: Quantizer | str | None) -> Any:

@@ -448,14 +448,6 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.stem: method for method
 _LONGEST_FIRST = sorted(_ROWS, key=lambda method: -len(method.stem))
 
 
-def known_names() -> str:
-    """One line that says which names there are."""
-    return (
-        f"{', '.join(method.name for method in _ROWS)}, with bits for *, as in 'psq4', and often 'd' (dithered), "
-        "'x' (best), 'n' (nearest) and @axis behind; `fqt catalog` says what they are"
-    )
-
-
 def name_meant(name: object, others: Iterable[str] = ()) -> str | None:
     """The name, without an axis, of a quantizer or of these others that is nearest to what was written, if any."""
     endings = "".join(ROUNDING_SUFFIX)
@@ -490,10 +482,14 @@ def _match(name: str) -> tuple[Method, tuple[str, str, str | None]]:
             return method, (match[1], match[2], match[3])
     bits = width_meant(name)
     meant = f"psq{bits}" if bits else name_meant(name)
-    near = f"did you mean {meant!r}?" if meant else f"known: {known_names()}; recipes are for quantize_"
+    near = f"did you mean {meant!r}?" if meant else _SOME
     raise UnknownName(f"unknown quantizer {name!r}; {near}")
 
 
+_SOME = (
+    "known: ptq, psq, bhq, shq, thq and others, with bits behind and 'd' for dithered, as in 'psq4' and 'shq4d'; "
+    "`fqt catalog` lists them all; recipes are for quantize_"
+)
 _WIDTH = re.compile(r"(?:u?int|bits?|fp(?=8))?[ _-]?([2-8])[ _-]?(?:bits?)?")
 
 

@@ -171,9 +171,9 @@ def diagnose(
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
     if table < 0:
         raise FqtError(f"table is a number of draws, got {table}")
+    check_loss(loss_fn)
     batches = batches if isinstance(batches, Sequence) else list(batches)
     check_batches(batches, 2, equal)
-    check_loss(loss_fn)
     layers = check_model(model)
     with WithoutDropout(), measuring(model, loss_fn) as backward:
         with uncompressed(model):

@@ -77,22 +77,36 @@ def diagnosis_from(record: Any) -> Diagnosis:
         check_shape(record, SHAPE, "its content")
         if record["table"] is not None:
             check_shape(record["table"], _TABLE, "its table")
+        recipes = _recipes(record["recipes"])
         found = Diagnosis(
             total=_noise(record["total"]),
             layers={name: _noise(value) for name, value in record["layers"].items()},
             operands=tuple(map(_operand, record["operands"])),
             table=None if record["table"] is None else _table(record["table"]),
-            recipes={name: load_recipe(recipe) for name, recipe in record["recipes"].items()},
+            recipes=recipes,
             batches=record["batches"],
             draws=record["draws"],
             again=tuple(record.get("again", ())),  # older records have none
         )
         if found.table is not None:
             _check_names(found.table, found.recipes)
+    except _Unreadable as error:
+        raise FqtError(f"the recipes in the record of fqt diagnose cannot be made here: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) if isinstance(error, FqtError) else f"{type(error).__name__}: {error}"
         raise FqtError(f"the record of fqt diagnose is damaged ({reason})") from error
     return found
+
+
+class _Unreadable(FqtError):
+    """A recipe names what is not here: a class of somebody's own whose module is not imported, say."""
+
+
+def _recipes(words: Mapping[str, Any]) -> dict[str, Recipe]:
+    try:
+        return {name: load_recipe(recipe) for name, recipe in words.items()}
+    except FqtError as error:
+        raise _Unreadable(str(error)) from error
 
 
 def _check_names(table: Decomposition, recipes: Mapping[str, Recipe]) -> None:
