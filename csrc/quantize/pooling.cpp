@@ -20,16 +20,17 @@ struct Windows {
 
 namespace {
 
-// f(row of windows, place of its first tap, the others' places from there); places (outer, rows, columns, inner).
+// f(where a row of windows begins, the place of its topmost row, the first columns); places (outer, rows, columns,
+// inner). A window may begin in the padding: the place and the column are negative then.
 template <class F>
 int each_row(const Windows& w, int64_t outer, int64_t rows, int64_t columns, int64_t inner, int threads, const F& f) {
   const int64_t length = columns * inner;
   const std::unique_ptr<int32_t[]> across(new (std::nothrow) int32_t[length + W]());
   if (!across) return kNoMemory;
-  for (int64_t j = 0; j < length; ++j) across[j] = static_cast<int32_t>(j / inner * w.stride[1]);
+  for (int64_t j = 0; j < length; ++j) across[j] = static_cast<int32_t>(j / inner * w.stride[1] - w.padding[1]);
   parallel_for(outer * rows, outer * rows * length, threads, [&](int64_t row) {
     const int64_t down = row % rows * w.stride[0] - w.padding[0];
-    f(row * length, down * w.width - w.padding[1], across.get());
+    f(row * length, down * w.width, across.get());
   });
   return kDone;
 }
@@ -49,19 +50,19 @@ FQT_API int fqt_taps(const int64_t* places, int64_t outer, int64_t rows, int64_t
   const Windows& w = *windows;
   const int64_t length = columns * inner;
   const int32_t down = static_cast<int32_t>(w.width) * w.dilation[0];
-  return each_row(w, outer, rows, columns, inner, threads, [&](int64_t start, int64_t first, const int32_t* across) {
+  return each_row(w, outer, rows, columns, inner, threads, [&](int64_t start, int64_t top, const int32_t* across) {
     for (int64_t j = 0; j < length; j += W) {
       const int n = length - j < W ? static_cast<int>(length - j) : W;
-      int32_t from_first[W] = {};
+      int32_t below[W] = {};
       if (n == W) {
-        for (int i = 0; i < W; ++i) from_first[i] = static_cast<int32_t>(places[start + j + i] - first);
+        for (int i = 0; i < W; ++i) below[i] = static_cast<int32_t>(places[start + j + i] - top);
       } else {
-        for (int i = 0; i < n; ++i) from_first[i] = static_cast<int32_t>(places[start + j + i] - first);
+        for (int i = 0; i < n; ++i) below[i] = static_cast<int32_t>(places[start + j + i] - top);
       }
-      vi away = load<vi>(from_first) - load<vi>(across + j);
-      const vi row = steps_below(away, down, w.size[0]);
-      away -= row * down;
-      store_part(taps + start + j, to_bytes(row * w.size[1] + steps_below(away, w.dilation[1], w.size[1])), n);
+      // The column of a place is one of the input: the row is right before the window's own column is taken off.
+      const vi away = load<vi>(below), row = steps_below(away, down, w.size[0]);
+      const vi column = steps_below(away - row * down - load<vi>(across + j), w.dilation[1], w.size[1]);
+      store_part(taps + start + j, to_bytes(row * w.size[1] + column), n);
     }
   });
 }
@@ -75,7 +76,7 @@ FQT_API int fqt_places(const uint8_t* taps, int64_t outer, int64_t rows, int64_t
   for (int tap = 0; tap < w.size[0] * w.size[1] && tap < 256; ++tap) {
     of_tap[tap] = tap / w.size[1] * w.dilation[0] * static_cast<int32_t>(w.width) + tap % w.size[1] * w.dilation[1];
   }
-  return each_row(w, outer, rows, columns, inner, threads, [&](int64_t start, int64_t first, const int32_t* across) {
-    for (int64_t j = 0; j < length; ++j) places[start + j] = first + across[j] + of_tap[taps[start + j]];
+  return each_row(w, outer, rows, columns, inner, threads, [&](int64_t start, int64_t top, const int32_t* across) {
+    for (int64_t j = 0; j < length; ++j) places[start + j] = top + across[j] + of_tap[taps[start + j]];
   });
 }

@@ -15,15 +15,24 @@ WINDOWS = [
     ((16, 16), (5, 5), (8, 8), (1, 1)),  # 256 taps
     ((1, 1), (2, 1), (0, 0), (1, 1)),
 ]
+WIDER = [  # than the input: taps farther apart than a row is long
+    ((2, 4), (1, 1), (0, 2), (1, 2), 3),
+    ((2, 5), (1, 1), (0, 2), (1, 2), 5),
+    ((1, 2), (1, 1), (0, 1), (1, 1), 1),
+    ((4, 4), (1, 1), (2, 2), (1, 1), 3),
+    ((3, 3), (2, 2), (1, 1), (1, 1), 2),
+    ((2, 2), (1, 1), (1, 1), (1, 1), 1),
+    ((16, 16), (3, 3), (8, 8), (1, 1), 10),
+]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 37])
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", [*((*window, 23) for window in WINDOWS), *WIDER])
 def test_taps_are_where_the_maxima_lie(window: tuple, channels: int) -> None:
-    x = torch.randn(2, channels, 19, 23, generator=torch.Generator().manual_seed(channels))
-    size, stride, padding, dilation = window
+    size, stride, padding, dilation, width = window
+    x = torch.randn(2, channels, 19, width, generator=torch.Generator().manual_seed(channels))
     found = torch.nn.functional.max_pool2d(x, size, stride, padding, dilation, True, return_indices=True)[1]
-    windows = Windows(size, stride, padding, dilation, 23)
+    windows = Windows(size, stride, padding, dilation, width)
     for places in (found.permute(0, 2, 3, 1).contiguous(), found.flatten(0, 1)[..., None].contiguous()):
         taps = pooling.taps(places, windows)
         assert taps.dtype == torch.uint8

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.bench.workloads import SEED, Layer, Step, build, draw
-from fqt.nn import Recipe, Rule, compress_, explain, inductor_options, load_recipe, quantize_
+from fqt.nn import Recipe, Rule, compress_, explain, inductor_options, load_recipe, quantize_, restore_
 
 Outcome = dict[str, Tensor]
 
@@ -125,10 +125,12 @@ def _ours(
 ) -> Callable[[nn.Module], nn.Module]:
     def converted(model: nn.Module) -> nn.Module:
         whole = load_recipe(recipe)
-        if spares:
-            rules = tuple(Rule(name, "none") for name in explain(quantize_(model, whole)).slower)
-            whole = replace(whole, rules=(*whole.rules, *rules))
+        lost = explain(quantize_(model, whole)).slower if spares else ()
+        if spares and not lost:
+            raise Unavailable("no layer is slower on integers here")
         quantize_(model, whole if noisy else _noiseless(whole))
+        for name in lost:
+            restore_(model.get_submodule(name))
         return model if keep is None else compress_(model, keep)
 
     return converted

@@ -28,15 +28,15 @@ class Windows:
     dilation: Pair
     width: int
 
-    def first(self, like: Tensor) -> Tensor:
+    def starts(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Where the windows of `like` (N, rows, columns, C) begin, if only in the padding.
 
         Returns:
-            (rows, columns, 1) int64: row · width + column of each one's first tap.
+            (rows, 1, 1) and (columns, 1) int64: the row of each one's first tap, and its column.
         """
         rows, columns = (torch.arange(n, device=like.device) for n in like.shape[1:3])
         down, across = rows * self.stride[0] - self.padding[0], columns * self.stride[1] - self.padding[1]
-        return (down[:, None] * self.width + across)[..., None]
+        return down[:, None, None], across[:, None]
 
 
 @Op
@@ -50,16 +50,18 @@ def taps(places: Tensor, windows: Windows) -> Tensor:
     Returns:
         uint8, of the same shape.
     """
-    away = places - windows.first(places)
+    down, across = windows.starts(places)
+    # A place less the rows above the window: its column is one of the input, so that the row is right.
+    away = places - down * windows.width
     row = torch.div(away, windows.width * windows.dilation[0], rounding_mode="floor")
-    column = (away - row * windows.width * windows.dilation[0]) // windows.dilation[1]
+    column = (away - row * windows.width * windows.dilation[0] - across) // windows.dilation[1]
     return (row * windows.size[1] + column).to(torch.uint8)
 
 
 @Op
 def places(taps: Tensor, windows: Windows) -> Tensor:
     """The inverse: (N, rows, columns, C) int64."""
-    taps, first = taps.long(), windows.first(taps)
+    (down, across), taps = windows.starts(taps), taps.long()
     row = torch.div(taps, windows.size[1], rounding_mode="floor")
     column = taps - row * windows.size[1]
-    return first + row * windows.width * windows.dilation[0] + column * windows.dilation[1]
+    return (down + row * windows.dilation[0]) * windows.width + across + column * windows.dilation[1]

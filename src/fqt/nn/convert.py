@@ -70,8 +70,9 @@ def quantize_(
     experts of transformers, and classes that `fqt.register` was told of. Modules of other kinds that own a matrix
     stay float and are listed by `explain`; so does a layer whose forward was replaced on the instance by something
     that cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
-    hundredth of the weights that are multiplied and no rule asked for it, or if a filter left nothing out. Names
-    are those of the model inside `torch.compile`, `DistributedDataParallel` and the like. State dicts hold each
+    hundredth of the weights that are multiplied and no rule asked for it, if a filter left nothing out, or left out
+    what was converted before and goes on with its recipe. Names are those of the model inside `torch.compile`,
+    `DistributedDataParallel` and the like. State dicts hold each
     layer's recipe beside the weights (`recipe_of`), and so does a Hugging Face model's configuration. A converted
     model may be converted again, with another recipe. Convert a `nn.TransformerEncoder` as a whole: the switch that
     keeps torch's fused inference path from bypassing converted layers sits in the encoder.

@@ -30,8 +30,8 @@ class _Windows(ctypes.Structure):
 
 
 def _takes(x: Tensor, windows: Windows) -> bool:
-    (high, wide), columns = windows.size, x.shape[2] * windows.stride[1]
-    span = high * windows.dilation[0] * windows.width + wide * windows.dilation[1] + columns
+    (high, wide), columns = windows.size, x.shape[2] * windows.stride[1] + windows.padding[1]
+    span = (high * windows.dilation[0] + 1) * windows.width + wide * windows.dilation[1] + columns
     return takes(integers=x) and x.numel() > 0 and x.is_contiguous() and span < _FARTHEST
 
 
