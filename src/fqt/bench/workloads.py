@@ -103,9 +103,9 @@ def build(workload: Layer | Step, device: torch.device | str = "cpu") -> nn.Modu
 def count_macs(workload: Layer | Step) -> int:
     """Multiply–accumulates of the layers' three products in one pass, taps on padding included.
 
-    Counted by hooks over a forward pass on the meta device. The products that autograd does not ask for (the first
-    layer's grad_input in a step, a frozen Linear's or convolution's grad_weight) and products of two activations are
-    not in it. (`torch.utils.flop_counter` counts a grouped convolution's grad_weight `groups` times.)
+    Counted by hooks over a forward pass on the meta device. What autograd does not ask for (the first layer's
+    grad_input in a step, a frozen Linear's or convolution's grad_weight) and products of two activations are not in
+    it. (`torch.utils.flop_counter` counts a grouped convolution's grad_weight `groups` times.)
     """
     found = 0
 

@@ -72,10 +72,10 @@ def quantize_(
     that cannot be seen through. One line to the logger "fqt" says how much that is, as a warning if it is over a
     hundredth of the weights that are multiplied and no rule asked for it, if a filter left nothing out, or left out
     what was converted before and goes on with its recipe. Names are those of the model inside `torch.compile`,
-    `DistributedDataParallel` and the like. State dicts hold each
-    layer's recipe beside the weights (`recipe_of`), and so does a Hugging Face model's configuration. A converted
-    model may be converted again, with another recipe. Convert a `nn.TransformerEncoder` as a whole: the switch that
-    keeps torch's fused inference path from bypassing converted layers sits in the encoder.
+    `DistributedDataParallel` and the like. State dicts hold each layer's recipe beside the weights (`recipe_of`),
+    and so does a Hugging Face model's configuration. A converted model may be converted again, with another recipe.
+    Convert a `nn.TransformerEncoder` as a whole: the switch that keeps torch's fused inference path from bypassing
+    converted layers sits in the encoder.
 
     Args:
         model: any module.
