@@ -220,7 +220,9 @@ def test_the_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
                 assert not disagreement(printed, shown)
 
 
-@pytest.mark.parametrize("record", ["layers", "transformer", "resnet18", "xeon", "nets", "speedrun", "blocked", "amx-layers"])
+@pytest.mark.parametrize(
+    "record", ["layers", "transformer", "resnet18", "xeon", "nets", "speedrun", "blocked", "amx-layers"]
+)
 def test_speeds_are_the_records(record: str) -> None:
     """Every row of the page that names a record's case has the record's figures."""
     made = _table(bench.markdown(bench.read_bench(ROOT / "results" / "bench" / f"{record}.json")))

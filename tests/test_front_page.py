@@ -109,8 +109,8 @@ FIGURES: list[tuple[str, list[Figure]]] = [
         [lambda m=m: ratios("amx-layers.json")["linear-1024", "psq8", m] for m in ("fp32", "bf16")],
     ),
     (
-        "train the Linear # times as fast as in fp32 with `psq8` and # times with the default recipe, and the CIFAR-10 "
-        "net of # % # and # times",
+        "train the Linear # times as fast as in fp32 with `psq8` and # times with the default recipe, and the "
+        "CIFAR-10 net of # % # and # times",
         [
             *(lambda r=r: ratios("xeon.json")["linear-1024", r, "fp32"] for r in ("psq8", "default")),
             lambda: round(100 * mean(views("none"))),
