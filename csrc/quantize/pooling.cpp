@@ -54,7 +54,7 @@ FQT_API int fqt_taps(const int64_t* places, int64_t outer, int64_t rows, int64_t
     for (int64_t j = 0; j < length; j += W) {
       const int n = length - j < W ? static_cast<int>(length - j) : W;
       int32_t below[W] = {};
-      if (n == W) {
+      if (n == W) {  // a count that the compiler knows is one vector
         for (int i = 0; i < W; ++i) below[i] = static_cast<int32_t>(places[start + j + i] - top);
       } else {
         for (int i = 0; i < n; ++i) below[i] = static_cast<int32_t>(places[start + j + i] - top);

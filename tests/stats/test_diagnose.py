@@ -492,6 +492,8 @@ def test_a_loss_that_is_none_is_refused(loss, says):
     with pytest.raises(FqtError, match=says):
         fqt.diagnose(model, loss, [torch.zeros(2, 4)] * 2)
     with pytest.raises(FqtError, match=says):
+        fqt.diagnose(model, loss, nn.CrossEntropyLoss())  # before anything is asked of the batches
+    with pytest.raises(FqtError, match=says):
         fqt.Monitor(model, loss)
     with pytest.raises(FqtError, match=says):
         quantization_variance(model, loss, [torch.zeros(2, 4)] * 2, draws=2)

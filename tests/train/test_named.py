@@ -73,6 +73,7 @@ def test_a_function_is_no_quantizer_of_a_layer(use):
     with pytest.raises(FqtError) as error:
         use(function)
     assert "\n" not in str(error.value)
+    assert ("filter_fn=" in str(error.value)) == (use is not fqt.quantizer)
 
 
 def test_a_file_of_weights_imports_nothing():

@@ -5,7 +5,9 @@ gradient of a step, within the case's bound, which is a matter of 8 bits, not of
 noise without bias: the mean over seeds must lie as near to the gradient without noise as the spread between the
 seeds says,
 
-    bias = ‖mean − exact‖ / sqrt(V/S + (ε·‖exact‖)²),   V the variance over S seeds, ε the rounding of the dtype.
+    bias = ‖mean − exact‖ / sqrt(V/S + (ε·‖exact‖)²),   V the variance over S seeds, ε the rounding of the dtype,
+
+of a step four times that, for the layers on a gradient's way.
 
 Without bias this is about 1: its square is F-distributed, with as many degrees of freedom as there are independent
 entries. A relative error alone would let a rounding to nearest pass.

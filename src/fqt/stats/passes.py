@@ -24,6 +24,7 @@ from fqt.nn import GradientOperand, Recipe, observe, wrappers
 from fqt.nn.convert import is_converted
 from fqt.nn.observe import eagerly
 from fqt.nn.ranges import held
+from fqt.nn.trace import LossFn
 from fqt.nn.wrappers import named_modules, named_parameters
 
 __all__ = [
@@ -50,7 +51,6 @@ OTHER_NOISE = (
 )
 
 ROLES = ("grad_input", "grad_weight")
-LossFn = Callable[[nn.Module, Any], Tensor]
 Sink = Callable[[str, Tensor], None]
 Observer = Callable[[str, GradientOperand], None]
 _PIECE = 4096

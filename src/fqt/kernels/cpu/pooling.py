@@ -35,17 +35,17 @@ def _takes(x: Tensor, windows: Windows) -> bool:
     return takes(integers=x) and x.numel() > 0 and x.is_contiguous() and span < _FARTHEST
 
 
+def _run(kernel: str, x: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
+    found, how = empty(x.shape, dtype), _Windows.of(windows)
+    call(kernel, expect("x", x, tuple(x.shape), x.dtype), *x.shape, ctypes.addressof(how), found.data_ptr())
+    return found
+
+
 @operations.taps.on(BACKEND, when=lambda places, windows: _takes(places, windows) and places.dtype == torch.int64)
 def _taps(places: Tensor, windows: Windows) -> Tensor:
-    found, how = empty(places.shape, torch.uint8), _Windows.of(windows)
-    address = expect("places", places, tuple(places.shape), torch.int64)
-    call("fqt_taps", address, *places.shape, ctypes.addressof(how), found.data_ptr())
-    return found
+    return _run("fqt_taps", places, windows, torch.uint8)
 
 
 @operations.places.on(BACKEND, when=lambda taps, windows: _takes(taps, windows) and taps.dtype == torch.uint8)
 def _places(taps: Tensor, windows: Windows) -> Tensor:
-    found, how = empty(taps.shape, torch.int64), _Windows.of(windows)
-    address = expect("taps", taps, tuple(taps.shape), torch.uint8)
-    call("fqt_places", address, *taps.shape, ctypes.addressof(how), found.data_ptr())
-    return found
+    return _run("fqt_places", taps, windows, torch.int64)

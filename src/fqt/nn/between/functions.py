@@ -138,16 +138,18 @@ class Pooled(torch.autograd.Function):
         ctx: Any, x: Tensor, size: tuple, stride: tuple, padding: tuple, dilation: tuple, ceil: bool
     ) -> Tensor:
         """(N, C, H, W); sizes as pairs."""
-        window = (list(size), list(stride), list(padding), list(dilation), ceil)
+        window, windows = (
+            (size, stride, padding, dilation, ceil),
+            Windows(size, stride, padding, dilation, x.shape[-1]),
+        )
         ctx.window, ctx.bits = window, next(bits for bits in PACKED if size[0] * size[1] <= 2**bits)
-        ctx.windows = Windows(size, stride, padding, dilation, x.shape[-1])
         ctx.input, ctx.dtype = Layout.of(x), x.dtype
         outputs, taps, ctx.layouts = [], [], []
         for part in _parts(x):
             output, places = _aten.max_pool2d_with_indices(part, *window)
             pixels = _pixels(places)
             outputs.append(output)
-            taps.append(packed(chosen(pooling.taps)(pixels, ctx.windows).view(-1), ctx.bits))
+            taps.append(packed(chosen(pooling.taps)(pixels, windows).view(-1), ctx.bits))
             ctx.layouts.append((places.shape, pixels.shape))
         ctx.save_for_backward(*taps)
         return results.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -155,11 +157,13 @@ class Pooled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> _Gradients:
         """To the greatest entry of each window, as torch's own."""
+        size, stride, padding, dilation, _ = ctx.window
+        windows = Windows(size, stride, padding, dilation, ctx.input.shape[-1])
         blank, start = _blank(ctx, grad), 0
         d_x = chosen(results.empty_like)(blank)
-        for taps, (shape, pixels) in zip(ctx.saved_tensors, ctx.layouts, strict=True):
-            tap = unpacked(taps, ctx.bits, pixels.numel()).view(pixels)
-            places, end = _images(chosen(pooling.places)(tap, ctx.windows), shape), start + shape[0]
+        for taps, (shape, laid) in zip(ctx.saved_tensors, ctx.layouts, strict=True):
+            tap = unpacked(taps, ctx.bits, laid.numel()).view(laid)
+            places, end = _images(chosen(pooling.places)(tap, windows), shape), start + shape[0]
             found = _aten.max_pool2d_with_indices_backward(grad[start:end], blank[start:end], *ctx.window, places)
             if len(ctx.layouts) == 1:
                 return found, *(None,) * 5
