@@ -11,7 +11,7 @@ from fqt import Quantizer, Recipe
 from fqt.kernels import blocked, integer
 from fqt.nn.arithmetic import obstacle, summed_in_blocks
 from fqt.nn.layers import linear_map
-from fqt.nn.recipe import PRODUCTS as OPERANDS
+from fqt.nn.product import PRODUCTS as OPERANDS
 from fqt.quant import Integers, Scale
 from fqt.quant.grid import E2M1, E4M3, Floats
 from fqt.quant.transform import Rotated

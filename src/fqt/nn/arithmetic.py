@@ -14,8 +14,8 @@ from fqt.kernels.codes import range_of
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.narrow_groups import GROUP_CHANNELS
 from fqt.kernels.rounding import DITHERED
-from fqt.nn.product import AGAIN, SAVED
-from fqt.nn.recipe import PRODUCTS, Recipe
+from fqt.nn.product import AGAIN, PRODUCTS, SAVED
+from fqt.nn.recipe import Recipe
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Identity, Rotated
 

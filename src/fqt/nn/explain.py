@@ -21,11 +21,12 @@ from fqt.nn.arithmetic import again, gathers, is_slower, kernel, obstacle, opera
 from fqt.nn.between import is_compressed
 from fqt.nn.convert import Selection, is_converted, select
 from fqt.nn.coverage import is_layer, multiplied_weights, percent
+from fqt.nn.entries import dump_operand
 from fqt.nn.keeping import Kept, summary
 from fqt.nn.layers import linear_map
-from fqt.nn.product import SAVED
+from fqt.nn.product import INPUT_AGAIN, PRODUCTS, SAVED, WEIGHT_AGAIN
 from fqt.nn.ranges import remembered
-from fqt.nn.recipe import INPUT_AGAIN, PRODUCTS, WEIGHT_AGAIN, Recipe, dump_operand, load_recipe
+from fqt.nn.recipe import Recipe, load_recipe
 from fqt.nn.stored import stored_in_configuration
 from fqt.nn.trace import OUTSIDE, LossFn, Site, Trace, trace
 from fqt.nn.wrappers import check_module, named_modules, named_tensors

@@ -19,6 +19,18 @@ from fqt.quant.keep import Keep
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.scale import Scale
 
+OPERANDS = ("input", "weight", "grad_input", "grad_weight")
+PRODUCTS = {
+    "output": ("input", "weight"),
+    "grad_input": ("grad_input", "weight"),
+    "grad_weight": ("grad_weight", "input"),
+}
+"""What each product multiplies, by field of `Recipe`."""
+
+WEIGHT_AGAIN = "the right operand of grad_input"
+INPUT_AGAIN = "the right operand of grad_weight"
+"""What the forward's operands are called where a backward product quantizes them again."""
+
 SAVED = "saved"
 """The right operand of a backward product: the forward pass's own codes."""
 

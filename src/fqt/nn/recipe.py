@@ -25,27 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError, UnknownName
-from fqt.kernels.rounding import DITHERED, NEAREST, ROUNDINGS, STOCHASTIC, Rounding
+from fqt.nn.entries import entry, entry_from, named_kind, operand_text, shown, turned_by
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
-from fqt.nn.product import SAVED, Product, check_block, check_fold
-from fqt.quant.best import Best
-from fqt.quant.catalog import name_meant, quantizer, quantizer_name, rounded, width_meant
-from fqt.quant.grid import Integers, grid_from, grid_words
-from fqt.quant.keep import WORDS, Sampled, keep_from
-from fqt.quant.own import own, words_of
+from fqt.nn.product import OPERANDS, PRODUCTS, SAVED, Product, check_block, check_fold
+from fqt.quant.catalog import name_meant, quantizer, quantizer_name, width_meant
+from fqt.quant.keep import WORDS
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.scale import Scale
-from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
+from fqt.quant.words import only, transform_words
 from fqt.records import read_toml
-
-OPERANDS = ("input", "weight", "grad_input", "grad_weight")
-PRODUCTS = {
-    "output": ("input", "weight"),
-    "grad_input": ("grad_input", "weight"),
-    "grad_weight": ("grad_weight", "input"),
-}
-"""What each product multiplies, by field of `Recipe`."""
 
 
 class _Unsaid:
@@ -58,10 +46,6 @@ class _Unsaid:
 _UNSAID: Any = _Unsaid()
 _QAT = {"input": "ptq8", "weight": "ptq8", "grad_input": None, "grad_weight": None, "rotate": None, "fold": "never"}
 """What fields are that neither are given nor have a base."""
-
-WEIGHT_AGAIN = "the right operand of grad_input"
-INPUT_AGAIN = "the right operand of grad_weight"
-"""What the forward's operands are called where a backward product quantizes them again."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +122,7 @@ class Recipe:
             self._take_apart(self.output)
         self._begin_with(base)
         for operand in OPERANDS:
-            object.__setattr__(self, operand, _entry(operand, getattr(self, operand)))
+            object.__setattr__(self, operand, entry(operand, getattr(self, operand)))
         check_fold(self.fold)
         check_block(self.rotate)
         if self.rotate is not None and (self.input is None or self.weight is None):
@@ -229,7 +213,7 @@ class Recipe:
         if name is not None:
             words = [repr(name)]
         else:
-            words = [f"{operand}={_shown(operand, getattr(self, operand))}" for operand in OPERANDS]
+            words = [f"{operand}={shown(operand, getattr(self, operand))}" for operand in OPERANDS]
             words += [
                 f"{key}={getattr(self, key)!r}" for key in ("rotate", "fold") if getattr(self, key) != _QAT[key]
             ]
@@ -248,99 +232,10 @@ def _product(recipe: Recipe, name: str) -> Product:
     """The whole of a product, from what the recipe's attributes say."""
     if name == "output":
         return Product(recipe.input, recipe.weight, recipe.rotate, fold="never")
-    entry = getattr(recipe, name)
-    if isinstance(entry, Product):
-        return replace(entry, fold=entry.fold or recipe.fold)
-    return Product(entry, SAVED, _turned_by(name, entry), fold=recipe.fold)
-
-
-def _turned_by(operand: str, left: Quantizer | None) -> int | None:
-    """The block of the rotation that a product's left operand brings with it: of grad_input, whose features are
-    contracted, unless its rows are channels: along these are tokens then."""
-    if operand != "grad_input" or left is None or not isinstance(left.transform, Rotated):
-        return None
-    return None if left.scale.row_axis == "channel" else left.transform.block
-
-
-def _entry(operand: str, value: Any) -> Quantizer | Product | None:
-    """What an attribute's entry stands for: a product that says no more than its left operand is that."""
-    if not isinstance(value, Product) or operand in ("input", "weight"):
-        return _operand(operand, value)
-    left = _operand(operand, value.left)
-    if value.rotate is not None:
-        left = _turned(operand, left, value.rotate)
-    rotate = _turned_by(operand, left) if value.rotate is None else value.rotate
-    right = value.right if value.right == SAVED else _again(operand, value.right)
-    found = replace(value, left=left, right=right, rotate=rotate)
-    return left if found == Product(left, SAVED, _turned_by(operand, left)) else found
-
-
-def _turned(operand: str, left: Quantizer | None, block: int) -> Quantizer:
-    """The left operand of a backward product whose contraction is rotated."""
-    if left is None:
-        raise FqtError(f"rotate is there for the quantizer of {operand}, and it has none: give rotate=None")
-    if left.scale.row_axis is not None and (left.scale.axis == "channel") != (operand == "grad_weight"):
-        raise FqtError(
-            f"{operand} is rotated along what it contracts, and {left.scale.axis}s are not its rows then"
-        )
-    if not isinstance(left.transform, Rotated):
-        return left.with_transform(Rotated(left.transform, block))
-    if left.transform.block != block:
-        raise FqtError(f"{operand} is rotated in blocks of {left.transform.block} and of {block}: say one")
-    return left
-
-
-def _again(operand: str, value: Quantizer | str | None) -> Quantizer:
-    """The quantizer of a backward product's right operand that is not the saved one."""
-    name = WEIGHT_AGAIN if operand == "grad_input" else INPUT_AGAIN
-    found = _operand(name, value)
-    if found is None:
-        raise FqtError(f"{name} is {SAVED!r} or a quantizer, not {value!r}")
-    if not isinstance(found.transform, Identity):
-        raise FqtError(f"{name} takes no transform of its own: give the product rotate=128")
-    if found.scale.axis is not None:
-        raise FqtError(f"the rows of {name} are what the product does not contract: give no axis")
-    if found.scale.remembers:
-        raise FqtError(f"{name} is quantized in its own range: layers remember those of grad_output only")
-    return found
-
-
-def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
-    """The quantizer an operand's entry stands for."""
-    forward = operand in ("input", "weight")
-    if isinstance(value, str):
-        value = _named_operand(operand, value)
-    if value is None:
-        return None
-    if not isinstance(value, Quantizer):
-        raise FqtError(f"{operand} must be a Quantizer, its name or None, not {_named_kind(value)}")
-    if forward and (value.draws or not isinstance(value.transform, Identity)):
-        raise FqtError(f"{operand} must be rounded to nearest without transform: the forward pass is deterministic")
-    if forward and value.scale.remembers:
-        raise FqtError(f"{operand} cannot have a remembered range: only quantizers of gradients remember")
-    if operand == "input" and value.scale.axis == "channel":
-        raise FqtError("input has no output channels: its axis is 'sample' or 'token'")
-    if operand == "weight" and value.scale.axis not in (None, "channel"):
-        raise FqtError(f"weight has no {value.scale.axis}s: its axis is 'channel'")
-    return value
-
-
-@lru_cache(maxsize=512)
-def _named_operand(operand: str, name: str) -> Quantizer | None:
-    if name in ("none", "float"):
-        return None
-    if name in RECIPES:
-        raise FqtError(f"{name!r} is a recipe, and {operand} takes a quantizer, such as 'psq8'")
-    value = quantizer(name)
-    if operand == WEIGHT_AGAIN and value.rounding != DITHERED and not isinstance(value, Best):
-        return replace(value, scale=replace(value.scale, mode="symmetric"))
-    if operand not in ("input", "weight"):
-        return value
-    if value.rounding == STOCHASTIC and not isinstance(value, Best):
-        value = replace(value, rounding=NEAREST)  # a bare name: the forward pass has only one rounding
-    if operand == "weight" and value.rounding == NEAREST:
-        value = replace(value, scale=replace(value.scale, mode="symmetric"))
-    return value
+    said = getattr(recipe, name)
+    if isinstance(said, Product):
+        return replace(said, fold=said.fold or recipe.fold)
+    return Product(said, SAVED, turned_by(name, said), fold=recipe.fold)
 
 
 @lru_cache(maxsize=512)
@@ -378,17 +273,6 @@ def recipe_name(recipe: Recipe) -> str | None:
     return next((name for name in candidates if _named(name) == recipe), None)
 
 
-def _named_kind(value: object) -> str:
-    """What somebody gave, in words; of a function, what to do."""
-    if not callable(value) or isinstance(value, type):
-        return repr(value)
-    return (
-        f"the function {getattr(value, '__qualname__', type(value).__name__)}: a layer needs codes; write it as "
-        "fqt.Quantizer(transform=, scale=, grid=, rounding=), a function can only be certified; one that chooses "
-        "layers is given as filter_fn="
-    )
-
-
 def load_recipe(source: Recipe | Quantizer | str | Path | Mapping[str, Any]) -> Recipe:
     """A recipe from its name, a TOML file, or a mapping with the same words; from a quantizer as from its name.
 
@@ -411,7 +295,7 @@ def load_recipe(source: Recipe | Quantizer | str | Path | Mapping[str, Any]) -> 
         return _named(source)
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    what = _named_kind(source) if inspect.isroutine(source) else type(source).__name__
+    what = named_kind(source) if inspect.isroutine(source) else type(source).__name__
     raise FqtError(f"a recipe is a Recipe, a Quantizer, a name, a TOML file or a mapping, not {what}")
 
 
@@ -425,13 +309,11 @@ def _from_file(path: Path) -> Recipe:
 
 def _from_mapping(table: Mapping[str, Any]) -> Recipe:
     known = {f.name for f in fields(Recipe) if f.init} | {"base"}
-    _only(table, known, "recipe")
+    only(table, known, "recipe")
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, Mapping) and (key == "output" or (key in OPERANDS and _is_product(value))):
-            values[key] = _product_from(key, value)
-        elif key in OPERANDS and isinstance(value, Mapping):
-            values[key] = _quantizer_from(value)
+        if isinstance(value, Mapping) and key in (*OPERANDS, "output"):
+            values[key] = entry_from(key, value)
         elif key == "rules":
             values[key] = _rules_from(value)
         elif key != "base":
@@ -446,110 +328,17 @@ def _rules_from(tables: Any) -> tuple[Rule, ...]:
 
 
 def _rule_from(table: Mapping[str, Any]) -> Rule:
-    _only(table, {"pattern", "recipe"}, "rule")
+    only(table, {"pattern", "recipe"}, "rule")
     if set(table) != {"pattern", "recipe"}:
         raise FqtError(f"a rule needs a pattern and a recipe; this one has {', '.join(table) or 'nothing'}")
     recipe = table["recipe"]
     return Rule(table["pattern"], _from_mapping(recipe) if isinstance(recipe, Mapping) else recipe)
 
 
-def _is_product(table: Mapping[str, Any]) -> bool:
-    """Whether an operand's table says more than its quantizer."""
-    return not {"left", "right", "fold"}.isdisjoint(table)
-
-
-def _product_from(key: str, table: Mapping[str, Any]) -> Product:
-    wanted = {"left": "grad_output"} if key != "output" else {"left": "input", "right": "weight"}
-    lacking = [f"{name} (the quantizer of {what}, or 'none')" for name, what in wanted.items() if name not in table]
-    if lacking:
-        raise FqtError(f"{key} is a product's table, and lacks {' and '.join(lacking)}")
-    _only(table, {f.name for f in fields(Product)}, "product")
-    values = dict(table)
-    for name in ("left", "right"):
-        if isinstance(values.get(name), Mapping):
-            values[name] = _quantizer_from(values[name])
-    if "keep" in values:
-        values["keep"] = keep_from(values["keep"])
-    return Product(**values)
-
-
-_TRANSFORMS: dict[str, type[Transform]] = {
-    "none": Identity,
-    "householder": BlockHouseholder,
-    "hadamard": ScaledHadamard,
-}
-
-
-def _quantizer_from(table: Mapping[str, Any]) -> Quantizer:
-    words = {
-        "transform": {"transform"},
-        "options": {"guard", "small_rows", "block"},
-        "rotation": {"rotate"},
-        "rows": {"keep"},
-        "scale": {"group", "mode", "axis", "store", "range"},
-        "grid": {"grid", "bits"},
-        "rounding": {"rounding"},
-        "class": {"class"},
-    }
-    _only(table, set().union(*words.values()), "quantizer")
-    name = table.get("transform", "none")
-    keep = Kept(_sampled(table["keep"])) if "keep" in table else None
-    if keep is not None and name != "none":
-        raise FqtError(f"a quantizer has one transform over rows: 'keep' or {name!r}")
-    if not isinstance(name, str) or name not in _TRANSFORMS:
-        raise FqtError(f"unknown transform {name!r}; known: {', '.join(_TRANSFORMS)}")
-    options = {k: table[k] for k in words["options"] if k in table}
-    _only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
-    transform = keep or _TRANSFORMS[name](**options)
-    rounding = table.get("rounding", "stochastic")
-    if isinstance(rounding, Mapping) or (isinstance(rounding, str) and ":" in rounding):
-        rounding = own(Rounding, rounding, "rounding")
-    found = rounded(
-        Rotated(transform, table["rotate"]) if "rotate" in table else transform,
-        Scale(**{k: table[k] for k in words["scale"] if k in table}),
-        grid_from(table),
-        rounding,
-    )
-    if "class" not in table:
-        return found
-    return own(Quantizer, table["class"], "quantizer", **{name: getattr(found, name) for name in _CHOICES})
-
-
-_CHOICES = frozenset({"transform", "scale", "grid", "rounding"})
-
-
-def _sampled(table: Any) -> Sampled:
-    keep = keep_from(table)
-    if not isinstance(keep, Sampled):
-        raise FqtError(f"a quantizer keeps a sample of its rows, by 'range' or 'leverage', not by {table['by']!r}")
-    return keep
-
-
-def _transform_words(transform: Transform) -> dict[str, Any] | None:
-    """What `_quantizer_from` builds it from; None if there are no words for it."""
-    if type(transform) is Rotated:
-        rows = _transform_words(transform.rows)
-        return None if rows is None else {**rows, "rotate": transform.block}
-    if type(transform) is Kept:
-        return {"keep": transform.rows.words} if type(transform.rows) in WORDS else None
-    name = next((name for name, kind in _TRANSFORMS.items() if type(transform) is kind), None)
-    return (
-        None
-        if name is None
-        else {"transform": name, **{f.name: getattr(transform, f.name) for f in fields(transform)}}
-    )
-
-
-def _only(table: Mapping[str, Any], known: set[str], what: str) -> None:
-    unknown = sorted(set(table) - known, key=str)
-    if unknown:
-        raise FqtError(f"unknown {what} key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}")
-
-
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     """The mapping that `load_recipe` builds `recipe` from; every value is one TOML can hold."""
     table: dict[str, Any] = {
-        operand: json.loads(_operand_text(operand, getattr(recipe, operand))) for operand in OPERANDS
+        operand: json.loads(operand_text(operand, getattr(recipe, operand))) for operand in OPERANDS
     }
     if recipe.rotate is not None:
         table["rotate"] = recipe.rotate
@@ -563,70 +352,11 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _text(recipe: Recipe) -> str:
     quantizers = [recipe.operand(operand) for operand in OPERANDS]
-    if any(q is not None and _transform_words(q.transform) is None for q in quantizers):
+    if any(q is not None and transform_words(q.transform) is None for q in quantizers):
         return ""
     keeps = [recipe.product(name).keep for name in PRODUCTS]
     if any(keep is not None and type(keep) not in WORDS for keep in keeps):
         return ""
-    words = [f'"{operand}":{_operand_text(operand, getattr(recipe, operand))}' for operand in OPERANDS]
+    words = [f'"{operand}":{operand_text(operand, getattr(recipe, operand))}' for operand in OPERANDS]
     more = [] if recipe.rotate is None else [f'"rotate":{recipe.rotate}']
     return "{" + ",".join([*words, *more, f'"fold":"{recipe.fold}"']) + "}"
-
-
-@lru_cache(maxsize=512)  # naming a quantizer tries all names, and every recipe is written as it is made
-def _operand_text(operand: str, value: Quantizer | Product | None) -> str:
-    dumped = _dump_product(operand, value) if isinstance(value, Product) else dump_operand(operand, value)
-    return json.dumps(dumped, separators=(",", ":"))
-
-
-def _dump_product(operand: str, unit: Product) -> dict[str, Any]:
-    table = {f.name: getattr(unit, f.name) for f in fields(unit)}
-    again = WEIGHT_AGAIN if operand == "grad_input" else INPUT_AGAIN
-    table |= {"left": dump_operand(operand, unit.left), "right": dump_operand(again, unit.right)}
-    table["keep"] = None if unit.keep is None else unit.keep.words
-    return {k: v for k, v in table.items() if v is not None}
-
-
-def _shown(operand: str, value: Quantizer | Product | None) -> str:
-    """An operand as it can be given to `Recipe`."""
-    name = dump_operand(operand, value) if isinstance(value, Quantizer) else None
-    return repr(name if isinstance(name, str) else value)
-
-
-def dump_operand(operand: str, value: Quantizer | str | None) -> Any:
-    """What an operand's entry is written as: "none", a name, "saved", or a table.
-
-    Args:
-        operand: by field name of `Recipe`; a name means another quantizer in the forward pass than in the backward.
-        value: its quantizer.
-    """
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return "none"
-    names = [quantizer_name(value)]
-    plain = isinstance(value.grid, Integers) and value.scale.store == "float32" and not isinstance(value, Best)
-    if operand in ("weight", WEIGHT_AGAIN) and plain:
-        names.insert(0, quantizer_name(replace(value, scale=replace(value.scale, mode="affine"))))
-    for name in names:
-        if name is not None and _named_operand(operand, name) == value:
-            return name
-    table = _transform_words(value.transform) or {"transform": type(value.transform).__name__}
-    group = value.scale.group
-    table |= {"group": group if isinstance(group, str) else list(group), "mode": value.scale.mode}
-    if value.scale.axis:
-        table["axis"] = value.scale.axis
-    if value.scale.store != "float32":
-        table["store"] = value.scale.store
-    if value.scale.remembers:
-        table["range"] = value.scale.range
-    if type(value) not in (Quantizer, Best):
-        table["class"] = words_of(value, but=_CHOICES)
-    return {**table, **grid_words(value.grid), "rounding": _rounding_words(value)}
-
-
-def _rounding_words(q: Quantizer) -> str | dict[str, Any]:
-    """What `_quantizer_from` knows the rounding by; of a choice that it does not make, what it refuses."""
-    if isinstance(q, Best):
-        return "best" if rounded(q.transform, q.scale, q.grid, "best") == q else f"best of {len(q.candidates)}"
-    return str(q.rounding) if ROUNDINGS.get(str(q.rounding)) == q.rounding else words_of(q.rounding)
