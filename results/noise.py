@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import fqt
 from fqt.quant import quantizer
-from fqt.quant.catalog import method_of
 from fqt.quant.examples import FAMILIES, gradients
+from fqt.quant.names import method_of
 from fqt.records import environment, write_json
 from fqt.report import save_figure
 from fqt.stats.catalog import STORED_SHAPE

@@ -17,7 +17,8 @@ import fqt
 from fqt import FqtError, Product, Quantizer, Recipe
 from fqt.nn import load_recipe
 from fqt.quant import ByRange, Integers, Leverage, LowSequency, Rotated, Scale, Sequency
-from fqt.quant.catalog import METHODS, ROUNDING_SUFFIX
+from fqt.quant.catalog import METHODS
+from fqt.quant.method import ROUNDING_SUFFIX
 from fqt.quant.scale import AXES, GROUPS, MODES
 
 from .cases import LAYERS, Case, equal, gradients, simulate

@@ -32,7 +32,7 @@ def test_a_small_net_learns_and_explain_says_on_what(name: str, method: object) 
     assert losses[-1] < 0.79 * losses[0]  # 0.83 with no gradient, or mere noise, for the layer below
     rows = [p for p in fqt.explain(net).products if p.product == "grad_input"]
     assert all(row.arithmetic in ARITHMETIC and row.why for row in rows)
-    declared = METHODS[fqt.quant.catalog.method_of(name).stem].product
+    declared = METHODS[fqt.quant.names.method_of(name).stem].product
     if declared == "integer":
         assert {row.arithmetic for row in rows} <= {"integer", "simulated"}
         assert all(row.arithmetic == "integer" or "kernels" in row.why for row in rows)

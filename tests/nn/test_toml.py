@@ -28,7 +28,7 @@ from fqt.quant import (
     ScaledHadamard,
     Stochastic,
 )
-from fqt.quant.catalog import rounded
+from fqt.quant.best import rounded
 from fqt.quant.grid import E5M2
 
 METHODS = ("ptq", "psq", "bhq", "shq")

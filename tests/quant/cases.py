@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fqt import Quantizer, quantizer
 from fqt.quant import BlockHouseholder, Identity, Integers, Scale, ScaledHadamard
-from fqt.quant.catalog import rounded
+from fqt.quant.best import rounded
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 METHODS = ("ptq", "psq", "bhq", "shq")

@@ -19,7 +19,7 @@ from fqt.quant import (
     quantizer,
     quantizer_name,
 )
-from fqt.quant.catalog import rounded
+from fqt.quant.best import rounded
 
 from .cases import BITS, METHODS
 

@@ -26,7 +26,7 @@ from fqt.quant import (
     quantizer,
     quantizer_name,
 )
-from fqt.quant.catalog import method_of
+from fqt.quant.names import method_of
 from tests.backends import reference_only
 
 from .cases import FAMILIES, SHAPES, gaussian, gen

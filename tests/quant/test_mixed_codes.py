@@ -22,7 +22,7 @@ from fqt.kernels.cpu import library
 from fqt.kernels.op import Implementation
 from fqt.kernels.roots import inverse_cube_root, square_root
 from fqt.quant import QuantizedTensor, Quantizer
-from fqt.quant.catalog import rounded
+from fqt.quant.best import rounded
 from fqt.quant.transform import BlockHouseholder
 from tests.backends import reference_only
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fqt import FqtError, Quantizer, certify
 from fqt.quant import Best, Floats, Identity, Integers, RangeState, Rotated, Scale, quantizer
-from fqt.quant.catalog import rounded
+from fqt.quant.best import rounded
 from tests.backends import reference_only
 
 from .cases import FAMILIES, gaussian

@@ -7,7 +7,7 @@ import torch
 
 import fqt
 from fqt.quant import Integers
-from fqt.quant.catalog import rounded
+from fqt.quant.best import rounded
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 NAMES = ("ptq8", "ptq4d", "psq8", "psq3x", "bhq4", "bhq4d", "shq4", "shq4d", "shq3x")

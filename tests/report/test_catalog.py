@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from fqt.cli import cli
 from fqt.quant import METHODS
-from fqt.quant.catalog import method_of
 from fqt.quant.examples import FAMILIES, gradients
+from fqt.quant.names import method_of
 from fqt.records import read_json
 from fqt.report import catalog_figure, catalog_markdown, catalog_table, save_figure
 from fqt.stats.catalog import mean_ratio

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fqt
 from fqt.quant import BlockHouseholder, Identity, Integers, QuantizedTensor, Quantizer, Scale, ScaledHadamard
-from fqt.quant.catalog import rounded
+from fqt.quant.best import rounded
 from tests.backends import reference_only
 from tests.torture.common import fuzz
 

@@ -13,9 +13,9 @@ from fqt.kernels.rounding import DITHERED, NEAREST, STOCHASTIC
 from fqt.nn.named import RECIPES
 from fqt.nn.product import INPUT_AGAIN, SAVED, WEIGHT_AGAIN, Product
 from fqt.quant.best import Best
-from fqt.quant.catalog import quantizer, quantizer_name
 from fqt.quant.grid import Integers
 from fqt.quant.keep import keep_from
+from fqt.quant.names import quantizer, quantizer_name
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Identity, Rotated
 from fqt.quant.words import only, quantizer_from, quantizer_words

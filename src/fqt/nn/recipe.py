@@ -29,8 +29,8 @@ from fqt.nn.entries import entry, entry_from, named_kind, operand_text, shown, t
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
 from fqt.nn.product import OPERANDS, PRODUCTS, SAVED, Product, check_block, check_fold
-from fqt.quant.catalog import name_meant, quantizer, quantizer_name, width_meant
 from fqt.quant.keep import WORDS
+from fqt.quant.names import name_meant, quantizer, quantizer_name, width_meant
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.words import only, transform_words
 from fqt.records import read_toml

@@ -9,9 +9,6 @@ from fqt.kernels.rounding import Stochastic as Stochastic
 from fqt.kernels.tensor import QuantizedTensor as QuantizedTensor
 from fqt.quant.best import Best as Best
 from fqt.quant.catalog import METHODS as METHODS
-from fqt.quant.catalog import Method as Method
-from fqt.quant.catalog import quantizer as quantizer
-from fqt.quant.catalog import quantizer_name as quantizer_name
 from fqt.quant.grid import Floats as Floats
 from fqt.quant.grid import Grid as Grid
 from fqt.quant.grid import Integers as Integers
@@ -22,6 +19,9 @@ from fqt.quant.keep import Keep as Keep
 from fqt.quant.keep import Leverage as Leverage
 from fqt.quant.keep import LowSequency as LowSequency
 from fqt.quant.keep import Sequency as Sequency
+from fqt.quant.method import Method as Method
+from fqt.quant.names import quantizer as quantizer
+from fqt.quant.names import quantizer_name as quantizer_name
 from fqt.quant.quantizer import Quantizer as Quantizer
 from fqt.quant.scale import Scale as Scale
 from fqt.quant.transform import BlockHouseholder as BlockHouseholder

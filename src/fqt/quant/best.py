@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -85,3 +85,20 @@ class Best(Quantizer):
     ) -> Quantized:
         cost = None if undo.mixing is None else undo.mixing.cost
         return quantize_best(y, self._blocks(view), self.codings, key, cost, known)
+
+
+def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: Rounding | str) -> Quantizer:
+    """The quantizer of these choices.
+
+    Args:
+        transform, scale, grid: as `Quantizer` takes them.
+        rounding: as `Quantizer` takes it; or "best": of stochastic rounding on this scale and on the affine one,
+            and dithered rounding on that, whichever has the least exact variance.
+    """
+    if rounding != "best":
+        return Quantizer(transform=transform, scale=scale, grid=grid, rounding=rounding)
+    if scale.mode == "symmetric":
+        raise FqtError("the best rounding is one of affine scales, not of a symmetric one")
+    own = Quantizer(transform=transform, scale=scale, grid=grid, rounding="stochastic")
+    affine = replace(own, scale=replace(scale, mode="affine"))
+    return Best(candidates=tuple(dict.fromkeys((own, affine, replace(affine, rounding="dithered")))))

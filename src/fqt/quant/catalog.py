@@ -2,157 +2,26 @@
 
 A method is a row of a table, four choices with their source. A name is the method's with its bits in place, then a
 letter for the rounding where it is not the method's first, or `k` and how many random bits that takes, then `@` and
-an axis. A new method is a new row.
+an axis (`fqt.quant.names` reads it). A new method is a new row.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
 from types import MappingProxyType
 
-from fqt.errors import FqtError, UnknownName, nearest
-from fqt.kernels.rounding import MOST_BITS, ROUNDINGS, FewBits, Rounding
-from fqt.quant.best import Best
-from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Grid, Integers, Logarithmic, Pairs
+from fqt.kernels.rounding import MOST_BITS
+from fqt.quant.grid import E2M1, E4M3, E5M2, Floats, Logarithmic, Pairs
 from fqt.quant.keep import ByRange
-from fqt.quant.quantizer import Quantizer
+from fqt.quant.method import Method, Paper
 from fqt.quant.scale import Scale
-from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard, Transform
+from fqt.quant.transform import BlockHouseholder, Identity, Kept, Rotated, ScaledHadamard
 
-ROUNDING_SUFFIX = {"": "stochastic", "d": "dithered", "x": "best", "n": "nearest"}
-_SUFFIX_OF = {rounding: letter for letter, rounding in ROUNDING_SUFFIX.items()}
-_SUFFIX_OF |= {name: f"k{way.bits}" for name, way in ROUNDINGS.items() if isinstance(way, FewBits)}
-_ALL = tuple(ROUNDING_SUFFIX.values())
 _PLAIN = ("stochastic", "nearest")
-_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-_NONE, _BY_ROW = Identity(), Scale("row")
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Where a method comes from.
-
-    Attributes:
-        name: authors and a short title.
-        year: of its first version.
-        arxiv: its number; empty where there is none.
-    """
-
-    name: str
-    year: int
-    arxiv: str = ""
-
-
 _STATQUANT = Paper("Chen et al., StatQuant", 2020, "2010.14298")
 _OURS = Paper("this library", 2026)
 _LUQ = Paper("Chmiel et al., LUQ", 2021, "2112.10769")
 _FP8 = Paper("Micikevicius et al., FP8 formats", 2022, "2209.05433")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One method: what it is called, where it comes from, and its four choices.
-
-    Attributes:
-        name: "*" stands where the bits are; a method of one format may have none.
-        title: in words.
-        paper: the source.
-        what: the choices in one line.
-        widths: the bits that a name can have.
-        grid: by bits.
-        transform, scale: as `Quantizer` takes them.
-        roundings: names; the first is meant where a name has no suffix.
-        bias: "exact" (none), "asymptotic", or "biased: " and by what; of the first rounding.
-        product: what a product of its codes is: "integer"; "blocked", integer within each block that shares a step
-            along the contraction, and added up in float between them; "simulated", no integers at all. Products
-            that are not "integer" run simulated here, unless a kernel for blocks takes them.
-        usual: the widths that tables show; none: 4 bits if there are such, else the only ones.
-        left_out: what of the paper is left out, or done otherwise.
-    """
-
-    name: str
-    title: str
-    paper: Paper
-    what: str
-    widths: tuple[int, ...] = _WIDTHS
-    grid: Callable[[int], Grid] = Integers
-    transform: Transform = _NONE
-    scale: Scale = _BY_ROW
-    roundings: tuple[str, ...] = _ALL
-    bias: str = "exact"
-    product: str = "integer"
-    usual: tuple[int, ...] = ()
-    left_out: str = ""
-
-    @property
-    def stem(self) -> str:
-        """The name without bits."""
-        return self.name.replace("*", "")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of all its widths, in its first rounding."""
-        return tuple(self.name.replace("*", str(bits)) for bits in self.widths)
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        """The names that tables show: of the usual widths, and dithered ones."""
-        widths = self.usual or ((4,) if 4 in self.widths else self.widths)
-        letters = ("", "d") if "dithered" in self.roundings else ("",)
-        return tuple(self.name.replace("*", str(bits)) + letter for bits in widths for letter in letters)
-
-    def bits_of(self, name: str) -> int:
-        """The width that one of its names says."""
-        match = self.pattern.fullmatch(name)
-        return int(match[1]) if match is not None and match[1] else self.widths[0]
-
-    @cached_property
-    def suffixes(self) -> dict[str, str]:
-        """What a name may have behind its bits, and the rounding that it means; none means the first."""
-        spelled = {_SUFFIX_OF[rounding]: rounding for rounding in self.roundings if rounding in _SUFFIX_OF}
-        return {"": self.roundings[0], **spelled}
-
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """Its names, with or without bits; groups: bits, the rounding's suffix, axis."""
-        before, star, after = map(re.escape, self.name.partition("*"))
-        bits = r"((?:0|[1-9][0-9]*)?)" if star else "()"
-        return re.compile(before + bits + after + r"([dxn]?|k[1-9][0-9]*)(?:@([a-z]+))?")
-
-    def quantizer(self, bits: int, suffix: str = "", axis: str | None = None) -> Quantizer:
-        """The quantizer of this width, rounding and axis."""
-        if type(bits) is not int or bits not in self.widths:
-            most = "" if len(self.widths) == 1 else f" to {self.widths[-1]}"
-            name = self.name.replace("*", str(bits)) + suffix
-            raise FqtError(f"quantizer {name!r} has {bits!r} bits: there are {self.widths[0]}{most}")
-        if suffix not in self.suffixes:
-            wrong = ROUNDING_SUFFIX.get(suffix, suffix)
-            known = f"k1 to k{MOST_BITS}, random bits" if "k1" in self.suffixes else " or ".join(self.roundings)
-            raise FqtError(f"{self.name.replace('*', str(bits))} has no {wrong} rounding, but {known}")
-        rounding = self.suffixes[suffix]
-        # Without a transform exact zeros stay exact, which dithered rounding cannot give.
-        mode = "zero" if rounding == "best" and isinstance(self.transform, Identity) else self.scale.mode
-        return rounded(self.transform, replace(self.scale, axis=axis, mode=mode), self.grid(bits), rounding)
-
-    def name_of(self, q: Quantizer) -> str | None:
-        """What it calls this quantizer; None if it has not made it."""
-        mine = (self.transform, self.scale.group, self.scale.store, self.scale.range)
-        if (
-            q.transform,
-            q.scale.group,
-            q.scale.store,
-            q.scale.range,
-        ) != mine or q.rounding_name not in self.roundings:
-            return None
-        suffix = next(suffix for suffix, rounding in self.suffixes.items() if rounding == q.rounding_name)
-        for bits in self.widths:
-            if self.grid(bits) == q.grid and self.quantizer(bits, suffix, q.scale.axis) == q:
-                axis = f"@{q.scale.axis}" if q.scale.axis else ""
-                return self.name.replace("*", str(bits)) + suffix + axis
-        return None
 
 
 def _symmetric(group: str | tuple[int, int], store: str = "float32") -> Scale:
@@ -444,101 +313,3 @@ _ROWS = (
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.stem: method for method in _ROWS})
 """All methods, by name without bits; read only: a new one is a row above, or a `Quantizer` without a name."""
-
-_LONGEST_FIRST = sorted(_ROWS, key=lambda method: -len(method.stem))
-
-
-def name_meant(name: object, others: Iterable[str] = ()) -> str | None:
-    """The name, without an axis, of a quantizer or of these others that is nearest to what was written, if any."""
-    endings = "".join(ROUNDING_SUFFIX)
-    names = [name + ending for m in _ROWS for name in m.names for ending in ("", *endings) if ending in m.suffixes]
-    return nearest(name.partition("@")[0], [*others, *names]) if isinstance(name, str) else None
-
-
-def quantizer(name: str, bits: int | None = None) -> Quantizer:
-    """The quantizer of that name.
-
-    Args:
-        name: a method, with or without its bits, rounding and axis: "bhq4", "shq4d", "psq8d@channel", "bhq".
-        bits: if the name does not say; most methods have 2 to 8.
-
-    Raises:
-        FqtError: the name or the bits are unknown, missing, or said twice differently.
-
-    >>> quantizer("psq4") == quantizer("psq", bits=4)
-    True
-    >>> quantizer("shq4d").rounding
-    Dithered()
-    """
-    method, (digits, suffix, axis) = _match(name)
-    return method.quantizer(_width(name, method, digits, bits), suffix, axis)
-
-
-def _match(name: str) -> tuple[Method, tuple[str, str, str | None]]:
-    """The row that a name belongs to, and what the name says: bits, the rounding's suffix, axis."""
-    for method in _LONGEST_FIRST:
-        match = method.pattern.fullmatch(name) if isinstance(name, str) else None
-        if match is not None:
-            return method, (match[1], match[2], match[3])
-    bits = width_meant(name)
-    meant = f"psq{bits}" if bits else name_meant(name)
-    near = f"did you mean {meant!r}?" if meant else _SOME
-    raise UnknownName(f"unknown quantizer {name!r}; {near}")
-
-
-_SOME = (
-    "known: ptq, psq, bhq, shq, thq and others, with bits behind and 'd' for dithered, as in 'psq4' and 'shq4d'; "
-    "`fqt catalog` lists them all; recipes are for quantize_"
-)
-_WIDTH = re.compile(r"(?:u?int|bits?|fp(?=8))?[ _-]?([2-8])[ _-]?(?:bits?)?")
-
-
-def width_meant(name: object) -> str:
-    """The number of bits if a name says no more: "8", "int8", "8-bit"; else empty."""
-    match = _WIDTH.fullmatch(name.strip().lower()) if isinstance(name, str) else None
-    return match[1] if match else ""
-
-
-def _width(name: str, method: Method, digits: str, bits: int | None) -> int:
-    """The bits, from the name or from beside it."""
-    if digits and bits is not None and int(digits) != bits:
-        raise FqtError(f"quantizer {name!r} says {digits} bits and bits={bits}: say one")
-    if digits:
-        return int(digits)
-    if bits is not None:
-        return bits
-    if "*" in method.name:
-        some = "" if len(method.widths) == 1 else f" … {method.names[-1]!r}"
-        raise FqtError(f"quantizer {name!r} needs its bits: {method.names[0]!r}{some}, or bits=")
-    return method.widths[0]
-
-
-def rounded(transform: Transform, scale: Scale, grid: Grid, rounding: Rounding | str) -> Quantizer:
-    """The quantizer of these choices.
-
-    Args:
-        transform, scale, grid: as `Quantizer` takes them.
-        rounding: as `Quantizer` takes it; or "best": of stochastic rounding on this scale and on the affine one,
-            and dithered rounding on that, whichever has the least exact variance.
-    """
-    if rounding != "best":
-        return Quantizer(transform=transform, scale=scale, grid=grid, rounding=rounding)
-    if scale.mode == "symmetric":
-        raise FqtError("the best rounding is one of affine scales, not of a symmetric one")
-    own = Quantizer(transform=transform, scale=scale, grid=grid, rounding="stochastic")
-    affine = replace(own, scale=replace(scale, mode="affine"))
-    return Best(candidates=tuple(dict.fromkeys((own, affine, replace(affine, rounding="dithered")))))
-
-
-def quantizer_name(q: Quantizer) -> str | None:
-    """The name that `quantizer` would build `q` from, or None if the catalog has none."""
-    return next((name for method in _ROWS if (name := method.name_of(q)) is not None), None)
-
-
-def method_of(name: str) -> Method:
-    """The row that a quantizer's name belongs to.
-
-    Raises:
-        FqtError: it belongs to none.
-    """
-    return _match(name)[0]

@@ -8,8 +8,7 @@ from typing import Any
 
 from fqt.errors import FqtError
 from fqt.kernels.rounding import ROUNDINGS, Rounding
-from fqt.quant.best import Best
-from fqt.quant.catalog import rounded
+from fqt.quant.best import Best, rounded
 from fqt.quant.grid import grid_from, grid_words
 from fqt.quant.keep import WORDS, Sampled, keep_from
 from fqt.quant.own import own, words_of

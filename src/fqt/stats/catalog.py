@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from fqt.quant import RangeState
-from fqt.quant.catalog import METHODS, method_of, quantizer
+from fqt.quant.catalog import METHODS
 from fqt.quant.examples import FAMILIES, gradients
+from fqt.quant.names import method_of, quantizer
 from fqt.quant.quantizer import Quantizer
 from fqt.stats.certification import certify
 
