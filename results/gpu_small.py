@@ -15,7 +15,8 @@ import fqt
 from fqt.kernels import blocked, products
 from fqt.kernels.blocked import Stepped
 from fqt.kernels.codes import Blocks
-from fqt.kernels.products import Epilogue, Geometry
+from fqt.kernels.epilogue import Epilogue
+from fqt.kernels.products import Geometry
 
 # Each of another transform, scale, grid or rounding; not reflections, whose sums are rounded otherwise.
 QUANTIZERS = ("ptq8", "psq8", "psq8d", "psq4x", "shq8d", "thq4", "mxfp4", "luq4", "nvfp4")

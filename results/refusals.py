@@ -136,10 +136,10 @@ class _Watch:
 
     def on(self) -> Any:
         """While it lasts, readings are noted."""
-        check, init = module.Monitor._check, module._Comparison.__init__
-        seen: list[module._Comparison] = []
+        check, init = module.Monitor._check, module.Comparison.__init__
+        seen: list[module.Comparison] = []
 
-        def noted(comparison: module._Comparison) -> None:
+        def noted(comparison: module.Comparison) -> None:
             init(comparison)
             seen.append(comparison)
 
@@ -157,7 +157,7 @@ class _Watch:
                 self.shares += [c.along for c in seen[:1] if c.reference]
 
         return patch.multiple(module.Monitor, _check=counted, step=stepped), patch.object(
-            module._Comparison, "__init__", noted
+            module.Comparison, "__init__", noted
         )
 
 

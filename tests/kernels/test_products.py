@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from fqt.kernels import products
 from fqt.kernels.cpu import library
-from fqt.kernels.products import Epilogue, Geometry
+from fqt.kernels.epilogue import Epilogue
+from fqt.kernels.products import Geometry
 
 U8, S8 = torch.uint8, torch.int8
 SIGNS = list(itertools.product((U8, S8), repeat=2))

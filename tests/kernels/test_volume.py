@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 import fqt
 from fqt.kernels import products, volume
+from fqt.kernels.epilogue import Epilogue
 from fqt.kernels.linear_map import ConvMap
 from fqt.kernels.narrow_groups import GROUP_CHANNELS, Wide
-from fqt.kernels.products import Epilogue, Spatial
+from fqt.kernels.products import Spatial
 from fqt.quant import Scale
 
 VOLUMES = [

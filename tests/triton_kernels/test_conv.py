@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fqt.kernels import products as declared
-from fqt.kernels.products import Epilogue, Geometry
+from fqt.kernels.epilogue import Epilogue
+from fqt.kernels.products import Geometry
 from tests.backends import moved
 from tests.triton_kernels.machine import BYTES, DEVICE, INTERPRETED, QUIET, SHORT, codes
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fqt.kernels.products import Epilogue, matmul_of, most_terms
+from fqt.kernels.epilogue import Epilogue
+from fqt.kernels.products import matmul_of, most_terms
 from tests.backends import moved
 from tests.triton_kernels.machine import BYTES, DEVICE, INTERPRETED, QUIET, SHORT, codes
 

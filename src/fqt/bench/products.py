@@ -9,7 +9,7 @@ from fqt.bench.workloads import SEED, Product
 from fqt.kernels import blocked, products
 from fqt.kernels.blocked import Stepped
 from fqt.kernels.codes import TENSOR, Blocks
-from fqt.kernels.products import Epilogue
+from fqt.kernels.epilogue import Epilogue
 
 OPERANDS = ("rows × one step", "tiles", "rows × columns")
 """Who shares a step: a row's block, against one for all; tiles on both sides; a row's block and a column's."""

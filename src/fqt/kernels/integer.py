@@ -34,12 +34,12 @@ from torch import Tensor
 from fqt.kernels import blocked, ops, transposed
 from fqt.kernels.blocked import Stepped
 from fqt.kernels.codes import ROW, TENSOR, Blocks
+from fqt.kernels.epilogue import Epilogue
 from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import ConvMap, DenseMap, LinearMap
 from fqt.kernels.low_rank import Channels, ConvCodes, DenseCodes, row_offset
 from fqt.kernels.narrow_groups import Wide
 from fqt.kernels.op import Op
-from fqt.kernels.products import Epilogue
 from fqt.kernels.tensor import QuantizedTensor
 from fqt.kernels.transposed import TransposedCodes
 

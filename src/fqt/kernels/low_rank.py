@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fqt.kernels import ops, products, volume
 from fqt.kernels.codes import DITHER_LEVELS
+from fqt.kernels.epilogue import Epilogue
 from fqt.kernels.linear_map import ConvMap
 from fqt.kernels.op import Op
-from fqt.kernels.products import Epilogue, Spatial
+from fqt.kernels.products import Spatial
 from fqt.kernels.taps import Axis, Taps
 from fqt.kernels.tensor import QuantizedTensor
 

@@ -7,13 +7,9 @@
     conv2d_mask         what the corrections for offsets under padding are made of
 
 Without an epilogue a product returns its exact integer sums: int32 where the longest sum fits whatever the codes
-(`most_terms`), else int64. With one it returns, in that order of float32 operations,
-
-    (sum − zero · ones) · row_scale · column_scale + Σ_r left_r · right_r + bias,
-
-rounded once more if the result is bfloat16 or float16. Offsets, dither and transforms of the operands are rank-one
-terms of that kind. Under padding a missing tap counts as code 0, so an operand's offset takes the product with the
-mask of the taps that are there: `conv2d_mask` for output and grad_input, window sums for grad_weight.
+(`most_terms`), else int64. With one (`fqt.kernels.epilogue`) it returns floats. Under padding a missing tap counts
+as code 0, so an operand's offset takes the product with the mask of the taps that are there: `conv2d_mask` for
+output and grad_input, window sums for grad_weight.
 
 Each product is one op of `torch.library` (namespace `fqt`), with a plain-torch implementation for every device
 (in float64, which holds these sums exactly); backends register beside it, and give the same bits.
@@ -21,7 +17,6 @@ Each product is one op of `torch.library` (namespace `fqt`), with a plain-torch 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fqt.kernels.epilogue import Epilogue, check_epilogue, finish
 from fqt.kernels.op import Op
 
 CODES = (torch.uint8, torch.int8)
-_RESULTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def most_terms(a: torch.dtype, b: torch.dtype) -> int:
@@ -40,45 +35,6 @@ def most_terms(a: torch.dtype, b: torch.dtype) -> int:
     largest = (255 if a == torch.uint8 else 128) * (255 if b == torch.uint8 else 128)
     # The sum of s8 × s8 reaches +2¹⁴ per term, of the others ±: the positive limit is the lower one.
     return (2**31 - 1) // largest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epilogue:
-    """What becomes of a product's sums; see the module.
-
-    Rows are the result's rows (`matmul`), its samples (`conv2d`, `conv2d_grad_input`) or output channels
-    (`conv2d_grad_weight`). Columns are columns, channels, or the entries (kernel_height, kernel_width, channel) of
-    a filter, in that order.
-
-    Attributes:
-        row_scale, column_scale: float32, one number or one per row or column; None is 1.
-        left: (rows, R) float32; None is no correction.
-        right: (R, columns) float32, for `conv2d` and `conv2d_grad_input` (R, height, width, channels).
-        bias: (columns,) float32 or None.
-        dtype: of the result, float32, bfloat16 or float16.
-    """
-
-    row_scale: Tensor | None = None
-    column_scale: Tensor | None = None
-    left: Tensor | None = None
-    right: Tensor | None = None
-    bias: Tensor | None = None
-    zero: Tensor | None = None
-    ones: Tensor | None = None
-    dtype: torch.dtype = torch.float32
-
-    def arguments(self) -> tuple:
-        """As the ops take it."""
-        return (
-            self.row_scale,
-            self.column_scale,
-            self.left,
-            self.right,
-            self.bias,
-            self.zero,
-            self.ones,
-            self.dtype,
-        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +87,7 @@ def matmul(a: Tensor, b: Tensor, epilogue: Epilogue | None = None) -> Tensor:
     Args:
         a: (M, K) uint8 or int8; b: (K, N) uint8 or int8. Any strides; one stride of 1 each saves a copy. The
             fastest is a = (M, K) row-major uint8 with b int8; both transposed costs little more.
-        epilogue: see the module.
+        epilogue: see its class.
 
     Returns:
         (M, N), contiguous: int32 or int64 sums, or the epilogue's floats.
@@ -149,7 +105,7 @@ def conv2d(input: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epilogue
         input: (N, C, H, W) uint8 or int8; weight: (O, C/groups, kh, kw) int8. Other strides than channels-last
             cost a copy.
         geometry: stride, padding, dilation, groups.
-        epilogue: see the module.
+        epilogue: see its class.
 
     Returns:
         (N, O, H', W'), channels-last: int32 or int64 sums, or the epilogue's floats.
@@ -171,7 +127,7 @@ def conv2d_grad_input(
         grad_output: (N, O, H', W') uint8 or int8; weight: (O, C/groups, kh, kw) int8, both best channels-last.
         input_size: the input's H and W.
         geometry: of the convolution.
-        epilogue: see the module.
+        epilogue: see its class.
 
     Returns:
         (N, C, H, W), channels-last: int32 or int64 sums, or the epilogue's floats.
@@ -193,7 +149,7 @@ def conv2d_grad_weight(
         grad_output: (N, O, H', W') uint8 or int8; input: (N, C, H, W) uint8 or int8, both best channels-last.
         kernel_size: the weight's kh and kw.
         geometry: of the convolution.
-        epilogue: see the module; its columns are (kh, kw, C/groups) in that order.
+        epilogue: see its class; its columns are (kh, kw, C/groups) in that order.
 
     Returns:
         (O, C/groups, kh, kw), channels-last: int32 or int64 sums, or the epilogue's floats.
@@ -277,66 +233,10 @@ def _check_codes(name: str, codes: Tensor, ndim: int, dtypes: tuple[torch.dtype,
         raise ValueError(f"{name} has shape {tuple(codes.shape)}: give {ndim} axes")
 
 
-def _check_epilogue(rows: int, columns: int, place: tuple[int, ...], device: torch.device, epilogue: tuple) -> None:
-    """`place` is the shape of a correction's right factor, less its first axis."""
-    row_scale, column_scale, left, right, bias, zero, ones, dtype = epilogue
-    if dtype is None:
-        if any(x is not None for x in epilogue):
-            raise ValueError("an epilogue needs the dtype of its result")
-        return
-    if dtype not in _RESULTS:
-        raise TypeError(f"a result of {dtype}: give float32, bfloat16 or float16")
-    if (left is None) != (right is None):
-        raise ValueError("a correction needs both its left and its right factor")
-    if (zero is None) != (ones is None):
-        raise ValueError("zero · ones needs both its factors")
-    rank = 0 if left is None or left.ndim != 2 else left.shape[1]
-    for name, x, kind, shapes in (
-        ("row_scale", row_scale, torch.float32, [(), (1,), (rows,)]),
-        ("column_scale", column_scale, torch.float32, [(), (1,), (columns,)]),
-        ("left", left, torch.float32, [(rows, rank)]),
-        ("right", right, torch.float32, [(rank, *place)]),
-        ("bias", bias, torch.float32, [(columns,)]),
-        ("zero", zero, torch.int32, [(), (1,), (rows,)]),
-        ("ones", ones, torch.int64, [place]),
-    ):
-        if x is None:
-            continue
-        if x.dtype != kind:
-            raise TypeError(f"{name} holds {x.dtype}: give {str(kind).removeprefix('torch.')}")
-        if x.device != device:
-            raise ValueError(f"{name} lies on {x.device}, the codes on {device}")
-        if tuple(x.shape) not in shapes:
-            wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, not {wanted}")
-
-
 def _sum_dtype(terms: int, a: Tensor, b: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return dtype
     return torch.int32 if terms <= most_terms(a.dtype, b.dtype) else torch.int64
-
-
-def _finish(sums: Tensor, out: torch.dtype, epilogue: tuple) -> Tensor:
-    """The reference's epilogue on float64 sums of shape (rows, …, columns), any number of places in between."""
-    row_scale, column_scale, left, right, bias, zero, ones, dtype = epilogue
-    if dtype is None:
-        return sums.to(out)
-    places, columns = math.prod(sums.shape[1:-1]), sums.shape[-1]
-    exact = sums.to(torch.int64).reshape(sums.shape[0], places, columns)
-    if zero is not None:
-        exact = exact - zero.view(-1, 1, 1).to(torch.int64) * ones.reshape(1, places, columns)
-    value = exact.to(torch.float32)
-    if row_scale is not None:
-        value = value * row_scale.view(-1, 1, 1)
-    if column_scale is not None:
-        value = value * column_scale.view(-1)
-    if left is not None:
-        for r in range(left.shape[1]):
-            value = value + left[:, r].view(-1, 1, 1) * right[r].reshape(1, places, columns)
-    if bias is not None:
-        value = value + bias
-    return value.view(sums.shape).to(out)
 
 
 def _check_matmul(a: Tensor, b: Tensor, epilogue: tuple) -> torch.dtype:
@@ -346,14 +246,14 @@ def _check_matmul(a: Tensor, b: Tensor, epilogue: tuple) -> torch.dtype:
         raise ValueError(f"cannot multiply {tuple(a.shape)} by {tuple(b.shape)}")
     if a.device != b.device:
         raise ValueError(f"a lies on {a.device}, b on {b.device}")
-    _check_epilogue(a.shape[0], b.shape[1], (b.shape[1],), a.device, epilogue)
+    check_epilogue(a.shape[0], b.shape[1], (b.shape[1],), a.device, epilogue)
     return _sum_dtype(a.shape[1], a, b, epilogue[7])
 
 
 @Op
 def matmul_of(a: Tensor, b: Tensor, dtype: torch.dtype, epilogue: tuple) -> Tensor:
     """`matmul` of checked operands, with the dtype of the result and an epilogue's arguments."""
-    return _finish(a.double() @ b.double(), dtype, epilogue)
+    return finish(a.double() @ b.double(), dtype, epilogue)
 
 
 def _matmul(a: Tensor, b: Tensor, *epilogue: object) -> Tensor:
@@ -410,7 +310,7 @@ def _check_conv2d(input: Tensor, weight: Tensor, rest: tuple) -> tuple[Shapes, t
     _same_device(input, weight)
     shapes = _check_conv(input.shape, None, weight.shape, _check_geometry(*rest[:4]))
     n, o, h, w = shapes.output
-    _check_epilogue(n, o, (h, w, o), input.device, rest[4:])
+    check_epilogue(n, o, (h, w, o), input.device, rest[4:])
     terms = weight.shape[1] * weight.shape[2] * weight.shape[3]
     return shapes, _sum_dtype(terms, input, weight, rest[11]), rest[4:]
 
@@ -423,7 +323,7 @@ def conv2d_of(input: Tensor, weight: Tensor, shapes: Shapes, dtype: torch.dtype,
         sums = input.new_zeros(shapes.output, dtype=torch.float64)
     else:
         sums = F.conv2d(input.double(), weight.double(), None, *shapes.geometry.arguments())
-    return _finish(sums.permute(0, 2, 3, 1).contiguous(), dtype, epilogue).permute(0, 3, 1, 2)
+    return finish(sums.permute(0, 2, 3, 1).contiguous(), dtype, epilogue).permute(0, 3, 1, 2)
 
 
 def _conv2d(input: Tensor, weight: Tensor, *rest: object) -> Tensor:
@@ -449,7 +349,7 @@ def _check_grad_input(
     geometry = _check_geometry(*rest[:4])
     n, c = grad.shape[0], weight.shape[1] * geometry.groups
     shapes = _check_conv((n, c, *input_size), grad.shape, weight.shape, geometry)
-    _check_epilogue(n, c, (*shapes.input[2:], c), grad.device, rest[4:])
+    check_epilogue(n, c, (*shapes.input[2:], c), grad.device, rest[4:])
     terms = weight.shape[0] // geometry.groups * weight.shape[2] * weight.shape[3]
     return shapes, _sum_dtype(terms, grad, weight, rest[11]), rest[4:]
 
@@ -479,7 +379,7 @@ def conv2d_grad_input_of(
     else:
         size = list(shapes.input[2:])
         sums = _grad_input(grad.double(), weight.double(), size, *shapes.geometry.arguments())
-    return _finish(sums.permute(0, 2, 3, 1).contiguous(), dtype, epilogue).permute(0, 3, 1, 2)
+    return finish(sums.permute(0, 2, 3, 1).contiguous(), dtype, epilogue).permute(0, 3, 1, 2)
 
 
 def _conv2d_grad_input(grad: Tensor, weight: Tensor, input_size: list[int], *rest: object) -> Tensor:
@@ -503,7 +403,7 @@ def _check_grad_weight(
     o, depth = grad.shape[1], input.shape[1] // geometry.groups
     shapes = _check_conv(input.shape, grad.shape, (o, depth, *kernel), geometry)
     columns = depth * kernel[0] * kernel[1]
-    _check_epilogue(o, columns, (columns,), grad.device, rest[4:])
+    check_epilogue(o, columns, (columns,), grad.device, rest[4:])
     return shapes, _sum_dtype(grad.shape[0] * grad.shape[2] * grad.shape[3], grad, input, rest[11]), rest[4:]
 
 
@@ -520,7 +420,7 @@ def conv2d_grad_weight_of(
         sums = torch.ops.aten.convolution_backward(grad.double(), input.double(), weight, *arguments)[1].round()
     else:
         sums = torch.zeros_like(weight)
-    flat = _finish(sums.permute(0, 2, 3, 1).reshape(o, kh * kw * depth), dtype, epilogue)
+    flat = finish(sums.permute(0, 2, 3, 1).reshape(o, kh * kw * depth), dtype, epilogue)
     return flat.view(o, kh, kw, depth).permute(0, 3, 1, 2)
 
 

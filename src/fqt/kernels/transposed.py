@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fqt.kernels import products, volume
 from fqt.kernels.codes import DITHER_LEVELS
+from fqt.kernels.epilogue import Epilogue
 from fqt.kernels.fold import Folded
 from fqt.kernels.linear_map import ConvMap
 from fqt.kernels.low_rank import (
@@ -31,7 +32,6 @@ from fqt.kernels.low_rank import (
     integers,
     sums_over_samples,
 )
-from fqt.kernels.products import Epilogue
 from fqt.kernels.tensor import QuantizedTensor
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fqt.kernels import products
-from fqt.kernels.products import Epilogue, Spatial
+from fqt.kernels.epilogue import Epilogue
+from fqt.kernels.products import Spatial
 
 Meetings = list[tuple[int, int]]
 """Slices of the other map and the taps that meet them."""

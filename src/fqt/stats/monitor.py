@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
+from fqt.stats.likeness import Comparison, looks_like
 from fqt.stats.passes import (
     Backward,
     LossFn,
@@ -61,7 +62,6 @@ JUMP = 2.0
 SUSPECT = 0.25
 _UNLIKE = 0.05  # of ‖ĝ − g‖² that may come from something else than the rounding of this batch's gradient
 _MESSAGES = 10.0
-_SAME_LINE = 1e-3  # 1 − cos² below which two gradients differ by a factor
 
 
 class Scaler(Protocol):
@@ -266,7 +266,7 @@ class Monitor:
         if not all(torch.isfinite(gradient).all() for gradient in noisy.values()):
             return None
         exact: dict[str, Tensor] = {}
-        apart = _Comparison()
+        apart = Comparison()
         quantization = torch.zeros(len(self.names) + 1, dtype=torch.float64)
         sampling = torch.zeros_like(quantization)
         rest_over_first = self._processes.mean_of((1 - share) / share)
@@ -338,7 +338,7 @@ class Monitor:
         batches: Sequence[Any],
         factor: float,
         noisy: Mapping[str, Tensor],
-        apart: _Comparison,
+        apart: Comparison,
         left: int,
         sent: float,
     ) -> None:
@@ -348,7 +348,7 @@ class Monitor:
             FqtError: they differ, by more than `_UNLIKE` of what sets them apart from the exact gradient and
                 `_MESSAGES` times the variance of messages, whose noise is not made again.
         """
-        repeated = _Comparison()
+        repeated = Comparison()
 
         def against_training(name: str, gradient: Tensor) -> None:
             repeated.add(noisy[name], gradient)
@@ -356,50 +356,10 @@ class Monitor:
         with self._passes.again():
             self._gradients(batches, factor, noisy, against_training)
         if not repeated.square <= max(_UNLIKE * apart.square, repeated.last_bits) + _MESSAGES * sent:
-            raise FqtError(_looks_like(repeated, len(batches), left))
+            raise FqtError(looks_like(repeated, len(batches), left))
 
     def _where(self, name: str) -> list[int]:
         return [self.names.index(owner(name)), -1]
-
-
-class _Comparison:
-    """How far gradients a lie from gradients b: ‖a − b‖², and how much of it lies along b."""
-
-    def __init__(self) -> None:
-        self.square = self.inner = 0.0  # ‖a − b‖², ⟨a − b, b⟩
-        self.own = self.reference = self.product = 0.0  # ‖a‖², ‖b‖², ⟨a, b⟩
-        self.precision = 0.0
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """Takes one parameter's; gives its ‖a − b‖², float64 scalar on the CPU."""
-        gap = a - b
-        square = energy(gap)
-        self.square += float(square)
-        self.inner += _inner(gap, b)
-        self.own += float(energy(a))
-        self.reference += float(energy(b))
-        self.product += _inner(a, b)
-        self.precision = max(self.precision, torch.finfo(b.dtype).eps)
-        return square
-
-    @property
-    def along(self) -> float:
-        """⟨a − b, b⟩² over ‖a − b‖²‖b‖², in [0, 1]: 0 where a is b, NaN where b is 0."""
-        if self.square == 0:
-            return 0.0
-        return self.inner**2 / (self.square * self.reference) if self.reference else math.nan
-
-    @property
-    def factor(self) -> float | None:
-        """The c of a = c·b; None where no number is it."""
-        if self.product**2 < (1 - _SAME_LINE) * self.own * self.reference or not self.reference:
-            return None
-        return self.product / self.reference
-
-    @property
-    def last_bits(self) -> float:
-        """What another order of summation may make of ‖a − b‖² where a is b."""
-        return (16 * self.precision) ** 2 * self.reference
 
 
 def _check_messages(messages: object) -> None:
@@ -409,10 +369,6 @@ def _check_messages(messages: object) -> None:
 
     if not isinstance(messages, Messages):
         raise FqtError(f"messages is the communication hook's state, fqt.distributed.Messages(…), not {messages!r}")
-
-
-def _inner(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=torch.float64))
 
 
 def _number(scale: float | Scaler) -> float:
@@ -436,25 +392,6 @@ def _parts(reduction: str, count: int) -> int:
     if reduction not in ("mean", "sum"):
         raise FqtError(f'reduction must be "mean" or "sum" (of the batches\' losses), not {reduction!r}')
     return count if reduction == "mean" else 1
-
-
-def _looks_like(repeated: _Comparison, batches: int, left: int) -> str:
-    """What gradients that are not the batches' look like, and what to do about it."""
-    which, c = ("this batch" if batches == 1 else f"these {batches} batches"), repeated.factor
-    if c is not None:
-        ways = ["scaled (pass scale=)", "clipped (call Monitor.step before clipping)"]
-        if batches > 1:
-            ways.append('summed where reduction says averaged, or the reverse (pass reduction="sum" or "mean")')
-        return f"the gradients are {c:.6g} times those of {which}: they were {', or '.join(ways)}"
-    if left:
-        return (
-            f"the gradients are not those of {which}, and {left} more forward passes were seen in this step: pass "
-            "all batches that were accumulated, Monitor.step(first, second, …)"
-        )
-    return (
-        f"the gradients are not those of {which}: look for a missing zero_grad(), clipping entry by entry, "
-        "averaging over workers, and a loss_fn, targets, autocast or random numbers other than training's"
-    )
 
 
 class _Average:

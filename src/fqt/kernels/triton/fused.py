@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fqt.kernels import integer
 from fqt.kernels.codes import DITHER_LEVELS
+from fqt.kernels.epilogue import Epilogue
 from fqt.kernels.fold import Folded
 from fqt.kernels.integer import by_blocks
 from fqt.kernels.linear_map import DenseMap, LinearMap
-from fqt.kernels.products import CODES, Epilogue, most_terms
+from fqt.kernels.products import CODES, most_terms
 from fqt.kernels.tensor import QuantizedTensor
 from fqt.kernels.triton import tune
 from fqt.kernels.triton.device import launch, takes
