@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -42,7 +43,9 @@ def whole(tmp_path_factory):
     """The record of a run over all small cases, as returned and as read again."""
     path = tmp_path_factory.mktemp("bench") / "deep" / "bench.json"
     before = torch.get_rng_state(), torch.get_num_threads()
-    made = run(request(*TINY, threads=1), path, Silent())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fqt.bench.measure.EMULATED", math.inf)  # how fast bfloat16 is here does not matter
+        made = run(request(*TINY, threads=1), path, Silent())
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.get_num_threads() == before[1]
     return made, read_bench(path)
@@ -248,6 +251,21 @@ def test_what_does_not_run_is_recorded(monkeypatch):
     assert found["torchao int8"] == ("skipped", "torchao is not installed")
     assert found["psq8"][0] == "timed"
     assert not failures(record)
+
+
+def test_emulated_bfloat16_is_left_out(monkeypatch):
+    """Nothing in bfloat16 is verified or timed, and the record says why; the bytes kept are still counted."""
+    monkeypatch.setattr("fqt.bench.measure.EMULATED", 0.0)
+    record = run(request(replace(LINEAR, recipes=("psq8",)), compile=True, repeats=1), None, Silent())
+    case = record["cases"][0]
+    status = {row["name"]: row["status"] for row in case["contestants"]}
+    left_out = {row["name"]: row["reason"] for row in case["contestants"] if row["status"] == "skipped"}
+    assert set(left_out) == {"bf16", "bf16 compiled", "torchao int8", "psq8 bf16", "psq8 bf16 compiled"}
+    assert all(reason.startswith("bfloat16 is emulated here: a pass takes ") for reason in left_out.values())
+    assert {name for name, found in status.items() if found == "timed"} == {"fp32", "psq8", "integer products"}
+    assert {r.measure for r in results(record)} == {"fp32", "limit", "kept/fp32", "kept/bf16", "all/bf16"}
+    assert not failures(record)
+    assert "bfloat16 is emulated here" in markdown(record)
 
 
 def test_a_compiled_contestant(monkeypatch):
