@@ -12,7 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fqt
 from fqt.bench import integers
-from fqt.bench.contestants import Contestant, Runner, contestants, noiseless
+from fqt.bench.contestants import Contestant, Runner, contestants, noiseless, slack
 from fqt.bench.integers import IntegerProduct, best_product, whose
 from fqt.bench.kept import Kept, kept_bytes
 from fqt.bench.measure import _check
@@ -74,6 +74,22 @@ def biased(runner):
 @pytest.mark.parametrize("name", ["psq8", "psq8 bf16"])
 def test_the_wrong_are_caught(case, change, message, name):
     assert message in verdict(case, OURS[name], change).problem
+
+
+@pytest.mark.parametrize("recipe", ["shq4d", "int4all", "psq2", "luq4", "e5m2"])
+def test_few_bits_are_no_defect(recipe):
+    """Their errors are as much larger as their quantizers'; a lost channel and a lost sign are still found."""
+    contestant = next(each for each in contestants([recipe]) if each.name == recipe)
+    assert verdict(LINEAR, contestant).problem == ""
+    assert "grad weight is" in verdict(LINEAR, contestant, wrong_gradient).problem
+    assert "grad weight is" in verdict(LINEAR, contestant, wrong_sign).problem
+
+
+def test_eight_bits_have_the_case_s_bound():
+    for name in ("psq8", "psq8d", "default", "shq8", "thq8d"):
+        assert slack(fqt.nn.load_recipe(name)) == (1.0, 1.0)
+    output, gradient = slack(fqt.nn.load_recipe("int4all"))
+    assert 4 < output == gradient < 16
 
 
 def test_rounding_to_nearest_is_caught():

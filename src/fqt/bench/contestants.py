@@ -7,7 +7,8 @@ neighbouring layers would have in its own setting: float32, or bfloat16 under au
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from fqt.bench.workloads import SEED, Layer, Step, build, draw
 from fqt.nn import Recipe, Rule, compress_, explain, inductor_options, load_recipe, quantize_, restore_
+from fqt.nn.product import PRODUCTS
+from fqt.quant import Quantizer, quantizer
 
 Outcome = dict[str, Tensor]
 
@@ -71,6 +74,7 @@ class Contestant:
         short: whether the model itself and its input are bfloat16.
         around: what the forward pass runs in besides autocast.
         slack: by how much the errors of its gradients may exceed a case's bound, which is for 8-bit integers.
+        output_slack: the same of the output.
     """
 
     name: str
@@ -84,6 +88,7 @@ class Contestant:
     short: bool = False
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     slack: float = 1.0
+    output_slack: float = 1.0
 
     @property
     def label(self) -> str | None:
@@ -107,6 +112,8 @@ def contestants(
         found.append(replace(fp8, convert=_transformer_engine, around=_engine_autocast))
     for recipe in recipes:
         ours = Contestant(name=recipe, group="ours", convert=_ours(recipe, keep), recipe=recipe)
+        output, gradient = slack(load_recipe(recipe))
+        ours = replace(ours, output_slack=output, slack=gradient)
         found += [
             ours,
             replace(ours, name=f"{recipe} bf16", autocast=True),
@@ -118,6 +125,31 @@ def contestants(
             spared = replace(ours, name=f"{recipe} spared", convert=_ours(recipe, keep, spares=True), spares=True)
             found += [spared, replace(spared, name=f"{spared.name} bf16", autocast=True)]
     return found
+
+
+def slack(recipe: Recipe) -> tuple[float, float]:
+    """How many times the errors of 8-bit integers a recipe's output and gradients may have.
+
+    As many times as the worst of its quantizers errs on gaussian entries in rows of 256, against `ptq8`; where rows
+    of a gradient are kept by chance, any: only the bias is looked at then.
+    """
+    recipes = [recipe, *(load_recipe(rule.recipe) for rule in recipe.rules)]
+    x = torch.randn(128, 256, generator=torch.Generator().manual_seed(SEED))
+    usual = _error(quantizer("ptq8"), x)
+
+    def worst(quantizers: Iterable[Quantizer | str | None]) -> float:
+        errors = [_error(q, x) / usual for q in quantizers if isinstance(q, Quantizer)]
+        return max([1.0, *errors])
+
+    products = [each.product(name) for each in recipes for name in PRODUCTS]
+    sampled = any(product.keep is not None for product in products)
+    output = worst(each.operand(name) for each in recipes for name in PRODUCTS["output"])
+    gradient = worst(q for product in products for q in (product.left, product.right))
+    return output, math.inf if sampled else gradient
+
+
+def _error(q: Quantizer, x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(q.quantize(x, seed=0).dequantize() - x))
 
 
 def _ours(

@@ -20,7 +20,7 @@ from fqt.bench.integers import GPU_SHAPES, SHAPES, IntegerProduct, Shape, best_p
 from fqt.bench.kept import kept_bytes
 from fqt.bench.products import BlockedProduct
 from fqt.bench.quantizing import Copy, Quantization, draw_all
-from fqt.bench.verify import Verification, check_bias, check_error
+from fqt.bench.verify import OUTPUT_BOUND, Verification, check_bias, check_error
 from fqt.bench.workloads import Layer, Product, Quantize, Step, count_macs
 from fqt.errors import FqtError
 from fqt.files import is_plain
@@ -316,8 +316,9 @@ def _emulated(bf16: Runner, fp32: Runner) -> str:
 def _check(runner: Runner, reference: Mapping[str, torch.Tensor], case: Case, seeds: int) -> Verification:
     if runner.contestant.group == "fp8":
         runner.backward()  # its scales are those of the pass before
-    bound = case.bound * runner.contestant.slack
-    found = check_error(runner.outcome(), reference, bound, by_row=isinstance(case.workload, Layer))
+    bound, output_bound = case.bound * runner.contestant.slack, OUTPUT_BOUND * runner.contestant.output_slack
+    layer = isinstance(case.workload, Layer)
+    found = check_error(runner.outcome(), reference, bound, by_row=layer, output_bound=output_bound)
     if runner.contestant.group != "ours" or found.problem:
         return found
     last = runner.format is torch.channels_last

@@ -1,9 +1,9 @@
 """Is the result right? Asked of every contestant before it is timed.
 
 Two questions. Is one pass near fp32's: a relative error per row of a layer's output and gradients, or per weight
-gradient of a step, within the case's bound, which is a matter of 8 bits, not of a defect. And for ours, is the
-noise without bias: the mean over seeds must lie as near to the gradient without noise as the spread between the
-seeds says,
+gradient of a step, within the case's bound, which is a matter of 8 bits, not of a defect; quantizers that err more
+have a bound as much wider. And for ours, is the noise without bias: the mean over seeds must lie as near to the
+gradient without noise as the spread between the seeds says,
 
     bias = ‖mean − exact‖ / sqrt(V/S + (ε·‖exact‖)²),   V the variance over S seeds, ε the rounding of the dtype,
 
@@ -25,7 +25,7 @@ from torch import Tensor
 MOST_BIAS = 1.5
 """In standard errors of the mean; without bias 0.7 to 1.1 on every case, the lower the more the dtype rounds."""
 OUTPUT_BOUND = 0.05
-"""Of the output or the loss, whatever the bound on gradients."""
+"""Of the output or the loss in 8 bits, whatever the bound on gradients."""
 FEWEST_ENTRIES = 1024
 """Smaller gradients are too few numbers for a statistic."""
 
@@ -68,7 +68,12 @@ def relative_error(got: Tensor, want: Tensor, *, by_row: bool) -> float:
 
 
 def check_error(
-    got: Mapping[str, Tensor], want: Mapping[str, Tensor], bound: float, *, by_row: bool
+    got: Mapping[str, Tensor],
+    want: Mapping[str, Tensor],
+    bound: float,
+    *,
+    by_row: bool,
+    output_bound: float = OUTPUT_BOUND,
 ) -> Verification:
     """One pass against fp32's.
 
@@ -77,12 +82,13 @@ def check_error(
         bound: on the gradients' errors.
         by_row: whether every row must be right (a layer), or every matrix as a whole (a step). Gradients of
             vectors are left out then: sums over the batch in which almost everything cancels.
+        output_bound: on the output's error.
     """
     if got.keys() != want.keys():
         return Verification(math.inf, problem=f"it returned {', '.join(got)} instead of {', '.join(want)}")
     names = [n for n in want if by_row or n == "output" or want[n].ndim > 1]
     errors = {name: relative_error(got[name], want[name], by_row=by_row) for name in names}
-    bounds = {name: OUTPUT_BOUND if name == "output" else bound for name in names}
+    bounds = {name: output_bound if name == "output" else bound for name in names}
     worst = max(names, key=lambda name: errors[name] / bounds[name])
     problem = ""
     if not errors[worst] <= bounds[worst]:
