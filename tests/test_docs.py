@@ -221,7 +221,8 @@ def test_the_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    "record", ["layers", "transformer", "resnet18", "xeon", "nets", "speedrun", "blocked", "amx-layers"]
+    "record",
+    ["layers", "transformer", "resnet18", "xeon", "nets", "speedrun", "avx2", "avxvnni", "blocked", "amx-layers"],
 )
 def test_speeds_are_the_records(record: str) -> None:
     """Every row of the page that names a record's case has the record's figures."""
