@@ -118,8 +118,10 @@ def test_a_type_error_of_the_models_own_is_raised_as_it_is() -> None:
 
     with pytest.raises(TypeError, match="has no len"):
         fqt.explain(Faulty(), torch.ones(2))
-    with pytest.raises(FqtError, match=r"loss_fn is a function, .*, not Tensor"):
+    with pytest.raises(FqtError, match=r"loss_fn is a Tensor, and no function"):
         fqt.explain(nn.Linear(4, 2), torch.ones(3, 4), torch.zeros(3))
+    with pytest.raises(FqtError, match=r"loss_fn is MSELoss, which knows no model: loss_fn\(model, batch\)"):
+        fqt.explain(nn.Linear(4, 2), torch.ones(3, 4), nn.MSELoss())
 
 
 def test_an_output_with_a_loss_is_differentiated_by_it() -> None:

@@ -74,6 +74,19 @@ class Trace:
     kept: tuple[Kept, ...] = ()
 
 
+def check_loss(loss_fn: Any) -> None:
+    """Refuses what is no function of a model and a batch: arguments that were swapped, a loss of torch's.
+
+    Raises:
+        FqtError: with what to write.
+    """
+    how = "loss_fn(model, batch) gives the loss, such as lambda model, batch: loss(model(batch[0]), batch[1])"
+    if not callable(loss_fn):
+        raise FqtError(f"loss_fn is a {type(loss_fn).__name__}, and no function: {how}")
+    if isinstance(loss_fn, nn.modules.loss._Loss):
+        raise FqtError(f"loss_fn is {type(loss_fn).__name__}, which knows no model: {how}")
+
+
 def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
     """Runs one forward and backward pass in the mode the model is in, and leaves no trace of it in the model.
 
@@ -96,8 +109,8 @@ def trace(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Trace:
             use_reentrant=True, loss_fn is none or returns no tensor, or the batch is not what the model's forward
             takes.
     """
-    if loss_fn is not None and not callable(loss_fn):
-        raise FqtError(f"loss_fn is a function, loss_fn(model, batch) -> scalar, not {type(loss_fn).__name__}")
+    if loss_fn is not None:
+        check_loss(loss_fn)
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise FqtError("the model has lazy layers without parameters yet: run one batch through it first")
     model = alone(model)

@@ -24,7 +24,7 @@ from fqt.nn import GradientOperand, Recipe, observe, wrappers
 from fqt.nn.convert import is_converted
 from fqt.nn.observe import eagerly
 from fqt.nn.ranges import held
-from fqt.nn.trace import LossFn
+from fqt.nn.trace import LossFn, check_loss
 from fqt.nn.wrappers import named_modules, named_parameters
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Sink",
     "alone",
     "check_batches",
+    "check_loss",
     "check_model",
     "converted",
     "energy",
@@ -98,19 +99,6 @@ def alone(model: nn.Module, averaged: bool = False) -> nn.Module:
         )
     # What made .grad stays as it is: a compiled model's hooks are outside.
     return wrappers.alone(model, outermost=averaged)
-
-
-def check_loss(loss_fn: Any) -> None:
-    """Refuses what is no function of a model and a batch: arguments that were swapped, a loss of torch's.
-
-    Raises:
-        FqtError: with what to write.
-    """
-    how = "loss_fn(model, batch) gives the loss, such as lambda model, batch: loss(model(batch[0]), batch[1])"
-    if not callable(loss_fn):
-        raise FqtError(f"loss_fn is a {type(loss_fn).__name__}, and no function: {how}")
-    if isinstance(loss_fn, nn.modules.loss._Loss):
-        raise FqtError(f"loss_fn is {type(loss_fn).__name__}, which knows no model: {how}")
 
 
 def check_model(model: nn.Module, awake: bool = True) -> dict[str, nn.Module]:
