@@ -261,7 +261,7 @@ def test_emulated_bfloat16_is_left_out(monkeypatch):
     status = {row["name"]: row["status"] for row in case["contestants"]}
     left_out = {row["name"]: row["reason"] for row in case["contestants"] if row["status"] == "skipped"}
     assert set(left_out) == {"bf16", "bf16 compiled", "torchao int8", "psq8 bf16", "psq8 bf16 compiled"}
-    assert all(reason.startswith("bfloat16 is emulated here: a pass takes ") for reason in left_out.values())
+    assert all(reason.startswith("bfloat16 is emulated here: a pass in it takes ") for reason in left_out.values())
     assert {name for name, found in status.items() if found == "timed"} == {"fp32", "psq8", "integer products"}
     assert {r.measure for r in results(record)} == {"fp32", "limit", "kept/fp32", "kept/bf16", "all/bf16"}
     assert not failures(record)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fqt.bench.workloads import SEED, Layer, Step, build, draw
 from fqt.nn import Recipe, Rule, compress_, explain, inductor_options, load_recipe, quantize_, restore_
-from fqt.nn.product import PRODUCTS
+from fqt.nn.product import PRODUCTS, SAVED
 from fqt.quant import Quantizer, quantizer
+from fqt.quant.transform import Kept
 
 Outcome = dict[str, Tensor]
 
@@ -73,8 +74,8 @@ class Contestant:
         graphed: whether a pass is captured as a CUDA graph once and replayed, so that the host launches one thing.
         short: whether the model itself and its input are bfloat16.
         around: what the forward pass runs in besides autocast.
-        slack: by how much the errors of its gradients may exceed a case's bound, which is for 8-bit integers.
-        output_slack: the same of the output.
+        slack: by product, "output", "grad_input" and "grad_weight", how many times the errors of 8-bit integers it
+            may have; 1 where it is not named.
     """
 
     name: str
@@ -87,8 +88,7 @@ class Contestant:
     graphed: bool = False
     short: bool = False
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    slack: float = 1.0
-    output_slack: float = 1.0
+    slack: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str | None:
@@ -108,12 +108,12 @@ def contestants(
     ]
     if device == "cuda":
         found += [replace(each, name=f"{each.name} graphed", graphed=True) for each in found[1:]]
-        fp8 = Contestant(name="TransformerEngine fp8", group="fp8", short=True, slack=4.0)  # gradients in E5M2
+        e5m2 = {"grad_input": 4.0, "grad_weight": 4.0}
+        fp8 = Contestant(name="TransformerEngine fp8", group="fp8", short=True, slack=e5m2)
         found.append(replace(fp8, convert=_transformer_engine, around=_engine_autocast))
     for recipe in recipes:
-        ours = Contestant(name=recipe, group="ours", convert=_ours(recipe, keep), recipe=recipe)
-        output, gradient = slack(load_recipe(recipe))
-        ours = replace(ours, output_slack=output, slack=gradient)
+        allowed = slack(load_recipe(recipe))
+        ours = Contestant(name=recipe, group="ours", convert=_ours(recipe, keep), recipe=recipe, slack=allowed)
         found += [
             ours,
             replace(ours, name=f"{recipe} bf16", autocast=True),
@@ -127,25 +127,25 @@ def contestants(
     return found
 
 
-def slack(recipe: Recipe) -> tuple[float, float]:
-    """How many times the errors of 8-bit integers a recipe's output and gradients may have.
+def slack(recipe: Recipe) -> dict[str, float]:
+    """How many times the errors of 8-bit integers each product may have.
 
-    As many times as the worst of its quantizers errs on gaussian entries in rows of 256, against `ptq8`; where rows
-    of a gradient are kept by chance, any: only the bias is looked at then.
+    As many times as the worst of its quantizers errs on gaussian entries in rows of 256, against `ptq8`. Infinite
+    where only a part of grad_output is kept, whose error depends on the data: only the bias tells then.
     """
-    recipes = [recipe, *(load_recipe(rule.recipe) for rule in recipe.rules)]
     x = torch.randn(128, 256, generator=torch.Generator().manual_seed(SEED))
-    usual = _error(quantizer("ptq8"), x)
-
-    def worst(quantizers: Iterable[Quantizer | str | None]) -> float:
-        errors = [_error(q, x) / usual for q in quantizers if isinstance(q, Quantizer)]
-        return max([1.0, *errors])
-
-    products = [each.product(name) for each in recipes for name in PRODUCTS]
-    sampled = any(product.keep is not None for product in products)
-    output = worst(each.operand(name) for each in recipes for name in PRODUCTS["output"])
-    gradient = worst(q for product in products for q in (product.left, product.right))
-    return output, math.inf if sampled else gradient
+    usual, found = _error(quantizer("ptq8"), x), dict.fromkeys(PRODUCTS, 1.0)
+    for each in (recipe, *(load_recipe(rule.recipe) for rule in recipe.rules)):
+        for name, (_, saved) in PRODUCTS.items():
+            product = each.product(name)
+            right = each.operand(saved) if product.right == SAVED else product.right
+            for q in (product.left, right):
+                if isinstance(q, Quantizer):
+                    error = math.inf if isinstance(q.transform, Kept) else _error(q, x) / usual
+                    found[name] = max(found[name], error)
+            if product.keep is not None:
+                found[name] = math.inf
+    return found
 
 
 def _error(q: Quantizer, x: Tensor) -> float:

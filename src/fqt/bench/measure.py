@@ -20,7 +20,7 @@ from fqt.bench.integers import GPU_SHAPES, SHAPES, IntegerProduct, Shape, best_p
 from fqt.bench.kept import kept_bytes
 from fqt.bench.products import BlockedProduct
 from fqt.bench.quantizing import Copy, Quantization, draw_all
-from fqt.bench.verify import OUTPUT_BOUND, Verification, check_bias, check_error
+from fqt.bench.verify import Verification, check_bias, check_error
 from fqt.bench.workloads import Layer, Product, Quantize, Step, count_macs
 from fqt.errors import FqtError
 from fqt.files import is_plain
@@ -29,8 +29,8 @@ from fqt.records import environment, write_json
 FORMAT = 1
 LIMIT = "integer products"
 EMULATED = 8.0
-"""How many times as long as in fp32 a pass in bf16 takes where torch only emulates it: 20 to 60 without bfloat16
-instructions, 0.5 to 1.5 with them."""
+"""How many times as long as in fp32 a pass in bf16 takes where torch only emulates it: 14 to 71 without bfloat16
+instructions, 0.5 to 2 with them."""
 
 
 class Observer(Protocol):
@@ -305,20 +305,21 @@ def _prepare(
 
 def _emulated(bf16: Runner, fp32: Runner) -> str:
     """Why no contestant in bfloat16 is verified and timed, which would take hours; empty where they are."""
-    at, spent = clock(fp32.device), {}
+    at = clock(fp32.device)
     for runner in (bf16, fp32):
         runner.backward()
-        spent[runner] = at(runner.backward)
-    ratio = spent[bf16] / spent[fp32]
-    return "" if ratio < EMULATED else f"bfloat16 is emulated here: a pass takes {ratio:.0f} times that of fp32"
+    for _ in range(2):  # once more where it is slow: one reading may be of a machine held up
+        ratio = at(bf16.backward) / at(fp32.backward)
+        if ratio < EMULATED:
+            return ""
+    return f"bfloat16 is emulated here: a pass in it takes {ratio:.0f} times that in fp32"
 
 
 def _check(runner: Runner, reference: Mapping[str, torch.Tensor], case: Case, seeds: int) -> Verification:
     if runner.contestant.group == "fp8":
         runner.backward()  # its scales are those of the pass before
-    bound, output_bound = case.bound * runner.contestant.slack, OUTPUT_BOUND * runner.contestant.output_slack
-    layer = isinstance(case.workload, Layer)
-    found = check_error(runner.outcome(), reference, bound, by_row=layer, output_bound=output_bound)
+    layer, slack = isinstance(case.workload, Layer), runner.contestant.slack
+    found = check_error(runner.outcome(), reference, case.bound, by_row=layer, slack=slack)
     if runner.contestant.group != "ours" or found.problem:
         return found
     last = runner.format is torch.channels_last

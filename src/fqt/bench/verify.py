@@ -26,6 +26,8 @@ MOST_BIAS = 1.5
 """In standard errors of the mean; without bias 0.7 to 1.1 on every case, the lower the more the dtype rounds."""
 OUTPUT_BOUND = 0.05
 """Of the output or the loss in 8 bits, whatever the bound on gradients."""
+MOST_OUTPUT_BOUND = 1.5
+"""In fewer bits: a negated output is 2 off; right ones with inputs of 2 bits were 1.05."""
 FEWEST_ENTRIES = 1024
 """Smaller gradients are too few numbers for a statistic."""
 
@@ -73,7 +75,7 @@ def check_error(
     bound: float,
     *,
     by_row: bool,
-    output_bound: float = OUTPUT_BOUND,
+    slack: Mapping[str, float] | None = None,
 ) -> Verification:
     """One pass against fp32's.
 
@@ -82,18 +84,29 @@ def check_error(
         bound: on the gradients' errors.
         by_row: whether every row must be right (a layer), or every matrix as a whole (a step). Gradients of
             vectors are left out then: sums over the batch in which almost everything cancels.
-        output_bound: on the output's error.
+        slack: `Contestant.slack`.
     """
     if got.keys() != want.keys():
         return Verification(math.inf, problem=f"it returned {', '.join(got)} instead of {', '.join(want)}")
     names = [n for n in want if by_row or n == "output" or want[n].ndim > 1]
     errors = {name: relative_error(got[name], want[name], by_row=by_row) for name in names}
-    bounds = {name: output_bound if name == "output" else bound for name in names}
-    worst = max(names, key=lambda name: errors[name] / bounds[name])
+    bounds = {name: _bound(name, want[name], bound, by_row, slack or {}) for name in names}
+    worst = max(names, key=lambda name: (not math.isfinite(errors[name]), errors[name] / bounds[name]))
     problem = ""
-    if not errors[worst] <= bounds[worst]:
+    if not math.isfinite(errors[worst]) or not errors[worst] <= bounds[worst]:
         problem = f"{worst} is {errors[worst]:.3g} off fp32, more than {bounds[worst]:g}"
     return Verification(max(errors.values()), problem=problem, errors=errors)
+
+
+def _bound(name: str, want: Tensor, bound: float, layer: bool, slack: Mapping[str, float]) -> float:
+    """On one tensor's error: by its own product, of a step's gradients by the worst of all."""
+    if name == "output":
+        return min(OUTPUT_BOUND * slack.get("output", 1.0), MOST_OUTPUT_BOUND)
+    if not layer:
+        return bound * max(1.0, *slack.values()) if slack else bound
+    if name == "grad_input":
+        return bound * slack.get("grad_input", 1.0)
+    return bound * (slack.get("grad_weight", 1.0) if want.ndim > 1 else 1.0)  # a bias's is a sum, never quantized
 
 
 def bias(
@@ -135,7 +148,7 @@ def check_bias(
     found = bias(outcomes, exact, rounding)
     if not found:
         return verified
-    worst = max(found, key=found.__getitem__)
+    worst = max(found, key=lambda name: (math.isnan(found[name]), found[name]))
     problem = verified.problem
     if not found[worst] <= MOST_BIAS:
         problem = f"{worst} is biased: the mean over seeds is {found[worst]:.3g} standard errors off"

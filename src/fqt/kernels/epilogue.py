@@ -32,6 +32,9 @@ class Epilogue:
         left: (rows, R) float32; None is no correction.
         right: (R, columns) float32, for `conv2d` and `conv2d_grad_input` (R, height, width, channels).
         bias: (columns,) float32 or None.
+        zero: int32, one number or one per row; with it
+        ones: int64, (columns,) or `right`'s shape less its first axis. zero · ones is what a code that stands for 0
+            adds, an operand's centre times the other's sums.
         dtype: of the result, float32, bfloat16 or float16.
     """
 

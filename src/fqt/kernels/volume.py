@@ -3,7 +3,7 @@
 A slice of a volume's output is the output of a plane convolution whose channels are those of all slices of
 the input that its taps read, one after the other; so is a slice of the input's gradient. A tap along the depth of
 the weight's gradient is the weight's gradient of a plane convolution whose samples are all slices that it meets.
-Sums stay sums of integers, with the epilogue of `fqt.kernels.products`: what is exact there is exact here.
+Sums stay sums of integers, with the same epilogue (`fqt.kernels.epilogue`): what is exact there is exact here.
 
 Unfolding all taps into a matrix (im2col) was rejected: it copies the codes kd · kh · kw times instead of kd times.
 """
@@ -29,7 +29,7 @@ def convolve(input: Tensor, weight: Tensor, geometry: Spatial, epilogue: Epilogu
     Args:
         input: (N, C, *) uint8 or int8; weight: (O, C/groups, *) int8.
         geometry: as many numbers each as there are spatial axes.
-        epilogue: see `fqt.kernels.products`; `right` is (R, *, O).
+        epilogue: see `fqt.kernels.epilogue`; `right` is (R, *, O).
 
     Returns:
         (N, O, *) of the spatial axes.

@@ -18,7 +18,7 @@ from fqt.quant.keep import keep_from
 from fqt.quant.names import quantizer, quantizer_name
 from fqt.quant.quantizer import Quantizer
 from fqt.quant.transform import Identity, Rotated
-from fqt.quant.words import only, quantizer_from, quantizer_words
+from fqt.quant.words import check_keys, quantizer_from, quantizer_words
 
 
 def turned_by(operand: str, left: Quantizer | None) -> int | None:
@@ -80,7 +80,7 @@ def _operand(operand: str, value: Quantizer | str | None) -> Quantizer | None:
     if value is None:
         return None
     if not isinstance(value, Quantizer):
-        raise FqtError(f"{operand} must be a Quantizer, its name or None, not {named_kind(value)}")
+        raise FqtError(f"{operand} must be a Quantizer, its name or None, not {described(value)}")
     if forward and (value.draws or not isinstance(value.transform, Identity)):
         raise FqtError(f"{operand} must be rounded to nearest without transform: the forward pass is deterministic")
     if forward and value.scale.remembers:
@@ -111,7 +111,7 @@ def named_operand(operand: str, name: str) -> Quantizer | None:
     return value
 
 
-def named_kind(value: object) -> str:
+def described(value: object) -> str:
     """What somebody gave, in words; of a function, what to do."""
     if not callable(value) or isinstance(value, type):
         return repr(value)
@@ -134,7 +134,7 @@ def _product_from(key: str, table: Mapping[str, Any]) -> Product:
     lacking = [f"{name} (the quantizer of {what}, or 'none')" for name, what in wanted.items() if name not in table]
     if lacking:
         raise FqtError(f"{key} is a product's table, and lacks {' and '.join(lacking)}")
-    only(table, {f.name for f in fields(Product)}, "product")
+    check_keys(table, {f.name for f in fields(Product)}, "product")
     values = dict(table)
     for name in ("left", "right"):
         if isinstance(values.get(name), Mapping):

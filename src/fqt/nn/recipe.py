@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from fqt.errors import FqtError, UnknownName
-from fqt.nn.entries import entry, entry_from, named_kind, operand_text, shown, turned_by
+from fqt.nn.entries import described, entry, entry_from, operand_text, shown, turned_by
 from fqt.nn.named import DEFAULT as DEFAULT
 from fqt.nn.named import RECIPES
 from fqt.nn.product import OPERANDS, PRODUCTS, SAVED, Product, check_block, check_fold
 from fqt.quant.keep import WORDS
 from fqt.quant.names import name_meant, quantizer, quantizer_name, width_meant
 from fqt.quant.quantizer import Quantizer
-from fqt.quant.words import only, transform_words
+from fqt.quant.words import check_keys, transform_words
 from fqt.records import read_toml
 
 
@@ -295,7 +295,7 @@ def load_recipe(source: Recipe | Quantizer | str | Path | Mapping[str, Any]) -> 
         return _named(source)
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    what = named_kind(source) if inspect.isroutine(source) else type(source).__name__
+    what = described(source) if inspect.isroutine(source) else type(source).__name__
     raise FqtError(f"a recipe is a Recipe, a Quantizer, a name, a TOML file or a mapping, not {what}")
 
 
@@ -309,7 +309,7 @@ def _from_file(path: Path) -> Recipe:
 
 def _from_mapping(table: Mapping[str, Any]) -> Recipe:
     known = {f.name for f in fields(Recipe) if f.init} | {"base"}
-    only(table, known, "recipe")
+    check_keys(table, known, "recipe")
     values: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping) and key in (*OPERANDS, "output"):
@@ -328,7 +328,7 @@ def _rules_from(tables: Any) -> tuple[Rule, ...]:
 
 
 def _rule_from(table: Mapping[str, Any]) -> Rule:
-    only(table, {"pattern", "recipe"}, "rule")
+    check_keys(table, {"pattern", "recipe"}, "rule")
     if set(table) != {"pattern", "recipe"}:
         raise FqtError(f"a rule needs a pattern and a recipe; this one has {', '.join(table) or 'nothing'}")
     recipe = table["recipe"]

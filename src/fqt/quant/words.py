@@ -40,7 +40,7 @@ def quantizer_from(table: Mapping[str, Any]) -> Quantizer:
         "rounding": {"rounding"},
         "class": {"class"},
     }
-    only(table, set().union(*words.values()), "quantizer")
+    check_keys(table, set().union(*words.values()), "quantizer")
     name = table.get("transform", "none")
     keep = Kept(_sampled(table["keep"])) if "keep" in table else None
     if keep is not None and name != "none":
@@ -48,7 +48,7 @@ def quantizer_from(table: Mapping[str, Any]) -> Quantizer:
     if not isinstance(name, str) or name not in _TRANSFORMS:
         raise FqtError(f"unknown transform {name!r}; known: {', '.join(_TRANSFORMS)}")
     options = {k: table[k] for k in words["options"] if k in table}
-    only(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
+    check_keys(options, {f.name for f in fields(_TRANSFORMS[name])}, f"transform {name!r}")
     transform = keep or _TRANSFORMS[name](**options)
     rounding = table.get("rounding", "stochastic")
     if isinstance(rounding, Mapping) or (isinstance(rounding, str) and ":" in rounding):
@@ -93,7 +93,7 @@ def transform_words(transform: Transform) -> dict[str, Any] | None:
     return {"transform": name, **{f.name: getattr(transform, f.name) for f in fields(transform)}}
 
 
-def only(table: Mapping[str, Any], known: set[str], what: str) -> None:
+def check_keys(table: Mapping[str, Any], known: set[str], what: str) -> None:
     """Raises FqtError for keys of `table` that are not `known`; `what` names the table in the message."""
     unknown = sorted(set(table) - known, key=str)
     if unknown:

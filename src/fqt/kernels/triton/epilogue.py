@@ -1,4 +1,4 @@
-"""What becomes of a product's sums, inside a kernel: the epilogue of `fqt.kernels.products`, in its order.
+"""What becomes of a product's sums, inside a kernel: `fqt.kernels.epilogue`, in its order.
 
 A kernel that holds a tile of exact sums calls `complete`; `finish` does the same to sums that lie in memory.
 Kernels are launched without contraction of multiply and add (`ROUNDED`), so that every operation is rounded on its
