@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = " ".join(README.split())
 RECORDS = ROOT / "results"
+Figure = Callable[[], float]
 
 
 @functools.cache
@@ -47,14 +48,21 @@ def rho(recipe: str) -> float:
     return sum(found) / len(found)
 
 
-def speedrun() -> list[str]:
-    return record("speedrun/compare.json")["recipes"]
+def ends(folder: str, recipe: str, metric: str) -> list[float]:
+    """What the runs of a comparison end with, by seed."""
+    runs = record(f"{folder}/compare.json")["runs"]
+    return [run.get("metrics", run)[metric] for run in runs if run["recipe"] == recipe]
 
 
-def views(recipe: str) -> list[float]:
-    """Shares of the test images that the mean over their copies has right, by seed."""
-    runs = record("speedrun/compare.json")["runs"]
-    return [run["metrics"]["accuracy of views"] for run in runs if run["recipe"] == recipe]
+def table_row(folder: str, metric: str, times: float, four_bits: str) -> list[Figure]:
+    """The means of a row of the table of trainings."""
+    recipes = ("none", "qat", "default", four_bits)
+    return [lambda r=r: times * mean(ends(folder, r, metric)) for r in recipes]
+
+
+def deviations(folder: str, metric: str, times: float, *recipes: str) -> list[Figure]:
+    """The least and the largest standard deviation over seeds."""
+    return [lambda of=of: times * of(stdev(ends(folder, r, metric)) for r in recipes) for of in (min, max)]
 
 
 def kept(key: str) -> float:
@@ -66,7 +74,6 @@ def layers(recipe: str, measure: str) -> Callable[[], float]:
     return lambda: ratios("layers.json")["linear-1024", recipe, measure]
 
 
-Figure = Callable[[], float]
 FIGURES: list[tuple[str, list[Figure]]] = [
     # What stands there, with # for every number; and for each of these where it comes from.
     (
@@ -116,18 +123,32 @@ FIGURES: list[tuple[str, list[Figure]]] = [
             *(lambda r=r: ratios("speedrun.json")["speedrun", r, "fp32"] for r in ("psq8", "default")),
         ],
     ),
-    ("On digits, # seeds", [lambda: len(record("digits/compare.json")["seeds"])]),
     (
-        "that float brings to # % comes to # % with eight-bit integers in all three products, and to # % with "
-        "`shq4d`; standard deviations over # seeds are # to #",
+        "| digits, accuracy %, # seeds | # | # | # | `shq4d` # |",
+        [lambda: len(record("digits/compare.json")["seeds"]), *table_row("digits", "accuracy", 100, "shq4d")],
+    ),
+    (
+        "% of views, # seeds, on an H100 | # | # | # | `shq4d` # |",
         [
-            *(lambda r=r: 100 * mean(views(r)) for r in ("none", "default", "shq4d")),
             lambda: len(record("speedrun/compare.json")["seeds"]),
-            *(lambda of=of: 100 * of(stdev(views(r)) for r in speedrun()) for of in (min, max)),
+            *table_row("speedrun", "accuracy of views", 100, "shq4d"),
         ],
     ),
     (
-        "is # with one step per tensor, # by row, # with block Householder and # with `shq4d`",
+        "| character GPT, loss in nats, # seeds | # | # | # | `thq4d` # |",
+        [lambda: len(ends("gpt-4x128", "thq4d", "loss")), *table_row("gpt-4x128", "loss", 1, "thq4d")],
+    ),
+    (
+        "deviations over seeds: # to # on digits, # to # on CIFAR-10, # to # of the GPT",
+        [
+            *deviations("digits", "accuracy", 100, "none", "qat", "default", "shq4d"),
+            *deviations("speedrun", "accuracy of views", 100, "none", "qat", "default", "shq4d"),
+            *deviations("gpt-4x128", "loss", 1, "none", "qat", "default", "thq4d"),
+        ],
+    ),
+    ("the points of # recipes", [lambda: len(set(record("gpt-4x128/compare.json")["recipes"]) - {"none", "qat"})]),
+    (
+        "ρ is # with four bits and one step per tensor, # by row, # with block Householder and # with `shq4d`",
         [lambda r=r: rho(r) for r in ("ptq4", "psq4", "bhq4", "shq4d")],
     ),
 ]
@@ -142,7 +163,7 @@ NO_FIGURES = [
     r"NeurIPS 2020|Theory 1962|Technol\. 1964|Theory 1993",
     r"On 2 cores|a Linear of 1024",
     r"2 to 8, by layer|\| 8(?: ¹)?(?= \|)|\| 8 and 4, floats|8 bits|4 bits?|at 4 bits|16 channels",
-    r"one-sided 95 %|one H100|CIFAR-10|94 percent",
+    r"an? H100|CIFAR-10|94 percent",
 ]
 
 
