@@ -1,16 +1,19 @@
 """Labelled lines: what a batch is, what an encoder sees, and what bad files are told."""
 
+import warnings
+
 import pytest
 import torch
 
 import fqt
-from fqt.errors import FqtError
+from fqt.errors import FqtError, FqtWarning
 from fqt.train import Interrupted, resolve, train
 from fqt.train.classify import UNKNOWN
 from fqt.train.models.encoders import PADDING, build_encoder
 from fqt.train.tasks import load_task
 from fqt.train.trainer import Trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:the training lines have:fqt.errors.FqtWarning")
 GOOD, BAD = "a {} fine, charming film .", "it 's a {} dull and lifeless mess of a thing"
 
 
@@ -74,6 +77,15 @@ def test_evaluation_goes_over_all_lines_and_new_words_are_unknown(config, folder
     assert row[2] == UNKNOWN
     assert UNKNOWN not in row[:2]
     assert set(row[3:]) == {PADDING}
+
+
+def test_a_vocabulary_larger_than_the_text_is_said(config):
+    words = len(_task(config()).vocabulary)
+    with pytest.warns(FqtWarning, match=f"the training lines have {words} different words, all of which are taken"):
+        assert len(_task(config(vocabulary=words + 3)).vocabulary) == words
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _task(config(vocabulary=words + 2))
 
 
 def test_a_vocabulary_keeps_the_most_frequent_words(config):

@@ -1,6 +1,8 @@
+import warnings
+
 import pytest
 
-from fqt.errors import FqtError
+from fqt.errors import FqtError, FqtWarning
 from fqt.records import read_toml, write_toml
 from fqt.train import TrainConfig, preset_names, resolve
 from fqt.train.config import differing
@@ -103,3 +105,19 @@ def test_a_configuration_saved_before_a_field_existed_is_of_the_same_run():
     assert differing(before, now) == []
     assert differing(before, {**now, "adapt": True, "data": "elsewhere"}) == ["adapt"]
     assert differing({**now, "steps": 5}, before) == ["steps"]
+
+
+def test_a_model_without_its_preset_is_said():
+    with pytest.warns(
+        FqtWarning, match="speedrun is trained as cifar10 is by default; .*by --preset cifar10-speed"
+    ):
+        resolve("cifar10", None, {"model": "speedrun"})
+    for task, preset, given in (
+        ("cifar10", "cifar10-speedrun", {"model": "speedrun"}),
+        ("cifar10", None, {"model": "preact-resnet20"}),
+        ("cifar10", None, {}),
+        ("shakespeare", None, {"model": "mine:model"}),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            resolve(task, preset, given)

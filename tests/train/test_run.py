@@ -178,6 +178,40 @@ def test_an_occupied_folder_is_not_overwritten_unless_told_so(tmp_path, small, m
     assert (tmp_path / "notes.txt").exists()
 
 
+class TooShort(nn.Module):
+    """Takes no batch."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x):
+        raise FqtError(f"{len(x)} are too many")
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_in_the_way(tmp_path, small):
+    """The mended command finds no run in its folder; whatever else was there stays."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FqtError, match="are too many"):
+        train(small(steps=2, recipe="none", model="train.test_run:TooShort"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert train(small(steps=2), tmp_path).steps == 2
+
+
+def test_a_run_that_fails_later_keeps_what_was_saved(tmp_path, small, interruption):
+    with pytest.raises(Interrupted):
+        train(small(), tmp_path, observer=interruption(1))
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
+
+    class Failing(Silent):
+        def step(self) -> None:
+            raise RuntimeError("a fault of later")
+
+    with pytest.raises(RuntimeError, match="of later"):
+        train(small(), tmp_path, resume=True, observer=Failing())
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
 def test_a_finished_run_is_read_and_not_run_again(tmp_path, small):
     result = train(small(steps=2), tmp_path)
     stamp = (tmp_path / "checkpoint.pt").stat().st_mtime_ns

@@ -352,6 +352,7 @@ def _spoil(**changes):
         (_spoil(), {"vocabulary": 100}, "too small for 256 bytes"),
         (_spoil(), {"batch_size": 8}, r"longer than a batch of 8: raise --batch-size"),
         (_spoil(train__en=lambda b: b"\n" * 120), {}, "have no pair of lines that are not empty"),
+        (_spoil(train__en=lambda b: b"", train__de=lambda b: b""), {}, r"train\.en and train\.de hold no words"),
         (_spoil(), {"model": "gpt-4x128"}, "unknown model 'gpt-4x128'; known: translator-4x128"),
         (_spoil(), {"model": "torch.nn:Identity"}, "has no `encode` and `decode`"),
     ],

@@ -243,6 +243,6 @@ def _checked(method: Quantizer | str, biased: bool) -> Quantizer:
     if not biased and any(coding.rounding.unit_bias or coding.rounding.settles for coding in found.codings):
         raise FqtError(
             f"messages quantized by {method!r} are biased{'' if nearest else ', if only a little'}, and so is a "
-            "gradient that is their average: take one without bias ('psq8', 'shq4d'), or say biased=True"
+            "gradient that is their average: take one without bias ('psq8', 'shq4d'), or Messages(…, biased=True)"
         )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fqt.errors import FqtError
+from fqt.errors import FqtError, FqtWarning
 from fqt.seeds import derive_seed
 from fqt.train.config import TrainConfig
 from fqt.train.loaders import epoch_order
@@ -191,4 +192,11 @@ def _vocabulary(lines: Sequence[Sequence[str]], size: int) -> list[str]:
     if size <= SPECIAL:
         raise FqtError(f"a vocabulary of {size} has no words beside {SPECIAL} special tokens: raise --vocabulary")
     counts = Counter(word for words in lines for word in words)
+    if len(counts) < size - SPECIAL:
+        warnings.warn(
+            f"the training lines have {len(counts)} different words, all of which are taken: --vocabulary {size} "
+            "leaves room for more",
+            FqtWarning,
+            stacklevel=2,
+        )
     return sorted(counts, key=lambda word: (-counts[word], word))[: size - SPECIAL]

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fqt.errors import FqtError
+from fqt.errors import FqtError, FqtWarning
 from fqt.records import read_toml
 
 if sys.version_info >= (3, 11):
@@ -266,6 +267,8 @@ def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def resolve(task: str | None, preset: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """Puts a configuration together: the task's defaults, then the preset, then the overrides.
 
+    Warns where a model is asked for that a preset is there for, and the preset is not.
+
     Args:
         task: the task, or ``None`` to take the preset's (``digits`` without a preset).
         preset: a name from `preset_names`, or the path of a TOML file.
@@ -280,7 +283,20 @@ def resolve(task: str | None, preset: str | None, overrides: Mapping[str, Any]) 
     task = task or chosen.get("task", "digits")
     defaults = load_preset(task) if task in preset_names() else {}
     given = {name: value for name, value in overrides.items() if value is not None}
+    if not preset and given.get("model", defaults.get("model")) != defaults.get("model"):
+        _tell_of_presets(task, given["model"])
     return TrainConfig.from_dict({**defaults, **chosen, **given, "task": task}, preset or "the configuration")
+
+
+def _tell_of_presets(task: str, model: str) -> None:
+    presets = {name: load_preset(name) for name in preset_names()}
+    made = [name for name, of in presets.items() if (of.get("task"), of.get("model")) == (task, model)]
+    if made:
+        warnings.warn(
+            f"model {model} is trained as {task} is by default; as it is meant to be, by --preset {made[0]}",
+            FqtWarning,
+            stacklevel=3,
+        )
 
 
 def preset_names() -> list[str]:

@@ -146,7 +146,12 @@ def train(
             watcher.record(trainer.description())
             held.callback(watcher.end)
             with _StopRequest() as stop:
-                _Loop(trainer, folder, log, watcher, stop).run()
+                try:
+                    _Loop(trainer, folder, log, watcher, stop).run()
+                except Exception as error:
+                    if log is not None and trainer.step == 0 and not isinstance(error, Interrupted):
+                        discard(folder)  # nothing was trained: the command, mended, finds no run in its way
+                    raise
         return ranks.lead(lambda: read_result(folder))
 
 

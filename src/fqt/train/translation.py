@@ -55,6 +55,8 @@ class TranslationTask(Task):
         languages = (config.source, config.target)
         train, valid = read_pairs(config.data, ["train"], languages), read_pairs(config.data, VALIDATION, languages)
         test = read_pairs(config.data, [config.test], languages) if config.test else valid
+        if not any(map(any, train[1:])):
+            raise FqtError(f"{train[0]}.{config.source} and {train[0]}.{config.target} hold no words to train on")
         self.vocabulary = Vocabulary((line for side in train[1:] for line in side), config.vocabulary)
         self._train = self._encode(*train, judged=False)
         self._eval, self._test = self._encode(*valid), self._encode(*test)

@@ -174,7 +174,10 @@ class GPT(Stacked):
 def check_length(length: int, context: int) -> None:
     """Raises `FqtError` where a sequence is longer than the context."""
     if length > context:
-        raise FqtError(f"a sequence of {length} tokens does not fit a context of {context}")
+        raise FqtError(
+            f"a sequence of {length} tokens does not fit a context of {context}: lower --context, or give the "
+            "model a longer one"
+        )
 
 
 def initialize(model: nn.Module, layers: int) -> None:
