@@ -139,11 +139,19 @@ FIGURES: list[tuple[str, list[Figure]]] = [
         [lambda: len(ends("gpt-4x128", "thq4d", "loss")), *table_row("gpt-4x128", "loss", 1, "thq4d")],
     ),
     (
-        "deviations over seeds: # to # on digits, # to # on CIFAR-10, # to # of the GPT",
+        "| English to German, BLEU, # seeds of float and default, else # | # | # | # | `thq4d` # |",
+        [
+            *(lambda r=r: len(ends("multi30k", r, "BLEU")) for r in ("default", "thq4d")),
+            *table_row("multi30k", "BLEU", 1, "thq4d"),
+        ],
+    ),
+    (
+        "deviations over seeds: # to # on digits, # to # on CIFAR-10, # to # of the GPT, # to # BLEU",
         [
             *deviations("digits", "accuracy", 100, "none", "qat", "default", "shq4d"),
             *deviations("speedrun", "accuracy of views", 100, "none", "qat", "default", "shq4d"),
             *deviations("gpt-4x128", "loss", 1, "none", "qat", "default", "thq4d"),
+            *deviations("multi30k", "BLEU", 1, "none", "default"),
         ],
     ),
     ("the points of # recipes", [lambda: len(set(record("gpt-4x128/compare.json")["recipes"]) - {"none", "qat"})]),
