@@ -30,7 +30,7 @@ FORMAT = 1
 LIMIT = "integer products"
 EMULATED = 8.0
 """How many times as long as in fp32 a pass in bf16 takes where torch only emulates it: 14 to 71 without bfloat16
-instructions, 0.5 to 2 with them."""
+instructions, 0.2 to 2 with them (docs/speed.md)."""
 
 
 class Observer(Protocol):

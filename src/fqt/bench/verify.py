@@ -90,7 +90,8 @@ def check_error(
         return Verification(math.inf, problem=f"it returned {', '.join(got)} instead of {', '.join(want)}")
     names = [n for n in want if by_row or n == "output" or want[n].ndim > 1]
     errors = {name: relative_error(got[name], want[name], by_row=by_row) for name in names}
-    bounds = {name: _bound(name, want[name], bound, by_row, slack or {}) for name in names}
+    of = {"output": 1.0, "grad_input": 1.0, "grad_weight": 1.0, **(slack or {})}
+    bounds = {name: _bound(name, want[name], bound, by_row, of) for name in names}
     worst = max(names, key=lambda name: (not math.isfinite(errors[name]), errors[name] / bounds[name]))
     problem = ""
     if not math.isfinite(errors[worst]) or not errors[worst] <= bounds[worst]:
@@ -101,12 +102,12 @@ def check_error(
 def _bound(name: str, want: Tensor, bound: float, layer: bool, slack: Mapping[str, float]) -> float:
     """On one tensor's error: by its own product, of a step's gradients by the worst of all."""
     if name == "output":
-        return min(OUTPUT_BOUND * slack.get("output", 1.0), MOST_OUTPUT_BOUND)
+        return min(OUTPUT_BOUND * slack["output"], MOST_OUTPUT_BOUND)
     if not layer:
-        return bound * max(1.0, *slack.values()) if slack else bound
+        return bound * max(slack.values())
     if name == "grad_input":
-        return bound * slack.get("grad_input", 1.0)
-    return bound * (slack.get("grad_weight", 1.0) if want.ndim > 1 else 1.0)  # a bias's is a sum, never quantized
+        return bound * slack["grad_input"]
+    return bound * slack["grad_weight"] if want.ndim > 1 else bound  # a bias's is a sum, never quantized
 
 
 def bias(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fqt.nn import dropout
-from fqt.nn.between import functions
+from fqt.nn.between import functions, pooled
 from fqt.nn.between.functions import Noise
 from fqt.nn.layers import drawn_seeds
 
@@ -131,7 +131,7 @@ def _max_pool2d(
     if input.ndim != 4 or return_indices or size[0] * size[1] > 256 or not _differentiable(input):
         return NotImplemented
     steps = _pair(stride) if stride else size
-    return functions.Pooled.apply(input, size, steps, _pair(padding), _pair(dilation), ceil_mode)
+    return pooled.Pooled.apply(input, size, steps, _pair(padding), _pair(dilation), ceil_mode)
 
 
 @_row(F.avg_pool2d)
@@ -149,7 +149,7 @@ def _avg_pool2d(
         return NotImplemented
     steps = stride if stride else kernel_size
     window = (_pair(kernel_size), _pair(steps), _pair(padding), ceil_mode, count_include_pad, divisor_override)
-    return functions.Averaged.apply(input, *window)
+    return pooled.Averaged.apply(input, *window)
 
 
 # ---- elementwise functions -----------------------------------------------------------------------------------
