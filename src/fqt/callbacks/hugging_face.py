@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -17,9 +18,9 @@ from fqt.callbacks.readings import (
     Readings,
     check_converted,
     check_every,
-    refuse_several_processes,
     restore_recipe,
     saved_recipe,
+    several_processes,
 )
 from fqt.errors import FqtError
 from fqt.stats.monitor import first_half
@@ -49,7 +50,9 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
     as the checkpoint's was, and warns if the model is quantized otherwise.
 
     The loss is taken to be the model's own (`outputs.loss`), of which a mean over samples is measured: the step is
-    made again from what the model was given. Clipping and a `GradScaler` are divided out.
+    made again from what the model was given. Clipping and a `GradScaler` are divided out. Started by torchrun or
+    accelerate launch, processes with a model each (`DistributedDataParallel`) read the averaged gradient, all the
+    same.
 
     Args:
         every: optimizer steps between readings; None for none.
@@ -57,8 +60,9 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
 
     Raises:
         FqtError: when training begins, or at its first step: the model has no converted layer, or none that
-            quantizes its gradient; several GPUs in one process; readings with several processes or label smoothing;
-            a loss that is computed outside the model; gradients that are not those of the batches.
+            quantizes its gradient; several GPUs in one process; readings with a model that is spread over processes
+            (FSDP, DeepSpeed) or with label smoothing; a loss that is computed outside the model; gradients that are
+            not those of the batches.
     """
 
     def __init__(self, every: int | None = 100, layers: bool = True) -> None:
@@ -103,13 +107,14 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
         self._model = model
         if self.every is None:
             return
-        refuse_several_processes()
         if args.label_smoothing_factor:
             raise FqtError(
                 "Trainer computes label smoothing outside the model, where no callback sees it: pass every=None "
                 "for no readings, or smooth in the model"
             )
-        self._step = _Step(model, self.every, self.layers)
+        kind = AcceleratorState().distributed_type.name
+        group = several_processes(kind.startswith("MULTI_"), kind)
+        self._step = _Step(model, self.every, self.layers, group, args.average_tokens_across_devices)
         if self.saved is not None and "readings" in self.saved:
             self._step.readings.load_state_dict(self.saved["readings"])
 
@@ -161,40 +166,45 @@ def _of_checkpoint(state: TrainerState, name: str) -> dict[str, Any] | None:
 class _Step:
     """One optimizer step after the other: what the model is given, and how large gradients are before clipping."""
 
-    def __init__(self, model: nn.Module, every: int, layers: bool) -> None:
-        self.readings = Readings(model, _loss, every, _half, layers, _ADVICE)
+    def __init__(self, model: nn.Module, every: int, layers: bool, group: Any, tokens_of_all: bool) -> None:
+        self.readings = Readings(model, self._loss, every, self._half, layers, group, _ADVICE)
+        self._processes = self.readings.monitor.processes
+        self._items_of = self._processes.count if tokens_of_all else 1
+        """How many processes' labels `Trainer` counts as one batch's; it multiplies the loss by it."""
         self._batches: list[dict[str, Any]] = []
-        self._squares: dict[str, Tensor] = {}
+        self._square: float | None = None
         self._reading = False  # while passes are made again
+        self._noting = False  # once a backward pass will end with `_note`
         self._parameters = trainable(model)
         self._hooks = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
-        for name, p in self._parameters.items():
-            hook = lambda p, name=name: self._after_backward(name, p)
-            self._hooks.append(p.register_post_accumulate_grad_hook(hook))
+        self._hooks += [p.register_post_accumulate_grad_hook(self._in_backward) for p in self._parameters.values()]
 
     def end(self, number: int, scaler: Any) -> dict[str, float] | None:
         """After the last backward pass of a step and clipping; a reading if one was due."""
-        batches, squares = self._batches, self._squares
-        self._batches, self._squares = [], {}
+        batches, square = self._batches, self._square
+        self._batches, self._square = [], None
         scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.get_scale()
         summed = any(batch.get("num_items_in_batch") is not None for batch in batches)
         self._reading = True
         try:
-            with self._unclipped(squares):
+            with self._unclipped(square):
                 return self.readings.step(number, batches, reduction="sum" if summed else "mean", scale=scale)
         finally:
             self._reading = False
 
     @contextmanager
-    def _unclipped(self, squares: Mapping[str, Tensor]) -> Iterator[None]:
+    def _unclipped(self, square: float | None) -> Iterator[None]:
         """While it lasts, gradients are as large as backward passes left them; then the very tensors they were.
+
+        Args:
+            square: their squared norm then; None if no backward pass was watched.
 
         A loss multiplied by what clipping multiplied gradients by would do as well but for rounding: under a recipe
         with `x`, another last bit can be another choice of quantizer.
         """
-        clipped = {name: p.grad for name, p in self._parameters.items() if name in squares and p.grad is not None}
-        now = sum(float(energy(g)) for g in clipped.values())
-        grown = math.sqrt(sum(map(float, squares.values())) / now) if now else 1.0
+        clipped = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        now = self._size()
+        grown = math.sqrt(square / now) if now and square is not None else 1.0
         grown = grown if math.isfinite(grown) else 1.0  # of what a scaler divided out, too
         for name, gradient in clipped.items():
             self._parameters[name].grad = gradient if grown == 1.0 else gradient * grown
@@ -215,28 +225,39 @@ class _Step:
             if args:
                 raise FqtError("Trainer gives a model its batch by keyword; this one got some by position")
             self._batches.append(kwargs)
+            self._noting = False
 
-    def _after_backward(self, name: str, parameter: Tensor) -> None:
-        if not self._reading and self.readings.is_due and parameter.grad is not None:
-            self._squares[name] = energy(parameter.grad)
+    def _in_backward(self, parameter: Tensor) -> None:
+        if self._reading or self._noting or not self.readings.is_due:
+            return
+        self._noting = True
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        # DistributedDataParallel averages at the end of a pass, too, in a callback queued later than this one.
+        queue(lambda: queue(self._note))
 
+    def _note(self) -> None:
+        self._noting, self._square = False, self._size()
 
-def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else output[0]
-    if not isinstance(loss, Tensor):
-        raise FqtError(
-            "the model returns no loss: where Trainer computes it (compute_loss, compute_loss_func), no callback "
-            "sees it"
-        )
-    return loss
+    def _size(self) -> float:
+        return sum(float(energy(p.grad)) for p in self._parameters.values() if p.grad is not None)
 
+    def _loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        output = model(**batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else output[0]
+        if not isinstance(loss, Tensor):
+            raise FqtError(
+                "the model returns no loss: where Trainer computes it (compute_loss, compute_loss_func), no "
+                "callback sees it"
+            )
+        return loss if batch.get("num_items_in_batch") is None else loss * self._items_of
 
-def _half(batch: Any) -> tuple[Any, float]:
-    """The first half of a batch. The number of labels that a summed loss is divided by is cut in proportion."""
-    part, share = first_half(batch)
-    items, labels = batch.get("num_items_in_batch"), batch.get("labels")
-    if items is not None and labels is not None:
-        counts = [(t != _IGNORED).sum() for t in (part["labels"], labels)]
-        part["num_items_in_batch"] = items * counts[0] / counts[1]
-    return part, share
+    def _half(self, batch: Any) -> tuple[Any, float]:
+        """The first half of a batch. What a summed loss is divided by, labels, is cut in proportion."""
+        part, share = first_half(batch)
+        items, labels = batch.get("num_items_in_batch"), batch.get("labels")
+        if items is not None and labels is not None:
+            counts = [float((t != _IGNORED).sum()) for t in (part["labels"], labels)]
+            if self._items_of > 1:
+                counts = [*map(self._processes.mean_of, counts)]
+            part["num_items_in_batch"] = items * counts[0] / counts[1]
+        return part, share

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fqt.callbacks.readings import (
     RECIPE,
     Readings,
     check_converted,
     check_every,
-    refuse_several_processes,
     restore_recipe,
     saved_recipe,
+    several_processes,
 )
 from fqt.errors import FqtError
 
@@ -39,7 +40,8 @@ class LightningCallback(Callback):
     was, and warns if the model is quantized otherwise; a recipe that remembers ranges has to be there before.
 
     `training_step` is made again for a reading, without what it logs; a metric that it updates counts that batch
-    again. Its loss must be a mean over samples.
+    again. Its loss must be a mean over samples. With several processes that have a model each (`strategy="ddp"`)
+    the gradient that is read is the averaged one, and all log the same.
 
     Args:
         every: optimizer steps between readings; None for none.
@@ -47,8 +49,8 @@ class LightningCallback(Callback):
 
     Raises:
         FqtError: when fitting begins, or at its first step: the model has no converted layer, or none that
-            quantizes its gradient; readings with several processes or manual optimization; a `training_step`
-            without a loss; gradients that are not those of the batches.
+            quantizes its gradient; readings with a model that is spread over processes (FSDP, DeepSpeed) or with
+            manual optimization; a `training_step` without a loss; gradients that are not those of the batches.
     """
 
     def __init__(self, every: int | None = 100, layers: bool = True) -> None:
@@ -81,14 +83,15 @@ class LightningCallback(Callback):
         check_converted(pl_module)
         if self.every is None:
             return
-        refuse_several_processes()
         if not pl_module.automatic_optimization:
             raise FqtError(
                 "with manual optimization no callback knows which batches .grad belongs to: pass every=None, and "
                 "call fqt.Monitor.step in training_step"
             )
         self._step = TrainingStep(pl_module)
-        self._readings = Readings(self._step, _loss(trainer), self.every, layers=self.layers)
+        replicas = isinstance(trainer.strategy.model, DistributedDataParallel)
+        group = several_processes(replicas, type(trainer.strategy).__name__)
+        self._readings = Readings(self._step, _loss(trainer), self.every, layers=self.layers, process_group=group)
         if self._saved is not None:
             self._readings.load_state_dict(self._saved)
 

@@ -32,10 +32,11 @@ class Readings:
         model, loss_fn, half: as `Monitor` has them.
         every: steps between readings, at multiples of it.
         layers: whether a reading has ρ by layer, too.
+        process_group: as `Monitor` has it; every process makes its own readings, and all get the same.
         advice: what to do where readings are refused, for the end of the message.
 
     Raises:
-        FqtError: as `Monitor`; several processes.
+        FqtError: as `Monitor`.
     """
 
     def __init__(
@@ -45,14 +46,14 @@ class Readings:
         every: int,
         half: Callable[[Any], tuple[Any, float]] | None = None,
         layers: bool = True,
+        process_group: Any = None,
         advice: str = "pass every=None for no readings",
     ) -> None:
-        refuse_several_processes()
         self.every, self.layers, self.advice = every, layers, advice
         with self._advised():
-            self.monitor = Monitor(model, loss_fn, every=every, half=half)
+            self.monitor = Monitor(model, loss_fn, every=every, half=half, process_group=process_group)
         self._tried = False
-        self._usual: tuple[int, int] | None = None
+        self._usual: tuple[float, float] | None = None
         self.monitor.count = every - 1  # the first step is due
         self.monitor.skip()
 
@@ -104,8 +105,8 @@ class Readings:
 
     def _is_usual(self, batches: Sequence[Any]) -> bool:
         """Whether this step is as large as the first: an epoch's smaller last one has another sampling variance."""
-        rows = [len(found[0]) for found in map(tensors, batches) if found and found[0].ndim]
-        size = len(batches), sum(rows)
+        rows = sum(len(found[0]) for found in map(tensors, batches) if found and found[0].ndim)
+        size = len(batches), self.monitor.processes.mean_of(rows)
         self._usual = self._usual or size
         return size >= self._usual
 
@@ -127,16 +128,26 @@ def _flat(reading: Mapping[str, Any], layers: bool) -> dict[str, float]:
     return {name: value for name, value in {"rho": reading["rho"], **named}.items() if not math.isnan(value)}
 
 
-def refuse_several_processes() -> None:
-    """Raises FqtError where `.grad` is an average over processes, of which each has one batch."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise FqtError(
-                f"a callback measures ρ in one process, and gradients are averages over {ranks}: pass every=None, "
-                "which keeps the recipe with the checkpoint; in a loop of your own fqt.Monitor measures under "
-                "DistributedDataParallel"
-            )
+def several_processes(replicas: bool, strategy: str) -> Any:
+    """The process group that a trainer averages gradients over; None for a single process.
+
+    Args:
+        replicas: whether each process has the whole model.
+        strategy: what the trainer calls the way it spreads models.
+
+    Raises:
+        FqtError: they have parts of it.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    if torch.distributed.get_world_size() == 1:
+        return None
+    if not replicas:
+        raise FqtError(
+            f"a callback measures ρ where every process has the whole model, as under DistributedDataParallel, not "
+            f"under {strategy}: pass every=None, which keeps the recipe with the checkpoint"
+        )
+    return torch.distributed.group.WORLD
 
 
 def check_every(every: int | None) -> None:

@@ -98,6 +98,8 @@ class Monitor:
             that it holds. By default every tensor with as many rows as the first one is cut there.
         messages: the state of the communication hook, if gradients are averaged in quantized messages
             (`fqt.distributed`): their noise is part of ``quantization``, and a reading says their exact variance.
+        process_group: that gradients are averaged over, such as ``torch.distributed.group.WORLD``, where the model
+            is not the `DistributedDataParallel` itself, whose group is taken otherwise.
 
     Raises:
         FqtError: no layer that quantizes its gradient, no trainable parameter, values that make no sense, or a
@@ -113,6 +115,7 @@ class Monitor:
         memory: float = 0.7,
         half: Callable[[Any], tuple[Any, float]] | None = None,
         messages: Messages | None = None,
+        process_group: Any = None,
     ) -> None:
         if every < 1:
             raise FqtError(f"every must be at least 1 step, got {every}")
@@ -122,7 +125,8 @@ class Monitor:
         check_loss(loss_fn)
         check_model(model, awake=False)
         self.model, self.loss_fn, self.every, self.memory = alone(model, averaged=True), loss_fn, every, memory
-        self.half, self.messages, self._processes = half or first_half, messages, Processes.of(model)
+        self.half, self.messages = half or first_half, messages
+        self.processes = Processes.of(model, process_group)
         self.names = list(dict.fromkeys(map(owner, trainable(model))))
         self.count = 0
         self._quantization = _Average(len(self.names) + 1)
@@ -269,7 +273,7 @@ class Monitor:
         apart = Comparison()
         quantization = torch.zeros(len(self.names) + 1, dtype=torch.float64)
         sampling = torch.zeros_like(quantization)
-        rest_over_first = self._processes.mean_of((1 - share) / share)
+        rest_over_first = self.processes.mean_of((1 - share) / share)
         sent = 0.0 if self.messages is None else self.messages.variance
 
         def against_training(name: str, gradient: Tensor) -> None:
@@ -282,13 +286,13 @@ class Monitor:
         with undisturbed(self.model):
             with without(layers), self._passes.again() as seen:
                 self._gradients(batches, factor, noisy, against_training)
-            if self._processes.total(seen.unknown):  # wherever it is: no process may be left waiting for the others
+            if self.processes.total(seen.unknown):  # wherever it is: no process may be left waiting for the others
                 raise FqtError(
                     "Monitor.step got another batch than the model in this step: give it the one that .grad "
                     "belongs to, and a loss_fn that prepares it as training does"
                 )
             usual = JUMP * float(self._quantization.value()[-1]) * unit**2  # NaN before the first reading
-            left = self._processes.total(seen.left)
+            left = self.processes.total(seen.left)
             if left or not (apart.square <= usual and apart.along < SUSPECT):
                 self._check(batches, factor, noisy, apart, left, sent)
             with without(layers), self._passes.again():
@@ -320,7 +324,7 @@ class Monitor:
             return loss if factor == 1 else loss * factor
 
         backward = Backward(self.model, loss_fn, parameters)
-        if len(batches) == 1 and self._processes.count == 1:
+        if len(batches) == 1 and self.processes.count == 1:
             backward(batches[0], sink)
             return
         total: dict[str, Tensor] = {}
@@ -331,7 +335,7 @@ class Monitor:
         for batch in batches:
             backward(batch, accumulate)
         for name in parameters:
-            sink(name, self._processes.mean(total.pop(name)))
+            sink(name, self.processes.mean(total.pop(name)))
 
     def _check(
         self,

@@ -16,23 +16,37 @@ __all__ = ["Processes"]
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes `.grad` is an average over, and their group; one where nothing averages."""
+    """The processes that `.grad` is an average over; one where nothing averages.
+
+    Attributes:
+        count: how many.
+        group: theirs.
+        device: the model's; a group of GPUs' own (NCCL) sends nothing that lies elsewhere.
+    """
 
     count: int = 1
     group: Any = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a constant
 
     @staticmethod
-    def of(model: nn.Module) -> Processes:
-        """Those of the `DistributedDataParallel` that a model is.
+    def of(model: nn.Module, group: Any = None) -> Processes:
+        """Those of a group, or of the `DistributedDataParallel` that a model is.
+
+        Args:
+            model: whose gradients they average.
+            group: a process group; None for that of the model.
 
         Raises:
             FqtError: the model is inside another wrapper with it, and there are several.
         """
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if group is not None:
+            return Processes(torch.distributed.get_world_size(group), group, device)
         outer: nn.Module | None = model
         while outer is not None:
             if any(kind.__name__ == "DistributedDataParallel" for kind in type(outer).__mro__):
-                group: Any = outer.process_group
-                found = Processes(torch.distributed.get_world_size(group), group)
+                own: Any = outer.process_group
+                found = Processes(torch.distributed.get_world_size(own), own, device)
                 if outer is not model and found.count > 1:
                     raise FqtError(
                         f"a monitor cannot make one process's passes through {type(model).__name__} around "
@@ -52,7 +66,9 @@ class Processes:
 
     def mean_of(self, number: float) -> float:
         """The mean of every process's number."""
-        return float(self.mean(torch.tensor(number, dtype=torch.float64))) if self.count > 1 else number
+        if self.count == 1:
+            return number
+        return float(self.mean(torch.tensor(number, dtype=torch.float64, device=self.device)))
 
     def total(self, number: int) -> int:
         """The sum of every process's whole number."""
