@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,24 @@ def test_train_then_resume(run, tmp_path):
     status, _, err = run("train", "digits", "--recipe", "bhq4", "--out", "r", "--resume")
     assert (status, "started with recipe = qat" in err) == (2, True)
     assert run("train", "digits", "--out", "r", *FAST)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "cifar10"], True),
+        (["compare", "cifar10", "--recipes", "qat"], True),
+        (["train", "cifar10", "--preset", "cifar10-speedrun"], False),
+        (["train", "cifar10", "--resume"], False),
+        (["explain", "cifar10"], False),
+    ],
+)
+def test_the_preset_of_a_model_is_said_where_it_would_be_trained(command, said, run, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, _, err = run(*command, "--model", "speedrun", "--data", "nowhere")
+    assert status == 2
+    assert ("by --preset cifar10-speedrun" in err) is said
 
 
 def test_default_folder(run, tmp_path):

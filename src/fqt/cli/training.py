@@ -14,7 +14,7 @@ from fqt.cli.reports import write_reports
 from fqt.errors import FqtError
 from fqt.train import MODELS, Comparison, TrainConfig, compare, preset_names, resolve, train
 from fqt.train.compare import recipe_label
-from fqt.train.config import FLIPS, PADDINGS, SCHEDULES, UNITS
+from fqt.train.config import FLIPS, PADDINGS, SCHEDULES, UNITS, tell_of_presets
 from fqt.train.models.encoders import ENCODERS
 from fqt.train.models.transformers import GPTS
 from fqt.train.models.translator import TRANSLATORS
@@ -127,6 +127,8 @@ def train_command(
         for option in ("rho", "adapt_every"):
             if given[option] is not None:
                 raise FqtError(f"--{option.replace('_', '-')} says how to adapt the widths: add --adapt")
+    if not preset and not resume:
+        tell_of_presets(config)
     folder = out or Path("runs") / f"{config.task}-{recipe_label(config.recipe)}-seed{config.seed}"
     if resume and force:
         raise FqtError("--resume continues and --force discards: give one of them")
@@ -181,6 +183,8 @@ def compare_command(
     seeds, first = given.pop("seeds"), given.pop("seed") or 0
     measure = {name: given.pop(name) for name in ("baseline", "batches", "draws")}
     config = resolve(task, preset, given)
+    if not preset:
+        tell_of_presets(config)
     folder = out or Path("runs") / f"compare-{config.task}"
     comparison = Comparison(base=config, recipes=recipes, seeds=tuple(range(first, first + seeds)), **measure)
     console = Console(stderr=True)

@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:  # the same parser under its earlier name
     import tomli as tomllib
 
-__all__ = ["MACHINE_FIELDS", "TrainConfig", "differing", "preset_names", "resolve"]
+__all__ = ["MACHINE_FIELDS", "TrainConfig", "differing", "preset_names", "resolve", "tell_of_presets"]
 
 SCHEDULES = ("cosine", "onecycle", "constant", "linear", "inverse-sqrt")
 UNITS = ("step", "epoch")
@@ -267,8 +267,6 @@ def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def resolve(task: str | None, preset: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """Puts a configuration together: the task's defaults, then the preset, then the overrides.
 
-    Warns where a model is asked for that a preset is there for, and the preset is not.
-
     Args:
         task: the task, or ``None`` to take the preset's (``digits`` without a preset).
         preset: a name from `preset_names`, or the path of a TOML file.
@@ -283,19 +281,22 @@ def resolve(task: str | None, preset: str | None, overrides: Mapping[str, Any]) 
     task = task or chosen.get("task", "digits")
     defaults = load_preset(task) if task in preset_names() else {}
     given = {name: value for name, value in overrides.items() if value is not None}
-    if not preset and given.get("model", defaults.get("model")) != defaults.get("model"):
-        _tell_of_presets(task, given["model"])
     return TrainConfig.from_dict({**defaults, **chosen, **given, "task": task}, preset or "the configuration")
 
 
-def _tell_of_presets(task: str, model: str) -> None:
+def tell_of_presets(config: TrainConfig) -> None:
+    """Warns, before a training without a preset, where the model has one and is not the task's usual model."""
     presets = {name: load_preset(name) for name in preset_names()}
-    made = [name for name, of in presets.items() if (of.get("task"), of.get("model")) == (task, model)]
+    if config.model == presets.get(config.task, {}).get("model"):
+        return
+    asked = config.task, config.model
+    made = [name for name, of in presets.items() if (of.get("task"), of.get("model")) == asked]
     if made:
         warnings.warn(
-            f"model {model} is trained as {task} is by default; as it is meant to be, by --preset {made[0]}",
+            f"model {config.model} is trained as {config.task} is by default; as it is meant to be, by --preset "
+            f"{made[0]}",
             FqtWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
 
 
