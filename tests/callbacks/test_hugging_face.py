@@ -302,3 +302,36 @@ def test_no_warning_of_ours(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FqtWarning)
         trainer(tmp_path, fqt.quantize_(MODELS["mixtral"]()[0], "psq8"), HuggingFaceCallback(every=1)).train()
+
+
+class Masked(Data):
+    """Texts of whose labels only those of every fourth one count in the first batch, and half of them later."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        counts = index % 4 == 0 if index < 4 else index % 4 > 1
+        return {
+            "input_ids": TEXTS[index],
+            "labels": TEXTS[index] if counts else torch.full_like(TEXTS[index], -100),
+        }
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_samples_without_labels(in_batch: bool, tmp_path: Path) -> None:
+    """Parts have as many labels; where only one sample has any, the next step is read."""
+    found = trainer(tmp_path, llama(), HuggingFaceCallback(every=2), max_steps=3, logging_steps=1)
+    found.train_dataset = Masked()
+    found._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(found.train_dataset)
+    found.model_accepts_loss_kwargs = in_batch
+    with pytest.warns(FqtWarning, match="step 1, but at the next: fewer than two of its samples have labels"):
+        found.train()
+    assert list(readings(found)) == [2]
+    assert 0 < readings(found)[2]["rho"] < math.inf
+
+
+def test_nothing_is_computed_between_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    monkeypatch.setattr("fqt.callbacks.hugging_face.energy", lambda g: computed.append(g) or g.square().sum())
+    model = llama()
+    found = trainer(tmp_path, model, HuggingFaceCallback(every=4), max_steps=3)
+    found.train()
+    assert len(computed) == 2 * len(list(model.parameters()))  # of the first step, before clipping and after

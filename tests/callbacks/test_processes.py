@@ -47,6 +47,18 @@ def test_training_is_not_disturbed(ranks: list[dict[str, Any]]) -> None:
     assert all(map(torch.equal, read, ranks[1]["undisturbed"][1]))
 
 
+def test_a_step_that_one_process_cannot_read(ranks: list[dict[str, Any]]) -> None:
+    """It is left out on both, with a warning; none waits for the other, and training goes on."""
+    for rank in ranks:
+        steps, (said,) = rank["refused"]["hugging face"]
+        assert steps == [1, 3, 4]
+        assert "no reading of ρ at step 2, but at the next: fewer than two of its samples have labels" in said
+    (steps, (own,)), (_, (other,)) = (rank["refused"]["lightning"] for rank in ranks)
+    assert steps == [1, 3, 4]
+    assert "no reading of ρ at step 2: a batch of one sample has no halves" in own
+    assert "no reading of ρ at step 2: another process refused its part" in other
+
+
 def test_models_that_are_spread(ranks: list[dict[str, Any]]) -> None:
     for kind, message in zip(("FSDP", "DeepSpeedStrategy"), ranks[0]["spread"], strict=True):
         assert f"not under {kind}: pass every=None" in message

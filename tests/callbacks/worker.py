@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fqt
 from fqt.callbacks import HuggingFaceCallback, LightningCallback
-from fqt.callbacks.readings import several_processes
+from fqt.callbacks.readings import refuse_parts
 from tests.callbacks import test_hugging_face as hf
 from tests.callbacks import test_lightning as li
 
@@ -48,6 +48,7 @@ def main(rank: int, folder: str) -> None:
             "lightning": {name: lightning(Path(folder), **how) for name, how in LIGHTNING.items()},
             "undisturbed": undisturbed(Path(folder)),
             "spread": spread(),
+            "refused": {name: refused(Path(folder), name) for name in ("hugging face", "lightning")},
         }
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
@@ -79,11 +80,14 @@ def hugging_face(folder: Path, **options: Any) -> tuple[Readings, list[float]]:
     everywhere = options.get("average_tokens_across_devices", True)
 
     def half(batch: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        part = {key: value[:2] if value.ndim else value for key, value in batch.items()}
-        counted = torch.stack([(t["labels"] != -100).sum().double() for t in (part, batch)])
+        counts = [sum(label != -100 for label in row) for row in batch["labels"].tolist()]
+        rows = min(range(1, 4), key=lambda n: abs(sum(counts[:n]) - sum(counts) / 2))
+        part = {key: value[:rows] if value.ndim else value for key, value in batch.items()}
+        counted = torch.tensor([sum(counts[:rows]), sum(counts)], dtype=torch.float64)
         if everywhere:
             dist.all_reduce(counted)
-        return {**part, "num_items_in_batch": batch["num_items_in_batch"] * counted[0] / counted[1]}, 0.5
+        share = float(counted[0] / counted[1])
+        return {**part, "num_items_in_batch": batch["num_items_in_batch"] * share}, share
 
     def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         return model(**batch).loss * (2 if everywhere else 1)
@@ -150,6 +154,35 @@ def replicas(folder: Path, *callbacks: Any, **options: Any) -> Any:
     return li.trainer(folder, *callbacks, strategy="ddp", devices=2, **options)
 
 
+class Dead(hf.Data):
+    """Samples of which, from the second step on, the second process gets no label that counts but in one."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = hf.TEXTS[index]
+        dead = 8 <= index < 16 and index % 8 in (4, 5, 6)
+        return {"input_ids": ids, "labels": torch.full_like(ids, -100) if dead else ids}
+
+
+def refused(folder: Path, name: str) -> tuple[list[int], list[str]]:
+    """Steps with a reading, and our warnings, where one process alone cannot read the second step."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", fqt.errors.FqtWarning)
+        if name == "hugging face":
+            options = {"max_steps": 4, "logging_steps": 1, "average_tokens_across_devices": False}
+            found = hf.trainer(folder, hf.llama(), HuggingFaceCallback(1), **options)
+            found.train_dataset = Dead()
+            found._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(found.train_dataset)
+            found.train()
+            steps = list(hf.readings(found))
+        else:
+            rows = [8, 15 if dist.get_rank() else 1, 8, 8]
+            batches = [li.data(n).dataset[:] for n in rows]
+            found = replicas(folder, LightningCallback(1), max_steps=4, use_distributed_sampler=False)
+            found.fit(Seeded(), torch.utils.data.DataLoader(batches, batch_size=None))
+            steps = list(li.readings(found))
+    return steps, [str(warning.message) for warning in seen if issubclass(warning.category, fqt.errors.FqtWarning)]
+
+
 def undisturbed(folder: Path) -> list[list[Tensor]]:
     """Weights after three steps of each trainer, without readings and with."""
     found = []
@@ -167,7 +200,7 @@ def spread() -> list[str]:
     found = []
     for kind in ("FSDP", "DeepSpeedStrategy"):
         try:
-            several_processes(False, kind)
+            refuse_parts(kind)
         except fqt.FqtError as error:
             found.append(str(error))
     return found

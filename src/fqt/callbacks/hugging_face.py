@@ -18,9 +18,9 @@ from fqt.callbacks.readings import (
     Readings,
     check_converted,
     check_every,
+    refuse_parts,
     restore_recipe,
     saved_recipe,
-    several_processes,
 )
 from fqt.errors import FqtError
 from fqt.stats.monitor import first_half
@@ -112,8 +112,11 @@ class HuggingFaceCallback(TrainerCallback, ExportableState):
                 "Trainer computes label smoothing outside the model, where no callback sees it: pass every=None "
                 "for no readings, or smooth in the model"
             )
-        kind = AcceleratorState().distributed_type.name
-        group = several_processes(kind.startswith("MULTI_"), kind)
+        kind, group = AcceleratorState().distributed_type.name, None
+        if kind.startswith("MULTI_"):  # accelerate's words for DistributedDataParallel: MULTI_GPU, MULTI_CPU …
+            group = torch.distributed.group.WORLD
+        else:
+            refuse_parts(kind)
         self._step = _Step(model, self.every, self.layers, group, args.average_tokens_across_devices)
         if self.saved is not None and "readings" in self.saved:
             self._step.readings.load_state_dict(self.saved["readings"])
@@ -167,7 +170,8 @@ class _Step:
     """One optimizer step after the other: what the model is given, and how large gradients are before clipping."""
 
     def __init__(self, model: nn.Module, every: int, layers: bool, group: Any, tokens_of_all: bool) -> None:
-        self.readings = Readings(model, self._loss, every, self._half, layers, group, _ADVICE)
+        how: dict[str, Any] = {"layers": layers, "process_group": group, "advice": _ADVICE}
+        self.readings = Readings(model, self._loss, every, self._half, **how)
         self._processes = self.readings.monitor.processes
         self._items_of = self._processes.count if tokens_of_all else 1
         """How many processes' labels `Trainer` counts as one batch's; it multiplies the loss by it."""
@@ -183,6 +187,9 @@ class _Step:
         """After the last backward pass of a step and clipping; a reading if one was due."""
         batches, square = self._batches, self._square
         self._batches, self._square = [], None
+        if self.readings.is_due and self._processes.total(len(batches) == 1 and not _has_halves(batches[0])):
+            self.readings.wait(number, "fewer than two of its samples have labels that count")
+            return None
         scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.get_scale()
         summed = any(batch.get("num_items_in_batch") is not None for batch in batches)
         self._reading = True
@@ -202,9 +209,12 @@ class _Step:
         A loss multiplied by what clipping multiplied gradients by would do as well but for rounding: under a recipe
         with `x`, another last bit can be another choice of quantizer.
         """
+        if square is None:
+            yield
+            return
         clipped = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         now = self._size()
-        grown = math.sqrt(square / now) if now and square is not None else 1.0
+        grown = math.sqrt(square / now) if now else 1.0
         grown = grown if math.isfinite(grown) else 1.0  # of what a scaler divided out, too
         for name, gradient in clipped.items():
             self._parameters[name].grad = gradient if grown == 1.0 else gradient * grown
@@ -225,7 +235,7 @@ class _Step:
             if args:
                 raise FqtError("Trainer gives a model its batch by keyword; this one got some by position")
             self._batches.append(kwargs)
-            self._noting = False
+            self._noting = False  # of a backward pass that did not come to its end
 
     def _in_backward(self, parameter: Tensor) -> None:
         if self._reading or self._noting or not self.readings.is_due:
@@ -252,12 +262,39 @@ class _Step:
         return loss if batch.get("num_items_in_batch") is None else loss * self._items_of
 
     def _half(self, batch: Any) -> tuple[Any, float]:
-        """The first half of a batch. What a summed loss is divided by, labels, is cut in proportion."""
-        part, share = first_half(batch)
-        items, labels = batch.get("num_items_in_batch"), batch.get("labels")
-        if items is not None and labels is not None:
-            counts = [float((t != _IGNORED).sum()) for t in (part["labels"], labels)]
+        """A first part with about half of the labels that count, and its share of them."""
+        part, first, whole = self._processes.together(lambda: _parted(batch))
+        items = batch.get("num_items_in_batch")
+        if items is not None:
             if self._items_of > 1:
-                counts = [*map(self._processes.mean_of, counts)]
-            part["num_items_in_batch"] = items * counts[0] / counts[1]
-        return part, share
+                first, whole = self._processes.means(first, whole)
+            part["num_items_in_batch"] = items * (first / whole)
+        return part, first / whole
+
+
+def _parted(batch: Mapping[str, Any]) -> tuple[Any, float, float]:
+    """A first part of a batch, how many labels count in it, and in all of the batch.
+
+    By labels, not samples: a mean over labels weighs a sample by how many it has, and padding has none.
+    """
+    labels = batch.get("labels")
+    counted = _counted(labels).cumsum(0).double() if labels is not None and labels.ndim else torch.zeros(0)
+    within = counted[(counted > 0) & (counted < counted[-1:])]
+    if not len(within):  # no labels, or one sample, which is refused; of several, `_has_halves` knows
+        part, share = first_half(batch)
+        return part, share, 1.0
+    half = within[(within - counted[-1] / 2).abs().argmin()]
+    return first_half(batch, rows=int((counted <= half).sum()))[0], float(half), float(counted[-1])
+
+
+def _counted(labels: Tensor) -> Tensor:
+    """How many of each sample's labels count."""
+    return (labels != _IGNORED).reshape(len(labels), -1).sum(1)
+
+
+def _has_halves(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch's samples, if it has several, can be parted such that labels count in both parts."""
+    labels = batch.get("labels")
+    if labels is None or not labels.ndim or len(labels) < 2:
+        return True
+    return int((_counted(labels) > 0).sum()) > 1

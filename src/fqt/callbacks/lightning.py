@@ -16,9 +16,9 @@ from fqt.callbacks.readings import (
     Readings,
     check_converted,
     check_every,
+    refuse_parts,
     restore_recipe,
     saved_recipe,
-    several_processes,
 )
 from fqt.errors import FqtError
 
@@ -89,8 +89,11 @@ class LightningCallback(Callback):
                 "call fqt.Monitor.step in training_step"
             )
         self._step = TrainingStep(pl_module)
-        replicas = isinstance(trainer.strategy.model, DistributedDataParallel)
-        group = several_processes(replicas, type(trainer.strategy).__name__)
+        wrapped, group = trainer.strategy.model, None
+        if isinstance(wrapped, DistributedDataParallel):
+            group = wrapped.process_group
+        else:
+            refuse_parts(type(trainer.strategy).__name__)
         self._readings = Readings(self._step, _loss(trainer), self.every, layers=self.layers, process_group=group)
         if self._saved is not None:
             self._readings.load_state_dict(self._saved)

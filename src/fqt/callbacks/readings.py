@@ -103,10 +103,16 @@ class Readings:
         self.monitor.skip()
         return None if found is None else _flat(found, self.layers)
 
+    def wait(self, number: int, why: str) -> None:
+        """Instead of `step`, where it is due and its batch cannot be read: the next step is due."""
+        warnings.warn(f"fqt: no reading of ρ at step {number}, but at the next: {why}", FqtWarning, stacklevel=2)
+        self.monitor.skip()
+
     def _is_usual(self, batches: Sequence[Any]) -> bool:
         """Whether this step is as large as the first: an epoch's smaller last one has another sampling variance."""
         rows = sum(len(found[0]) for found in map(tensors, batches) if found and found[0].ndim)
-        size = len(batches), self.monitor.processes.mean_of(rows)
+        count, all_rows = self.monitor.processes.means(len(batches), rows)
+        size = count, all_rows
         self._usual = self._usual or size
         return size >= self._usual
 
@@ -128,26 +134,18 @@ def _flat(reading: Mapping[str, Any], layers: bool) -> dict[str, float]:
     return {name: value for name, value in {"rho": reading["rho"], **named}.items() if not math.isnan(value)}
 
 
-def several_processes(replicas: bool, strategy: str) -> Any:
-    """The process group that a trainer averages gradients over; None for a single process.
+def refuse_parts(strategy: str) -> None:
+    """Raises FqtError where there are several processes, of which none has the whole model.
 
     Args:
-        replicas: whether each process has the whole model.
-        strategy: what the trainer calls the way it spreads models.
-
-    Raises:
-        FqtError: they have parts of it.
+        strategy: what the trainer calls the way it spreads a model.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
-    if torch.distributed.get_world_size() == 1:
-        return None
-    if not replicas:
+    begun = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if begun and torch.distributed.get_world_size() > 1:
         raise FqtError(
-            f"a callback measures ρ where every process has the whole model, as under DistributedDataParallel, not "
+            "a callback measures ρ where every process has the whole model, as under DistributedDataParallel, not "
             f"under {strategy}: pass every=None, which keeps the recipe with the checkpoint"
         )
-    return torch.distributed.group.WORLD
 
 
 def check_every(every: int | None) -> None:

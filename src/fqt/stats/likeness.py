@@ -10,6 +10,7 @@ from torch import Tensor
 from fqt.stats.passes import energy
 
 _SAME_LINE = 1e-3  # 1 − cos² below which two gradients differ by a factor
+_MOSTLY = 0.5  # of ‖a − b‖² that lies along b then: noise about a gradient of the right size does not
 
 
 class Comparison:
@@ -42,7 +43,7 @@ class Comparison:
     @property
     def factor(self) -> float | None:
         """The c of a = c·b; None where no number is it."""
-        if self.product**2 < (1 - _SAME_LINE) * self.own * self.reference or not self.reference:
+        if self.product**2 < (1 - _SAME_LINE) * self.own * self.reference or not self.along >= _MOSTLY:
             return None
         return self.product / self.reference
 
@@ -67,7 +68,8 @@ def looks_like(repeated: Comparison, batches: int, left: int) -> str:
         )
     return (
         f"the gradients are not those of {which}: look for a missing zero_grad(), clipping entry by entry, "
-        "averaging over workers, and a loss_fn, targets, autocast or random numbers other than training's"
+        "averaging over workers, a communication hook that changes them, and a loss_fn, targets, autocast or "
+        "random numbers other than training's"
     )
 
 

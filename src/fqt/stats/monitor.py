@@ -261,19 +261,14 @@ class Monitor:
             factor: what each batch's loss was multiplied by.
         """
         layers = check_model(self.model)
-        noisy = {name: p.grad for name, p in trainable(self.model).items() if p.grad is not None}
-        if not noisy:
-            raise FqtError("there are no gradients: call Monitor.step between backward() and the optimizer's step")
-        first, share, weight = self._first_part(batches)
-        if not self._passes:
-            raise FqtError("no forward pass in training mode was seen since the last step: call the model itself")
+        noisy, (first, share, weight) = self.processes.together(lambda: self._gradients_and_first_part(batches))
         if not all(torch.isfinite(gradient).all() for gradient in noisy.values()):
             return None
         exact: dict[str, Tensor] = {}
         apart = Comparison()
         quantization = torch.zeros(len(self.names) + 1, dtype=torch.float64)
         sampling = torch.zeros_like(quantization)
-        rest_over_first = self.processes.mean_of((1 - share) / share)
+        (rest_over_first,) = self.processes.means((1 - share) / share)
         sent = 0.0 if self.messages is None else self.messages.variance
 
         def against_training(name: str, gradient: Tensor) -> None:
@@ -286,18 +281,30 @@ class Monitor:
         with undisturbed(self.model):
             with without(layers), self._passes.again() as seen:
                 self._gradients(batches, factor, noisy, against_training)
-            if self.processes.total(seen.unknown):  # wherever it is: no process may be left waiting for the others
+            if self.processes.total(seen.unknown):
                 raise FqtError(
                     "Monitor.step got another batch than the model in this step: give it the one that .grad "
                     "belongs to, and a loss_fn that prepares it as training does"
                 )
             usual = JUMP * float(self._quantization.value()[-1]) * unit**2  # NaN before the first reading
             left = self.processes.total(seen.left)
-            if left or not (apart.square <= usual and apart.along < SUSPECT):
+            if self.processes.total(left > 0 or not (apart.square <= usual and apart.along < SUSPECT)):
                 self._check(batches, factor, noisy, apart, left, sent)
             with without(layers), self._passes.again():
                 self._gradients(first, factor * weight, noisy, against_whole)
         return quantization / unit**2, sampling / unit**2, torch.tensor([sent], dtype=torch.float64) / unit**2
+
+    def _gradients_and_first_part(
+        self, batches: Sequence[Any]
+    ) -> tuple[dict[str, Tensor], tuple[Sequence[Any], float, float]]:
+        """What training has computed, by name, and what `_first_part` gives."""
+        noisy = {name: p.grad for name, p in trainable(self.model).items() if p.grad is not None}
+        if not noisy:
+            raise FqtError("there are no gradients: call Monitor.step between backward() and the optimizer's step")
+        found = self._first_part(batches)
+        if not self._passes:
+            raise FqtError("no forward pass in training mode was seen since the last step: call the model itself")
+        return noisy, found
 
     def _first_part(self, batches: Sequence[Any]) -> tuple[Sequence[Any], float, float]:
         """A first part of the samples, its share of them, and what makes its sum one for the whole."""
@@ -332,8 +339,11 @@ class Monitor:
         def accumulate(name: str, gradient: Tensor) -> None:
             total[name] = total[name].add_(gradient) if name in total else gradient
 
-        for batch in batches:
-            backward(batch, accumulate)
+        def all_batches() -> None:
+            for batch in batches:
+                backward(batch, accumulate)
+
+        self.processes.together(all_batches)
         for name in parameters:
             sink(name, self.processes.mean(total.pop(name)))
 
@@ -359,7 +369,8 @@ class Monitor:
 
         with self._passes.again():
             self._gradients(batches, factor, noisy, against_training)
-        if not repeated.square <= max(_UNLIKE * apart.square, repeated.last_bits) + _MESSAGES * sent:
+        like = repeated.square <= max(_UNLIKE * apart.square, repeated.last_bits) + _MESSAGES * sent
+        if self.processes.total(not like):
             raise FqtError(looks_like(repeated, len(batches), left))
 
     def _where(self, name: str) -> list[int]:
@@ -425,8 +436,12 @@ class _Average:
         return average
 
 
-def first_half(batch: Any) -> tuple[Any, float]:
+def first_half(batch: Any, rows: int | None = None) -> tuple[Any, float]:
     """The first half of a batch (a tensor, or tensors in lists, tuples and dicts), and its share of the samples.
+
+    Args:
+        batch: every tensor with as many rows as the first one is cut.
+        rows: of the first part, if it is not to be the half.
 
     Raises:
         FqtError: the batch holds no tensor with an axis of samples.
@@ -435,10 +450,11 @@ def first_half(batch: Any) -> tuple[Any, float]:
     if not found:
         raise FqtError("cannot halve a batch without tensors: pass half= to the monitor")
     count = len(found[0])
+    first = count // 2 if rows is None else rows
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[: count // 2] if value.ndim and len(value) == count else value
+            return value[:first] if value.ndim and len(value) == count else value
         if isinstance(value, Mapping):
             return {key: cut(item) for key, item in value.items()}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -447,4 +463,4 @@ def first_half(batch: Any) -> tuple[Any, float]:
             return type(value)(map(cut, value))
         return value
 
-    return cut(batch), (count // 2) / max(count, 1)
+    return cut(batch), first / max(count, 1)

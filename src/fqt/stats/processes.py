@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from fqt.errors import FqtError
 from fqt.nn.wrappers import inside
 
 __all__ = ["Processes"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,29 @@ class Processes:
             x /= self.count
         return x
 
-    def mean_of(self, number: float) -> float:
-        """The mean of every process's number."""
+    def means(self, *numbers: float) -> tuple[float, ...]:
+        """The mean of every process's numbers, one by one."""
         if self.count == 1:
-            return number
-        return float(self.mean(torch.tensor(number, dtype=torch.float64, device=self.device)))
+            return numbers
+        return tuple(self.mean(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist())
 
     def total(self, number: int) -> int:
         """The sum of every process's whole number."""
-        return round(self.mean_of(number) * self.count)
+        return round(self.means(number)[0] * self.count)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What a process's own work gives, which asks the others for nothing.
+
+        Where it fails on one process it fails on all: none is left waiting for the others.
+
+        Raises:
+            FqtError: it failed on another process; on its own, an error is raised as it is.
+        """
+        failure: Exception | None = None
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+        if self.total(failure is not None):
+            raise failure or FqtError("another process refused its part, and said why")
+        return value
