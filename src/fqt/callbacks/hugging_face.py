@@ -203,11 +203,11 @@ class _Step:
     def _unclipped(self, square: float | None) -> Iterator[None]:
         """While it lasts, gradients are as large as backward passes left them; then the very tensors they were.
 
-        Args:
-            square: their squared norm then; None if no backward pass was watched.
-
         A loss multiplied by what clipping multiplied gradients by would do as well but for rounding: under a recipe
         with `x`, another last bit can be another choice of quantizer.
+
+        Args:
+            square: their squared norm then; None if no backward pass was watched.
         """
         if square is None:
             yield
