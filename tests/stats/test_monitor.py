@@ -18,6 +18,18 @@ from fqt.stats.monitor import first_half
 from .nets import batches, loss, make, mlp
 
 
+def test_arguments_swapped() -> None:
+    swapped = (
+        lambda: fqt.Monitor(loss, mlp()),
+        lambda: fqt.diagnose(loss, mlp(), batches(2)),
+        lambda: fqt.stats.quantization_variance(loss, mlp(), batches(2), 2),
+        lambda: fqt.stats.sampling_variance(loss, mlp(), batches(2)),
+    )
+    for call in swapped:
+        with pytest.raises(FqtError, match=r"takes the model first, a torch.nn.Module, not function"):
+            call()
+
+
 def plain(recipe: str | fqt.Recipe = "psq3", dropout: float = 0.0) -> nn.Module:
     """Without batch norm, whose statistics over half a batch would bias the sampling variance."""
     torch.manual_seed(0)

@@ -205,6 +205,7 @@ def test_idx_files_plain_and_zipped_are_the_same(tmp_path):
     zipped = read_fashion_mnist(str(tmp_path / "zipped"))
     assert plain.train_images.shape == (12, 1, 28, 28)
     assert plain.eval_labels.shape == (5,)
+    assert plain.train_images.flags.writeable  # else torch warns of undefined behaviour
     assert np.array_equal(plain.train_images, zipped.train_images)
     assert np.array_equal(plain.eval_labels, zipped.eval_labels)
 

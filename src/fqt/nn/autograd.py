@@ -224,7 +224,13 @@ class _Gradients(torch.autograd.Function):
             found[1] = _sum(_grad_weight(parts, d_grad, x), _grad_weight(parts, grad, d_input))
         if parts.needs[2] and d_grad is not None:
             found[2] = call.map.lay(d_grad).flatten(0, -2).sum(0).to(parts.dtypes[2])
-        return tuple(found)
+        # None for an output that does not change is an internal error of torch's.
+        shapes = (*parts.shapes, call.map.lay(grad).shape[-1:])
+        outputs = zip(found, parts.needs, shapes, parts.dtypes, strict=True)
+        return tuple(
+            grad.new_zeros(shape, dtype=dtype) if tangent is None and needed else tangent
+            for tangent, needed, shape, dtype in outputs
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> Any:

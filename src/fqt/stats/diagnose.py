@@ -26,6 +26,7 @@ from fqt.nn.arithmetic import again
 from fqt.nn.between import is_compressed, uncompressed
 from fqt.nn.dropout import WithoutDropout
 from fqt.nn.layers import linear_map
+from fqt.nn.wrappers import check_module
 from fqt.seeds import derive_seed
 from fqt.stats.decomposition import Decomposition, decompose
 from fqt.stats.moments import Moments
@@ -171,6 +172,7 @@ def diagnose(
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
     if table < 0:
         raise FqtError(f"table is a number of draws, got {table}")
+    check_module(model, "diagnose")
     check_loss(loss_fn)
     batches = batches if isinstance(batches, Sequence) else list(batches)
     check_batches(batches, 2, equal)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fqt.errors import FqtError
 from fqt.nn.between import uncompressed
 from fqt.nn.dropout import WithoutDropout
+from fqt.nn.wrappers import check_module
 from fqt.seeds import derive_seed
 from fqt.stats.moments import Moments
 from fqt.stats.passes import Backward, LossFn, check_loss, converted, measuring, without
@@ -86,6 +87,7 @@ def quantization_variance(
             that is not a finite scalar; converted layers in a model whose gradient is random without their
             noise and that of dropout; parameters sharded over processes.
     """
+    check_module(model, "quantization_variance")
     if draws < 2:
         raise FqtError(f"a variance needs at least 2 draws per batch, got {draws}")
     if not any(module.training for module in model.modules()):
@@ -129,6 +131,7 @@ def sampling_variance(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any],
         FqtError: fewer than 2 batches, no trainable parameter, parameters sharded over processes, or a loss that is
             not a finite scalar.
     """
+    check_module(model, "sampling_variance")
     _check_number(batches)
     count = len(batches)
     distances = []  # B rows of (P + 1,): ‖g_b − ḡ‖² per parameter and in total

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from fqt.errors import FqtError
+from fqt.nn.wrappers import check_module
 from fqt.stats.likeness import Comparison, looks_like
 from fqt.stats.passes import (
     Backward,
@@ -122,6 +123,7 @@ class Monitor:
         if not 0 <= memory < 1:
             raise FqtError(f"memory must lie in [0, 1), got {memory}")
         _check_messages(messages)
+        check_module(model, "Monitor")
         check_loss(loss_fn)
         check_model(model, awake=False)
         self.model, self.loss_fn, self.every, self.memory = alone(model, averaged=True), loss_fn, every, memory

@@ -120,7 +120,7 @@ def _read_idx(path: Path) -> np.ndarray:
     shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
     if len(raw) - start != math.prod(shape):
         raise FqtError(f"{path} is cut short: it announces {shape} and holds {max(0, len(raw) - start)} bytes")
-    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(bytearray(raw), dtype=np.uint8, offset=start).reshape(shape)  # which torch may write to
 
 
 def _read_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
