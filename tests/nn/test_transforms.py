@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fqt
 from fqt import FqtError
@@ -210,6 +211,18 @@ def test_second_derivatives_are_those_of_the_forward_quantized_network(name: str
     if recipe == "default":
         torch.testing.assert_close(block(model), block(straight), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(of_sum(model), of_sum(straight), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_graphs_of_forward_mode_are_refused(training: bool) -> None:
+    """They would hold the memory that kernels write to, not what they write; the derivative itself is there."""
+    layer, x = fqt.quantize_(nn.Linear(8, 3)).train(training), torch.randn(8)
+    with pytest.raises(FqtError, match=r"linearize and make_fx cannot record .* take them by torch\.func\.jvp"):
+        linearize(layer, x)
+    if not training:
+        assert jvp(layer, (x,), (torch.ones(8),))[1].isfinite().all()
+        with pytest.raises(FqtError, match="cannot record"):
+            make_fx(lambda x: hessian(lambda x: layer(x).square().sum())(x))(x)
 
 
 def test_a_second_derivative_of_a_rounded_gradient_is_refused(case: tuple[nn.Module, Tensor]) -> None:

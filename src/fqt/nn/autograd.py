@@ -250,11 +250,25 @@ def _gradients(*arguments: Any) -> tuple[Tensor | None, ...]:
     return _Gradients.apply(*arguments)
 
 
+def _refuse_to_be_traced() -> None:
+    """Raises FqtError where a graph is recorded: it would hold the memory that kernels write to, not their work."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None:
+        raise FqtError(
+            "torch.func.linearize and make_fx cannot record forward-mode or second derivatives of a converted "
+            "layer: take them by torch.func.jvp or hessian as they are, or fqt.restore_(model) first"
+        )
+
+
 class _Values(torch.autograd.Function):
     """`function.multiplied`, whose derivative is the identity."""
 
     @staticmethod
     def forward(x: Tensor, call: Call, is_input: bool) -> Tensor:
+        _refuse_to_be_traced()
         return multiplied(x, call, is_input)
 
     @staticmethod
