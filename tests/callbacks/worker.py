@@ -155,7 +155,7 @@ def replicas(folder: Path, *callbacks: Any, **options: Any) -> Any:
 
 
 class Dead(hf.Data):
-    """Samples of which, from the second step on, the second process gets no label that counts but in one."""
+    """Samples of which, in the second step, the second process gets no label that counts but in one."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids = hf.TEXTS[index]

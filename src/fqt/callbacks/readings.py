@@ -53,7 +53,7 @@ class Readings:
         with self._advised():
             self.monitor = Monitor(model, loss_fn, every=every, half=half, process_group=process_group)
         self._tried = False
-        self._usual: tuple[float, float] | None = None
+        self._usual: tuple[float, ...] | None = None
         self.monitor.count = every - 1  # the first step is due
         self.monitor.skip()
 
@@ -111,8 +111,7 @@ class Readings:
     def _is_usual(self, batches: Sequence[Any]) -> bool:
         """Whether this step is as large as the first: an epoch's smaller last one has another sampling variance."""
         rows = sum(len(found[0]) for found in map(tensors, batches) if found and found[0].ndim)
-        count, all_rows = self.monitor.processes.means(len(batches), rows)
-        size = count, all_rows
+        size = self.monitor.processes.means(len(batches), rows)
         self._usual = self._usual or size
         return size >= self._usual
 
